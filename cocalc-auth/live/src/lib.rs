@@ -1,0 +1,1 @@
+//! Authentication that is connected: the ACL stream, storage and timers.

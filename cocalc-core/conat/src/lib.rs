@@ -1,0 +1,1 @@
+//! The conat message bus: broker and client over WebSocket.

@@ -1,0 +1,1 @@
+//! The podman and process runners of CoCalc.

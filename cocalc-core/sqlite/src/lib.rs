@@ -1,0 +1,1 @@
+//! SQLite stores of CoCalc: the master's, and a host's.

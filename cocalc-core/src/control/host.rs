@@ -1,0 +1,362 @@
+//! What the master tells a host to do, and what the host answers.
+
+use std::collections::BTreeMap;
+
+use cocalc_ids::{Epoch, HostId, ImageDigest, MoveId, ProjectId, SnapshotName, VolumeUuid};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    router::HostAddress,
+    runner::{Limits, Status},
+    storage::Snapshot,
+};
+
+/// What the master tells a host to do with a project it owns.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(tag = "command", rename_all = "snake_case")]
+pub enum HostCommand {
+    /// Take a new project: make its volume, and hold the grant.
+    Create {
+        /// Which project.
+        project: ProjectId,
+        /// Its epoch.
+        epoch: Epoch,
+        /// How it is made and run.
+        config: ProjectConfig,
+    },
+    /// Start it, under the grant held.
+    Start {
+        /// Which project.
+        project: ProjectId,
+        /// Under which grant.
+        epoch: Epoch,
+        /// How it is run; replaces what was known.
+        config: ProjectConfig,
+    },
+    /// Stop it.
+    Stop {
+        /// Which project.
+        project: ProjectId,
+        /// Under which grant.
+        epoch: Epoch,
+        /// How long its processes may take to end, in milliseconds.
+        grace_ms: u64,
+    },
+    /// Stop it, and delete its files and snapshots.
+    Delete {
+        /// Which project.
+        project: ProjectId,
+        /// Under which grant.
+        epoch: Epoch,
+    },
+    /// Report what it is doing.
+    Report {
+        /// Which project.
+        project: ProjectId,
+    },
+    /// Take a snapshot.
+    Snapshot {
+        /// Which project.
+        project: ProjectId,
+        /// Under which grant.
+        epoch: Epoch,
+        /// Its name.
+        name: SnapshotName,
+    },
+    /// List its snapshots.
+    Snapshots {
+        /// Which project.
+        project: ProjectId,
+        /// Under which grant.
+        epoch: Epoch,
+    },
+    /// Delete a snapshot.
+    DeleteSnapshot {
+        /// Which project.
+        project: ProjectId,
+        /// Under which grant.
+        epoch: Epoch,
+        /// Its name.
+        name: SnapshotName,
+    },
+    /// Go back to a snapshot; the project must be stopped.
+    RestoreSnapshot {
+        /// Which project.
+        project: ProjectId,
+        /// Under which grant.
+        epoch: Epoch,
+        /// To which.
+        name: SnapshotName,
+        /// Under which name the present state is kept.
+        former: SnapshotName,
+    },
+    /// A step of a move.
+    Move {
+        /// Which move; the project's fence.
+        move_id: MoveId,
+        /// Which project.
+        project: ProjectId,
+        /// The step.
+        step: MoveCommand,
+    },
+}
+
+impl HostCommand {
+    /// The project it is about.
+    pub fn project(&self) -> ProjectId {
+        match self {
+            Self::Create { project, .. }
+            | Self::Start { project, .. }
+            | Self::Stop { project, .. }
+            | Self::Delete { project, .. }
+            | Self::Report { project }
+            | Self::Snapshot { project, .. }
+            | Self::Snapshots { project, .. }
+            | Self::DeleteSnapshot { project, .. }
+            | Self::RestoreSnapshot { project, .. }
+            | Self::Move { project, .. } => *project,
+        }
+    }
+}
+
+/// A step of a move, as one of the two hosts does it. `epoch` is the source's
+/// until `Activate`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(tag = "step", rename_all = "snake_case")]
+pub enum MoveCommand {
+    /// Destination: check space, image and backend, and expect streams of this
+    /// project from `source` only.
+    Reserve {
+        /// The source's epoch.
+        epoch: Epoch,
+        /// The only host that may send.
+        source: HostId,
+        /// What the source is charged for it.
+        bytes: u64,
+        /// How it is run.
+        config: ProjectConfig,
+    },
+    /// Source: take snapshot `name` if it is not there, and send it, as a
+    /// delta to `base` if given, to the destination.
+    Send {
+        /// The source's epoch.
+        epoch: Epoch,
+        /// Which snapshot.
+        name: SnapshotName,
+        /// A delta to what.
+        base: Option<SnapshotName>,
+        /// To whom.
+        destination: HostId,
+        /// Where that is.
+        address: HostAddress,
+    },
+    /// Source: make new requests wait.
+    Park {
+        /// The source's epoch.
+        epoch: Epoch,
+    },
+    /// Source: durably record that this epoch is frozen, stop the project, and
+    /// take its final snapshot.
+    Freeze {
+        /// The epoch to freeze.
+        epoch: Epoch,
+        /// The final snapshot's name.
+        name: SnapshotName,
+        /// How long the project's processes may take to end, in milliseconds.
+        grace_ms: u64,
+    },
+    /// Destination: make the received snapshot the live volume; do not start.
+    Stage {
+        /// The source's epoch.
+        epoch: Epoch,
+        /// The final snapshot.
+        name: SnapshotName,
+        /// What it must be.
+        origin: VolumeUuid,
+    },
+    /// Destination: hold the grant of the new epoch, and start if asked.
+    Activate {
+        /// The new epoch.
+        epoch: Epoch,
+        /// How it is run.
+        config: ProjectConfig,
+        /// Whether it was running before.
+        start: bool,
+    },
+    /// Source: the project has moved. Keep the files as undo, and tell
+    /// everybody where it is.
+    Retire {
+        /// The new epoch.
+        epoch: Epoch,
+        /// The new owner.
+        owner: HostId,
+        /// Where that is.
+        address: HostAddress,
+        /// Under which name the files are kept.
+        keep_as: SnapshotName,
+    },
+    /// Source, after an abort: hold the grant of the new epoch, and start
+    /// again if it was running.
+    Thaw {
+        /// The new epoch.
+        epoch: Epoch,
+        /// How it is run.
+        config: ProjectConfig,
+        /// Whether it was running before.
+        start: bool,
+    },
+    /// Destination, after an abort: stop expecting streams, and delete what
+    /// was received and staged.
+    Discard,
+    /// Either, at the end: delete the snapshots that only served the move.
+    Clean {
+        /// Which.
+        names: Vec<SnapshotName>,
+    },
+}
+
+/// How a project is made and run. Master and hosts keep it.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+pub struct ProjectConfig {
+    /// The image; `None` for hosts whose runner has no images.
+    pub image: Option<ImageDigest>,
+    /// What it may use.
+    #[serde(default)]
+    pub limits: Limits,
+    /// The limit of its volume, in bytes.
+    pub quota_bytes: Option<u64>,
+    /// Extra environment variables.
+    #[serde(default)]
+    pub env: BTreeMap<String, String>,
+}
+
+/// What a host answers to a command.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(tag = "reply", rename_all = "snake_case")]
+pub enum HostReply {
+    /// The state of the project, after the command.
+    Project(ProjectReport),
+    /// The project and its files are gone.
+    Deleted {
+        /// Which project.
+        project: ProjectId,
+        /// Under which grant.
+        epoch: Epoch,
+    },
+    /// Its snapshots.
+    Snapshots {
+        /// Which project.
+        project: ProjectId,
+        /// Oldest first.
+        snapshots: Vec<Snapshot>,
+    },
+    /// The receipt of a step of a move.
+    Move {
+        /// Which move.
+        move_id: MoveId,
+        /// What was done.
+        receipt: MoveReply,
+    },
+    /// It was not done.
+    Error(CommandError),
+}
+
+/// The receipt of a step of a move.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(tag = "step", rename_all = "snake_case")]
+pub enum MoveReply {
+    /// The destination is ready.
+    Reserved,
+    /// The destination acknowledged the snapshot as complete and durable.
+    Sent {
+        /// Which snapshot.
+        name: SnapshotName,
+        /// What it is, as the destination saw it.
+        origin: VolumeUuid,
+        /// Bytes on the wire.
+        bytes: u64,
+        /// How long it took, in milliseconds.
+        millis: u64,
+    },
+    /// Requests wait.
+    Parked,
+    /// The source is frozen and stopped.
+    Frozen {
+        /// The frozen epoch.
+        epoch: Epoch,
+        /// The final snapshot.
+        name: SnapshotName,
+        /// What it is.
+        origin: VolumeUuid,
+        /// Whether the project was running.
+        was_running: bool,
+    },
+    /// The live volume at the destination is a copy of this snapshot.
+    Staged {
+        /// What it is.
+        origin: VolumeUuid,
+    },
+    /// The destination holds the grant.
+    Activated {
+        /// The new epoch.
+        epoch: Epoch,
+        /// What it is doing.
+        report: ProjectReport,
+    },
+    /// The source has let go.
+    Retired,
+    /// The source has it again.
+    Thawed {
+        /// The new epoch.
+        epoch: Epoch,
+    },
+    /// The destination has nothing of it.
+    Discarded,
+    /// The snapshots are gone.
+    Cleaned,
+}
+
+/// The state of a project at a host, as state of an epoch.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct ProjectReport {
+    /// Which project.
+    pub project: ProjectId,
+    /// The grant the host holds; `None` if it holds none.
+    pub epoch: Option<Epoch>,
+    /// What the runner says.
+    pub status: Status,
+    /// Milliseconds of each phase of the last start, in order.
+    #[serde(default)]
+    pub phases: Vec<(String, u64)>,
+}
+
+/// Why a command was not done.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize, thiserror::Error)]
+#[error("{message}")]
+pub struct CommandError {
+    /// The kind, for programs.
+    pub code: ErrorCode,
+    /// For people: what was being done, to which project, and why not.
+    pub message: String,
+}
+
+/// What a master does differently about a failed command.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum ErrorCode {
+    /// The host holds another grant, has frozen this one, or none.
+    StaleEpoch,
+    /// The project is fenced by a move, or another operation is under way.
+    Busy,
+    /// The project, snapshot or image is not there.
+    NotFound,
+    /// No space.
+    NoSpace,
+    /// The command makes no sense.
+    Invalid,
+    /// It may work later.
+    Unavailable,
+    /// The backend failed.
+    Failed,
+}

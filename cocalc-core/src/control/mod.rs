@@ -1,0 +1,92 @@
+//! The messages between master, hosts and proxies, in JSON on the bus.
+//!
+//! Hosts and proxies dial the master's bus and never the other way round. A
+//! frame is at most [`FRAME_BYTES_MAX`]. Subjects:
+//!
+//! | subject | who publishes | what |
+//! |---|---|---|
+//! | `host.<id>.inbox` | master, as a request | [`HostCommand`] → [`HostReply`] |
+//! | `host.<id>.stream`, `proxy.<id>.stream` | master | frames of the ordered stream (`cocalc-auth`) |
+//! | `master.host.<id>.api`, `master.proxy.<id>.api` | that peer, as a request | [`PeerRequest`] → [`PeerReply`] |
+//! | `master.host.<id>.keepalive`, `master.proxy.<id>.keepalive` | that peer, as a request, on a connection of its own | [`Keepalive`] → [`KeepaliveReply`] |
+//!
+//! Every command names the epoch (and within a move the move) it is for, and
+//! may arrive twice. A reply that reports an effect is a receipt: it names the
+//! exact input.
+
+mod host;
+mod peer;
+
+pub use host::{
+    CommandError, ErrorCode, HostCommand, HostReply, MoveCommand, MoveReply, ProjectConfig, ProjectReport,
+};
+pub use peer::{
+    Capabilities, HeldProject, Keepalive, KeepaliveReply, PeerReply, PeerRequest, Register, Registered,
+    Settings,
+};
+
+use cocalc_ids::{HostId, ProxyId};
+
+use crate::connector::Peer;
+
+/// The largest control frame, in bytes.
+pub const FRAME_BYTES_MAX: usize = 256 * 1024;
+
+/// Where the master sends commands to a host.
+pub fn inbox_subject(host: HostId) -> String {
+    format!("host.{host}.inbox")
+}
+
+/// Where a peer receives its ordered stream.
+pub fn stream_subject(peer: Peer) -> String {
+    format!("{}.stream", peer_prefix(peer))
+}
+
+/// Where a peer asks the master.
+pub fn api_subject(peer: Peer) -> String {
+    format!("master.{}.api", peer_prefix(peer))
+}
+
+/// Where a peer renews its lease.
+pub fn keepalive_subject(peer: Peer) -> String {
+    format!("master.{}.keepalive", peer_prefix(peer))
+}
+
+fn peer_prefix(peer: Peer) -> String {
+    match peer {
+        Peer::Host(id) => format!("host.{id}"),
+        Peer::Proxy(id) => format!("proxy.{id}"),
+    }
+}
+
+/// The peer that publishes on a `master.….api` or `….keepalive` subject;
+/// `None` for any other subject.
+pub fn subject_peer(subject: &str) -> Option<Peer> {
+    let mut tokens = subject.strip_prefix("master.")?.split('.');
+    let (kind, id) = (tokens.next()?, tokens.next()?);
+    if !matches!(tokens.next(), Some("api" | "keepalive")) || tokens.next().is_some() {
+        return None;
+    }
+    match kind {
+        "host" => id.parse().ok().map(Peer::Host),
+        "proxy" => id.parse::<ProxyId>().ok().map(Peer::Proxy),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_subject_names_its_peer() {
+        let host = Peer::Host(HostId::random());
+        let proxy = Peer::Proxy(ProxyId::random());
+        for peer in [host, proxy] {
+            assert_eq!(subject_peer(&api_subject(peer)), Some(peer));
+            assert_eq!(subject_peer(&keepalive_subject(peer)), Some(peer));
+            assert_eq!(subject_peer(&stream_subject(peer)), None);
+            assert_eq!(subject_peer(&format!("{}.more", api_subject(peer))), None);
+        }
+    }
+}

@@ -1,0 +1,34 @@
+//! The contracts of CoCalc: what storage, runners, authentication, routing,
+//! connectors, backups and the bus promise, and the pure state machines that
+//! decide who owns a project.
+//!
+//! This crate opens no socket and spawns no process. Backends live in crates
+//! of their own and depend on this one; an embedder hands them over as
+//! `Arc<dyn …>` and replaces one without touching the rest.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`storage`], [`runner`], [`auth`], [`router`], [`connector`], [`bus`], [`backups`], [`clock`], [`wake`] | the traits, one file each |
+//! | [`control`] | the messages between master, hosts and proxies |
+//! | [`grant`] | what a host may run: epochs, grants, freezes |
+//! | [`moves`] | the move of a project as a pure state machine, and its driver |
+//! | [`memory`] | strict in-memory backends, for tests and for embedders' tests |
+
+pub mod auth;
+pub mod backups;
+pub mod bus;
+pub mod clock;
+pub mod connector;
+pub mod control;
+pub mod error;
+pub mod grant;
+pub mod memory;
+pub mod moves;
+pub mod router;
+pub mod runner;
+pub mod storage;
+pub mod stream;
+pub mod wake;
+
+pub use cocalc_ids as ids;
+pub use error::{BoxError, chain};

@@ -1,0 +1,309 @@
+//! Running projects on one host.
+
+use std::{collections::BTreeMap, fmt, path::PathBuf, time::Duration};
+
+use async_trait::async_trait;
+use cocalc_ids::{Epoch, ImageDigest, ProjectId, Timestamp};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    BoxError,
+    stream::{BoxRead, BoxStream, BoxWrite},
+};
+
+/// The result of a runner call.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Runs projects on one host, each apart from the others.
+///
+/// # Contract
+///
+/// - At most one instance of a project exists at any time.
+/// - `prepare`, `start`, `stop` and `remove` may be repeated: each brings about
+///   a state and returns it. Files in the project's volume are never deleted.
+/// - After `stop` or `remove` returns, no process of the project is left and
+///   nothing writes to its volume.
+/// - A restarted daemon finds what was running (`list`), with true start times.
+/// - Dropping a future of `start` or `stop` leaves a state that `status` tells
+///   truly and that the next call can go on from.
+#[async_trait]
+pub trait Runner: fmt::Debug + Send + Sync + 'static {
+    /// What this backend can do and enforce; constant.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Does what can be done before a start: the image, mounts, the container.
+    async fn prepare(&self, spec: &ProjectSpec) -> Result<()>;
+
+    /// Starts the project, or finds it running under the same epoch. A project
+    /// that runs under another epoch is [`Busy`](Error::Busy).
+    async fn start(&self, spec: &ProjectSpec) -> Result<Status>;
+
+    /// Asks the project's processes to end, kills them after `grace`, and
+    /// returns when none is left. Unknown projects are `Stopped`.
+    async fn stop(&self, project: ProjectId, grace: Duration) -> Result<Status>;
+
+    /// Stops without grace, and removes everything but the files.
+    async fn remove(&self, project: ProjectId) -> Result<()>;
+
+    /// The state of a project; `Stopped` if it is unknown.
+    async fn status(&self, project: ProjectId) -> Result<Status>;
+
+    /// Every project this runner knows, ordered.
+    async fn list(&self) -> Result<Vec<Status>>;
+
+    /// Starts a process inside the running project.
+    async fn exec(&self, project: ProjectId, request: ExecRequest) -> Result<Process>;
+
+    /// Connects to a TCP port inside the project, on its loopback addresses,
+    /// as if from within. [`Refused`](Error::Refused) if nothing listens.
+    async fn dial(&self, project: ProjectId, port: u16) -> Result<BoxStream>;
+
+    /// What the project uses now.
+    async fn stats(&self, project: ProjectId) -> Result<Stats>;
+
+    /// The last `lines` lines that the project's first process wrote.
+    async fn logs(&self, project: ProjectId, lines: usize) -> Result<String>;
+}
+
+/// What a [`Runner`] backend can do.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Capabilities {
+    /// The backend's name and what it runs on, for instance `podman 4.3.1 (runc 1.1.5)`.
+    pub backend: String,
+    /// Whether projects are isolated from each other and from the host.
+    pub isolation: bool,
+    /// Whether limits are enforced.
+    pub limits: bool,
+    /// What is weaker than in the best backend, for people; empty if nothing.
+    pub weaknesses: Vec<String>,
+}
+
+/// Everything a runner needs to know of a project.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct ProjectSpec {
+    /// Which project.
+    pub project: ProjectId,
+    /// Under which grant it runs.
+    pub epoch: Epoch,
+    /// Its volume on this host ([`crate::storage::Volume::path`]). The runner
+    /// keeps the user's home in `home/` and the image's upper layer in
+    /// `system/<digest>/`.
+    pub volume: PathBuf,
+    /// The image; `None` for runners without images.
+    pub image: Option<ImageDigest>,
+    /// A number unique among the projects of this host, from 0, and stable:
+    /// from it the project's range of user ids and its addresses follow.
+    pub slot: u32,
+    /// What it may use.
+    pub limits: Limits,
+    /// Environment variables of every process in the project.
+    pub env: BTreeMap<String, String>,
+}
+
+/// What a project may use. `None` is the backend's default.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Limits {
+    /// Memory in bytes, swap included.
+    pub memory_bytes: Option<u64>,
+    /// CPU in thousandths of a core.
+    pub cpu_millis: Option<u32>,
+    /// Processes and threads.
+    pub pids: Option<u32>,
+    /// Open files per process.
+    pub nofile: Option<u32>,
+}
+
+/// What a project is doing.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Status {
+    /// Which project.
+    pub project: ProjectId,
+    /// The epoch it was last started under; `None` if never here.
+    pub epoch: Option<Epoch>,
+    /// The state.
+    pub state: State,
+    /// When it was started; `None` if it never was.
+    pub started: Option<Timestamp>,
+    /// Why it is not running, for people: exit code, killed for memory.
+    pub reason: Option<String>,
+}
+
+/// The state of a project at a runner.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum State {
+    /// No process of it exists.
+    Stopped,
+    /// On its way up.
+    Starting,
+    /// Its first process runs.
+    Running,
+    /// On its way down.
+    Stopping,
+}
+
+/// A process to start in a project.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+pub struct ExecRequest {
+    /// What to run.
+    pub command: Command,
+    /// Extra environment variables; names and values contain no NUL.
+    pub env: BTreeMap<String, String>,
+    /// A terminal of this size and type, or `None` for plain pipes.
+    pub pty: Option<Pty>,
+    /// The user inside the project; `None` for its ordinary user.
+    pub user: Option<String>,
+}
+
+/// What an [`ExecRequest`] runs.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Command {
+    /// The user's login shell.
+    #[default]
+    Shell,
+    /// A line for the user's shell (`sh -c`), as SSH's exec has it.
+    Line(String),
+    /// A program and its arguments, no shell.
+    Argv(Vec<String>),
+    /// The image's sftp server, on standard input and output.
+    Sftp,
+}
+
+/// A terminal.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Pty {
+    /// `TERM`, for instance `xterm-256color`.
+    pub term: String,
+    /// Its size.
+    pub size: WindowSize,
+}
+
+/// The size of a terminal, in characters.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct WindowSize {
+    /// Columns.
+    pub cols: u16,
+    /// Rows.
+    pub rows: u16,
+}
+
+/// A process running in a project. Dropping it kills the process.
+pub struct Process {
+    /// Its standard input; with a PTY, the terminal's.
+    pub stdin: BoxWrite,
+    /// Its standard output; with a PTY, everything it shows.
+    pub stdout: BoxRead,
+    /// Its standard error; `None` with a PTY.
+    pub stderr: Option<BoxRead>,
+    /// The rest.
+    pub handle: Box<dyn ProcessHandle>,
+}
+
+impl fmt::Debug for Process {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Process").field("handle", &self.handle).finish_non_exhaustive()
+    }
+}
+
+/// Steers one process. Dropping it kills the process.
+#[async_trait]
+pub trait ProcessHandle: fmt::Debug + Send + Sync {
+    /// Changes the size of its terminal; nothing without one.
+    async fn resize(&self, size: WindowSize) -> Result<()>;
+
+    /// Sends it a signal, by POSIX name without `SIG`, for instance `TERM`.
+    async fn signal(&self, signal: &str) -> Result<()>;
+
+    /// Waits for its end. Cancel safe; once it has ended, answers at once.
+    async fn wait(&mut self) -> Result<Exit>;
+}
+
+/// How a process ended.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Exit {
+    /// With a status from 0 to 255.
+    Code(u8),
+    /// By a signal, named without `SIG`.
+    Signal(String),
+}
+
+/// What a project uses.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Stats {
+    /// Memory in bytes.
+    pub memory_bytes: u64,
+    /// CPU time since the start, in microseconds.
+    pub cpu_micros: u64,
+    /// Processes and threads.
+    pub pids: u64,
+}
+
+/// Why a runner call failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The project is not running.
+    #[error("project {project} is not running")]
+    NotRunning {
+        /// The project.
+        project: ProjectId,
+    },
+    /// The image is not on this host.
+    #[error("image {digest} of project {project} is not on this host")]
+    NoImage {
+        /// The project.
+        project: ProjectId,
+        /// The missing image.
+        digest: ImageDigest,
+    },
+    /// Nothing listens on that port.
+    #[error("nothing listens on port {port} in project {project}")]
+    Refused {
+        /// The project.
+        project: ProjectId,
+        /// The port.
+        port: u16,
+    },
+    /// Another epoch of it runs, or another operation is under way.
+    #[error("project {project} is busy: {reason}")]
+    Busy {
+        /// The project.
+        project: ProjectId,
+        /// With what.
+        reason: String,
+    },
+    /// The request made no sense.
+    #[error("cannot run that in project {project}: {reason}")]
+    Invalid {
+        /// The project.
+        project: ProjectId,
+        /// Why.
+        reason: String,
+    },
+    /// It took too long.
+    #[error("{operation} of project {project} took longer than {limit:?}")]
+    TimedOut {
+        /// The project.
+        project: ProjectId,
+        /// What was being done.
+        operation: &'static str,
+        /// The limit.
+        limit: Duration,
+    },
+    /// The backend failed.
+    #[error("{backend} could not {operation} project {project}")]
+    Backend {
+        /// The backend.
+        backend: &'static str,
+        /// What was being done.
+        operation: &'static str,
+        /// The project.
+        project: ProjectId,
+        /// Why.
+        source: BoxError,
+    },
+}

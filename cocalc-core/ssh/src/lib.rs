@@ -1,0 +1,1 @@
+//! SSH ingress of CoCalc.

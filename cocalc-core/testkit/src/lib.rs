@@ -1,0 +1,13 @@
+//! Contract suites, models and fault wrappers for CoCalc backends.
+//!
+//! Each suite is an ordinary async function that a backend's own test calls;
+//! it panics with the broken promise.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a suite reports a broken promise by panicking")]
+
+pub mod bus;
+pub mod router;
+pub mod runner;
+pub mod storage;
+
+pub use cocalc_core::memory::clock::ManualClock;

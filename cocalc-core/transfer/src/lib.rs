@@ -1,0 +1,1 @@
+//! The authenticated channel between CoCalc hosts and proxies.

@@ -1,0 +1,1 @@
+//! Project volumes on Btrfs, and in plain directories.

@@ -1,0 +1,3 @@
+//! The `cocalc` command line.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! The CoCalc host daemon, embeddable.

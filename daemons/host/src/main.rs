@@ -1,0 +1,3 @@
+//! Runs the host daemon.
+
+fn main() {}

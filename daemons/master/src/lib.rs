@@ -1,0 +1,1 @@
+//! The CoCalc master daemon, embeddable.

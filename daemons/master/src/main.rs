@@ -1,0 +1,3 @@
+//! Runs the master daemon.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! The CoCalc proxy daemon, embeddable.

@@ -1,0 +1,3 @@
+//! Runs the proxy daemon.
+
+fn main() {}
