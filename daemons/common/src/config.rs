@@ -1,0 +1,203 @@
+//! One TOML file per daemon, every key also as `COCALC_<DAEMON>_<KEY>`.
+//!
+//! The environment wins over the file. A key in a table is written with the
+//! table's name in front, for instance `COCALC_HOST_LIMITS_PIDS` for
+//! `[limits] pids`. Unknown keys are refused by name; daemons derive
+//! `deny_unknown_fields`.
+
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+};
+
+use serde::de::DeserializeOwned;
+
+/// Why a configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The file cannot be read.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The text is not the TOML that the daemon expects.
+    #[error("{0}")]
+    Invalid(String),
+}
+
+/// What a daemon was called with.
+#[derive(Debug, Default, Eq, PartialEq)]
+pub struct Arguments {
+    /// The configuration file.
+    pub config: Option<PathBuf>,
+    /// Stop after validation.
+    pub check_config: bool,
+}
+
+/// What follows from the arguments.
+#[derive(Debug, Eq, PartialEq)]
+pub enum Parsed {
+    /// Go on with these.
+    Run(Arguments),
+    /// Print this and stop.
+    Answer(String),
+}
+
+impl Arguments {
+    /// Reads the arguments after the program's name.
+    ///
+    /// # Errors
+    ///
+    /// Unknown arguments, with the usage.
+    pub fn parse(
+        name: &str,
+        version: &str,
+        arguments: impl IntoIterator<Item = String>,
+    ) -> Result<Parsed, String> {
+        let usage = format!("usage: cocalc-{name} [--config FILE] [--check-config] [--version]");
+        let mut parsed = Self::default();
+        let mut arguments = arguments.into_iter();
+        while let Some(argument) = arguments.next() {
+            match argument.as_str() {
+                "--config" => {
+                    let file = arguments.next().ok_or_else(|| format!("--config needs a file\n{usage}"))?;
+                    parsed.config = Some(file.into());
+                }
+                "--check-config" => parsed.check_config = true,
+                "--version" => return Ok(Parsed::Answer(format!("cocalc-{name} {version}"))),
+                "--help" | "-h" => return Ok(Parsed::Answer(usage)),
+                other => return Err(format!("unknown argument {other:?}\n{usage}")),
+            }
+        }
+        Ok(Parsed::Run(parsed))
+    }
+}
+
+/// Loads the configuration of daemon `name` from `path` and the process's
+/// environment.
+///
+/// # Errors
+///
+/// Unreadable files, wrong values and unknown keys, naming the key.
+pub fn load<C: DeserializeOwned>(name: &str, path: Option<&Path>) -> Result<C, Error> {
+    let text = match path {
+        Some(path) => {
+            std::fs::read_to_string(path).map_err(|source| Error::Read { path: path.into(), source })?
+        }
+        None => String::new(),
+    };
+    let vars = std::env::vars_os()
+        .filter_map(|(key, value)| Some((key.into_string().ok()?, value.into_string().ok()?)));
+    parse(name, &text, vars)
+}
+
+/// Merges `text` and the variables of daemon `name` among `vars`.
+///
+/// # Errors
+///
+/// As [`load`].
+pub fn parse<C: DeserializeOwned>(
+    name: &str,
+    text: &str,
+    vars: impl IntoIterator<Item = (String, String)>,
+) -> Result<C, Error> {
+    let mut table: toml::Table = text.parse().map_err(|e: toml::de::Error| Error::Invalid(e.to_string()))?;
+    let tables: BTreeSet<String> =
+        table.iter().filter(|(_, value)| value.is_table()).map(|(key, _)| key.clone()).collect();
+    let prefix = format!("COCALC_{}_", name.to_ascii_uppercase());
+    for (variable, value) in vars {
+        let Some(key) = variable.strip_prefix(&prefix) else { continue };
+        let key = key.to_ascii_lowercase();
+        let value = scalar(value);
+        match tables.iter().find_map(|t| Some((t, key.strip_prefix(t.as_str())?.strip_prefix('_')?))) {
+            Some((parent, child)) => {
+                if let Some(toml::Value::Table(parent)) = table.get_mut(parent) {
+                    parent.insert(child.to_owned(), value);
+                }
+            }
+            None => {
+                table.insert(key, value);
+            }
+        }
+    }
+    // Serialized again, so that an error shows the line with the key at fault.
+    let merged = toml::to_string(&table).map_err(|e| Error::Invalid(e.to_string()))?;
+    toml::from_str(&merged).map_err(|e| Error::Invalid(e.to_string().trim_end().to_owned()))
+}
+
+/// A variable's value as TOML would have it: a number, truth value or list if
+/// it reads as one, and text otherwise.
+fn scalar(text: String) -> toml::Value {
+    let literal = format!("v = {text}").parse::<toml::Table>().ok().and_then(|mut table| table.remove("v"));
+    match literal {
+        Some(value @ (toml::Value::Integer(_) | toml::Value::Boolean(_) | toml::Value::Array(_))) => value,
+        _ => toml::Value::String(text),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, serde::Deserialize, PartialEq)]
+    #[serde(deny_unknown_fields)]
+    struct Config {
+        listen: String,
+        #[serde(default)]
+        lease_ms: u64,
+        #[serde(default)]
+        limits: Limits,
+    }
+
+    #[derive(Debug, Default, serde::Deserialize, PartialEq)]
+    #[serde(deny_unknown_fields)]
+    struct Limits {
+        pids: Option<u32>,
+    }
+
+    fn var(key: &str, value: &str) -> (String, String) {
+        (key.into(), value.into())
+    }
+
+    #[test]
+    fn the_environment_wins_over_the_file() {
+        let config: Config = parse(
+            "host",
+            "listen = 'a'\nlease_ms = 1\n[limits]\npids = 5",
+            [
+                var("COCALC_HOST_LEASE_MS", "2"),
+                var("COCALC_HOST_LIMITS_PIDS", "9"),
+                var("COCALC_PROXY_X", "1"),
+            ],
+        )
+        .unwrap();
+        assert_eq!(config, Config { listen: "a".into(), lease_ms: 2, limits: Limits { pids: Some(9) } });
+    }
+
+    #[test]
+    fn wrong_and_unknown_keys_are_named() {
+        let unknown = parse::<Config>("host", "listen = 'a'\nlisten_adress = 'b'", []).unwrap_err();
+        assert!(unknown.to_string().contains("listen_adress"), "{unknown}");
+        let unknown = parse::<Config>("host", "listen = 'a'", [var("COCALC_HOST_LEESE", "1")]).unwrap_err();
+        assert!(unknown.to_string().contains("leese"), "{unknown}");
+        let wrong = parse::<Config>("host", "listen = 'a'\nlease_ms = 'soon'", []).unwrap_err();
+        assert!(wrong.to_string().contains("lease_ms"), "{wrong}");
+        let missing = parse::<Config>("host", "", []).unwrap_err();
+        assert!(missing.to_string().contains("listen"), "{missing}");
+    }
+
+    #[test]
+    fn arguments_are_checked() {
+        let parse = |list: &[&str]| Arguments::parse("host", "1", list.iter().map(|s| (*s).to_owned()));
+        assert_eq!(
+            parse(&["--config", "a.toml", "--check-config"]),
+            Ok(Parsed::Run(Arguments { config: Some("a.toml".into()), check_config: true }))
+        );
+        assert!(parse(&["--config"]).is_err());
+        assert!(parse(&["serve"]).unwrap_err().contains("serve"));
+    }
+}
