@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Format, lints, documentation, licences, and the guards that keep light crates light.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+cargo fmt --all --check
+cargo clippy --workspace --all-targets -- -D warnings
+RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --quiet
+
+# An integrator who takes a light crate never builds what it does not need.
+guard() {
+  local crate=$1; shift
+  local tree forbidden
+  tree=$(cargo tree --package "$crate" --edges normal --prefix none --format '{p}' | cut -d' ' -f1 | sort -u)
+  for forbidden in "$@"; do
+    if grep -qx "$forbidden" <<<"$tree"; then
+      echo "$crate must not depend on $forbidden:" >&2
+      cargo tree --package "$crate" --edges normal --invert "$forbidden" >&2
+      exit 1
+    fi
+  done
+}
+guard cocalc-ids tokio
+guard cocalc-auth tokio hyper russh rusqlite rustic_core cocalc-core
+guard cocalc-core hyper russh rusqlite rustic_core rustls podman
+guard cocalc-storage hyper russh rusqlite rustls
+guard cocalc-podman hyper russh rusqlite rustls
+guard cocalc-http russh rusqlite
+guard cocalc-ssh hyper rusqlite
+guard cocalc-conat russh rusqlite
+
+if ! command -v cargo-deny >/dev/null; then
+  cargo install --quiet --locked cargo-deny --version 0.20.2
+fi
+cargo deny check licenses bans sources

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Installs the Debian packages that a goal of the Makefile needs, if they are
+# missing. As root it installs; otherwise it says what is missing and what
+# that costs, and goes on: the demo then uses the embedded backends.
+#
+#   .ci/setup.sh demo|test|bench
+set -euo pipefail
+
+goal=${1:?usage: setup.sh demo|test|bench}
+
+# What a host needs to run projects, and what the demo drives it with.
+packages=(
+  btrfs-progs ca-certificates conmon gcc iproute2 iptables libc6-dev mmdebstrap
+  netavark nftables openssh-client podman procps runc uidmap
+)
+case $goal in
+  demo) ;;
+  test) packages+=(
+          attr curl openssh-server python3 python3-cryptography python3-jwt rsync
+        ) ;;
+  bench) packages+=(curl nginx-light openssh-server wrk) ;;
+  *) echo "setup.sh: unknown goal $goal" >&2; exit 2 ;;
+esac
+# A newer Node.js than Debian's may be there already.
+if [ "$goal" = test ] && ! command -v npm >/dev/null; then packages+=(nodejs npm); fi
+if ! command -v cc >/dev/null; then packages+=(build-essential); fi
+
+missing=()
+for package in "${packages[@]}"; do
+  dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null | grep -qx installed || missing+=("$package")
+done
+[ ${#missing[@]} -eq 0 ] && exit 0
+
+if [ "$(id -u)" -ne 0 ]; then
+  echo "missing packages: ${missing[*]}" >&2
+  echo "install them as root: apt-get install ${missing[*]}" >&2
+  echo "going on without them: projects run as plain processes, without isolation" >&2
+  exit 0
+fi
+echo "installing ${missing[*]}"
+export DEBIAN_FRONTEND=noninteractive
+# An unreachable mirror may be cured by the packages already in the cache.
+apt-get update -qq || echo "apt-get update failed; trying with what is known" >&2
+apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Runs the tests: all crates, then the demo end to end on real Btrfs and podman.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# The daemons that the end-to-end tests start are built first, so that every
+# test finds them, and nothing is compiled twice.
+cargo build --workspace --bins
+cargo test --workspace --all-targets
+cargo test --workspace --doc

@@ -1,0 +1,51 @@
+# Everything a newcomer needs: `make demo`, `make test`. See README.md.
+
+CARGO ?= cargo
+ARGS ?=
+DEMO_DIR ?= ./cocalc-data
+
+.PHONY: demo build test test-full check advisories bench fuzz clean
+
+# Runs a federation on this machine; `make demo ARGS=--once` exercises it and
+# tears it down.
+demo: build
+	./target/debug/cocalc up --dir $(DEMO_DIR) $(ARGS)
+
+build:
+	@.ci/setup.sh demo
+	$(CARGO) build --workspace --bins
+
+# The tests that belong to every change.
+test:
+	@.ci/setup.sh demo
+	@.ci/setup.sh test
+	.ci/test.sh
+
+# The long ones too: whole fault matrices and big simulations.
+test-full:
+	@.ci/setup.sh demo
+	@.ci/setup.sh test
+	COCALC_TEST_FULL=1 .ci/test.sh
+
+# Format, lints, licences, documentation, dependency guards.
+check:
+	.ci/check.sh
+
+# Needs the advisory database from the network.
+advisories:
+	cargo deny check advisories
+
+# The performance table, as ratios to a peer in the same run.
+bench:
+	@.ci/setup.sh demo
+	@.ci/setup.sh bench
+	$(CARGO) build --release --workspace --bins
+	.ci/bench.sh
+
+# Each fuzz target for FUZZ_SECS seconds.
+fuzz:
+	.ci/fuzz.sh $(or $(FUZZ_SECS),300)
+
+clean:
+	-./target/debug/cocalc down --dir $(DEMO_DIR)
+	$(CARGO) clean
