@@ -24,6 +24,7 @@
 
 mod database;
 mod error;
+pub mod master;
 
 pub use database::{Database, Durability};
 pub use error::Error;
