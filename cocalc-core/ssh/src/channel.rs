@@ -1,0 +1,309 @@
+//! One channel of a user's connection: a process, or a connection to a port.
+
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::{Bytes, BytesMut};
+use cocalc_core::{
+    runner::{Error, ExecRequest, Exit, Process},
+    stream::{BoxStream, BoxWrite},
+    wake::Awake,
+};
+use russh::{
+    ChannelOpenFailure, ChannelWriteHalf, Sig,
+    server::{ChannelOpenHandle, Handle, Msg},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, split},
+    sync::mpsc,
+    time::{Instant, sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    Access, Login,
+    drive::{Control, Ended, Sink, drive},
+    input::InputReceiver,
+};
+
+/// How long a session waits for a stopped project to start.
+const WAKE_MAX: Duration = Duration::from_secs(180);
+/// How often it asks.
+const WAKE_EVERY: Duration = Duration::from_millis(300);
+/// How long starting a process or opening a port may take.
+const OPEN_MAX: Duration = Duration::from_secs(60);
+/// How long a message of ours waits for the client to take it.
+const SAY_MAX: Duration = Duration::from_secs(1);
+/// What OpenSSH returns when it, and not the remote command, failed.
+const OUR_FAILURE: u32 = 255;
+const STDERR: u32 = 1;
+
+/// The end of a channel that leads to the user.
+pub(crate) struct Outward {
+    write: ChannelWriteHalf<Msg>,
+    handle: Handle,
+    ended: AtomicBool,
+}
+
+/// Runs `request` in the project, from its start to the channel's end.
+///
+/// Dropping the future kills the process and says nothing to the user.
+pub(crate) async fn session(
+    outward: Outward,
+    login: Arc<Login>,
+    request: ExecRequest,
+    input: InputReceiver,
+    controls: mpsc::Receiver<Control>,
+    overflow: CancellationToken,
+) {
+    let pty = request.pty.is_some();
+    let run = async {
+        let access = match &*login {
+            Login::Open(access) => access,
+            Login::Moved(moved) => return Err(moved.to_string()),
+        };
+        let process = start(access, request, &outward).await?;
+        match drive(process, pty, |stdin| feed(input, stdin, pty), &outward, controls).await {
+            Ended::Exit(exit) => Ok(Some(exit)),
+            Ended::Lost(error) => {
+                tracing::warn!(project = %access.project, error = %cocalc_core::chain(&error), "a process was lost");
+                Err(format!("the process was lost: {error}"))
+            }
+            Ended::Abandoned => Ok(None),
+        }
+    };
+    let ended = tokio::select! {
+        ended = run => ended,
+        () = overflow.cancelled() => Err("the command does not read its input, and other channels wait".into()),
+    };
+    match ended {
+        Ok(Some(exit)) => outward.finish(exit).await,
+        Ok(None) => {
+            let _ = outward.write.close().await;
+        }
+        Err(reason) => {
+            outward.say(&reason, pty).await;
+            outward.close(OUR_FAILURE).await;
+        }
+    }
+}
+
+/// Connects the channel to a port of the project, once that port has accepted.
+pub(crate) async fn forward(
+    outward: Outward,
+    reply: ChannelOpenHandle,
+    login: Arc<Login>,
+    port: u16,
+    input: InputReceiver,
+    overflow: CancellationToken,
+) {
+    let Login::Open(access) = &*login else {
+        return reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await;
+    };
+    let stream = match dial(access, port).await {
+        Ok(stream) => stream,
+        Err(reason) => {
+            tracing::debug!(project = %access.project, port, reason, "a port was not forwarded");
+            return reply.reject(ChannelOpenFailure::ConnectFailed).await;
+        }
+    };
+    // Only now: what the server says first must find an open channel.
+    reply.accept().await;
+    let (mut from, to) = split(stream);
+    let inward = feed(input, Box::pin(to), false);
+    let outwards = async {
+        let mut buffer = BytesMut::new();
+        loop {
+            buffer.reserve(32 * 1024);
+            match (&mut from).take(32 * 1024).read_buf(&mut buffer).await {
+                Ok(0) | Err(_) => break,
+                Ok(_) if outward.write.data_bytes(buffer.split().freeze()).await.is_err() => return,
+                Ok(_) => {}
+            }
+        }
+        let _ = outward.write.eof().await;
+    };
+    tokio::select! {
+        _ = async { tokio::join!(inward, outwards) } => {}
+        () = overflow.cancelled() => {}
+    }
+    let _ = outward.write.close().await;
+}
+
+/// Writes what the user sends, until the user or the process ends it.
+async fn feed(mut input: InputReceiver, mut stdin: BoxWrite, pty: bool) {
+    while let Some(data) = input.next().await {
+        let written = async {
+            stdin.write_all(&data).await?;
+            stdin.flush().await
+        };
+        if written.await.is_err() {
+            // It reads no more: dropping the receiver drops what still comes.
+            return;
+        }
+    }
+    // A terminal has no half-close; sshd sends nothing either.
+    if !pty {
+        let _ = stdin.shutdown().await;
+    } else {
+        drop(input);
+        std::future::pending::<()>().await;
+    }
+}
+
+/// Starts the process, after the project if need be.
+async fn start(access: &Access, request: ExecRequest, outward: &Outward) -> Result<Process, String> {
+    let pty = request.pty.is_some();
+    let deadline = Instant::now() + WAKE_MAX;
+    loop {
+        wake(access, deadline, Some((outward, pty))).await?;
+        match timeout(OPEN_MAX, access.sessions.exec(access.project, request.clone())).await {
+            Ok(Ok(process)) => return Ok(process),
+            // It was stopped again just now.
+            Ok(Err(Error::NotRunning { .. })) if Instant::now() < deadline => sleep(WAKE_EVERY).await,
+            Ok(Err(error)) => {
+                tracing::info!(project = %access.project, error = %cocalc_core::chain(&error), "no process was started");
+                return Err(error.to_string());
+            }
+            Err(_) => return Err("the project does not answer".into()),
+        }
+    }
+}
+
+async fn dial(access: &Access, port: u16) -> Result<BoxStream, String> {
+    let deadline = Instant::now() + WAKE_MAX;
+    loop {
+        wake(access, deadline, None).await?;
+        match timeout(OPEN_MAX, access.sessions.dial(access.project, port)).await {
+            Ok(Ok(stream)) => return Ok(stream),
+            Ok(Err(Error::NotRunning { .. })) if Instant::now() < deadline => sleep(WAKE_EVERY).await,
+            Ok(Err(error)) => return Err(error.to_string()),
+            Err(_) => return Err("the port does not answer".into()),
+        }
+    }
+}
+
+/// Waits until the project runs, and tells `watcher` how far it is.
+async fn wake(access: &Access, deadline: Instant, watcher: Option<(&Outward, bool)>) -> Result<(), String> {
+    let mut said = String::new();
+    loop {
+        match timeout(OPEN_MAX, access.sessions.wake(access.project)).await {
+            Ok(Awake::Running) => return Ok(()),
+            Ok(Awake::Starting { phase }) if phase != said => {
+                if let Some((outward, pty)) = watcher {
+                    outward.say(&format!("the project is starting: {phase}"), pty).await;
+                }
+                said = phase;
+            }
+            Ok(Awake::Failed { reason }) => return Err(format!("the project cannot be started: {reason}")),
+            Ok(_) | Err(_) => {}
+        }
+        if Instant::now() >= deadline {
+            return Err(format!("the project did not start within {} s", WAKE_MAX.as_secs()));
+        }
+        sleep(WAKE_EVERY).await;
+    }
+}
+
+impl Outward {
+    pub(crate) fn new(write: ChannelWriteHalf<Msg>, handle: Handle) -> Self {
+        Self { write, handle, ended: AtomicBool::new(false) }
+    }
+
+    /// Tells the user something, beside the output of their command.
+    async fn say(&self, text: &str, pty: bool) {
+        if self.ended.load(Ordering::Relaxed) {
+            return;
+        }
+        let line_end = if pty { "\r\n" } else { "\n" };
+        let line = Bytes::from(format!("cocalc: {text}{line_end}"));
+        let _ = timeout(SAY_MAX, self.write.extended_data_bytes(STDERR, line)).await;
+    }
+
+    /// Says how the process ended, after all of its output, and closes.
+    async fn finish(&self, exit: Exit) {
+        match exit {
+            Exit::Code(code) => self.close(u32::from(code)).await,
+            Exit::Signal(name) => {
+                let _ = self
+                    .handle
+                    .exit_signal_request(self.write.id(), signal(&name), false, String::new(), String::new())
+                    .await;
+                let _ = self.write.close().await;
+            }
+        }
+    }
+
+    async fn close(&self, status: u32) {
+        let _ = self.end().await;
+        let _ = self.write.exit_status(status).await;
+        let _ = self.write.close().await;
+    }
+}
+
+impl Sink for Outward {
+    async fn stdout(&self, data: Bytes) -> io::Result<()> {
+        self.write.data_bytes(data).await.map_err(io::Error::other)
+    }
+
+    async fn stderr(&self, data: Bytes) -> io::Result<()> {
+        self.write.extended_data_bytes(STDERR, data).await.map_err(io::Error::other)
+    }
+
+    async fn end(&self) -> io::Result<()> {
+        if self.ended.swap(true, Ordering::Relaxed) {
+            return Ok(());
+        }
+        self.write.eof().await.map_err(io::Error::other)
+    }
+}
+
+/// A signal by its name without `SIG`.
+fn signal(name: &str) -> Sig {
+    match name {
+        "ABRT" => Sig::ABRT,
+        "ALRM" => Sig::ALRM,
+        "FPE" => Sig::FPE,
+        "HUP" => Sig::HUP,
+        "ILL" => Sig::ILL,
+        "INT" => Sig::INT,
+        "KILL" => Sig::KILL,
+        "PIPE" => Sig::PIPE,
+        "QUIT" => Sig::QUIT,
+        "SEGV" => Sig::SEGV,
+        "TERM" => Sig::TERM,
+        "USR1" => Sig::USR1,
+        other => Sig::Custom(other.to_owned()),
+    }
+}
+
+/// The name of a signal that a client asks for; `None` for what is no name.
+pub(crate) fn signal_name(signal: &Sig) -> Option<&str> {
+    Some(match signal {
+        Sig::ABRT => "ABRT",
+        Sig::ALRM => "ALRM",
+        Sig::FPE => "FPE",
+        Sig::HUP => "HUP",
+        Sig::ILL => "ILL",
+        Sig::INT => "INT",
+        Sig::KILL => "KILL",
+        Sig::PIPE => "PIPE",
+        Sig::QUIT => "QUIT",
+        Sig::SEGV => "SEGV",
+        Sig::TERM => "TERM",
+        Sig::USR1 => "USR1",
+        Sig::Custom(name)
+            if (1..=16).contains(&name.len())
+                && name.bytes().all(|b| b.is_ascii_uppercase() || b.is_ascii_digit()) =>
+        {
+            name
+        }
+        Sig::Custom(_) => return None,
+    })
+}

@@ -1,0 +1,560 @@
+//! One user's connection: authentication, and the channels it has.
+
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, HashMap},
+    net::IpAddr,
+    sync::Arc,
+    time::Instant,
+};
+
+use cocalc_core::{
+    auth::{Credential, Secret},
+    ids::ProjectId,
+    runner::{Command, ExecRequest, Pty, WindowSize},
+};
+use russh::{
+    ChannelId, ChannelOpenFailure, ChannelWriteHalf, MethodKind, MethodSet, Sig,
+    keys::Algorithm,
+    server::{Auth, ChannelOpenHandle, Handler, Msg, PublicKeyOffer, Response, Session, VerifiedPublicKey},
+};
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::JoinSet,
+    time::timeout,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    Attempt, Gate, Login, Refusal,
+    channel::{self, Outward, signal_name},
+    drive::Control,
+    environment,
+    host_keys::key_text,
+    input::{CONNECTION_BYTES_MAX, Credit, InputSender, REST, input},
+    line::Grip,
+    project_of_user,
+};
+
+/// The longest credential that is looked at; connect tokens are shorter.
+const CREDENTIAL_BYTES_MAX: usize = 4096;
+/// The longest command line.
+const COMMAND_BYTES_MAX: usize = 64 * 1024;
+/// The library keeps a few kilobytes of every channel that the server closed
+/// for as long as the connection lives. A client that has used so many opens
+/// another connection.
+const CHANNELS_EVER_MAX: usize = 10_000;
+/// How long a gate may think.
+const LOGIN_MAX: std::time::Duration = std::time::Duration::from_secs(60);
+
+/// The protocol library's handler of one connection. It never waits for a
+/// process or a port: whatever can wait is done in a task per channel.
+pub(crate) struct Connection {
+    gate: Arc<dyn Gate>,
+    source: Option<IpAddr>,
+    grip: Grip,
+    /// Ends everything of this connection.
+    over: CancellationToken,
+    channels_max: usize,
+    refusal: Option<Refusal>,
+    login: Option<Arc<Login>>,
+    announce: Option<oneshot::Sender<Arc<Login>>>,
+    channels: HashMap<ChannelId, State>,
+    channels_ever: usize,
+    tasks: JoinSet<ChannelId>,
+    credit: Credit,
+    granted: Option<u32>,
+}
+
+enum State {
+    /// Opened, and told about its session to be.
+    Waiting { write: ChannelWriteHalf<Msg>, env: BTreeMap<String, String>, pty: Option<Pty> },
+    /// Something runs in it.
+    Running {
+        input: Option<InputSender>,
+        controls: mpsc::Sender<Control>,
+        overflow: CancellationToken,
+        pty: bool,
+    },
+}
+
+impl Connection {
+    /// A handler that sends the login to the returned receiver.
+    pub(crate) fn new(
+        gate: Arc<dyn Gate>,
+        source: Option<IpAddr>,
+        grip: Grip,
+        over: CancellationToken,
+        channels_max: usize,
+    ) -> (Self, oneshot::Receiver<Arc<Login>>) {
+        let (announce, announced) = oneshot::channel();
+        let connection = Self {
+            gate,
+            source,
+            grip,
+            over,
+            channels_max,
+            refusal: None,
+            login: None,
+            announce: Some(announce),
+            channels: HashMap::new(),
+            channels_ever: 0,
+            tasks: JoinSet::new(),
+            credit: Credit::default(),
+            granted: None,
+        };
+        (connection, announced)
+    }
+
+    /// Decides on this one attempt: its user name and its credential together.
+    async fn attempt(&mut self, user: &str, credential: Credential) -> Auth {
+        let refusal = match project_of_user(user) {
+            None => Refusal::access_denied(),
+            Some(project) => match self.ask_gate(project, credential).await {
+                Ok(login) => {
+                    let login = Arc::new(login);
+                    self.login = Some(login.clone());
+                    if let Some(announce) = self.announce.take() {
+                        let _ = announce.send(login);
+                    }
+                    return Auth::Accept;
+                }
+                Err(refusal) => refusal,
+            },
+        };
+        self.refusal = Some(refusal);
+        reject(&METHODS)
+    }
+
+    async fn ask_gate(&self, project: ProjectId, credential: Credential) -> Result<Login, Refusal> {
+        let attempt = Attempt { project, credential, source: self.source };
+        match timeout(LOGIN_MAX, self.gate.login(attempt)).await {
+            Ok(decided) => decided,
+            Err(_) => {
+                tracing::warn!(%project, "an SSH login was not decided in time");
+                Err(Refusal::access_denied())
+            }
+        }
+    }
+
+    async fn attempt_token(&mut self, user: &str, token: &str) -> Auth {
+        let token = token.trim();
+        if token.len() > CREDENTIAL_BYTES_MAX {
+            self.refusal = Some(Refusal::access_denied());
+            return reject(&METHODS);
+        }
+        self.attempt(user, Credential::Token(Secret::new(token))).await
+    }
+
+    /// Forgets channels whose tasks have ended.
+    fn reap(&mut self) {
+        while let Some(ended) = self.tasks.try_join_next() {
+            match ended {
+                Ok(id) => drop(self.channels.remove(&id)),
+                Err(error) if error.is_panic() => tracing::error!(%error, "a channel's task panicked"),
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// Whether one more channel may be opened.
+    fn has_room(&mut self) -> bool {
+        self.reap();
+        if self.channels.len() >= self.channels_max || self.channels_ever >= CHANNELS_EVER_MAX {
+            return false;
+        }
+        self.channels_ever += 1;
+        true
+    }
+
+    /// Starts what a session was opened for; `false` if it cannot be.
+    fn start(&mut self, id: ChannelId, command: Command, session: &Session) -> bool {
+        let Some(login) = self.login.clone() else { return false };
+        let (write, env, pty) = match self.channels.remove(&id) {
+            Some(State::Waiting { write, env, pty }) => (write, env, pty),
+            Some(running) => {
+                self.channels.insert(id, running);
+                return false;
+            }
+            None => return false,
+        };
+        // The subsystem is a protocol: a terminal would mangle it.
+        let pty = if command == Command::Sftp { None } else { pty };
+        let request = ExecRequest { command, env, pty, user: None };
+        let has_pty = request.pty.is_some();
+        let (sender, receiver) = input();
+        let (controls, steered) = mpsc::channel(16);
+        let overflow = CancellationToken::new();
+        let outward = Outward::new(write, session.handle());
+        let run = channel::session(outward, login, request, receiver, steered, overflow.clone());
+        self.channels.insert(id, State::Running { input: Some(sender), controls, overflow, pty: has_pty });
+        self.spawn(id, run);
+        true
+    }
+
+    fn spawn(&mut self, id: ChannelId, run: impl Future<Output = ()> + Send + 'static) {
+        let over = self.over.clone();
+        self.tasks.spawn(async move {
+            // A revoked user's processes end at once, without a word.
+            let _ = over.run_until_cancelled_owned(run).await;
+            id
+        });
+    }
+
+    fn control(&self, id: ChannelId, control: Control) -> bool {
+        // A full queue belongs to a runner that hangs; the user's next resize
+        // or signal may get through.
+        matches!(self.channels.get(&id), Some(State::Running { controls, .. }) if controls.try_send(control).is_ok())
+    }
+
+    fn queued(&self, id: u32) -> usize {
+        self.channels.iter().find(|(key, _)| key.number() == id).map_or(0, |(_, state)| state.queued())
+    }
+
+    /// Takes what a client sent on a channel.
+    fn receive(&mut self, id: ChannelId, data: &[u8]) {
+        let Some(State::Running { input: Some(input), overflow, .. }) = self.channels.get(&id) else {
+            return;
+        };
+        let fits = input.push(data);
+        let queued = input.queued();
+        self.credit.note(id.number(), queued);
+        let total = || self.channels.values().map(State::queued).sum::<usize>();
+        if !fits || (self.credit.is_stalled(id.number()) && total() > CONNECTION_BYTES_MAX) {
+            tracing::info!(
+                channel = id.number(),
+                queued,
+                "a channel that does not read its input was closed"
+            );
+            overflow.cancel();
+            if let Some(State::Running { input, .. }) = self.channels.get_mut(&id) {
+                *input = None;
+            }
+            self.credit.note(id.number(), 0);
+        }
+        if self.granted.take().is_some_and(|granted| self.credit.rests(granted)) {
+            self.grip.rest(REST);
+        }
+    }
+}
+
+impl State {
+    fn queued(&self) -> usize {
+        match self {
+            Self::Running { input: Some(input), .. } => input.queued(),
+            _ => 0,
+        }
+    }
+}
+
+/// What may be tried, in the order in which clients try it.
+pub(crate) const METHODS: [MethodKind; 3] =
+    [MethodKind::PublicKey, MethodKind::KeyboardInteractive, MethodKind::Password];
+
+fn reject(methods: &[MethodKind]) -> Auth {
+    Auth::Reject { proceed_with_methods: Some(MethodSet::from(methods)), partial_success: false }
+}
+
+/// A size that a terminal can have; clients without one say 0.
+fn window_size(cols: u32, rows: u32) -> WindowSize {
+    let clamp = |value: u32, default| match u16::try_from(value) {
+        Ok(0) => default,
+        Ok(value) => value,
+        Err(_) => u16::MAX,
+    };
+    WindowSize { cols: clamp(cols, 80), rows: clamp(rows, 24) }
+}
+
+/// Whether a name means the project itself.
+fn is_loopback(host: &str) -> bool {
+    host.eq_ignore_ascii_case("localhost")
+        || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+impl Handler for Connection {
+    type Error = russh::Error;
+
+    async fn auth_publickey_offered(
+        &mut self,
+        _user: &str,
+        offer: PublicKeyOffer<'_>,
+    ) -> Result<Auth, Self::Error> {
+        // No decision on a key that is only claimed, and nothing is kept of
+        // it; only SHA-1 is refused right away.
+        if matches!(offer.algorithm, Algorithm::Rsa { hash: None }) {
+            return Ok(reject(&METHODS));
+        }
+        Ok(Auth::Accept)
+    }
+
+    async fn auth_publickey(&mut self, user: &str, key: VerifiedPublicKey<'_>) -> Result<Auth, Self::Error> {
+        let sha1 = matches!(key.algorithm, Algorithm::Rsa { hash: None });
+        match key_text(key.public_key) {
+            Some(text) if !sha1 && text.len() <= CREDENTIAL_BYTES_MAX => {
+                Ok(self.attempt(user, Credential::SshKey(text)).await)
+            }
+            _ => Ok(reject(&METHODS)),
+        }
+    }
+
+    async fn auth_password(&mut self, user: &str, password: &str) -> Result<Auth, Self::Error> {
+        Ok(self.attempt_token(user, password).await)
+    }
+
+    async fn auth_keyboard_interactive<'a>(
+        &'a mut self,
+        user: &str,
+        _submethods: &str,
+        response: Option<Response<'a>>,
+    ) -> Result<Auth, Self::Error> {
+        let answer = response.map(|mut answers| {
+            answers.next().and_then(|bytes| String::from_utf8(bytes.to_vec()).ok()).unwrap_or_default()
+        });
+        match answer {
+            // The only place where the protocol lets a server say why.
+            None => {
+                let reason = self.refusal.take().map_or_else(String::new, |refusal| refusal.message);
+                Ok(Auth::Partial {
+                    name: Cow::Borrowed(""),
+                    instructions: Cow::Owned(reason),
+                    prompts: Cow::Borrowed(&[(Cow::Borrowed("Connect token (empty to give up): "), false)]),
+                })
+            }
+            Some(token) if token.trim().is_empty() => Ok(reject(&[MethodKind::PublicKey])),
+            Some(token) => Ok(self.attempt_token(user, &token).await),
+        }
+    }
+
+    async fn channel_open_session(
+        &mut self,
+        channel: russh::Channel<Msg>,
+        reply: ChannelOpenHandle,
+        _session: &mut Session,
+    ) -> Result<(), Self::Error> {
+        if self.login.is_none() || !self.has_room() {
+            reply.reject(ChannelOpenFailure::ResourceShortage).await;
+            return Ok(());
+        }
+        let id = channel.id();
+        // Without the read half the library passes data to `data` below, and
+        // never waits for a reader.
+        let (_, write) = channel.split();
+        self.channels.insert(id, State::Waiting { write, env: BTreeMap::new(), pty: None });
+        reply.accept().await;
+        Ok(())
+    }
+
+    async fn channel_open_direct_tcpip(
+        &mut self,
+        channel: russh::Channel<Msg>,
+        host_to_connect: &str,
+        port_to_connect: u32,
+        _originator_address: &str,
+        _originator_port: u32,
+        reply: ChannelOpenHandle,
+        session: &mut Session,
+    ) -> Result<(), Self::Error> {
+        let port = u16::try_from(port_to_connect).ok().filter(|port| *port != 0);
+        let (Some(login), Some(port), true) = (self.login.clone(), port, is_loopback(host_to_connect)) else {
+            reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await;
+            return Ok(());
+        };
+        if !self.has_room() {
+            reply.reject(ChannelOpenFailure::ResourceShortage).await;
+            return Ok(());
+        }
+        let id = channel.id();
+        let (_, write) = channel.split();
+        let (sender, receiver) = input();
+        let (controls, _) = mpsc::channel(1);
+        let overflow = CancellationToken::new();
+        let outward = Outward::new(write, session.handle());
+        let run = channel::forward(outward, reply, login, port, receiver, overflow.clone());
+        self.channels.insert(id, State::Running { input: Some(sender), controls, overflow, pty: false });
+        self.spawn(id, run);
+        Ok(())
+    }
+
+    async fn channel_close(&mut self, channel: ChannelId, _session: &mut Session) -> Result<(), Self::Error> {
+        if let Some(State::Running { overflow, .. }) = self.channels.remove(&channel) {
+            // Its task ends, and with it the process.
+            overflow.cancel();
+        }
+        self.credit.note(channel.number(), 0);
+        self.reap();
+        Ok(())
+    }
+
+    async fn channel_eof(&mut self, channel: ChannelId, _session: &mut Session) -> Result<(), Self::Error> {
+        if let Some(State::Running { input, .. }) = self.channels.get_mut(&channel) {
+            *input = None;
+        }
+        Ok(())
+    }
+
+    async fn data(
+        &mut self,
+        channel: ChannelId,
+        data: &[u8],
+        _session: &mut Session,
+    ) -> Result<(), Self::Error> {
+        self.receive(channel, data);
+        Ok(())
+    }
+
+    fn adjust_window(&mut self, channel: ChannelId, current: u32) -> u32 {
+        for stalled in self.credit.stalled() {
+            let queued = self.queued(stalled);
+            self.credit.note(stalled, queued);
+        }
+        self.granted = Some(current);
+        self.credit.next(channel.number(), current, Instant::now())
+    }
+
+    async fn pty_request(
+        &mut self,
+        channel: ChannelId,
+        term: &str,
+        col_width: u32,
+        row_height: u32,
+        _pix_width: u32,
+        _pix_height: u32,
+        _modes: &[(russh::Pty, u32)],
+        session: &mut Session,
+    ) -> Result<(), Self::Error> {
+        let named = term.len() <= 64 && term.bytes().all(|b| b.is_ascii_graphic());
+        match self.channels.get_mut(&channel) {
+            Some(State::Waiting { pty, .. }) if named => {
+                let term = if term.is_empty() { "dumb" } else { term };
+                *pty = Some(Pty { term: term.to_owned(), size: window_size(col_width, row_height) });
+                session.channel_success(channel)
+            }
+            _ => session.channel_failure(channel),
+        }
+    }
+
+    async fn env_request(
+        &mut self,
+        channel: ChannelId,
+        variable_name: &str,
+        variable_value: &str,
+        session: &mut Session,
+    ) -> Result<(), Self::Error> {
+        let taken = match self.channels.get_mut(&channel) {
+            Some(State::Waiting { env, .. }) => environment::set(env, variable_name, variable_value),
+            _ => false,
+        };
+        reply(taken, channel, session)
+    }
+
+    async fn shell_request(&mut self, channel: ChannelId, session: &mut Session) -> Result<(), Self::Error> {
+        let started = self.start(channel, Command::Shell, session);
+        reply(started, channel, session)
+    }
+
+    async fn exec_request(
+        &mut self,
+        channel: ChannelId,
+        data: &[u8],
+        session: &mut Session,
+    ) -> Result<(), Self::Error> {
+        let started = match std::str::from_utf8(data) {
+            Ok(line) if line.len() <= COMMAND_BYTES_MAX && !line.contains('\0') => {
+                self.start(channel, Command::Line(line.to_owned()), session)
+            }
+            _ => false,
+        };
+        reply(started, channel, session)
+    }
+
+    async fn subsystem_request(
+        &mut self,
+        channel: ChannelId,
+        name: &str,
+        session: &mut Session,
+    ) -> Result<(), Self::Error> {
+        let started = name == "sftp" && self.start(channel, Command::Sftp, session);
+        reply(started, channel, session)
+    }
+
+    async fn window_change_request(
+        &mut self,
+        channel: ChannelId,
+        col_width: u32,
+        row_height: u32,
+        _pix_width: u32,
+        _pix_height: u32,
+        session: &mut Session,
+    ) -> Result<(), Self::Error> {
+        let size = window_size(col_width, row_height);
+        let has_pty = match self.channels.get_mut(&channel) {
+            Some(State::Waiting { pty: Some(pty), .. }) => {
+                pty.size = size;
+                true
+            }
+            Some(State::Running { pty: true, .. }) => self.control(channel, Control::Resize(size)),
+            _ => false,
+        };
+        reply(has_pty, channel, session)
+    }
+
+    async fn signal(
+        &mut self,
+        channel: ChannelId,
+        signal: Sig,
+        _session: &mut Session,
+    ) -> Result<(), Self::Error> {
+        if let Some(name) = signal_name(&signal) {
+            self.control(channel, Control::Signal(name.to_owned()));
+        }
+        Ok(())
+    }
+
+    async fn x11_request(
+        &mut self,
+        channel: ChannelId,
+        _single_connection: bool,
+        _x11_auth_protocol: &str,
+        _x11_auth_cookie: &str,
+        _x11_screen_number: u32,
+        session: &mut Session,
+    ) -> Result<(), Self::Error> {
+        session.channel_failure(channel)
+    }
+
+    async fn agent_request(
+        &mut self,
+        channel: ChannelId,
+        session: &mut Session,
+    ) -> Result<bool, Self::Error> {
+        session.channel_failure(channel)?;
+        Ok(false)
+    }
+}
+
+fn reply(done: bool, channel: ChannelId, session: &mut Session) -> Result<(), russh::Error> {
+    if done { session.channel_success(channel) } else { session.channel_failure(channel) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_project_itself_is_dialed() {
+        for inside in ["localhost", "LOCALHOST", "127.0.0.1", "127.1.2.3", "::1"] {
+            assert!(is_loopback(inside), "{inside}");
+        }
+        for outside in ["", "0.0.0.0", "10.0.0.1", "169.254.169.254", "localhost.example.com", "::", "127.1"]
+        {
+            assert!(!is_loopback(outside), "{outside}");
+        }
+    }
+
+    #[test]
+    fn a_terminal_has_a_possible_size() {
+        assert_eq!(window_size(0, 0), WindowSize { cols: 80, rows: 24 });
+        assert_eq!(window_size(132, 50), WindowSize { cols: 132, rows: 50 });
+        assert_eq!(window_size(u32::MAX, 1), WindowSize { cols: u16::MAX, rows: 1 });
+    }
+}

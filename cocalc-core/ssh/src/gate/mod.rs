@@ -1,0 +1,128 @@
+//! Who is let in, and to what.
+
+mod local;
+mod remote;
+
+use std::{fmt, net::IpAddr, sync::Arc};
+
+use async_trait::async_trait;
+use cocalc_core::{
+    auth::{Admission, Credential, Denial},
+    ids::ProjectId,
+};
+
+pub use local::LocalGate;
+pub use remote::RemoteGate;
+
+use crate::Sessions;
+
+/// Decides about logins.
+///
+/// # Contract
+///
+/// - `login` decides on this one attempt; nothing is remembered between
+///   attempts.
+/// - An unknown project and a forbidden one are refused in the same words.
+#[async_trait]
+pub trait Gate: fmt::Debug + Send + Sync + 'static {
+    /// Verifies and admits, or refuses.
+    async fn login(&self, attempt: Attempt) -> Result<Login, Refusal>;
+}
+
+/// Somebody asks to be let into a project. The possession of a key has been
+/// proved already.
+#[derive(Clone, Debug)]
+pub struct Attempt {
+    /// The project that is asked for.
+    pub project: ProjectId,
+    /// What proves who asks.
+    pub credential: Credential,
+    /// From where, as far as it is known.
+    pub source: Option<IpAddr>,
+}
+
+/// What an authenticated user gets.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Login {
+    /// The project.
+    Open(Access),
+    /// The news that the project is on another host.
+    Moved(Moved),
+}
+
+/// The right to use one project, until it is revoked.
+#[derive(Debug)]
+pub struct Access {
+    /// Which project.
+    pub project: ProjectId,
+    /// Its processes and ports.
+    pub sessions: Arc<dyn Sessions>,
+    /// Ends the connection when it is revoked.
+    pub admission: Admission,
+}
+
+/// Where a project has gone.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Moved {
+    /// Which project.
+    pub project: ProjectId,
+    /// The host that has it.
+    pub host: cocalc_core::ids::HostId,
+    /// `host:port` of that host's SSH server.
+    pub ssh: String,
+}
+
+impl fmt::Display for Moved {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { project, ssh, .. } = self;
+        match ssh.rsplit_once(':') {
+            Some((host, port)) => write!(
+                f,
+                "project {project} has moved to {ssh}: use  ssh -p {port} {project}@{}",
+                host.trim_start_matches('[').trim_end_matches(']')
+            ),
+            None => write!(f, "project {project} has moved to another host"),
+        }
+    }
+}
+
+/// Why somebody was not let in, in words that may be shown to anybody.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+#[error("{message}")]
+pub struct Refusal {
+    /// The stable code: `access_denied`, `token_expired`, `rate_limited` or
+    /// `unauthenticated`.
+    pub code: String,
+    /// For people.
+    pub message: String,
+}
+
+impl Refusal {
+    /// The refusal that tells nothing: of unknown projects, unknown keys, bad
+    /// tokens, and of hosts that do not answer.
+    pub fn access_denied() -> Self {
+        Self {
+            code: "access_denied".into(),
+            message:
+                "Access denied: there is no such project here, or this key or token does not open it, or \
+                      its host cannot be reached."
+                    .into(),
+        }
+    }
+}
+
+impl From<&Denial> for Refusal {
+    fn from(denial: &Denial) -> Self {
+        let (_, code) = denial.public();
+        let message = match denial {
+            Denial::TokenExpired => "The connect token has expired: get a new one.".to_owned(),
+            Denial::RateLimited { retry_after } => {
+                format!("Too many attempts: try again in {} s.", retry_after.as_secs().max(1))
+            }
+            Denial::Unauthenticated => "No credential was shown.".to_owned(),
+            _ => return Self::access_denied(),
+        };
+        Self { code: code.to_owned(), message }
+    }
+}

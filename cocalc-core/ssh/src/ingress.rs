@@ -1,0 +1,428 @@
+//! The SSH server: accepting, limiting, and ending connections.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    net::IpAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use cocalc_core::stream::BoxStream;
+use russh::{
+    Disconnect, MethodSet, SshId,
+    server::{Config, run_stream},
+};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    task::JoinSet,
+    time::{sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    Gate, HostKeys, Login,
+    algorithms::preferred,
+    connection::{Connection, METHODS},
+    input::WINDOW_BYTES,
+    line::{Grip, Line},
+};
+
+/// How long every refused login takes, so that its time tells nothing.
+const REFUSAL_TIME: Duration = Duration::from_millis(500);
+/// How long a client may take to hear that it is over.
+const FAREWELL_MAX: Duration = Duration::from_secs(1);
+
+/// Serves SSH to users: shells, commands, sftp and port forwarding in the
+/// project that their user name says, for whom a [`Gate`] lets in.
+#[derive(Clone)]
+pub struct SshIngress {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    gate: Arc<dyn Gate>,
+    config: Arc<Config>,
+    limits: Limits,
+    counts: Mutex<Counts>,
+}
+
+#[derive(Clone, Debug)]
+struct Limits {
+    login_grace: Duration,
+    connections_max: usize,
+    connections_per_address_max: usize,
+    logins_max: usize,
+    channels_max: usize,
+}
+
+/// Connections now; and of these, those that have not logged in.
+#[derive(Debug, Default)]
+struct Counts {
+    connections: usize,
+    logins: usize,
+    addresses: HashMap<IpAddr, usize>,
+}
+
+impl fmt::Debug for SshIngress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SshIngress").field("gate", &self.inner.gate).finish_non_exhaustive()
+    }
+}
+
+/// Configures an [`SshIngress`].
+#[derive(Debug)]
+pub struct SshIngressBuilder {
+    gate: Arc<dyn Gate>,
+    keys: HostKeys,
+    limits: Limits,
+    keepalive: Duration,
+}
+
+impl SshIngress {
+    /// Begins an ingress that lets in whom `gate` lets in, and that proves
+    /// itself with `keys`.
+    pub fn builder(gate: Arc<dyn Gate>, keys: HostKeys) -> SshIngressBuilder {
+        SshIngressBuilder {
+            gate,
+            keys,
+            limits: Limits {
+                login_grace: Duration::from_secs(60),
+                connections_max: 10_000,
+                connections_per_address_max: 256,
+                logins_max: 100,
+                channels_max: 128,
+            },
+            keepalive: Duration::from_secs(30),
+        }
+    }
+
+    /// Accepts connections from `listener` until `shutdown` resolves, then
+    /// ends those that are open, and returns when they are gone.
+    ///
+    /// It goes on when accepting fails, for instance because no file
+    /// descriptor is left.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future closes every connection.
+    pub async fn serve(&self, listener: TcpListener, shutdown: impl Future<Output = ()> + Send) {
+        let mut connections = JoinSet::new();
+        let over = CancellationToken::new();
+        let _guard = over.clone().drop_guard();
+        tokio::pin!(shutdown);
+        loop {
+            let accepted = tokio::select! {
+                () = &mut shutdown => break,
+                Some(_) = connections.join_next() => continue,
+                accepted = listener.accept() => accepted,
+            };
+            match accepted {
+                Ok((stream, peer)) => {
+                    let Some(place) = Place::take(&self.inner, Some(peer.ip())) else {
+                        tracing::debug!(%peer, "an SSH connection too many");
+                        continue;
+                    };
+                    prepare(&stream);
+                    let run = self.inner.clone().connection(Box::pin(stream), place, over.clone());
+                    connections.spawn(run);
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "an SSH connection was not accepted");
+                    // Out of descriptors or memory: what is open may end.
+                    tokio::select! {
+                        () = &mut shutdown => break,
+                        () = sleep(Duration::from_millis(100)) => {}
+                    }
+                }
+            }
+        }
+        over.cancel();
+        while connections.join_next().await.is_some() {}
+    }
+
+    /// Serves one connection that arrived some other way, for instance
+    /// through a tunnel, until it ends.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future closes the connection.
+    pub async fn serve_stream(&self, stream: BoxStream, source: Option<IpAddr>) {
+        if let Some(place) = Place::take(&self.inner, source) {
+            self.inner.clone().connection(stream, place, CancellationToken::new()).await;
+        }
+    }
+}
+
+impl SshIngressBuilder {
+    /// Ends connections that have not logged in after this long. Default: one
+    /// minute.
+    pub fn login_grace(mut self, limit: Duration) -> Self {
+        self.limits.login_grace = limit;
+        self
+    }
+
+    /// Refuses more connections than this. Default: 10,000.
+    pub fn connections_max(mut self, limit: usize) -> Self {
+        self.limits.connections_max = limit;
+        self
+    }
+
+    /// Refuses more connections than this from one address (IPv6: one /64
+    /// network). Default: 256.
+    pub fn connections_per_address_max(mut self, limit: usize) -> Self {
+        self.limits.connections_per_address_max = limit;
+        self
+    }
+
+    /// How many connections may be logging in at a time. From a third of it
+    /// on, new ones are refused at random, ever more of them (as OpenSSH's
+    /// `MaxStartups` does), so that nobody can keep all others out for sure.
+    /// Default: 100.
+    pub fn logins_max(mut self, limit: usize) -> Self {
+        self.limits.logins_max = limit;
+        self
+    }
+
+    /// Refuses more channels than this at a time in one connection. Default:
+    /// 128.
+    pub fn channels_max(mut self, limit: usize) -> Self {
+        self.limits.channels_max = limit;
+        self
+    }
+
+    /// Asks a silent client after this long whether it is alive; after four
+    /// without an answer its connection ends. Default: 30 seconds.
+    pub fn keepalive(mut self, interval: Duration) -> Self {
+        self.keepalive = interval;
+        self
+    }
+
+    /// Makes the ingress.
+    pub fn build(self) -> SshIngress {
+        let config = Config {
+            server_id: SshId::Standard("SSH-2.0-CoCalc".into()),
+            methods: MethodSet::from(&METHODS[..]),
+            auth_rejection_time: REFUSAL_TIME,
+            // Every client begins with this one, which tells nothing.
+            auth_rejection_time_initial: Some(Duration::ZERO),
+            keys: self.keys.keys,
+            window_size: WINDOW_BYTES,
+            maximum_packet_size: 32 * 1024,
+            // Output waits in the processes, not here: a full queue in front
+            // of a slow client is what a keystroke's echo waits behind.
+            event_buffer_size: 8,
+            channel_buffer_size: 1,
+            preferred: preferred(),
+            max_auth_attempts: 10,
+            inactivity_timeout: Some(Duration::from_secs(600)),
+            keepalive_interval: Some(self.keepalive),
+            keepalive_max: 3,
+            nodelay: true,
+            ..Config::default()
+        };
+        SshIngress {
+            inner: Arc::new(Inner {
+                gate: self.gate,
+                config: Arc::new(config),
+                limits: self.limits,
+                counts: Mutex::default(),
+            }),
+        }
+    }
+}
+
+fn prepare(stream: &TcpStream) {
+    // Without it the connection works, only slower.
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(%error, "cannot turn Nagle's algorithm off");
+    }
+}
+
+impl Inner {
+    #[tracing::instrument(name = "ssh.connection", skip_all, fields(source = ?place.source))]
+    async fn connection(self: Arc<Self>, stream: BoxStream, mut place: Place, shutdown: CancellationToken) {
+        let grip = Grip::default();
+        let over = CancellationToken::new();
+        // However this future ends, nothing of the connection is left.
+        let _cut = CutOnDrop(grip.clone());
+        let _over = over.clone().drop_guard();
+        let (handler, announced) = Connection::new(
+            self.gate.clone(),
+            place.source,
+            grip.clone(),
+            over.clone(),
+            self.limits.channels_max,
+        );
+        let line = Line::new(stream, grip.clone());
+        let grace = sleep(self.limits.login_grace);
+        tokio::pin!(grace);
+        let started = tokio::select! {
+            started = run_stream(self.config.clone(), line, handler) => started,
+            () = &mut grace => return,
+            () = shutdown.cancelled() => return,
+        };
+        let mut session = match started {
+            Ok(session) => session,
+            Err(error) => {
+                tracing::debug!(%error, "an SSH connection did not begin");
+                return;
+            }
+        };
+        let handle = session.handle();
+        let login = tokio::select! {
+            login = announced => login.ok(),
+            _ = &mut session => return,
+            () = &mut grace => {
+                tracing::debug!("an SSH client did not log in in time");
+                None
+            }
+            () = shutdown.cancelled() => None,
+        };
+        let reason = match login {
+            None => "goodbye".to_owned(),
+            Some(login) => {
+                place.logged_in();
+                let revoked = async {
+                    match &*login {
+                        Login::Open(access) => access.admission.revoked().await,
+                        // It has nothing that could be revoked.
+                        Login::Moved(_) => std::future::pending().await,
+                    }
+                };
+                tokio::select! {
+                    ended = &mut session => {
+                        tracing::debug!(?ended, "an SSH connection ended");
+                        return;
+                    }
+                    reason = revoked => {
+                        tracing::info!(%reason, "an SSH connection was ended");
+                        "your access has ended".to_owned()
+                    }
+                    () = shutdown.cancelled() => "the server is shutting down".to_owned(),
+                }
+            }
+        };
+        // First what the user runs ends, then they are told.
+        over.cancel();
+        let farewell = async {
+            let _ = handle.disconnect(Disconnect::ByApplication, reason, String::new()).await;
+            let _ = (&mut session).await;
+        };
+        let _ = timeout(FAREWELL_MAX, farewell).await;
+        grip.cut();
+        // The cut line makes the library's task end.
+        let _ = timeout(FAREWELL_MAX, &mut session).await;
+    }
+}
+
+struct CutOnDrop(Grip);
+
+impl Drop for CutOnDrop {
+    fn drop(&mut self) {
+        self.0.cut();
+    }
+}
+
+/// A connection in the counts.
+struct Place {
+    inner: Arc<Inner>,
+    source: Option<IpAddr>,
+    logging_in: bool,
+}
+
+impl Place {
+    fn take(inner: &Arc<Inner>, source: Option<IpAddr>) -> Option<Self> {
+        let limits = &inner.limits;
+        let mut counts = inner.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let network = source.map(network);
+        let same = network.and_then(|address| counts.addresses.get(&address)).copied().unwrap_or(0);
+        if counts.connections >= limits.connections_max
+            || same >= limits.connections_per_address_max
+            || refuses(counts.logins, limits.logins_max, random_percent())
+        {
+            return None;
+        }
+        counts.connections += 1;
+        counts.logins += 1;
+        if let Some(address) = network {
+            *counts.addresses.entry(address).or_default() += 1;
+        }
+        Some(Self { inner: inner.clone(), source, logging_in: true })
+    }
+
+    fn logged_in(&mut self) {
+        if std::mem::take(&mut self.logging_in) {
+            self.inner.counts.lock().unwrap_or_else(PoisonError::into_inner).logins -= 1;
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.logged_in();
+        let mut counts = self.inner.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        counts.connections -= 1;
+        if let Some(address) = self.source.map(network)
+            && let Some(count) = counts.addresses.get_mut(&address)
+        {
+            *count -= 1;
+            if *count == 0 {
+                counts.addresses.remove(&address);
+            }
+        }
+    }
+}
+
+/// What one party controls: an address, or an IPv6 network of a site.
+fn network(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(v6) => IpAddr::V6((v6.to_bits() & !u128::from(u64::MAX)).into()),
+        v4 => v4,
+    }
+}
+
+/// Whether one more login is refused while `logins` are under way.
+fn refuses(logins: usize, max: usize, percent: usize) -> bool {
+    let begin = max / 3;
+    if logins < begin {
+        return false;
+    }
+    if logins >= max {
+        return true;
+    }
+    let share = 30 + 70 * (logins - begin) / (max - begin);
+    percent < share
+}
+
+fn random_percent() -> usize {
+    let mut byte = [0];
+    // Without randomness it refuses like a fixed limit.
+    match getrandom::fill(&mut byte) {
+        Ok(()) => usize::from(byte[0]) * 100 / 256,
+        Err(_) => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn logins_are_refused_ever_more_often() {
+        assert!(!refuses(0, 100, 0));
+        assert!(!refuses(32, 100, 0));
+        assert!(refuses(33, 100, 29) && !refuses(33, 100, 30));
+        assert!(refuses(99, 100, 90));
+        assert!(refuses(100, 100, 99));
+        assert!(refuses(0, 0, 99));
+    }
+
+    #[test]
+    fn a_site_counts_as_one() {
+        let a = network("2001:db8::1".parse().unwrap());
+        assert_eq!(a, network("2001:db8::ffff:2".parse().unwrap()));
+        assert_ne!(a, network("2001:db8:0:1::1".parse().unwrap()));
+        assert_eq!(network("::ffff:10.0.0.1".parse().unwrap()), network("10.0.0.1".parse().unwrap()));
+    }
+}
