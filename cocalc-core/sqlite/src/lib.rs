@@ -24,7 +24,9 @@
 
 mod database;
 mod error;
+mod host_ledger;
 pub mod master;
 
 pub use database::{Database, Durability};
 pub use error::Error;
+pub use host_ledger::HostLedger;
