@@ -11,6 +11,11 @@
 //! | [`peer`] | short assertions, with which a host or proxy signs in |
 //! | [`key_file`] | secrets on disk, mode 0600 |
 //! | [`stream`] | the frames from the master to a host |
+//! | [`acl`] | what is allowed now: the cache that the stream feeds |
+//! | [`store`] | what of it outlives the process |
+//! | [`session`] | browser sessions |
+//! | [`limit`] | rate limits |
+//! | [`audit`] | the hash-chained log of decisions |
 //!
 //! It is not an account system, and no generic JWT library: it verifies its
 //! own two kinds of tokens, and refuses everything else.
@@ -43,11 +48,16 @@
 mod compact;
 mod public_key;
 
+pub mod acl;
+pub mod audit;
 pub mod identity;
 pub mod jwks;
 pub mod key_file;
+pub mod limit;
 pub mod mint;
 pub mod peer;
+pub mod session;
+pub mod store;
 pub mod stream;
 pub mod token;
 

@@ -26,6 +26,9 @@ pub const PUBLISHED_BEFORE: Duration = Duration::from_secs(24 * 3600);
 pub const SIGNS_FOR: Duration = Duration::from_secs(30 * 24 * 3600);
 /// Rotating faster than tokens expire keeps at most this many old keys.
 const PREVIOUS_MAX: usize = 8;
+/// The names of withdrawn keys are told to hosts that were away; older ones
+/// have long been forgotten by every lease.
+const WITHDRAWN_MAX: usize = 64;
 
 /// The keys that sign connect tokens. It prints nothing of its secrets, and
 /// wipes them from memory when it is dropped.
@@ -36,6 +39,7 @@ pub struct SigningRing {
     current: Pair,
     /// Public keys only: a key that no longer signs has no secret any more.
     previous: Vec<Retired>,
+    withdrawn: Vec<String>,
 }
 
 /// A key that signs or will sign. `SigningKey` wipes itself on drop.
@@ -92,6 +96,7 @@ impl SigningRing {
             next: Pair::generate(algorithm, now)?,
             current: Pair::generate(algorithm, now)?,
             previous: Vec::new(),
+            withdrawn: Vec::new(),
         })
     }
 
@@ -171,6 +176,10 @@ impl SigningRing {
                 return Ok(false);
             }
         }
+        self.withdrawn.push(kid.to_owned());
+        if self.withdrawn.len() > WITHDRAWN_MAX {
+            self.withdrawn.remove(0);
+        }
         self.version += 1;
         Ok(true)
     }
@@ -192,7 +201,7 @@ impl SigningRing {
             alg: key.alg.name().to_owned(),
         });
         let keys = [self.next.public(), self.current.public()].into_iter().chain(retired).collect();
-        PublicRing { version: self.version, keys }
+        PublicRing { version: self.version, keys, withdrawn: self.withdrawn.clone() }
     }
 
     /// Mints a token that begins now.
@@ -250,6 +259,7 @@ impl SigningRing {
             next: StoredPair::from(&self.next),
             current: StoredPair::from(&self.current),
             previous: self.previous.clone(),
+            withdrawn: self.withdrawn.clone(),
         };
         // Large enough never to move, for a move leaves a copy behind.
         let mut bytes = Zeroizing::new(Vec::with_capacity(8192));
@@ -278,6 +288,7 @@ impl SigningRing {
             next: stored.next.pair()?,
             current: stored.current.pair()?,
             previous: stored.previous,
+            withdrawn: stored.withdrawn,
         })
     }
 }
@@ -299,6 +310,7 @@ struct Stored {
     next: StoredPair,
     current: StoredPair,
     previous: Vec<Retired>,
+    withdrawn: Vec<String>,
 }
 
 #[derive(Deserialize, Serialize)]

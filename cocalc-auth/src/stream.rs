@@ -115,6 +115,10 @@ pub struct PublicRing {
     pub version: u64,
     /// Next, current and previous; tokens of any of them are valid.
     pub keys: Vec<RingKey>,
+    /// Keys that were withdrawn, as opposed to retired after their last token
+    /// had expired: what their tokens opened ends too.
+    #[serde(default)]
+    pub withdrawn: Vec<String>,
 }
 
 /// One public key of the ring.
