@@ -1,0 +1,216 @@
+//! Where everything is on the volume, and how it is found.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+};
+
+use cocalc_core::{
+    ids::{ImageDigest, ProjectId, SnapshotName, Timestamp, VolumeUuid},
+    storage::{Error, Snapshot, Volume},
+};
+use rustix::fs::{Mode, OFlags};
+use serde::{Deserialize, Serialize};
+
+use super::sys;
+use crate::failure::{Doing as _, Failure};
+
+/// The file that says whose volume this is.
+pub(super) const MARKER: &str = ".cocalc-volume";
+/// The layout that this code writes and reads.
+pub(super) const VERSION: u32 = 1;
+/// The directories of the layout.
+pub(super) const DIRECTORIES: [&str; 5] = ["projects", "snapshots", "images", "staging", "trash"];
+
+/// The content of [`MARKER`].
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Marker {
+    /// The version of the layout.
+    pub(super) layout: u32,
+    /// Identifies the volume.
+    pub(super) id: VolumeUuid,
+}
+
+/// The open volume.
+#[derive(Debug)]
+pub(super) struct Layout {
+    pub(super) root: PathBuf,
+    pub(super) root_fd: File,
+}
+
+/// A subvolume: an open descriptor of its root, and what the kernel knows.
+#[derive(Debug)]
+pub(super) struct Subvolume {
+    pub(super) fd: File,
+    pub(super) info: sys::SubvolInfo,
+}
+
+impl Subvolume {
+    pub(super) fn uuid(&self) -> VolumeUuid {
+        VolumeUuid::from_bytes(self.info.uuid)
+    }
+}
+
+impl Layout {
+    pub(super) fn projects(&self) -> PathBuf {
+        self.root.join("projects")
+    }
+
+    pub(super) fn project(&self, project: ProjectId) -> PathBuf {
+        self.projects().join(project.to_string())
+    }
+
+    /// A subvolume itself, outside the project's quota group: its tree id,
+    /// which the kernel never gives twice, is the group's number, and
+    /// snapshots can be made and deleted in it when the quota is full.
+    pub(super) fn snapshots(&self, project: ProjectId) -> PathBuf {
+        self.root.join("snapshots").join(project.to_string())
+    }
+
+    pub(super) fn snapshot(&self, project: ProjectId, name: &SnapshotName) -> PathBuf {
+        self.snapshots(project).join(name.as_str())
+    }
+
+    pub(super) fn images(&self) -> PathBuf {
+        self.root.join("images")
+    }
+
+    pub(super) fn image(&self, digest: &ImageDigest) -> PathBuf {
+        self.images().join(digest.to_string())
+    }
+
+    pub(super) fn staging(&self) -> PathBuf {
+        self.root.join("staging")
+    }
+
+    pub(super) fn trash(&self) -> PathBuf {
+        self.root.join("trash")
+    }
+
+    /// The live volume.
+    pub(super) fn live(&self, project: ProjectId) -> Result<Option<Subvolume>, Failure> {
+        subvolume(&self.project(project))
+    }
+
+    /// The live volume, as the contract shows it.
+    pub(super) fn volume(&self, project: ProjectId) -> Result<Option<Volume>, Failure> {
+        let live = self.live(project)?;
+        Ok(live.map(|live| Volume { project, uuid: live.uuid(), path: Some(self.project(project)) }))
+    }
+
+    /// A finished snapshot. One that is still writable is being received.
+    pub(super) fn find(&self, project: ProjectId, name: &SnapshotName) -> Result<Option<Subvolume>, Failure> {
+        let found = subvolume(&self.snapshot(project, name))?;
+        Ok(found.filter(|subvolume| subvolume.info.read_only))
+    }
+
+    /// A finished snapshot that must be there.
+    pub(super) fn need(&self, project: ProjectId, name: &SnapshotName) -> Result<Subvolume, Failure> {
+        let found = self.find(project, name)?;
+        found.ok_or_else(|| Error::NoSnapshot { project, name: name.clone() }.into())
+    }
+
+    /// The finished snapshots, oldest first.
+    pub(super) fn list_snapshots(&self, project: ProjectId) -> Result<Vec<Snapshot>, Failure> {
+        let mut found = Vec::new();
+        for entry in entries(&self.snapshots(project))? {
+            // What does not parse is ours and hidden, or nobody's.
+            let Ok(name) = entry.parse::<SnapshotName>() else { continue };
+            if let Some(subvolume) = self.find(project, &name)? {
+                let info = &subvolume.info;
+                // Clocks go back; transactions don't.
+                found.push((info.created_transid, info.tree, snapshot(project, &name, info)));
+            }
+        }
+        found.sort_by_key(|(transaction, tree, _)| (*transaction, *tree));
+        Ok(found.into_iter().map(|(_, _, snapshot)| snapshot).collect())
+    }
+
+    /// Makes what was done survive a loss of power.
+    pub(super) fn commit(&self) -> Result<(), Failure> {
+        sys::commit(&self.root_fd).doing("write the volume out")
+    }
+}
+
+/// A snapshot, as the contract shows it.
+pub(super) fn snapshot(project: ProjectId, name: &SnapshotName, info: &sys::SubvolInfo) -> Snapshot {
+    let (secs, nanos) = info.created;
+    let millis = i64::try_from(secs).unwrap_or(0).saturating_mul(1000) + i64::from(nanos / 1_000_000);
+    Snapshot {
+        project,
+        name: name.clone(),
+        uuid: VolumeUuid::from_bytes(info.uuid),
+        origin: origin(info),
+        created: Timestamp::from_millis(millis),
+    }
+}
+
+/// The uuid that a snapshot has on every host.
+pub(super) fn origin(info: &sys::SubvolInfo) -> VolumeUuid {
+    let received = info.received_uuid;
+    VolumeUuid::from_bytes(if received == [0; 16] { info.uuid } else { received })
+}
+
+/// Opens a directory without following a link in its place.
+pub(super) fn open_directory(path: &Path) -> io::Result<File> {
+    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::RDONLY;
+    Ok(rustix::fs::open(path, flags, Mode::empty())?.into())
+}
+
+/// Opens the subvolume at `path`; `None` if nothing is there.
+pub(super) fn subvolume(path: &Path) -> Result<Option<Subvolume>, Failure> {
+    let fd = match open_directory(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        other => other.doing("open a subvolume")?,
+    };
+    if !sys::is_subvolume(&fd).doing("look at a subvolume")? {
+        return Err(Failure::Wrong(format!("{} is not a subvolume", path.display())));
+    }
+    let info = sys::subvolume_info(&fd).doing("look at a subvolume")?;
+    Ok(Some(Subvolume { fd, info }))
+}
+
+/// Opens the subvolume at `path`, which must be there.
+pub(super) fn need_subvolume(path: &Path) -> Result<Subvolume, Failure> {
+    subvolume(path)?.ok_or_else(|| Failure::Wrong(format!("{} has vanished", path.display())))
+}
+
+/// The names in a directory, without those that are not UTF-8, which are not
+/// ours; empty if there is none.
+pub(super) fn entries(path: &Path) -> Result<Vec<String>, Failure> {
+    let directory = match fs::read_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.doing("list a directory")?,
+    };
+    let mut names = Vec::new();
+    for entry in directory {
+        if let Ok(name) = entry.doing("list a directory")?.file_name().into_string() {
+            names.push(name);
+        }
+    }
+    Ok(names)
+}
+
+/// Makes a directory that only we may enter; one that exists is kept.
+pub(super) fn private_directory(path: &Path) -> io::Result<()> {
+    match fs::DirBuilder::new().mode(0o700).create(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            fs::set_permissions(path, fs::Permissions::from_mode(0o700))
+        }
+        other => other,
+    }
+}
+
+/// Writes a small file so that it is there whole or not at all.
+pub(super) fn write_atomically(path: &Path, content: &[u8]) -> io::Result<()> {
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(".new");
+    let mut file = File::create(&temporary)?;
+    io::Write::write_all(&mut file, content)?;
+    // The name must not be durable before the content is.
+    file.sync_all()?;
+    fs::rename(&temporary, path)
+}

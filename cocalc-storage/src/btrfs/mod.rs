@@ -1,0 +1,285 @@
+//! Project volumes as Btrfs subvolumes.
+
+mod guard;
+mod images;
+mod layout;
+mod open;
+mod quota;
+mod receive;
+mod recover;
+mod send;
+mod sys;
+mod volumes;
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use cocalc_core::{
+    ids::{ProjectId, SnapshotName},
+    storage::{
+        Capabilities, Error, Result, SendHeader, SendStream, Snapshot, Storage, Usage, UsageSource, Volume,
+        VolumeOptions,
+    },
+    stream::BoxRead,
+};
+
+pub use guard::{Refused, StreamGuard};
+pub use images::ImageError;
+pub use open::{BtrfsBuilder, OpenError, Probe, probe};
+pub use quota::QuotaKind;
+
+use crate::{
+    failure::{Doing as _, Failure},
+    locks::Locks,
+};
+use layout::Layout;
+use quota::Quotas;
+use sys::Qgroup;
+
+/// The name in [`Capabilities::backend`] and in headers of streams.
+pub const BACKEND: &str = "btrfs";
+
+/// Project volumes as Btrfs subvolumes, with snapshots, quotas, and full and
+/// delta streams. Clones are one store.
+///
+/// Below its directory, which only root may enter:
+///
+/// | path | what it is |
+/// |---|---|
+/// | `projects/<id>` | the live volume: `home/`, which is the user's, and `system/` |
+/// | `snapshots/<id>/<name>` | read-only snapshots |
+/// | `images/<digest>` | read-only root file systems |
+/// | `staging/` | what is being made; emptied when the store opens |
+/// | `trash/` | quota groups that still have to go |
+///
+/// Subvolumes that a project makes inside its own are not in its snapshots,
+/// and go when the volume goes.
+#[derive(Clone, Debug)]
+pub struct Btrfs(Arc<Store>);
+
+#[derive(Debug)]
+struct Store {
+    layout: Layout,
+    quotas: Option<Quotas>,
+    weaknesses: Vec<String>,
+    stall_limit: Duration,
+    locks: Locks,
+    /// Holds the lock that keeps a second process out.
+    _marker: std::fs::File,
+}
+
+impl Btrfs {
+    /// Where snapshot `name` of `project` is, if it is there.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSnapshot`] if there is none of that name.
+    pub async fn snapshot_path(&self, project: ProjectId, name: &SnapshotName) -> Result<PathBuf> {
+        let name = name.clone();
+        self.blocking(project, "find a snapshot of", move |store| {
+            store.layout.need(project, &name)?;
+            Ok(store.layout.snapshot(project, &name))
+        })
+        .await
+    }
+
+    /// Bytes that are free on the volume, as the file system estimates them.
+    ///
+    /// # Errors
+    ///
+    /// Those of `statvfs`.
+    pub fn free_bytes(&self) -> std::io::Result<u64> {
+        let stat = rustix::fs::fstatvfs(&self.0.layout.root_fd)?;
+        Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+    }
+
+    /// The directory that this store owns.
+    pub fn path(&self) -> &std::path::Path {
+        &self.0.layout.root
+    }
+
+    /// Runs `work` where it may block, to its end even if the caller is gone.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        project: ProjectId,
+        operation: &'static str,
+        work: impl FnOnce(&Store) -> Result<T, Failure> + Send + 'static,
+    ) -> Result<T> {
+        let store = Arc::clone(&self.0);
+        let joined = tokio::task::spawn_blocking(move || work(&store)).await;
+        let done = joined.unwrap_or_else(|error| Err(Failure::Wrong(error.to_string())));
+        done.map_err(|failure| failure.public(BACKEND, project, operation))
+    }
+
+    /// The same, when it is the project's turn.
+    async fn exclusive<T: Send + 'static>(
+        &self,
+        project: ProjectId,
+        operation: &'static str,
+        work: impl FnOnce(&Store) -> Result<T, Failure> + Send + 'static,
+    ) -> Result<T> {
+        let turn = self.0.locks.lock(project).await;
+        self.blocking(project, operation, move |store| {
+            let _turn = turn;
+            work(store)
+        })
+        .await
+    }
+}
+
+#[async_trait]
+impl Storage for Btrfs {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            backend: BACKEND.to_owned(),
+            deltas: true,
+            quotas: self.0.quotas.is_some(),
+            weaknesses: self.0.weaknesses.clone(),
+        }
+    }
+
+    async fn create(&self, project: ProjectId, options: &VolumeOptions) -> Result<Volume> {
+        let options = options.clone();
+        self.exclusive(project, "create", move |store| store.create(project, &options)).await
+    }
+
+    async fn volume(&self, project: ProjectId) -> Result<Volume> {
+        self.blocking(project, "find", move |store| {
+            Ok(store.layout.volume(project)?.ok_or(Error::NotFound { project })?)
+        })
+        .await
+    }
+
+    async fn list(&self) -> Result<Vec<Volume>> {
+        let store = Arc::clone(&self.0);
+        let listed = tokio::task::spawn_blocking(move || store.list()).await;
+        // A listing is of no project; the nil id says so.
+        let nobody = ProjectId::from_bytes([0; 16]);
+        listed
+            .unwrap_or_else(|error| Err(Failure::Wrong(error.to_string())))
+            .map_err(|failure| failure.public(BACKEND, nobody, "list"))
+    }
+
+    async fn delete(&self, project: ProjectId) -> Result<()> {
+        self.exclusive(project, "delete", move |store| store.delete(project)).await
+    }
+
+    async fn snapshot(&self, project: ProjectId, name: &SnapshotName) -> Result<Snapshot> {
+        let name = name.clone();
+        self.exclusive(project, "snapshot", move |store| store.snapshot(project, &name)).await
+    }
+
+    async fn snapshots(&self, project: ProjectId) -> Result<Vec<Snapshot>> {
+        self.blocking(project, "list the snapshots of", move |store| store.layout.list_snapshots(project))
+            .await
+    }
+
+    async fn delete_snapshot(&self, project: ProjectId, name: &SnapshotName) -> Result<()> {
+        let name = name.clone();
+        self.exclusive(project, "delete a snapshot of", move |store| store.delete_snapshot(project, &name))
+            .await
+    }
+
+    async fn restore(
+        &self,
+        project: ProjectId,
+        name: &SnapshotName,
+        former: &SnapshotName,
+    ) -> Result<Volume> {
+        let (name, former) = (name.clone(), former.clone());
+        self.exclusive(project, "restore", move |store| store.restore(project, &name, &former)).await
+    }
+
+    async fn set_aside(&self, project: ProjectId, keep_as: &SnapshotName) -> Result<Snapshot> {
+        let keep_as = keep_as.clone();
+        self.exclusive(project, "set aside", move |store| store.set_aside(project, &keep_as)).await
+    }
+
+    async fn clone_volume(
+        &self,
+        source: ProjectId,
+        name: &SnapshotName,
+        target: ProjectId,
+        options: &VolumeOptions,
+    ) -> Result<Volume> {
+        self.clone_from(source, name, target, options).await
+    }
+
+    async fn usage(&self, project: ProjectId) -> Result<Usage> {
+        self.blocking(project, "measure", move |store| store.usage(project)).await
+    }
+
+    async fn set_limit(&self, project: ProjectId, limit_bytes: Option<u64>) -> Result<()> {
+        self.exclusive(project, "limit", move |store| store.set_limit(project, limit_bytes)).await
+    }
+
+    async fn send(
+        &self,
+        project: ProjectId,
+        name: &SnapshotName,
+        base: Option<&SnapshotName>,
+    ) -> Result<SendStream> {
+        self.send_stream(project, name, base).await
+    }
+
+    async fn receive(&self, header: &SendHeader, stream: BoxRead) -> Result<Snapshot> {
+        self.receive_stream(header, stream).await
+    }
+}
+
+impl Store {
+    /// The project's quota group, if there are quotas and the project has
+    /// anything here.
+    fn group(&self, project: ProjectId) -> Result<Option<Qgroup>, Failure> {
+        if self.quotas.is_none() {
+            return Ok(None);
+        }
+        let holder = layout::subvolume(&self.layout.snapshots(project))?;
+        Ok(holder.map(|holder| Qgroup::level_1(holder.info.tree)))
+    }
+
+    /// Makes what every project has: the subvolume of its snapshots, whose
+    /// tree id names its quota group, and the group.
+    fn ensure_project(&self, project: ProjectId) -> Result<Option<Qgroup>, Failure> {
+        let path = self.layout.snapshots(project);
+        if layout::subvolume(&path)?.is_none() {
+            let parent = layout::open_directory(&self.layout.root.join("snapshots"));
+            let parent = parent.doing("open the directory of snapshots")?;
+            sys::create_subvolume(&parent, &project.to_string(), None).doing("make a place for snapshots")?;
+        }
+        let group = self.group(project)?;
+        if let (Some(quotas), Some(group)) = (&self.quotas, group) {
+            quotas.ensure(&self.layout.root_fd, group)?;
+        }
+        Ok(group)
+    }
+
+    fn usage(&self, project: ProjectId) -> Result<Usage, Failure> {
+        let group = self.group(project)?;
+        if let (Some(quotas), Some(group)) = (&self.quotas, group) {
+            quotas.ensure(&self.layout.root_fd, group)?;
+            return quotas.usage(group);
+        }
+        let volume = self.layout.volume(project)?;
+        let path = volume.and_then(|volume| volume.path).ok_or(Error::NotFound { project })?;
+        Ok(Usage {
+            charged_bytes: crate::walk::occupied(&path)?,
+            limit_bytes: None,
+            source: UsageSource::Walk,
+        })
+    }
+
+    fn set_limit(&self, project: ProjectId, limit_bytes: Option<u64>) -> Result<(), Failure> {
+        if self.quotas.is_none() {
+            return Err(Error::Unsupported {
+                backend: BACKEND,
+                operation: "limit a project: it has no quotas",
+            }
+            .into());
+        }
+        let group = self.group(project)?.ok_or(Error::NotFound { project })?;
+        self.ensure_project(project)?;
+        sys::limit_group(&self.layout.root_fd, group, limit_bytes).doing("limit the quota group")?;
+        self.layout.commit()
+    }
+}

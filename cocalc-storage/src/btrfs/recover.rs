@@ -1,0 +1,217 @@
+//! What was begun and not finished: intents, staging, and their removal.
+//!
+//! A step that is one call to the kernel needs no intent. An operation that
+//! must take a snapshot *and* change the live volume writes first, durably,
+//! what has to be undone if the change does not come.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use cocalc_core::ids::{ImageDigest, ProjectId, SnapshotName, VolumeUuid};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Store,
+    layout::{self, entries, need_subvolume, subvolume},
+    sys::{self, Qgroup},
+};
+use crate::failure::{Doing as _, Failure};
+
+/// What an operation is about to do.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(tag = "intent", rename_all = "snake_case", deny_unknown_fields)]
+pub(super) enum Intent {
+    /// To keep the live volume as snapshot `kept` and put something else, or
+    /// nothing, in its place. If `live` is still in its place, it was not done.
+    Replace { project: ProjectId, live: VolumeUuid, kept: SnapshotName },
+    /// To put a subvolume in a snapshot's place and then make it read-only,
+    /// which is when it counts.
+    Snapshot { project: ProjectId, name: SnapshotName },
+    /// The same for an image.
+    Image { digest: ImageDigest },
+    /// To delete all of a project.
+    Delete { project: ProjectId },
+}
+
+const INTENT: &str = ".intent";
+const GROUP: &str = "group-";
+
+/// A place in staging that is emptied and removed when this is dropped.
+#[derive(Debug)]
+pub(super) struct Staged<'a> {
+    store: &'a Store,
+    pub(super) name: String,
+    pub(super) group: Option<Qgroup>,
+}
+
+impl Staged<'_> {
+    pub(super) fn path(&self) -> PathBuf {
+        self.store.layout.staging().join(&self.name)
+    }
+}
+
+impl Drop for Staged<'_> {
+    fn drop(&mut self) {
+        if let Err(failure) = self.store.remove_staged(&self.name, self.group) {
+            let error = cocalc_core::chain(&failure);
+            tracing::warn!(error, name = self.name, "staging is left until the store opens again");
+        }
+    }
+}
+
+impl Store {
+    /// A fresh name in staging, where the caller makes a subvolume.
+    pub(super) fn stage(&self, group: Option<Qgroup>) -> Staged<'_> {
+        Staged { store: self, name: VolumeUuid::random().to_string(), group }
+    }
+
+    /// Removes the subvolume of this name in staging, if it is there.
+    pub(super) fn remove_staged(&self, name: &str, group: Option<Qgroup>) -> Result<(), Failure> {
+        match subvolume(&self.layout.staging().join(name))? {
+            Some(staged) => self.destroy(staged.info.tree, group),
+            None => Ok(()),
+        }
+    }
+
+    /// Destroys a subvolume and all that are in it.
+    pub(super) fn destroy(&self, tree: u64, group: Option<Qgroup>) -> Result<(), Failure> {
+        let root = &self.layout.root_fd;
+        // A post-order walk without recursion: a project can nest deeply.
+        let mut todo = vec![(tree, false)];
+        while let Some((tree, emptied)) = todo.pop() {
+            let inner = if emptied {
+                Vec::new()
+            } else {
+                sys::children(root, tree).doing("list nested subvolumes")?
+            };
+            if inner.is_empty() {
+                match sys::destroy_subvolume(root, tree) {
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                    other => other.doing("delete a subvolume")?,
+                }
+                continue;
+            }
+            if let Some(group) = group {
+                // Removing a name takes space in the tree that holds it, and a
+                // full quota would refuse even that. Outside the group it has
+                // no limit. Where it is not a member, there is nothing to do.
+                let _ = sys::leave_group(root, Qgroup::of_subvolume(tree), group);
+            }
+            todo.push((tree, true));
+            todo.extend(inner.into_iter().map(|tree| (tree, false)));
+        }
+        Ok(())
+    }
+
+    /// Writes down, durably, what is about to be done.
+    fn intend(&self, intent: &Intent) -> Result<PathBuf, Failure> {
+        let path = self.layout.staging().join(format!("{}{INTENT}", VolumeUuid::random()));
+        let text = serde_json::to_vec(intent).map_err(|error| Failure::Wrong(error.to_string()))?;
+        layout::write_atomically(&path, &text).doing("write an intent")?;
+        let directory = layout::open_directory(&self.layout.staging()).doing("open staging")?;
+        directory.sync_all().doing("write an intent")?;
+        Ok(path)
+    }
+
+    /// Finishes or undoes an operation, by what the volume shows of it.
+    fn settle(&self, intent: &Intent) -> Result<(), Failure> {
+        match intent {
+            Intent::Delete { project } => self.delete_all(*project),
+            Intent::Snapshot { project, name } => {
+                self.remove_writable(&self.layout.snapshot(*project, name), self.group(*project)?)
+            }
+            Intent::Image { digest } => self.remove_writable(&self.layout.image(digest), None),
+            Intent::Replace { project, live, kept } => {
+                let in_place = self.layout.live(*project)?.is_some_and(|found| found.uuid() == *live);
+                if !in_place {
+                    return Ok(());
+                }
+                match subvolume(&self.layout.snapshot(*project, kept))? {
+                    Some(found) if found.info.parent_uuid == *live.as_bytes() => {
+                        self.destroy(found.info.tree, self.group(*project)?)
+                    }
+                    _ => Ok(()),
+                }
+            }
+        }
+    }
+
+    fn remove_writable(&self, path: &Path, group: Option<Qgroup>) -> Result<(), Failure> {
+        match subvolume(path)? {
+            Some(found) if !found.info.read_only => self.destroy(found.info.tree, group),
+            _ => Ok(()),
+        }
+    }
+
+    /// Does `work` between writing the intent and removing it, and undoes it
+    /// if it fails.
+    pub(super) fn intending<T>(
+        &self,
+        intent: &Intent,
+        work: impl FnOnce() -> Result<T, Failure>,
+    ) -> Result<T, Failure> {
+        let path = self.intend(intent)?;
+        let done = work();
+        if done.is_err() {
+            // If this fails too, the intent stays for the next opening.
+            self.settle(intent)?;
+        }
+        self.layout.commit()?;
+        fs::remove_file(&path).doing("remove an intent")?;
+        done
+    }
+
+    /// Brings the volume, just opened, to a state in which every operation was
+    /// done or was not.
+    pub(super) fn recover(&self) -> Result<(), Failure> {
+        let staging = self.layout.staging();
+        let (intents, others): (Vec<_>, Vec<_>) =
+            entries(&staging)?.into_iter().partition(|name| name.ends_with(INTENT));
+        for name in intents {
+            let path = staging.join(&name);
+            match serde_json::from_slice(&fs::read(&path).doing("read an intent")?) {
+                Ok(intent) => {
+                    tracing::info!(?intent, "settling what was cut off");
+                    self.settle(&intent)?;
+                }
+                // Intents are durable before anything is done, so nothing was.
+                Err(error) => tracing::warn!(name, %error, "an intent cannot be read"),
+            }
+            self.layout.commit()?;
+            fs::remove_file(&path).doing("remove an intent")?;
+        }
+        for name in others {
+            let path = staging.join(&name);
+            if path.is_dir() {
+                self.destroy(need_subvolume(&path)?.info.tree, None)?;
+            } else {
+                fs::remove_file(&path).doing("empty staging")?;
+            }
+        }
+        self.remove_groups();
+        self.layout.commit()
+    }
+
+    /// Remembers a quota group that has to go when the kernel has cleaned up
+    /// what it counted.
+    pub(super) fn bury_group(&self, group: Qgroup) -> Result<(), Failure> {
+        let name = format!("{GROUP}{}", group.number());
+        fs::File::create(self.layout.trash().join(name)).doing("remember a quota group")?;
+        Ok(())
+    }
+
+    /// Removes the remembered quota groups that can go by now.
+    pub(super) fn remove_groups(&self) {
+        for name in entries(&self.layout.trash()).unwrap_or_default() {
+            let Some(number) = name.strip_prefix(GROUP).and_then(|number| number.parse().ok()) else {
+                continue;
+            };
+            if sys::destroy_group(&self.layout.root_fd, Qgroup::level_1(number)).is_ok() {
+                // If this fails, it is tried again with a group that is gone.
+                let _ = fs::remove_file(self.layout.trash().join(name));
+            }
+        }
+    }
+}
