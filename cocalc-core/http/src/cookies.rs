@@ -1,0 +1,244 @@
+//! The session cookie: its names, how it is set, read and kept from apps.
+//!
+//! Cookies ignore ports, so the name carries the host's id. Each session has
+//! two spellings. The *secure* one is what browsers keep, also in frames:
+//! `Secure; SameSite=None; Partitioned`; on a project's own origin with the
+//! `__Host-` prefix, which no other origin can set. The *plain* one exists on
+//! unencrypted HTTP only, where nothing can be kept from the network anyhow:
+//! curl and other programs that don't know that loopback is trustworthy would
+//! not send the secure one. It is `SameSite=Lax`.
+
+use cocalc_core::{auth::Secret, ids::HostId};
+use http::{HeaderMap, HeaderValue, header};
+
+const MARK: &str = "cocalc-session-";
+const SESSION_SECS: u64 = 30 * 24 * 3600;
+
+/// Where a cookie is to be sent, and over what.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Scope<'a> {
+    /// The external path of the project: empty on its own origin.
+    pub(crate) mount: &'a str,
+    /// Whether the user came over HTTPS.
+    pub(crate) https: bool,
+}
+
+/// The fields that set a session cookie.
+pub(crate) fn set_session(host: HostId, value: &Secret, scope: Scope<'_>) -> Vec<String> {
+    let value = value.expose();
+    let prefix = if scope.mount.is_empty() { "__Host-" } else { "" };
+    let path = format!("{}/", scope.mount);
+    let common = format!("Path={path}; Max-Age={SESSION_SECS}; HttpOnly");
+    let mut cookies =
+        vec![format!("{prefix}{MARK}{host}={value}; {common}; Secure; SameSite=None; Partitioned")];
+    if !scope.https {
+        cookies.push(format!("{MARK}http-{host}={value}; {common}; SameSite=Lax"));
+    }
+    cookies
+}
+
+/// The session cookie of this host among a request's cookies.
+#[derive(Debug)]
+pub(crate) enum Found {
+    None,
+    One(Secret),
+    /// The same name with different values: somebody planted one.
+    Conflict,
+}
+
+pub(crate) fn find_session(headers: &HeaderMap, host: HostId, own_origin: bool) -> Found {
+    // On an own origin, only the prefix proves that no sibling set the cookie.
+    let secure = if own_origin { format!("__Host-{MARK}{host}") } else { format!("{MARK}{host}") };
+    let plain = format!("{MARK}http-{host}");
+    for wanted in [secure, plain] {
+        let mut found: Option<&str> = None;
+        for (name, value) in pairs(headers) {
+            if name == wanted {
+                match found {
+                    Some(before) if before != value => return Found::Conflict,
+                    _ => found = Some(value),
+                }
+            }
+        }
+        if let Some(value) = found {
+            return Found::One(Secret::new(value));
+        }
+    }
+    Found::None
+}
+
+/// Whether any cookie looks like a session of ours.
+pub(crate) fn has_session(headers: &HeaderMap) -> bool {
+    pairs(headers).any(|(name, _)| is_ours(name))
+}
+
+/// Removes every session cookie of ours, of whatever host, from a request.
+pub(crate) fn strip(headers: &mut HeaderMap) {
+    if !headers.contains_key(header::COOKIE) {
+        return;
+    }
+    let mut unreadable = false;
+    let kept: Vec<&str> = headers
+        .get_all(header::COOKIE)
+        .iter()
+        .filter_map(|value| {
+            // What cannot be read might hide one of ours.
+            let text = str::from_utf8(value.as_bytes()).ok();
+            unreadable |= text.is_none();
+            text
+        })
+        .flat_map(|value| value.split(';'))
+        .map(str::trim)
+        .filter(|pair| !pair.is_empty() && !is_ours(pair.split('=').next().unwrap_or(pair)))
+        .collect();
+    let kept = kept.join("; ");
+    headers.remove(header::COOKIE);
+    if !kept.is_empty()
+        && let Ok(value) = HeaderValue::from_bytes(kept.as_bytes())
+    {
+        headers.insert(header::COOKIE, value);
+    }
+    if unreadable {
+        tracing::debug!("dropped a cookie field that is not text");
+    }
+}
+
+/// What an app's `Set-Cookie` may become: no other domain, no name of ours, and
+/// in path routing no path outside the app. `taken` is the prefix that the app
+/// does not see.
+pub(crate) fn confine(field: &HeaderValue, mount: &str, taken: &str) -> Option<HeaderValue> {
+    let field = str::from_utf8(field.as_bytes()).ok()?;
+    let mut attributes = field.split(';');
+    let pair = attributes.next()?;
+    if is_ours(pair.split('=').next()?) {
+        return None;
+    }
+    let mut confined = pair.trim().to_owned();
+    let mut path = None;
+    for attribute in attributes {
+        let attribute = attribute.trim();
+        let (name, value) = attribute.split_once('=').unwrap_or((attribute, ""));
+        let name = name.trim();
+        if name.eq_ignore_ascii_case("domain") || attribute.is_empty() {
+            continue;
+        }
+        if name.eq_ignore_ascii_case("path") {
+            path = Some(value.trim());
+            continue;
+        }
+        confined.push_str("; ");
+        confined.push_str(attribute);
+    }
+    let inside =
+        |path: &str| path.strip_prefix(mount).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+    let path = match path.filter(|path| path.starts_with('/')) {
+        // Without a path, browsers take the directory of the request.
+        None => None,
+        Some(path) if !taken.is_empty() && !inside(path) => Some(format!("{taken}{path}")),
+        Some(path) if inside(path) => Some(path.to_owned()),
+        Some(_) => Some(format!("{mount}/")),
+    };
+    if let Some(path) = path {
+        confined.push_str("; Path=");
+        confined.push_str(&path);
+    }
+    HeaderValue::from_bytes(confined.as_bytes()).ok()
+}
+
+fn pairs(headers: &HeaderMap) -> impl Iterator<Item = (&str, &str)> {
+    headers
+        .get_all(header::COOKIE)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(';'))
+        .filter_map(|pair| pair.trim().split_once('='))
+}
+
+/// Whether a cookie name is one that only the ingress may set, in any spelling
+/// that a browser or server could take for it.
+fn is_ours(name: &str) -> bool {
+    name.to_ascii_lowercase().contains(MARK)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cookies(values: &[&str]) -> HeaderMap {
+        values.iter().map(|value| (header::COOKIE, HeaderValue::from_str(value).unwrap())).collect()
+    }
+
+    #[test]
+    fn each_place_has_its_cookie() {
+        let host = HostId::random();
+        let value = Secret::new("v");
+        let own = set_session(host, &value, Scope { mount: "", https: true });
+        assert_eq!(own.len(), 1);
+        assert!(own[0].starts_with(&format!("__Host-cocalc-session-{host}=v; Path=/; ")), "{own:?}");
+        assert!(own[0].ends_with("; HttpOnly; Secure; SameSite=None; Partitioned"), "{own:?}");
+        let by_path = set_session(host, &value, Scope { mount: "/b/id", https: false });
+        assert!(by_path[0].starts_with(&format!("cocalc-session-{host}=v; Path=/b/id/; ")), "{by_path:?}");
+        assert!(!by_path[1].contains("Secure") && by_path[1].contains("SameSite=Lax"), "{by_path:?}");
+    }
+
+    #[test]
+    fn sessions_are_found_and_conflicts_refused() {
+        let host = HostId::random();
+        let other = HostId::random();
+        let name = format!("cocalc-session-{host}");
+        let find = |fields: &[&str], own| match find_session(&cookies(fields), host, own) {
+            Found::None => "none".to_owned(),
+            Found::One(value) => value.expose().to_owned(),
+            Found::Conflict => "conflict".to_owned(),
+        };
+        assert_eq!(find(&["a=b"], false), "none");
+        assert_eq!(find(&[&format!("a=b; {name}=x")], false), "x");
+        assert_eq!(find(&["a=b", &format!("{name}=x; c=d")], false), "x");
+        assert_eq!(find(&[&format!("{name}=x; {name}=x")], false), "x");
+        assert_eq!(find(&[&format!("{name}=x; {name}=y")], false), "conflict");
+        assert_eq!(find(&[&format!("{name}=x")], true), "none");
+        assert_eq!(find(&[&format!("__Host-{name}=z; {name}=x")], true), "z");
+        assert_eq!(find(&[&format!("cocalc-session-http-{host}=p")], true), "p");
+        assert_eq!(find(&[&format!("cocalc-session-{other}=x")], false), "none");
+    }
+
+    #[test]
+    fn apps_see_only_their_cookies() {
+        let host = HostId::random();
+        let mut headers = cookies(&[
+            &format!("a=b; __Host-cocalc-session-{host}=x;c=d"),
+            &format!("COCALC-session-http-{host}=x"),
+            "e=f",
+        ]);
+        strip(&mut headers);
+        assert_eq!(headers.get(header::COOKIE).unwrap(), "a=b; c=d; e=f");
+        assert_eq!(headers.get_all(header::COOKIE).iter().count(), 1);
+        let mut headers = cookies(&[&format!("cocalc-session-{host}=x")]);
+        strip(&mut headers);
+        assert!(headers.is_empty());
+    }
+
+    #[test]
+    fn cookies_of_apps_are_confined() {
+        let confined = |field: &str, mount: &str, taken: &str| {
+            confine(&HeaderValue::from_str(field).unwrap(), mount, taken)
+                .map(|field| field.to_str().unwrap().to_owned())
+        };
+        let keeps = |field, mount, taken, expected: &str| {
+            assert_eq!(confined(field, mount, taken).as_deref(), Some(expected), "{field}");
+        };
+        keeps("a=b; Path=/; HttpOnly", "", "", "a=b; HttpOnly; Path=/");
+        keeps("a=b; DOMAIN=.localhost; Secure", "", "", "a=b; Secure");
+        keeps("a=b", "", "", "a=b");
+        keeps("a=b; Path=/", "/id", "", "a=b; Path=/id/");
+        keeps("a=b; Path=/idx/", "/id", "", "a=b; Path=/id/");
+        keeps("a=b; Path=/id/port/80/", "/id", "", "a=b; Path=/id/port/80/");
+        keeps("a=b; Path=/", "/id", "/id/proxy/80", "a=b; Path=/id/proxy/80/");
+        keeps("a=b; Path=/x", "/id", "/id/proxy/80", "a=b; Path=/id/proxy/80/x");
+        keeps("a=b; Path=/id/x", "/id", "/id/proxy/80", "a=b; Path=/id/x");
+        keeps("a=b; Path=evil", "/id", "/id/proxy/80", "a=b");
+        assert_eq!(confined("cocalc-session-x=y", "", ""), None);
+        assert_eq!(confined("__Host-Cocalc-Session-x=y; Secure; Path=/", "", ""), None);
+        assert_eq!(confined(" __host-cocalc-session-x=y", "/id", ""), None);
+    }
+}

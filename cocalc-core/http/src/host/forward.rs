@@ -1,0 +1,307 @@
+//! A request to an app, and its response.
+
+use std::{sync::Arc, time::Duration};
+
+use cocalc_core::{
+    auth::{Admission, Denial, Principal},
+    chain,
+    ids::{Action, ProjectId},
+    runner,
+    stream::BoxStream,
+    wake::Awake,
+};
+use http::{HeaderName, Request, Response, StatusCode, header, uri::PathAndQuery};
+use hyper::{body::Incoming, upgrade::OnUpgrade};
+use tokio::time::{sleep, timeout};
+
+use super::{Asked, Inner, Rest, respond::App, session::question};
+use crate::{
+    body::Body,
+    headers::{self, X_FORWARDED_FOR, X_FORWARDED_HOST, X_FORWARDED_PREFIX, X_FORWARDED_PROTO},
+    path::What,
+    pool::{Key, Lease},
+    problem::{Problem, escape, page},
+    server::Connection,
+    upstream::{self, Codes},
+    websocket::{self, Wish},
+};
+
+const CODES: Codes = Codes { what: "The app", failed: "app_error", timed_out: "app_timeout" };
+
+/// A request that waits longer than this is watched for a change of rights.
+const SHORT: Duration = Duration::from_millis(200);
+
+const WAKE_LIMIT: Duration = Duration::from_secs(5);
+
+/// Who a request is for, once it was admitted.
+struct Watch<'a> {
+    inner: &'a Inner,
+    principal: &'a Principal,
+    project: ProjectId,
+    action: Action,
+    admission: Option<Arc<Admission>>,
+}
+
+impl Watch<'_> {
+    /// Registers the connection, once.
+    async fn admit(&mut self) -> Result<Arc<Admission>, Problem> {
+        if let Some(admission) = &self.admission {
+            return Ok(admission.clone());
+        }
+        let admitted = self.inner.auth.admit(self.principal, self.project, self.action).await;
+        let admission = Arc::new(admitted.map_err(|denial| self.inner.denied(self.project, &denial))?);
+        self.admission = Some(admission.clone());
+        Ok(admission)
+    }
+}
+
+async fn revoked(admission: Arc<Admission>) -> Denial {
+    admission.revoked().await
+}
+
+impl Inner {
+    pub(super) async fn forward(
+        &self,
+        asked: Asked<'_>,
+        rest: Rest,
+        principal: &Principal,
+        action: Action,
+        port: u16,
+    ) -> Result<Response<Body>, Problem> {
+        let project = asked.place.project;
+        let app = App::of(&asked, principal);
+        let websocket = asked.wish == Wish::WebSocket;
+        let mut watch = Watch { inner: self, principal, project, action, admission: None };
+        let Rest { body, upgrade, connection } = rest;
+        let mut request = outgoing(asked, body)?;
+        let upgrade = upgrade.filter(|_| websocket);
+
+        if websocket || upstream::is_long(request.body()) {
+            let admission = watch.admit().await?;
+            request = request.map(|body| body.until(revoked(admission)));
+        }
+        let dial = || self.dial(project, port);
+        let exchange = upstream::exchange(
+            &self.pool,
+            Key::App(project, port),
+            &self.limits,
+            CODES,
+            request,
+            websocket,
+            dial,
+        );
+        let mut exchange = std::pin::pin!(exchange);
+        let mut early = None;
+        if watch.admission.is_none() {
+            tokio::select! {
+                response = exchange.as_mut() => early = Some(response),
+                () = sleep(SHORT) => {}
+            }
+        }
+        let (response, lease) = match early {
+            Some(response) => response?,
+            None => {
+                let admission = watch.admit().await?;
+                tokio::select! {
+                    response = exchange.as_mut() => response?,
+                    denial = revoked(admission) => return Err(self.denied(project, &denial)),
+                }
+            }
+        };
+        self.pass_back(response, lease, watch, app, upgrade, connection).await
+    }
+
+    /// Turns the app's response into the user's.
+    async fn pass_back(
+        &self,
+        mut response: Response<Incoming>,
+        lease: Lease,
+        mut watch: Watch<'_>,
+        app: App,
+        upgrade: Option<OnUpgrade>,
+        connection: Connection,
+    ) -> Result<Response<Body>, Problem> {
+        let switched = websocket::is_switched(response.status(), response.headers());
+        if let (Some(client), true) = (upgrade, switched) {
+            let admission = watch.admit().await?;
+            let upstream = hyper::upgrade::on(&mut response);
+            let upstream = async move { Ok(upstream::boxed(upstream.await?)) };
+            let ended = async move { drop(revoked(admission).await) };
+            upstream::join(&connection, &self.limits, client, upstream, ended);
+            self.websockets.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            let (mut parts, _) = response.into_parts();
+            app.filter(&mut parts.headers);
+            websocket::switching(&mut parts.headers);
+            return Ok(Response::from_parts(parts, Body::empty()));
+        }
+        if response.status().is_informational() {
+            return Err(Problem::bad_gateway(
+                "app_error",
+                "The app switched to a protocol nobody asked for.",
+            ));
+        }
+        let (mut parts, body) = response.into_parts();
+        app.filter(&mut parts.headers);
+        // Only what hyper needs to write it is kept.
+        parts.extensions.clear();
+        let mut body = Body::incoming(body);
+        if upstream::is_long(&body) {
+            body = body.until(revoked(watch.admit().await?));
+        }
+        Ok(Response::from_parts(parts, body.returning(lease)))
+    }
+
+    /// Connects to a port of the project, starting the project if it must be.
+    async fn dial(&self, project: ProjectId, port: u16) -> Result<BoxStream, Problem> {
+        match self.dial_once(project, port).await {
+            Err(runner::Error::NotRunning { .. }) => {
+                self.wake(project).await?;
+                self.dial_once(project, port).await.map_err(|error| refused(project, port, &error))
+            }
+            dialed => dialed.map_err(|error| refused(project, port, &error)),
+        }
+    }
+
+    async fn dial_once(&self, project: ProjectId, port: u16) -> Result<BoxStream, runner::Error> {
+        let limit = self.limits.connect_timeout;
+        match timeout(limit, self.runner.dial(project, port)).await {
+            Ok(dialed) => dialed,
+            Err(_) => Err(runner::Error::TimedOut { project, operation: "dial", limit }),
+        }
+    }
+
+    /// Returns when the project runs; while it is on its way, that is said.
+    async fn wake(&self, project: ProjectId) -> Result<(), Problem> {
+        let Some(wake) = &self.wake else {
+            return Err(Problem::unavailable("project_stopped", "The project is not running.", 5));
+        };
+        match timeout(WAKE_LIMIT, wake.wake(project)).await {
+            Ok(Awake::Running) => Ok(()),
+            Ok(Awake::Starting { phase }) => {
+                let message = format!("The project is starting: {phase}.");
+                Err(Problem { refresh: true, ..Problem::unavailable("project_starting", message, 1) })
+            }
+            Ok(Awake::Failed { reason }) => {
+                let message = format!("The project cannot be started: {reason}.");
+                Err(Problem::unavailable("project_failed", message, 10))
+            }
+            Ok(_) | Err(_) => {
+                let problem = Problem::unavailable("project_starting", "The project is starting.", 2);
+                Err(Problem { refresh: true, ..problem })
+            }
+        }
+    }
+
+    /// The project's own page: that it runs, and what is where.
+    pub(super) async fn front_page(
+        &self,
+        project: ProjectId,
+        asked: &Asked<'_>,
+    ) -> Result<Response<Body>, Problem> {
+        if !matches!(asked.parts.method, http::Method::GET | http::Method::HEAD) {
+            let problem =
+                Problem::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "This page is only read.");
+            return Err(problem.header("allow", "GET, HEAD".to_owned()));
+        }
+        let status = timeout(self.limits.connect_timeout, self.runner.status(project)).await;
+        let running = match status {
+            Ok(Ok(status)) => status.state == runner::State::Running,
+            Ok(Err(error)) => {
+                tracing::warn!(%project, error = %chain(&error), "no status");
+                return Err(Problem::unavailable("status_unavailable", "The project's state is unknown.", 5));
+            }
+            Err(_) => {
+                return Err(Problem::unavailable("status_unavailable", "The project's state is unknown.", 5));
+            }
+        };
+        if !running {
+            self.wake(project).await?;
+        }
+        let mount = format!("{}{}", asked.view.prefix, asked.place.mount);
+        let (kind, text) = if crate::problem::wants_page(&asked.parts.headers) {
+            let body = format!(
+                "<p>Project <code>{project}</code> is running.</p>\
+                 <p>Apps are at <code>{mount}/port/&lt;port&gt;/</code>, or, without the prefix, at \
+                 <code>{mount}/proxy/&lt;port&gt;/</code>.</p>",
+                mount = escape(&mount)
+            );
+            ("text/html; charset=utf-8", page("Project", "", &body))
+        } else {
+            let json = serde_json::json!({ "project": project.to_string(), "state": "running" });
+            ("application/json", json.to_string())
+        };
+        let mut response = Response::new(Body::from(text));
+        headers::set(response.headers_mut(), header::CONTENT_TYPE, kind);
+        headers::set(response.headers_mut(), header::CACHE_CONTROL, "no-store");
+        Ok(response)
+    }
+}
+
+/// Why an app cannot be reached, for its user.
+fn refused(project: ProjectId, port: u16, error: &runner::Error) -> Problem {
+    match error {
+        runner::Error::Refused { .. } => {
+            Problem::bad_gateway("app_refused", format!("Nothing listens on port {port} in the project."))
+        }
+        runner::Error::NotRunning { .. } => {
+            Problem::unavailable("project_stopped", "The project is not running.", 2)
+        }
+        runner::Error::TimedOut { .. } => {
+            Problem::gateway_timeout("app_timeout", format!("Port {port} does not accept connections."))
+        }
+        error => {
+            tracing::warn!(%project, port, error = %chain(error), "cannot reach an app");
+            Problem::bad_gateway("app_error", format!("Port {port} cannot be reached."))
+        }
+    }
+}
+
+/// The request as the app sees it: nothing of ours, nothing pretended.
+fn outgoing(asked: Asked<'_>, body: Body) -> Result<Request<Body>, Problem> {
+    let Asked { parts, wish, view, place, .. } = asked;
+    let query = question(&parts.uri);
+    let (path, prefix) = match place.what {
+        What::Proxy { rest: "", prefix, .. } => ("/", Some(prefix)),
+        What::Proxy { rest, prefix, .. } => (rest, Some(prefix)),
+        _ => (parts.uri.path(), None),
+    };
+    let target = if prefix.is_none() && !view.prefix.is_empty() && !place.mount.is_empty() {
+        PathAndQuery::try_from(format!("{}{path}{query}", view.prefix))
+    } else {
+        PathAndQuery::try_from(format!("{path}{query}"))
+    };
+    let target = target.map_err(|_| Problem::bad_request("The address cannot be forwarded."))?;
+
+    let mut request = Request::new(body);
+    *request.method_mut() = parts.method;
+    *request.uri_mut() = target.into();
+    let mut fields = parts.headers;
+    headers::remove_hop_by_hop(&mut fields);
+    headers::remove_forwarding(&mut fields);
+    // hyper has answered it already.
+    fields.remove(header::EXPECT);
+    headers::set(&mut fields, header::HOST, &view.authority);
+    headers::set(&mut fields, X_FORWARDED_HOST, &view.authority);
+    headers::set(&mut fields, X_FORWARDED_PROTO, if view.https { "https" } else { "http" });
+    if let Some(source) = view.source {
+        headers::set(&mut fields, X_FORWARDED_FOR, &source.to_string());
+    }
+    if let Some(prefix) = prefix {
+        headers::set(&mut fields, X_FORWARDED_PREFIX, &format!("{}{prefix}", view.prefix));
+    }
+    if wish == Wish::WebSocket {
+        websocket::switching(&mut fields);
+    } else {
+        remove_websocket(&mut fields);
+    }
+    *request.headers_mut() = fields;
+    Ok(request)
+}
+
+fn remove_websocket(fields: &mut http::HeaderMap) {
+    for name in
+        ["sec-websocket-key", "sec-websocket-version", "sec-websocket-extensions", "sec-websocket-protocol"]
+    {
+        fields.remove(HeaderName::from_static(name));
+    }
+}

@@ -1,0 +1,148 @@
+//! What of an app's response reaches the user.
+
+use cocalc_core::auth::Principal;
+use http::{HeaderMap, HeaderName, HeaderValue, header};
+
+use super::Asked;
+use crate::{cookies, headers, path::What};
+
+/// Where an app is, as its user sees it.
+#[derive(Debug)]
+pub(super) struct App {
+    /// The external path of its project: empty on an own origin.
+    mount: String,
+    /// The external prefix that the app does not see: empty if it sees all.
+    taken: String,
+    frame_ancestors: HeaderValue,
+}
+
+impl App {
+    pub(super) fn of(asked: &Asked<'_>, principal: &Principal) -> Self {
+        let own_origin = asked.place.mount.is_empty();
+        let mount =
+            if own_origin { String::new() } else { format!("{}{}", asked.view.prefix, asked.place.mount) };
+        let taken = match asked.place.what {
+            What::Proxy { prefix, .. } => format!("{}{prefix}", asked.view.prefix),
+            _ => String::new(),
+        };
+        Self { mount, taken, frame_ancestors: frame_ancestors(principal.embed_origin.as_deref()) }
+    }
+
+    /// Keeps the app within its own place.
+    pub(super) fn filter(&self, fields: &mut HeaderMap) {
+        headers::remove_hop_by_hop(fields);
+        headers::remove_ours(fields);
+        // It would send the user's next requests elsewhere.
+        fields.remove(header::ALT_SVC);
+        if !self.mount.is_empty() {
+            // These speak for the whole origin, which is shared.
+            for name in ["service-worker-allowed", "clear-site-data"] {
+                fields.remove(HeaderName::from_static(name));
+            }
+            fields.remove(header::STRICT_TRANSPORT_SECURITY);
+        }
+        if fields.contains_key(header::SET_COOKIE) {
+            headers::rewrite_all(fields, header::SET_COOKIE, |field| {
+                cookies::confine(field, &self.mount, &self.taken)
+            });
+        }
+        if !self.taken.is_empty() && fields.contains_key(header::LOCATION) {
+            headers::rewrite_all(fields, header::LOCATION, |field| Some(self.outside(field)));
+        }
+        let html = fields.get(header::CONTENT_TYPE).is_some_and(|kind| {
+            kind.as_bytes().len() >= 9 && kind.as_bytes()[..9].eq_ignore_ascii_case(b"text/html")
+        });
+        if html {
+            // Policies add up: this one only narrows what the app allows.
+            fields.append(header::CONTENT_SECURITY_POLICY, self.frame_ancestors.clone());
+        }
+    }
+
+    /// A path of an app that does not see its prefix, with the prefix.
+    fn outside(&self, location: &HeaderValue) -> HeaderValue {
+        let bytes = location.as_bytes();
+        let is_path = bytes.starts_with(b"/") && !bytes.starts_with(b"//") && !bytes.starts_with(b"/\\");
+        let known = bytes.strip_prefix(self.taken.as_bytes());
+        let has_prefix = known.is_some_and(|rest| rest.is_empty() || rest.starts_with(b"/"));
+        if !is_path || has_prefix {
+            return location.clone();
+        }
+        HeaderValue::from_bytes(&[self.taken.as_bytes(), bytes].concat()).unwrap_or_else(|_| location.clone())
+    }
+}
+
+/// Who may show the project in a frame: itself, and whom its token names.
+fn frame_ancestors(embed_origin: Option<&str>) -> HeaderValue {
+    let is_origin = |origin: &&str| {
+        (origin.starts_with("https://") || origin.starts_with("http://"))
+            && origin.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._:/[]".contains(&b))
+            && origin.matches('/').count() == 2
+    };
+    embed_origin
+        .filter(is_origin)
+        .and_then(|origin| HeaderValue::try_from(format!("frame-ancestors 'self' {origin}")).ok())
+        .unwrap_or(HeaderValue::from_static("frame-ancestors 'self'"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn app(mount: &str, taken: &str) -> App {
+        App { mount: mount.to_owned(), taken: taken.to_owned(), frame_ancestors: frame_ancestors(None) }
+    }
+
+    fn filtered(app: &App, fields: &[(&'static str, &'static str)]) -> Vec<String> {
+        let mut map = HeaderMap::new();
+        for (name, value) in fields {
+            map.append(HeaderName::from_static(name), HeaderValue::from_static(value));
+        }
+        app.filter(&mut map);
+        map.iter().map(|(name, value)| format!("{name}: {}", value.to_str().unwrap())).collect()
+    }
+
+    #[test]
+    fn apps_stay_in_their_place() {
+        let by_path = app("/id", "/id/proxy/80");
+        assert_eq!(
+            filtered(
+                &by_path,
+                &[
+                    ("connection", "x-hop"),
+                    ("x-hop", "1"),
+                    ("alt-svc", "h3"),
+                    ("service-worker-allowed", "/"),
+                    ("clear-site-data", "*"),
+                    ("strict-transport-security", "max-age=1"),
+                    ("cocalc-code", "project_moved"),
+                    ("set-cookie", "a=b; Domain=x; Path=/"),
+                    ("set-cookie", "cocalc-session-x=y"),
+                    ("location", "/login"),
+                ]
+            ),
+            ["set-cookie: a=b; Path=/id/proxy/80/", "location: /id/proxy/80/login"]
+        );
+        for kept in ["https://x/", "//x/", "relative", "/id/proxy/80/x"] {
+            assert_eq!(by_path.outside(&HeaderValue::from_static(kept)), kept);
+        }
+        assert_eq!(
+            filtered(&app("", ""), &[("content-type", "Text/HTML"), ("content-security-policy", "x")]),
+            [
+                "content-type: Text/HTML",
+                "content-security-policy: x",
+                "content-security-policy: frame-ancestors 'self'"
+            ]
+        );
+    }
+
+    #[test]
+    fn only_an_origin_may_embed() {
+        assert_eq!(
+            frame_ancestors(Some("https://master.example:8443")),
+            "frame-ancestors 'self' https://master.example:8443"
+        );
+        for bad in ["*", "https://x; script-src *", "https://x/ y", "javascript:x", "https://x/y", "'none'"] {
+            assert_eq!(frame_ancestors(Some(bad)), "frame-ancestors 'self'", "{bad}");
+        }
+    }
+}

@@ -1,0 +1,297 @@
+//! Accepting connections, and ending them.
+
+use std::{
+    collections::HashMap,
+    convert::Infallible,
+    future::Future,
+    io,
+    net::IpAddr,
+    pin::pin,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use http::{Request, Response, header};
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::{MissedTickBehavior, interval, sleep, timeout},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{body::Body, framing::Guarded, limits::Limits, pool::Pool, problem::Problem};
+
+/// Who is at the other end of a connection.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Client {
+    /// Its address, as far as it is known.
+    pub address: Option<IpAddr>,
+    /// Whether it is a proxy that has proved its identity on this connection,
+    /// so that what it says about the user's address and origin counts.
+    pub trusted: bool,
+}
+
+/// What the answering of a request may need of its connection.
+#[derive(Clone, Debug)]
+pub(crate) struct Connection {
+    pub(crate) client: Client,
+    /// Open connections are asked to end.
+    pub(crate) draining: CancellationToken,
+    /// They must end now.
+    pub(crate) closing: CancellationToken,
+    /// Whatever outlives the request runs here.
+    pub(crate) tasks: TaskTracker,
+}
+
+/// Answers requests.
+pub(crate) trait Handler: Send + Sync + 'static {
+    fn handle(
+        self: Arc<Self>,
+        request: Request<Body>,
+        connection: Connection,
+    ) -> impl Future<Output = Response<Body>> + Send;
+}
+
+/// Counts and ends the connections of one ingress.
+#[derive(Debug)]
+pub(crate) struct Server {
+    limits: Limits,
+    slots: Arc<Semaphore>,
+    sources: Arc<Sources>,
+    draining: CancellationToken,
+    closing: CancellationToken,
+    tasks: TaskTracker,
+    open: AtomicU64,
+}
+
+impl Server {
+    pub(crate) fn new(limits: Limits) -> Self {
+        Self {
+            slots: Arc::new(Semaphore::new(limits.connections.min(Semaphore::MAX_PERMITS))),
+            sources: Arc::default(),
+            limits,
+            draining: CancellationToken::new(),
+            closing: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+            open: AtomicU64::new(0),
+        }
+    }
+
+    pub(crate) fn closing(&self) -> &CancellationToken {
+        &self.closing
+    }
+
+    pub(crate) fn open(&self) -> u64 {
+        self.open.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn connection(&self, client: Client) -> Connection {
+        Connection {
+            client,
+            draining: self.draining.clone(),
+            closing: self.closing.clone(),
+            tasks: self.tasks.clone(),
+        }
+    }
+
+    /// Serves a listener until `shutdown`, then lets what is open end.
+    pub(crate) async fn serve<H: Handler>(
+        self: &Arc<Self>,
+        handler: &Arc<H>,
+        pool: &Arc<Pool>,
+        listener: TcpListener,
+        shutdown: impl Future<Output = ()> + Send,
+    ) {
+        let connection = Connection {
+            client: Client::default(),
+            draining: self.draining.child_token(),
+            closing: self.closing.child_token(),
+            tasks: TaskTracker::new(),
+        };
+        // Also when this future is dropped.
+        let _end = connection.closing.clone().drop_guard();
+        let mut shutdown = pin!(shutdown);
+        let mut sweep = interval(Duration::from_secs(5));
+        sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let (stream, address, permit) = tokio::select! {
+                () = &mut shutdown => break,
+                () = connection.closing.cancelled() => break,
+                _ = sweep.tick() => {
+                    pool.sweep();
+                    continue;
+                }
+                accepted = accept(&listener, &self.slots) => match accepted {
+                    Ok(accepted) => accepted,
+                    Err(error) => {
+                        // Out of file descriptors, or the client has gone
+                        // already: neither ends the listener.
+                        tracing::warn!(%error, "cannot accept a connection");
+                        sleep(Duration::from_millis(50)).await;
+                        continue;
+                    }
+                },
+            };
+            let Some(counted) = self.sources.enter(address, self.limits.connections_per_source) else {
+                tracing::debug!(%address, "too many connections from one address");
+                continue;
+            };
+            prepare(&stream);
+            let connection = Connection {
+                client: Client { address: Some(address), trusted: false },
+                ..connection.clone()
+            };
+            let (server, handler) = (self.clone(), handler.clone());
+            connection.tasks.clone().spawn(async move {
+                server.run(handler, stream, connection).await;
+                drop((permit, counted));
+            });
+        }
+        drop(listener);
+        connection.draining.cancel();
+        connection.tasks.close();
+        if timeout(self.limits.drain, connection.tasks.wait()).await.is_err() {
+            tracing::info!(open = connection.tasks.len(), "closing what did not end in time");
+            connection.closing.cancel();
+            let _ = timeout(Duration::from_secs(2), connection.tasks.wait()).await;
+        }
+    }
+
+    /// Asks everything that is open to end, and ends it after `limits.drain`.
+    pub(crate) async fn shut_down(&self) {
+        self.draining.cancel();
+        self.tasks.close();
+        if timeout(self.limits.drain, self.tasks.wait()).await.is_err() {
+            self.closing.cancel();
+            let _ = timeout(Duration::from_secs(2), self.tasks.wait()).await;
+        }
+        self.closing.cancel();
+    }
+
+    /// Serves one connection to its end.
+    pub(crate) async fn run<H: Handler>(
+        self: Arc<Self>,
+        handler: Arc<H>,
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        connection: Connection,
+    ) {
+        self.open.fetch_add(1, Ordering::Relaxed);
+        let _open = Leave(&self.open);
+        let guarded = Guarded::new(stream);
+        let refused = guarded.refused();
+        let requests = AtomicU64::new(0);
+        let service = {
+            let connection = connection.clone();
+            service_fn(move |request: Request<Incoming>| {
+                let index = requests.fetch_add(1, Ordering::Relaxed);
+                let refused = refused.is(index);
+                let (handler, connection) = (handler.clone(), connection.clone());
+                async move {
+                    if refused {
+                        let problem = Problem::bad_request("The request's framing is ambiguous.");
+                        return Ok::<_, Infallible>(problem.response(false));
+                    }
+                    let upgrading = request.headers().contains_key(header::UPGRADE);
+                    let mut response = handler.handle(request.map(Body::incoming), connection).await;
+                    if upgrading && response.status() != http::StatusCode::SWITCHING_PROTOCOLS {
+                        // What follows was not watched as HTTP.
+                        let close = http::HeaderValue::from_static("close");
+                        response.headers_mut().insert(header::CONNECTION, close);
+                    }
+                    Ok(response)
+                }
+            })
+        };
+        let head_bytes = self.limits.head_bytes.max(8 * 1024);
+        let served = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(self.limits.head_timeout)
+            .max_header_size(head_bytes)
+            .max_buf_size(head_bytes + 64 * 1024)
+            .serve_connection(TokioIo::new(guarded), service)
+            .with_upgrades();
+        let mut served = pin!(served);
+        let ended = tokio::select! {
+            ended = served.as_mut() => ended,
+            () = connection.closing.cancelled() => return,
+            () = connection.draining.cancelled() => {
+                served.as_mut().graceful_shutdown();
+                tokio::select! {
+                    ended = served.as_mut() => ended,
+                    () = connection.closing.cancelled() => return,
+                }
+            }
+        };
+        if let Err(error) = ended {
+            tracing::debug!(error = %cocalc_core::chain(&error), "a connection ended");
+        }
+    }
+}
+
+struct Leave<'a>(&'a AtomicU64);
+
+impl Drop for Leave<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+async fn accept(
+    listener: &TcpListener,
+    slots: &Arc<Semaphore>,
+) -> io::Result<(TcpStream, IpAddr, OwnedSemaphorePermit)> {
+    let permit = slots.clone().acquire_owned().await.map_err(io::Error::other)?;
+    let (stream, address) = listener.accept().await?;
+    Ok((stream, address.ip().to_canonical(), permit))
+}
+
+/// Small messages leave at once, and dead peers are noticed in about 2 min.
+fn prepare(stream: &TcpStream) {
+    use rustix::net::sockopt;
+
+    let _ = stream.set_nodelay(true);
+    let _ = sockopt::set_socket_keepalive(stream, true);
+    let _ = sockopt::set_tcp_keepidle(stream, Duration::from_secs(60));
+    let _ = sockopt::set_tcp_keepintvl(stream, Duration::from_secs(15));
+    let _ = sockopt::set_tcp_keepcnt(stream, 4);
+}
+
+/// How many connections each address has.
+#[derive(Debug, Default)]
+struct Sources(Mutex<HashMap<IpAddr, u32>>);
+
+impl Sources {
+    fn enter(self: &Arc<Self>, address: IpAddr, limit: u32) -> Option<Counted> {
+        let mut sources = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = sources.entry(address).or_default();
+        if *count >= limit {
+            return None;
+        }
+        *count += 1;
+        Some(Counted { sources: self.clone(), address })
+    }
+}
+
+#[derive(Debug)]
+struct Counted {
+    sources: Arc<Sources>,
+    address: IpAddr,
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let mut sources = self.sources.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = sources.get_mut(&self.address) {
+            *count -= 1;
+            if *count == 0 {
+                sources.remove(&self.address);
+            }
+        }
+    }
+}

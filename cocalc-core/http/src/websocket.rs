@@ -1,0 +1,286 @@
+//! WebSocket handshakes, and the bytes that follow them.
+
+use std::{future::Future, io, time::Duration};
+
+use base64::Engine;
+use cocalc_core::stream::BoxStream;
+use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, header, request::Parts};
+use sha1::{Digest, Sha1};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    time::timeout,
+};
+
+use crate::{
+    activity::Activity,
+    body::Body,
+    headers::{has_connection_option, single},
+    problem::Problem,
+};
+
+/// How a request wants to go on.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Wish {
+    Plain,
+    /// Asks for another protocol that is not offered, and gets an ordinary
+    /// answer, after which the connection ends.
+    Refused,
+    WebSocket,
+}
+
+/// What `parts` asks for. The only protocol to switch to is WebSocket.
+pub(crate) fn wish(parts: &Parts, has_body: bool) -> Result<Wish, Problem> {
+    let headers = &parts.headers;
+    let Some(upgrade) = headers.get(header::UPGRADE) else { return Ok(Wish::Plain) };
+    if !upgrade.as_bytes().eq_ignore_ascii_case(b"websocket")
+        || headers.get_all(header::UPGRADE).iter().count() > 1
+        || !has_connection_option(headers, "upgrade")
+        || parts.version != http::Version::HTTP_11
+    {
+        return Ok(Wish::Refused);
+    }
+    if parts.method != Method::GET || has_body {
+        return Err(Problem::bad_request("A WebSocket begins with a GET without a body."));
+    }
+    if single(headers, &header::SEC_WEBSOCKET_VERSION) != Some("13") {
+        let problem =
+            Problem::new(StatusCode::UPGRADE_REQUIRED, "websocket_version", "The WebSocket version is 13.");
+        return Err(Problem { close: true, ..problem }.header("sec-websocket-version", "13".to_owned()));
+    }
+    let key = single(headers, &header::SEC_WEBSOCKET_KEY).unwrap_or_default();
+    let sixteen = base64::engine::general_purpose::STANDARD.decode(key).is_ok_and(|key| key.len() == 16);
+    if !sixteen {
+        return Err(Problem::bad_request("The WebSocket key is not 16 bytes."));
+    }
+    Ok(Wish::WebSocket)
+}
+
+/// The answer that switches to WebSocket, for endpoints that speak it here.
+pub(crate) fn accept(parts: &Parts) -> Response<Body> {
+    let mut hash = Sha1::new();
+    if let Some(key) = parts.headers.get(header::SEC_WEBSOCKET_KEY) {
+        hash.update(key.as_bytes());
+    }
+    hash.update(b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11");
+    let accept = base64::engine::general_purpose::STANDARD.encode(hash.finalize());
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    let headers = response.headers_mut();
+    switching(headers);
+    if let Ok(accept) = HeaderValue::from_str(&accept) {
+        headers.insert(header::SEC_WEBSOCKET_ACCEPT, accept);
+    }
+    response
+}
+
+/// Sets the fields of either side of a switch.
+pub(crate) fn switching(headers: &mut HeaderMap) {
+    headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
+    headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+}
+
+/// Whether an upstream's answer really switches to WebSocket.
+pub(crate) fn is_switched(status: StatusCode, headers: &HeaderMap) -> bool {
+    status == StatusCode::SWITCHING_PROTOCOLS
+        && headers
+            .get(header::UPGRADE)
+            .is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"websocket"))
+}
+
+/// Why a WebSocket is ended from here.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Stop {
+    Revoked,
+    Draining,
+    /// At once, without a word.
+    Now,
+}
+
+impl Stop {
+    /// The close frame, from server to client.
+    fn frame(self) -> Option<[u8; 4]> {
+        let code: u16 = match self {
+            Self::Revoked => 1008,
+            Self::Draining => 1001,
+            Self::Now => return None,
+        };
+        let [high, low] = code.to_be_bytes();
+        Some([0x88, 2, high, low])
+    }
+}
+
+/// How long a side may take to finish once the other one has.
+const LINGER: Duration = Duration::from_secs(5);
+
+/// Copies between the user's and the app's side until one ends, nothing moves
+/// for `idle`, or `stop` resolves; then the user is told by a close frame, if
+/// that doesn't fall into another frame.
+pub(crate) async fn splice(
+    client: BoxStream,
+    upstream: BoxStream,
+    idle: Duration,
+    stop: impl Future<Output = Stop>,
+) {
+    let (mut client_read, mut client_write) = tokio::io::split(client);
+    let (mut upstream_read, mut upstream_write) = tokio::io::split(upstream);
+    let mut down = Frames::default();
+    let mut up = Frames::default();
+    let clock = Activity::new();
+    let stopped = {
+        let upwards = copy(&mut client_read, &mut upstream_write, &mut up, &clock);
+        let downwards = copy(&mut upstream_read, &mut client_write, &mut down, &clock);
+        let both = async {
+            tokio::pin!(upwards, downwards);
+            tokio::select! {
+                _ = &mut upwards => drop(timeout(LINGER, downwards).await),
+                _ = &mut downwards => drop(timeout(LINGER, upwards).await),
+            }
+        };
+        tokio::select! {
+            stop = stop => Some(stop),
+            () = clock.idle(idle) => Some(Stop::Draining),
+            () = both => None,
+        }
+    };
+    if let Some(frame) = stopped.and_then(Stop::frame)
+        && down.at_boundary()
+    {
+        let _ = timeout(Duration::from_secs(1), client_write.write_all(&frame)).await;
+    }
+    let _ = timeout(Duration::from_secs(1), client_write.shutdown()).await;
+    let _ = timeout(Duration::from_secs(1), upstream_write.shutdown()).await;
+}
+
+async fn copy(
+    from: &mut (impl AsyncRead + Unpin),
+    to: &mut (impl AsyncWrite + Unpin),
+    frames: &mut Frames,
+    clock: &Activity,
+) -> io::Result<()> {
+    // Most WebSockets carry a few bytes now and then; there may be very many
+    // of them. The buffer grows when there is more to carry.
+    let mut buffer = vec![0; 2 * 1024];
+    loop {
+        let read = from.read(&mut buffer).await?;
+        if read == 0 {
+            return to.shutdown().await;
+        }
+        clock.moved();
+        let mut rest = &buffer[..read];
+        while !rest.is_empty() {
+            let written = to.write(rest).await?;
+            if written == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+            frames.feed(&rest[..written]);
+            rest = &rest[written..];
+        }
+        to.flush().await?;
+        if read == buffer.len() && buffer.len() < 64 * 1024 {
+            buffer.resize(buffer.len() * 4, 0);
+        }
+    }
+}
+
+/// Follows WebSocket frames only so far as to know where one ends.
+#[derive(Debug, Default)]
+struct Frames {
+    header: Vec<u8>,
+    payload: u64,
+}
+
+impl Frames {
+    fn feed(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            if self.payload > 0 {
+                let skip = usize::try_from(self.payload).map_or(bytes.len(), |left| left.min(bytes.len()));
+                self.payload -= skip as u64;
+                bytes = &bytes[skip..];
+                continue;
+            }
+            self.header.push(bytes[0]);
+            bytes = &bytes[1..];
+            if let Some(payload) = payload(&self.header) {
+                self.payload = payload;
+                self.header.clear();
+            }
+        }
+    }
+
+    fn at_boundary(&self) -> bool {
+        self.header.is_empty() && self.payload == 0
+    }
+}
+
+/// The length of a frame's payload once its header is complete.
+fn payload(header: &[u8]) -> Option<u64> {
+    let second = *header.get(1)?;
+    let mask = if second & 0x80 != 0 { 4 } else { 0 };
+    let (length_bytes, length) = match second & 0x7f {
+        126 => (2, header.get(2..4)?.iter().fold(0, |n, b| n << 8 | u64::from(*b))),
+        127 => (8, header.get(2..10)?.iter().fold(0, |n, b| n << 8 | u64::from(*b))),
+        short => (0, u64::from(short)),
+    };
+    (header.len() == 2 + length_bytes + mask).then_some(length)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn frame(length: usize, masked: bool) -> Vec<u8> {
+        let mask = if masked { 0x80 } else { 0 };
+        let mut frame = vec![0x82];
+        match length {
+            0..126 => frame.push(mask | u8::try_from(length).unwrap()),
+            126..65536 => {
+                frame.push(mask | 126);
+                frame.extend(u16::try_from(length).unwrap().to_be_bytes());
+            }
+            _ => {
+                frame.push(mask | 127);
+                frame.extend((length as u64).to_be_bytes());
+            }
+        }
+        if masked {
+            frame.extend([1, 2, 3, 4]);
+        }
+        frame.extend(std::iter::repeat_n(0xff, length));
+        frame
+    }
+
+    proptest! {
+        #[test]
+        fn boundaries_are_where_frames_end(
+            lengths in prop::collection::vec((prop_oneof![0usize..130, 65530usize..65540], any::<bool>()), 1..5),
+            cut in 1usize..5000,
+        ) {
+            let mut bytes = Vec::new();
+            let mut ends = vec![0];
+            for (length, masked) in lengths {
+                bytes.extend(frame(length, masked));
+                ends.push(bytes.len());
+            }
+            let mut frames = Frames::default();
+            let mut seen = 0;
+            for piece in bytes.chunks(cut) {
+                frames.feed(piece);
+                seen += piece.len();
+                prop_assert_eq!(frames.at_boundary(), ends.contains(&seen));
+            }
+        }
+    }
+
+    #[test]
+    fn the_accept_key_is_that_of_the_rfc() {
+        let parts = http::Request::builder()
+            .header("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ==")
+            .body(())
+            .unwrap()
+            .into_parts()
+            .0;
+        assert_eq!(accept(&parts).headers()["sec-websocket-accept"], "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=");
+    }
+}
