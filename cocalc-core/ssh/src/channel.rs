@@ -265,7 +265,7 @@ impl Sink for Outward {
 }
 
 /// A signal by its name without `SIG`.
-fn signal(name: &str) -> Sig {
+pub(crate) fn signal(name: &str) -> Sig {
     match name {
         "ABRT" => Sig::ABRT,
         "ALRM" => Sig::ALRM,

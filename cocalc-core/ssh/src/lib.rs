@@ -1,6 +1,61 @@
-//! SSH into projects.
+//! SSH into projects: the server at a host and at a proxy, what they say to
+//! each other, and a small client.
+//!
+//! `ssh <project id>@host` opens a shell in that project. The user name is the
+//! project ([`project_of_user`]), the key or connect token says who it is, and
+//! a [`Gate`] decides: [`LocalGate`] on a host, by its own rights;
+//! [`RemoteGate`] on a proxy, by asking the project's host ([`SshPeers`]).
+//! Shells, commands with exact exit status, terminals, sftp, scp, rsync and
+//! local port forwarding work as with OpenSSH's own server. An
+//! [`SshIngress`] ends a connection as soon as its
+//! [`Admission`](cocalc_core::auth::Admission) is revoked.
+//!
+//! What it is not: it runs nothing itself (that is a
+//! [`Runner`](cocalc_core::runner::Runner)) and knows no rights (that is an
+//! [`Auth`](cocalc_core::auth::Auth)). Agent, X11 and remote forwarding are
+//! refused.
+//!
+//! ```no_run
+//! use std::{path::Path, sync::Arc};
+//!
+//! use cocalc_core::{auth::Auth, router::Router, runner::Runner, wake::Wake};
+//! use cocalc_ssh::{HostKeys, LocalGate, SshIngress};
+//!
+//! async fn serve(
+//!     auth: Arc<dyn Auth>,
+//!     router: Arc<dyn Router>,
+//!     runner: Arc<dyn Runner>,
+//!     wake: Arc<dyn Wake>,
+//! ) -> Result<(), Box<dyn std::error::Error>> {
+//!     let keys = HostKeys::load_or_create(Path::new("ssh_host_ed25519_key"))?;
+//!     let gate = LocalGate::new(auth, router, Arc::new(runner)).wake(wake);
+//!     let ingress = SshIngress::builder(Arc::new(gate), keys).build();
+//!     let listener = tokio::net::TcpListener::bind("127.0.0.1:7811").await?;
+//!     ingress.serve(listener, std::future::pending()).await;
+//!     Ok(())
+//! }
+//! ```
+//!
+//! # Flow control
+//!
+//! The protocol library grants credit when data arrives, not when it is
+//! consumed, and has one amount for the whole connection. Here every channel
+//! has a queue of its own, nothing ever waits in the connection's loop, and
+//! the amount is chosen anew after each grant: a channel whose process does
+//! not read is stopped at its client, the others go on. One that stays so for
+//! long while another needs the connection is closed at 32 MiB; its user is
+//! told. Between proxy and host every process and forwarded port has a stream
+//! of its own, with the kernel's flow control.
+//!
+//! # Limits that are known
+//!
+//! The library keeps some kilobytes of each closed channel while a connection
+//! lives, so one connection opens 10,000 channels at most; clients then open
+//! another.
+
 mod algorithms;
 mod channel;
+pub mod client;
 mod connection;
 mod drive;
 mod environment;

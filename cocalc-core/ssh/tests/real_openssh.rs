@@ -1,0 +1,472 @@
+//! The server against the programs that people have: OpenSSH's ssh, sftp and
+//! scp, and rsync. Needs the packages openssh-client, openssh-sftp-server,
+//! rsync and python3.
+
+mod common;
+
+use std::{
+    process::Stdio,
+    time::{Duration, Instant},
+};
+
+use common::{EXPIRED, TOKEN, World, finish, text, until, within};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::{TcpListener, TcpStream},
+};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn exit_statuses_arrive_exactly() {
+    let world = World::new().await;
+    for port in [world.direct, world.proxied] {
+        for code in [0, 1, 2, 42, 126, 127, 128, 200, 254, 255] {
+            let output = world.run(port, &format!("exit {code}"), b"").await;
+            assert_eq!(output.status.code(), Some(code), "{}", text(&output.stderr));
+            assert!(output.stdout.is_empty() && output.stderr.is_empty(), "{}", text(&output.stderr));
+        }
+        // ssh reports a remote signal so.
+        for signal in ["TERM", "KILL", "SEGV"] {
+            let output = world.run(port, &format!("kill -{signal} $$"), b"").await;
+            assert_eq!(output.status.code(), Some(255));
+            let verbose =
+                finish(world.ssh(port, &["-v", "127.0.0.1", &format!("kill -{signal} $$")]), b"").await;
+            assert!(text(&verbose.stderr).contains("rtype exit-signal"), "{}", text(&verbose.stderr));
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn streams_are_kept_apart_and_input_ends() {
+    let world = World::new().await;
+    for port in [world.direct, world.proxied] {
+        let output = world.run(port, "echo out; echo err >&2; wc -c; echo done", b"12345").await;
+        assert_eq!(text(&output.stdout), "out\n5\ndone\n");
+        assert_eq!(text(&output.stderr), "err\n");
+        // Who does not read its input ends all the same.
+        let output = world.run(port, "exec <&-; echo early", &vec![b'x'; 4 << 20]).await;
+        assert_eq!((text(&output.stdout).as_str(), output.status.code()), ("early\n", Some(0)));
+        // Output that ended is said to have ended, while the process goes on.
+        let output = world.run(port, "exec >&- 2>&-; read x; exit 7", b"\n").await;
+        assert_eq!(output.status.code(), Some(7));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn variables_are_filtered() {
+    let world = World::new().await;
+    let arguments =
+        ["-o", "SetEnv=LANG=xx_YY LD_PRELOAD=/evil.so GOOD=1", "127.0.0.1", "echo $LANG/$GOOD/$LD_PRELOAD"];
+    let output = finish(world.ssh(world.direct, &arguments), b"").await;
+    assert_eq!(text(&output.stdout), "xx_YY/1/\n");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn large_transfers_survive_rekeying() {
+    let world = World::new().await;
+    const MEGABYTES: usize = 96;
+    for port in [world.direct, world.proxied] {
+        let down = format!("head -c {} /dev/zero | tr '\\0' 'a'", MEGABYTES << 20);
+        let options = ["-o", "RekeyLimit=1M", "127.0.0.1"];
+        let output = finish(world.ssh(port, &[&options[..], &[&down]].concat()), b"").await;
+        assert_eq!(output.stdout.len(), MEGABYTES << 20, "{}", text(&output.stderr));
+        assert!(output.stdout.iter().all(|byte| *byte == b'a'));
+        let up: Vec<u8> = (0..MEGABYTES << 20).map(|n| (n / 7) as u8).collect();
+        std::fs::write(world.path("up"), &up).unwrap();
+        let expected = std::process::Command::new("sha256sum").arg(world.path("up")).output().unwrap();
+        let output = finish(world.ssh(port, &[&options[..], &["sha256sum"]].concat()), &up).await;
+        assert_eq!(output.stdout[..64], expected.stdout[..64], "{}", text(&output.stderr));
+        // Both directions at once: the process stops reading when it cannot
+        // write, and neither side may wait for the other for ever.
+        let output = finish(world.ssh(port, &[&options[..], &["cat"]].concat()), &up).await;
+        assert!(output.stdout == up, "{} of {}", output.stdout.len(), up.len());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn files_go_both_ways_by_sftp_scp_and_rsync() {
+    let world = World::new().await;
+    let data: Vec<u8> = (0..8 << 20).map(|n: usize| ((n * 31) >> 3) as u8).collect();
+    std::fs::write(world.path("data"), &data).unwrap();
+    for port in [world.direct, world.proxied] {
+        let at = format!("{}@127.0.0.1", world.project);
+        let tool = |name: &str| {
+            let mut command = tokio::process::Command::new(name);
+            command
+                .args(world.options("id"))
+                .args(["-o", "BatchMode=yes", "-P", &port.to_string()])
+                .current_dir(world.directory.path())
+                .kill_on_drop(true);
+            command
+        };
+        let mut sftp = tool("sftp");
+        sftp.args(["-b", "-", &at]);
+        let output =
+            finish(sftp, format!("put data up-{port}\nget up-{port} down-{port}\n").as_bytes()).await;
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        assert!(std::fs::read(world.path(&format!("down-{port}"))).unwrap() == data);
+        // scp speaks sftp by default, and its own protocol with -O.
+        for (mode, name) in [("-s", "new"), ("-O", "old")] {
+            let mut up = tool("scp");
+            up.args([mode, "data", &format!("{at}:{name}-{port}")]);
+            let output = finish(up, b"").await;
+            assert!(output.status.success(), "{}", text(&output.stderr));
+            let mut down = tool("scp");
+            down.args([mode, &format!("{at}:{name}-{port}"), &format!("{name}-down-{port}")]);
+            assert!(finish(down, b"").await.status.success());
+            assert!(std::fs::read(world.path(&format!("{name}-down-{port}"))).unwrap() == data);
+        }
+        std::fs::create_dir_all(world.path("tree/sub")).unwrap();
+        for n in 0..200 {
+            std::fs::write(world.path(&format!("tree/sub/{n}")), vec![n as u8; n * 50]).unwrap();
+        }
+        let shell = format!("ssh {} -o BatchMode=yes -p {port}", world.options("id").join(" "));
+        for (from, to) in [
+            ("tree/".to_owned(), format!("{at}:tree-{port}/")),
+            (format!("{at}:tree-{port}/"), format!("tree-down-{port}/")),
+        ] {
+            let mut rsync = tokio::process::Command::new("rsync");
+            rsync
+                .args(["-a", "-e", &shell, &from, &to])
+                .current_dir(world.directory.path())
+                .kill_on_drop(true);
+            let output = finish(rsync, b"").await;
+            assert!(output.status.success(), "{}", text(&output.stderr));
+        }
+        let same = std::process::Command::new("diff")
+            .arg("-r")
+            .arg(world.path("tree"))
+            .arg(world.path(&format!("tree-down-{port}")))
+            .status()
+            .unwrap();
+        assert!(same.success());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_terminal_has_its_size_and_follows_it() {
+    let world = World::new().await;
+    // A terminal on this side too, whose size is changed while ssh runs.
+    let script = r#"
+import fcntl, os, pty, struct, sys, termios, time
+pid, fd = pty.fork()
+if pid == 0:
+    os.execvp(sys.argv[1], sys.argv[1:])
+def size(rows, cols):
+    fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack('HHHH', rows, cols, 0, 0))
+size(33, 101)
+seen = b''
+def expect(text):
+    global seen
+    deadline = time.time() + 30
+    while text not in seen:
+        if time.time() > deadline:
+            sys.exit('missing %r in %r' % (text, seen))
+        seen += os.read(fd, 4096)
+    seen = seen[seen.index(text) + len(text):]
+expect(b'$ ')
+os.write(fd, b'stty size; tty | cut -c1-9; echo $TERM\r')
+expect(b'33 101'); expect(b'/dev/pts/'); expect(b'xterm-test')
+size(50, 132)
+while True:
+    os.write(fd, b'stty size\r')
+    expect(b'\n')
+    data = os.read(fd, 4096)
+    seen += data
+    if b'50 132' in seen: break
+    time.sleep(0.05)
+# The interrupt key reaches the process in front.
+os.write(fd, b'sleep 1000\r'); time.sleep(0.3); os.write(fd, b'\x03')
+os.write(fd, b'exit 9\r')
+try:
+    while os.read(fd, 4096): pass
+except OSError: pass
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"#;
+    for port in [world.direct, world.proxied] {
+        let ssh = world.ssh(port, &["-tt", "127.0.0.1"]);
+        let mut python = tokio::process::Command::new("python3");
+        python
+            .args(["-c", script])
+            .arg(ssh.as_std().get_program())
+            .args(ssh.as_std().get_args())
+            .env("TERM", "xterm-test")
+            .kill_on_drop(true);
+        let output = finish(python, b"").await;
+        assert_eq!(output.status.code(), Some(9), "{}", text(&output.stderr));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn twenty_sessions_share_one_connection() {
+    let world = World::new().await;
+    for port in [world.direct, world.proxied] {
+        let control = format!("ControlPath={}", world.path(&format!("mux-{port}")).display());
+        let mut master = world
+            .ssh(port, &["-M", "-N", "-o", &control, "-o", "RekeyLimit=4M", "127.0.0.1"])
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        until("the connection stands", || world.path(&format!("mux-{port}")).exists()).await;
+        let mut running = tokio::task::JoinSet::new();
+        for n in 0..20_usize {
+            let line = format!("cat; exit {n}");
+            let command = world.ssh(port, &["-o", &control, "127.0.0.1", &line]);
+            let data = vec![n as u8; 1 << 20];
+            running.spawn(async move {
+                let output = finish(command, &data).await;
+                assert_eq!(output.status.code(), Some(n as i32), "{}", text(&output.stderr));
+                assert!(output.stdout == data);
+            });
+        }
+        while let Some(done) = running.join_next().await {
+            done.unwrap();
+        }
+        assert_eq!(world.rights.admitted.load(std::sync::atomic::Ordering::SeqCst), 1);
+        master.kill().await.unwrap();
+        until("the login has ended", || world.rights.admitted.load(std::sync::atomic::Ordering::SeqCst) == 0)
+            .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ports_are_forwarded_into_the_project_and_nowhere_else() {
+    let world = World::new().await;
+    // A server that speaks first, echoes, and sees the end of its input.
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let inside = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            tokio::spawn(async move {
+                stream.write_all(b"hello\n").await.unwrap();
+                let mut data = Vec::new();
+                stream.read_to_end(&mut data).await.unwrap();
+                stream.write_all(&data).await.unwrap();
+            });
+        }
+    });
+    for port in [world.direct, world.proxied] {
+        let outside = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
+        let elsewhere = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
+        let good = format!("127.0.0.1:{outside}:localhost:{inside}");
+        let bad = format!("127.0.0.1:{elsewhere}:169.254.169.254:80");
+        let mut ssh = world
+            .ssh(port, &["-N", "-L", &good, "-L", &bad, "127.0.0.1"])
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        let connect = |port: u16| async move {
+            let deadline = Instant::now() + Duration::from_secs(20);
+            loop {
+                match TcpStream::connect(("127.0.0.1", port)).await {
+                    Ok(stream) => return stream,
+                    Err(error) if Instant::now() > deadline => panic!("{error}"),
+                    Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+                }
+            }
+        };
+        for _ in 0..8 {
+            let mut stream = connect(outside).await;
+            let mut reply = Vec::new();
+            let exchange = async {
+                stream.write_all(&[b'z'; 300_000]).await.unwrap();
+                stream.shutdown().await.unwrap();
+                stream.read_to_end(&mut reply).await.unwrap();
+            };
+            within(30, exchange).await;
+            assert_eq!(&reply[..6], b"hello\n");
+            assert_eq!(reply.len(), 6 + 300_000);
+        }
+        let mut refused = connect(elsewhere).await;
+        let mut nothing = Vec::new();
+        let _ = within(30, refused.read_to_end(&mut nothing)).await;
+        assert!(nothing.is_empty());
+        ssh.kill().await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn strangers_are_refused_in_the_same_words() {
+    let world = World::new().await;
+    let unknown = cocalc_core::ids::ProjectId::random().to_string();
+    for port in [world.direct, world.proxied] {
+        let mut words = Vec::new();
+        for (key, user) in
+            [("stranger", world.project.to_string()), ("id", unknown.clone()), ("stranger", "root".into())]
+        {
+            let mut command = tokio::process::Command::new("ssh");
+            command
+                .args(world.options(key))
+                .args(["-o", "BatchMode=yes", "-p", &port.to_string(), "-l", &user, "127.0.0.1", "true"])
+                .kill_on_drop(true);
+            let output = finish(command, b"").await;
+            assert_eq!(output.status.code(), Some(255));
+            words.push(text(&output.stderr).replace(&user, "USER"));
+        }
+        assert!(words[0].contains("Permission denied"), "{words:?}");
+        assert!(words.iter().all(|other| *other == words[0]), "{words:?}");
+    }
+    // The three spellings of a project are one.
+    for user in [format!("project-{}", world.project), world.project.to_string().replace('-', "")] {
+        let output = finish(world.ssh(world.direct, &["-l", &user, "127.0.0.1", "echo in"]), b"").await;
+        // The first -l counts: it is given again as an option.
+        assert_eq!(text(&output.stdout), "in\n", "{}", text(&output.stderr));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_token_is_a_password() {
+    let world = World::new().await;
+    let askpass = world.path("askpass");
+    std::fs::write(&askpass, "#!/bin/sh\necho \"$1\" >&2\necho \"$SECRET\"\n").unwrap();
+    std::fs::set_permissions(&askpass, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+    for port in [world.direct, world.proxied] {
+        for method in ["password", "keyboard-interactive"] {
+            for (secret, code) in [(TOKEN, 0), (EXPIRED, 255), ("nonsense", 255)] {
+                let mut command = tokio::process::Command::new("ssh");
+                command
+                    .args(world.options("stranger"))
+                    .args([
+                        "-o",
+                        &format!("PreferredAuthentications={method}"),
+                        "-o",
+                        "NumberOfPasswordPrompts=2",
+                    ])
+                    .args(["-p", &port.to_string(), "-l", &world.project.to_string(), "127.0.0.1", "echo in"])
+                    .env("SSH_ASKPASS", &askpass)
+                    .env("SSH_ASKPASS_REQUIRE", "force")
+                    .env("DISPLAY", "none")
+                    .env("SECRET", secret)
+                    .kill_on_drop(true);
+                let output = finish(command, b"").await;
+                let said = text(&output.stderr);
+                assert_eq!(output.status.code(), Some(code), "{method} {secret}: {said}");
+                // The reason is told where the protocol has a place for it.
+                if method == "keyboard-interactive" && secret == EXPIRED {
+                    assert!(said.contains("token has expired"), "{said}");
+                }
+                if method == "keyboard-interactive" && secret == "nonsense" {
+                    assert!(said.contains("Access denied"), "{said}");
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn revocation_ends_what_runs_at_once() {
+    for proxied in [false, true] {
+        let world = World::new().await;
+        let port = if proxied { world.proxied } else { world.direct };
+        let mut child = world
+            .ssh(port, &["127.0.0.1", "echo $$; exec sleep 1000"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let pid = within(30, lines.next_line()).await.unwrap().unwrap();
+        let process = std::path::PathBuf::from(format!("/proc/{pid}"));
+        assert!(process.exists());
+        world.rights.revoke();
+        let output = within(20, child.wait_with_output()).await.unwrap();
+        assert_eq!(output.status.code(), Some(255));
+        assert!(text(&output.stderr).contains("your access has ended"), "{}", text(&output.stderr));
+        until("the process is gone", || !process.exists()).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_hangs_up_leaves_no_process() {
+    let world = World::new().await;
+    for port in [world.direct, world.proxied] {
+        let mut child = world
+            .ssh(port, &["127.0.0.1", "echo $$; exec sleep 1000"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let pid = within(30, lines.next_line()).await.unwrap().unwrap();
+        child.kill().await.unwrap();
+        until("the process is gone", || !std::path::Path::new(&format!("/proc/{pid}")).exists()).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stopped_project_is_waited_for() {
+    let world = World::new().await;
+    for port in [world.direct, world.proxied] {
+        world.shells.starting.store(3, std::sync::atomic::Ordering::SeqCst);
+        let output = world.run(port, "echo up", b"").await;
+        assert_eq!(text(&output.stdout), "up\n");
+        assert!(
+            text(&output.stderr).contains("the project is starting: mounting"),
+            "{}",
+            text(&output.stderr)
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_moved_project_says_where_it_is() {
+    let world = World::new().await;
+    let mut address = cocalc_core::router::HostAddress::default();
+    address.ssh = "beta.example.com:7821".into();
+    world.router.route.lock().unwrap().as_mut().unwrap().how = cocalc_core::router::Reach::Remote(address);
+    let output = world.run(world.direct, "echo never", b"").await;
+    assert_eq!(output.status.code(), Some(255));
+    assert!(output.stdout.is_empty());
+    let said = text(&output.stderr);
+    assert!(said.contains(&format!("ssh -p 7821 {}@beta.example.com", world.project)), "{said}");
+    // Who is not let in is not told.
+    let mut command = tokio::process::Command::new("ssh");
+    command
+        .args(world.options("stranger"))
+        .args(["-o", "BatchMode=yes", "-p", &world.direct.to_string(), "-l", &world.project.to_string()])
+        .args(["127.0.0.1", "true"]);
+    let said = text(&finish(command, b"").await.stderr);
+    assert!(!said.contains("beta.example.com"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn forwarding_that_is_not_offered_is_refused_cleanly() {
+    let world = World::new().await;
+    let output =
+        finish(world.ssh(world.direct, &["-A", "-X", "-R", "0:localhost:1", "127.0.0.1", "echo in"]), b"")
+            .await;
+    assert_eq!((text(&output.stdout).as_str(), output.status.code()), ("in\n", Some(0)));
+    // A subsystem that is not there.
+    let output = finish(world.ssh(world.direct, &["-s", "127.0.0.1", "netconf"]), b"").await;
+    assert_eq!(output.status.code(), Some(255));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_current_algorithms_are_offered() {
+    let world = World::new().await;
+    let port = world.direct;
+    let output = finish(world.ssh(port, &["-vv", "127.0.0.1", "true"]), b"").await;
+    let said = text(&output.stderr);
+    let server = said.split("peer server KEXINIT proposal").nth(1).expect("-vv shows the server's proposal");
+    let server: String = server.lines().take(12).collect::<Vec<_>>().join("\n");
+    for word in [
+        "curve25519-sha256",
+        "kex-strict-s-v00@openssh.com",
+        "aes256-gcm@openssh.com",
+        "compression ctos: none",
+    ] {
+        assert!(server.contains(word), "{word} is missing in {server}");
+    }
+    for word in ["diffie-hellman", "-ctr", "-cbc", "sha1", "zlib", "nistp"] {
+        assert!(!server.contains(word), "{word} is offered in {server}");
+    }
+    for options in [["-c", "aes256-ctr"], ["-o", "KexAlgorithms=ecdh-sha2-nistp256"]] {
+        let output = finish(world.ssh(port, &[&options[..], &["127.0.0.1", "true"]].concat()), b"").await;
+        assert_eq!(output.status.code(), Some(255));
+    }
+    for cipher in ["aes128-gcm@openssh.com", "chacha20-poly1305@openssh.com"] {
+        let output = finish(world.ssh(port, &["-c", cipher, "127.0.0.1", "echo in"]), b"").await;
+        assert_eq!(text(&output.stdout), "in\n");
+    }
+}
