@@ -1,0 +1,93 @@
+//! Users of the project, from its own `/etc/passwd` and `/etc/group`.
+
+use crate::sys::Identity;
+
+/// A user, and how to become it.
+#[derive(Clone, Debug)]
+pub(crate) struct User {
+    pub(crate) name: String,
+    pub(crate) home: String,
+    pub(crate) shell: String,
+    pub(crate) identity: Identity,
+}
+
+/// The ordinary user's id.
+const ORDINARY: u32 = 1000;
+
+/// Finds `name`; without one the ordinary user, or root if there is none.
+pub(crate) fn find(name: Option<&str>) -> Option<User> {
+    // Files of the tenant: huge ones must not fill the memory.
+    let passwd = read("/etc/passwd");
+    let group = read("/etc/group");
+    lookup(&passwd, &group, name)
+}
+
+fn read(path: &str) -> String {
+    use std::io::Read;
+    let mut bytes = Vec::new();
+    if let Ok(file) = std::fs::File::open(path) {
+        let _ = file.take(1 << 20).read_to_end(&mut bytes);
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+fn lookup(passwd: &str, group: &str, name: Option<&str>) -> Option<User> {
+    let by = |wanted: &dyn Fn(&str, u32) -> bool| {
+        passwd.lines().find_map(|line| {
+            let fields: Vec<&str> = line.split(':').collect();
+            let [name, _, uid, gid, _, home, shell] = fields[..] else { return None };
+            let (uid, gid) = (uid.parse().ok()?, gid.parse().ok()?);
+            wanted(name, uid).then(|| User {
+                name: name.into(),
+                home: home.into(),
+                shell: if shell.is_empty() { "/bin/sh".into() } else { shell.into() },
+                identity: Identity { uid, gid, groups: groups(group, name, gid) },
+            })
+        })
+    };
+    match name {
+        Some(name) => by(&|other, _| other == name),
+        None => by(&|_, uid| uid == ORDINARY).or_else(|| by(&|_, uid| uid == 0)).or_else(|| {
+            Some(User {
+                name: "root".into(),
+                home: "/root".into(),
+                shell: "/bin/sh".into(),
+                identity: Identity { uid: 0, gid: 0, groups: vec![0] },
+            })
+        }),
+    }
+}
+
+fn groups(group: &str, user: &str, primary: u32) -> Vec<u32> {
+    let mut found = vec![primary];
+    for line in group.lines() {
+        let mut fields = line.split(':').skip(2);
+        let (Some(gid), Some(members)) = (fields.next(), fields.next()) else { continue };
+        if let Ok(gid) = gid.parse()
+            && members.split(',').any(|member| member == user)
+            && !found.contains(&gid)
+        {
+            found.push(gid);
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PASSWD: &str = "root:x:0:0:root:/root:/bin/bash\nbroken\nuser:x:1000:1000::/home/user:\n";
+    const GROUP: &str = "root:x:0:\nsudo:x:27:other,user\nuser:x:1000:\nvideo:x:44:usermore\n";
+
+    #[test]
+    fn finds_users_and_their_groups() {
+        let user = lookup(PASSWD, GROUP, None).unwrap();
+        assert_eq!((user.name.as_str(), user.shell.as_str()), ("user", "/bin/sh"));
+        assert_eq!(user.identity.groups, [1000, 27]);
+        assert_eq!(lookup(PASSWD, GROUP, Some("root")).unwrap().identity.uid, 0);
+        assert!(lookup(PASSWD, GROUP, Some("nobody")).is_none());
+        assert_eq!(lookup("root:x:0:0:root:/root:/bin/bash", "", None).unwrap().name, "root");
+        assert_eq!(lookup("", "", None).unwrap().identity.uid, 0);
+    }
+}

@@ -1,0 +1,104 @@
+//! The kernel calls that no safe crate offers yet.
+
+#![allow(unsafe_code, reason = "mount_setattr, setfsuid and unshare have no safe wrapper")]
+
+use std::{
+    io,
+    os::{
+        fd::{AsRawFd, BorrowedFd, OwnedFd},
+        unix::process::CommandExt,
+    },
+    process::{Command, Stdio},
+};
+
+use rustix::thread::{CapabilitiesSecureBits, UnshareFlags};
+
+/// How many ids each project has.
+pub(crate) const IDS_PER_PROJECT: u32 = 65_536;
+
+/// Makes a user namespace in which id 0 is `base` outside, and so on for
+/// [`IDS_PER_PROJECT`] ids; the descriptor keeps it alive.
+pub(crate) fn user_namespace(base: u32) -> io::Result<OwnedFd> {
+    let mut command = Command::new("cat");
+    command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+    let enter = || {
+        // SAFETY: called in a child between fork and exec, with a single
+        // thread; unsharing the user namespace touches no memory.
+        unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWUSER)? };
+        Ok(())
+    };
+    // SAFETY: the closure makes one system call and allocates nothing.
+    unsafe { command.pre_exec(enter) };
+    // `spawn` returns after the exec, so the namespace exists by then.
+    let mut child = command.spawn()?;
+    let pid = child.id();
+    let made = (|| {
+        let map = format!("0 {base} {IDS_PER_PROJECT}");
+        std::fs::write(format!("/proc/{pid}/uid_map"), &map)?;
+        std::fs::write(format!("/proc/{pid}/gid_map"), &map)?;
+        Ok(OwnedFd::from(std::fs::File::open(format!("/proc/{pid}/ns/user"))?))
+    })();
+    drop(child.stdin.take());
+    let _ = child.kill();
+    child.wait()?;
+    made
+}
+
+/// What [`set_mount`] sets.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct MountFlags {
+    pub(crate) read_only: bool,
+}
+
+/// Maps the ids of a detached mount by `userns`, and makes it `nosuid,nodev`.
+pub(crate) fn set_mount(mount: BorrowedFd<'_>, userns: BorrowedFd<'_>, flags: MountFlags) -> io::Result<()> {
+    let mut set = libc::MOUNT_ATTR_IDMAP | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
+    if flags.read_only {
+        set |= libc::MOUNT_ATTR_RDONLY;
+    }
+    let attributes = libc::mount_attr {
+        attr_set: set,
+        attr_clr: 0,
+        propagation: libc::MS_PRIVATE,
+        userns_fd: u64::from(userns.as_raw_fd().unsigned_abs()),
+    };
+    // SAFETY: the path is empty and terminated, the struct is initialized, and
+    // its size is passed with it.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            &attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Makes this thread act on files as `id`, with all its capabilities. For a
+/// thread that ends soon after: there is no way back.
+pub(crate) fn act_on_files_as(id: u32) -> io::Result<()> {
+    // Without this bit the kernel would take the capabilities over files away
+    // together with the root id.
+    rustix::thread::set_capabilities_secure_bits(CapabilitiesSecureBits::NO_SETUID_FIXUP)?;
+    // SAFETY: these change the credentials of the calling thread alone.
+    unsafe {
+        libc::setfsgid(id);
+        libc::setfsuid(id);
+        // They return the previous id, never an error: ask again.
+        if libc::setfsuid(id).unsigned_abs() != id || libc::setfsgid(id).unsigned_abs() != id {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
+    }
+    Ok(())
+}
+
+/// Puts this thread into a new network namespace. For a thread that ends soon.
+pub(crate) fn unshare_network() -> io::Result<()> {
+    // SAFETY: only this thread's view of the network changes; no descriptor
+    // table or file system state is unshared.
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET)? };
+    Ok(())
+}

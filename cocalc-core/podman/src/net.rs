@@ -1,0 +1,291 @@
+//! One network namespace per project, with a way out and no way aside.
+//!
+//! Each project has one address, on its own cable (a veth pair) to the host.
+//! What arrives from a cable and is meant for the host itself, for another
+//! project of any runner on this machine, or for a denied network is dropped by
+//! an nftables table of this runner; the rest is masqueraded and goes out.
+//! Ports of a project are reached by sockets made inside its namespace, never
+//! over the cable.
+
+mod sockets;
+
+use std::{
+    fs, io,
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use cocalc_core::ids::ProjectId;
+
+use crate::{
+    command::{CommandError, run_blocking},
+    kernel, mounts,
+};
+
+pub(crate) use sockets::Sockets;
+
+/// The beginning of every cable's name on the host, whichever runner made it.
+const CABLE: &str = "cc";
+/// What no project may reach: link-local addresses, with the metadata services
+/// of clouds among them.
+const DENIED: &str = "169.254.0.0/16";
+
+/// Whether projects reach the network outside.
+#[derive(Clone, Debug, Eq, PartialEq)]
+#[non_exhaustive]
+pub enum Outbound {
+    /// Everything but the host, other projects, link-local addresses, and these
+    /// IPv4 networks (`10.0.0.0/8`).
+    Open {
+        /// What else is out of reach.
+        deny: Vec<String>,
+    },
+    /// Nothing but itself.
+    Off,
+}
+
+/// Why a network could not be made.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum NetError {
+    #[error("could not {what}")]
+    Io { what: &'static str, source: io::Error },
+    #[error("could not {what}")]
+    Tool { what: &'static str, source: CommandError },
+    #[error("slot {slot} is beyond the runner's {slots} addresses")]
+    Slot { slot: u32, slots: u32 },
+}
+
+/// The network of one runner.
+#[derive(Clone, Debug)]
+pub(crate) struct Network {
+    /// Six hexadecimal digits that tell this runner's cables and table apart.
+    tag: String,
+    outbound: Outbound,
+    /// The gateway's address; projects have the following ones.
+    first: Ipv4Addr,
+    slots: u32,
+    directory: PathBuf,
+}
+
+impl Network {
+    pub(crate) fn new(
+        tag: String,
+        outbound: Outbound,
+        first: Ipv4Addr,
+        slots: u32,
+        directory: PathBuf,
+    ) -> Self {
+        Self { tag, outbound, first, slots, directory }
+    }
+
+    /// Makes the table of rules, replacing a former one. Blocks.
+    pub(crate) fn open(&self) -> Result<(), NetError> {
+        let Outbound::Open { deny } = &self.outbound else { return Ok(()) };
+        fs::write("/proc/sys/net/ipv4/ip_forward", "1")
+            .map_err(|source| NetError::Io { what: "turn on forwarding", source })?;
+        let mut denied = vec![DENIED.to_owned()];
+        denied.extend(deny.iter().cloned());
+        let pool = format!("{}-{}", self.first, self.address(self.slots.saturating_sub(1)));
+        let rules = rules(&self.tag, &pool, &denied.join(", "));
+        let mut nft = Command::new("nft");
+        nft.args(["-f", "-"]);
+        run_blocking(nft, &rules).map_err(|source| NetError::Tool { what: "set the firewall", source })?;
+        Ok(())
+    }
+
+    /// Where the namespace of a project is held.
+    pub(crate) fn path(&self, project: ProjectId) -> PathBuf {
+        self.directory.join(project.to_string())
+    }
+
+    /// Makes the namespace and the cable of a project, unless they are there.
+    /// Blocks.
+    pub(crate) fn create(&self, project: ProjectId, slot: u32) -> Result<(), NetError> {
+        let io = |what| move |source| NetError::Io { what, source };
+        if slot >= self.slots {
+            return Err(NetError::Slot { slot, slots: self.slots });
+        }
+        let path = self.path(project);
+        if is_namespace(&path) && (self.outbound == Outbound::Off || self.cable_exists(slot)) {
+            return Ok(());
+        }
+        self.remove(project, slot)?;
+        fs::File::create(&path).map_err(io("hold a network namespace"))?;
+        let made = std::thread::scope(|scope| {
+            std::thread::Builder::new()
+                .name("netns".into())
+                .spawn_scoped(scope, || self.create_here(&path, slot))
+                .map_err(io("start a thread"))?
+                .join()
+                .unwrap_or_else(|_| Err(io("run a thread")(io::Error::other("it failed"))))
+        })
+        .and_then(|()| self.connect_host(slot));
+        if made.is_err() {
+            let _ = self.remove(project, slot);
+        }
+        made
+    }
+
+    /// The project's side; leaves the thread in the new namespace.
+    fn create_here(&self, path: &Path, slot: u32) -> Result<(), NetError> {
+        let io = |what| move |source| NetError::Io { what, source };
+        kernel::unshare_network().map_err(io("make a network namespace"))?;
+        rustix::mount::mount_bind("/proc/thread-self/ns/net", path)
+            .map_err(|error| io("hold a network namespace")(error.into()))?;
+        // Root inside is nobody here: it could bind no port below 1024, and
+        // ping would not work either.
+        for (name, value) in [("ip_unprivileged_port_start", "0"), ("ping_group_range", "0 2147483647")] {
+            fs::write(format!("/proc/sys/net/ipv4/{name}"), value)
+                .map_err(io("open low ports to the project"))?;
+        }
+        let mut batch = String::from("link set lo up\n");
+        if self.outbound != Outbound::Off {
+            let (cable, address, gateway) = (self.cable(slot), self.address(slot), self.first);
+            let mtu = outside_mtu();
+            // The child inherits this thread's namespace, and names the
+            // host's by this process, whose other threads are still there.
+            batch.push_str(&format!(
+                "link add eth0 mtu {mtu} type veth peer name {cable} mtu {mtu} netns {pid}\n\
+                 addr add {address}/32 dev eth0\n\
+                 link set eth0 up\n\
+                 route add {gateway}/32 dev eth0 scope link\n\
+                 route add default via {gateway} dev eth0\n",
+                pid = std::process::id(),
+            ));
+            // Nothing but IPv4 leaves; a link-local address would be a way to
+            // the host.
+            let _ = fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1");
+        }
+        ip(&batch, "connect the project's network")
+    }
+
+    /// The host's side of the cable.
+    fn connect_host(&self, slot: u32) -> Result<(), NetError> {
+        if self.outbound == Outbound::Off {
+            return Ok(());
+        }
+        let (cable, address, gateway) = (self.cable(slot), self.address(slot), self.first);
+        // Kernels without IPv6 have no such file.
+        let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{cable}/disable_ipv6"), "1");
+        // Only this project's address may come from its cable.
+        fs::write(format!("/proc/sys/net/ipv4/conf/{cable}/rp_filter"), "1")
+            .map_err(|source| NetError::Io { what: "refuse forged addresses", source })?;
+        ip(
+            &format!(
+                "addr add {gateway}/32 dev {cable}\nlink set {cable} up\n\
+                 route add {address}/32 dev {cable} scope link\n"
+            ),
+            "connect the host's end of a project's network",
+        )
+    }
+
+    /// Removes the namespace and the cable; harmless if they are not there.
+    /// Blocks.
+    pub(crate) fn remove(&self, project: ProjectId, slot: u32) -> Result<(), NetError> {
+        let path = self.path(project);
+        let io = |what| move |source| NetError::Io { what, source };
+        if self.cable_exists(slot) {
+            // At once: a namespace takes its cables along only when the kernel
+            // gets to it.
+            let _ = ip(&format!("link del {}\n", self.cable(slot)), "remove a cable");
+        }
+        mounts::unmount(&path).map_err(io("let go of a network namespace"))?;
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(io("let go of a network namespace")(error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn cable(&self, slot: u32) -> String {
+        format!("{CABLE}{}{slot:x}", self.tag)
+    }
+
+    fn cable_exists(&self, slot: u32) -> bool {
+        Path::new("/sys/class/net").join(self.cable(slot)).exists()
+    }
+
+    fn address(&self, slot: u32) -> Ipv4Addr {
+        Ipv4Addr::from_bits(self.first.to_bits().wrapping_add(slot).wrapping_add(1))
+    }
+}
+
+/// Removes every cable and the table of the runner with this tag. Blocks.
+pub(crate) fn remove_all(tag: &str) -> Result<(), NetError> {
+    let prefix = format!("{CABLE}{tag}");
+    let cables = fs::read_dir("/sys/class/net").into_iter().flatten().filter_map(Result::ok);
+    for cable in cables {
+        if let Some(name) = cable.file_name().to_str()
+            && name.starts_with(&prefix)
+        {
+            // One that went away meanwhile is not missed.
+            let _ = ip(&format!("link del {name}\n"), "remove a cable");
+        }
+    }
+    let mut nft = Command::new("nft");
+    nft.args(["-f", "-"]);
+    let table = format!("table inet cocalc_{tag}");
+    match run_blocking(nft, &format!("{table} {{}}\ndelete {table}\n")) {
+        // Without the tool there is no table either.
+        Ok(_) | Err(CommandError::Spawn { .. }) => Ok(()),
+        Err(source) => Err(NetError::Tool { what: "remove the firewall's table", source }),
+    }
+}
+
+fn ip(batch: &str, what: &'static str) -> Result<(), NetError> {
+    let mut command = Command::new("ip");
+    command.args(["-batch", "-"]);
+    run_blocking(command, batch).map(drop).map_err(|source| NetError::Tool { what, source })
+}
+
+/// The rules of a runner. Cables of all runners are fenced off from each other.
+fn rules(tag: &str, pool: &str, denied: &str) -> String {
+    format!(
+        r#"table inet cocalc_{tag} {{}}
+delete table inet cocalc_{tag}
+table inet cocalc_{tag} {{
+    chain input {{
+        type filter hook input priority filter - 5; policy accept;
+        iifname "{CABLE}{tag}*" counter drop
+    }}
+    chain forward {{
+        type filter hook forward priority filter - 5; policy accept;
+        iifname "{CABLE}{tag}*" oifname "{CABLE}*" counter drop
+        iifname "{CABLE}{tag}*" meta nfproto != ipv4 counter drop
+        iifname "{CABLE}{tag}*" ip daddr {{ {denied} }} counter drop
+        oifname "{CABLE}{tag}*" ct state established,related accept
+        oifname "{CABLE}{tag}*" counter drop
+    }}
+    chain postrouting {{
+        type nat hook postrouting priority srcnat; policy accept;
+        ip saddr {pool} oifname != "{CABLE}*" masquerade
+    }}
+}}
+"#
+    )
+}
+
+/// Whether a namespace is mounted at `path`, and not only an empty file there.
+fn is_namespace(path: &Path) -> bool {
+    rustix::fs::statfs(path).is_ok_and(|stat| stat.f_type == NSFS_MAGIC)
+}
+
+/// The magic number of the file system of namespaces.
+const NSFS_MAGIC: rustix::fs::FsWord = 0x6e73_6673;
+
+/// The largest packet that the way out takes: a larger one would have to be
+/// refused on every connection first.
+fn outside_mtu() -> u32 {
+    let routes = fs::read_to_string("/proc/net/route").unwrap_or_default();
+    let device = routes.lines().skip(1).find_map(|line| {
+        let mut fields = line.split_whitespace();
+        let device = fields.next()?;
+        (fields.next()? == "00000000").then_some(device)
+    });
+    device
+        .and_then(|device| fs::read_to_string(format!("/sys/class/net/{device}/mtu")).ok())
+        .and_then(|mtu| mtu.trim().parse().ok())
+        .map_or(1500, |mtu: u32| mtu.clamp(576, 1500))
+}

@@ -1,0 +1,349 @@
+//! Building a [`Podman`] runner: what it is told, and what it finds out.
+
+use std::{
+    collections::BTreeMap,
+    fmt, fs,
+    io::Write,
+    net::{IpAddr, Ipv4Addr},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+};
+
+use cocalc_core::{
+    BoxError,
+    ids::{HostId, ImageDigest},
+    runner::{Capabilities, Limits},
+};
+use sha2::{Digest, Sha256};
+
+use super::{
+    Podman, Shared,
+    cli::{CONTAINERS_CONF, Cli, find_program},
+};
+use crate::{
+    agent::HELPER,
+    kernel::IDS_PER_PROJECT,
+    net::{Network, Outbound, Sockets},
+    probe,
+};
+
+/// Where image directories are: digest → the root of an image's files.
+pub type Images = Arc<dyn Fn(ImageDigest) -> Option<PathBuf> + Send + Sync>;
+
+/// The first host uid of the first project, by default. Above what
+/// distributions give to people, services and rootless containers.
+pub const UID_BASE: u32 = 0x1000_0000;
+/// How many slots a runner has, by default: 67 million ids, and a /22 of
+/// addresses.
+pub const SLOTS: u32 = 1022;
+
+/// How a runner could not be made ready.
+#[derive(Debug, thiserror::Error)]
+#[error("the podman runner could not {what}")]
+pub struct BuildError {
+    pub(crate) what: String,
+    #[source]
+    pub(crate) source: BoxError,
+}
+
+impl BuildError {
+    pub(crate) fn new(what: impl Into<String>, source: impl Into<BoxError>) -> Self {
+        Self { what: what.into(), source: source.into() }
+    }
+}
+
+/// Collects what a [`Podman`] runner needs.
+#[must_use]
+pub struct PodmanBuilder {
+    instance: HostId,
+    state_dir: PathBuf,
+    images: Images,
+    runtime_dir: Option<PathBuf>,
+    uid_base: u32,
+    slots: u32,
+    gateway: Ipv4Addr,
+    outbound: Outbound,
+    nameservers: Option<Vec<IpAddr>>,
+    podman: Option<PathBuf>,
+    runtime: Option<String>,
+    defaults: Limits,
+}
+
+impl fmt::Debug for PodmanBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PodmanBuilder")
+            .field("instance", &self.instance)
+            .field("state_dir", &self.state_dir)
+            .finish_non_exhaustive()
+    }
+}
+
+impl PodmanBuilder {
+    pub(super) fn new(instance: HostId, state_dir: PathBuf, images: Images) -> Self {
+        Self {
+            instance,
+            state_dir,
+            images,
+            runtime_dir: None,
+            uid_base: UID_BASE,
+            slots: SLOTS,
+            gateway: Ipv4Addr::new(100, 100, 0, 1),
+            outbound: Outbound::Open { deny: Vec::new() },
+            nameservers: None,
+            podman: None,
+            runtime: None,
+            defaults: Limits { memory_bytes: None, cpu_millis: None, pids: Some(4096), nofile: Some(8192) },
+        }
+    }
+
+    /// Where mounts, sockets and network namespaces are held; gone after a
+    /// reboot. Default: `/run/cocalc/<instance>`. Every directory above it must
+    /// be passable for everybody.
+    pub fn runtime_dir(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.runtime_dir = Some(dir.into());
+        self
+    }
+
+    /// Which of several hosts on this machine this is, from 0: gives it ranges
+    /// of uids and addresses of its own, after those of the lower numbers.
+    /// Default: 0. Numbers from 56 are beyond both.
+    pub fn machine_index(mut self, index: u16) -> Self {
+        let index = u32::from(index);
+        self.uid_base = UID_BASE.saturating_add(index.saturating_mul(IDS_PER_PROJECT * (SLOTS + 2)));
+        let first = Ipv4Addr::new(100, 100, 0, 1).to_bits();
+        self.gateway = Ipv4Addr::from_bits(first.saturating_add(index.saturating_mul(1024)));
+        self
+    }
+
+    /// The first host uid; slot *n* has the 65,536 ids from
+    /// `uid_base + n * 65536`. Default: [`UID_BASE`].
+    pub fn uid_base(mut self, base: u32) -> Self {
+        self.uid_base = base;
+        self
+    }
+
+    /// How many slots there are. Default: [`SLOTS`].
+    pub fn slots(mut self, slots: u32) -> Self {
+        self.slots = slots;
+        self
+    }
+
+    /// The projects' gateway; slot *n* has the address *n + 1* after it.
+    /// Default: 100.100.0.1, in the range shared by carriers, which neither the
+    /// internet nor most private networks use.
+    pub fn gateway(mut self, gateway: Ipv4Addr) -> Self {
+        self.gateway = gateway;
+        self
+    }
+
+    /// What projects reach outside. Default: all but the host, each other and
+    /// link-local addresses.
+    pub fn outbound(mut self, outbound: Outbound) -> Self {
+        self.outbound = outbound;
+        self
+    }
+
+    /// The name servers of projects. Default: the host's, without those on its
+    /// own loopback addresses.
+    pub fn nameservers(mut self, servers: Vec<IpAddr>) -> Self {
+        self.nameservers = Some(servers);
+        self
+    }
+
+    /// The podman to use. Default: the one in the search path.
+    pub fn podman(mut self, program: impl Into<PathBuf>) -> Self {
+        self.podman = Some(program.into());
+        self
+    }
+
+    /// The OCI runtime to use. Default: one that works with this machine's
+    /// control groups.
+    pub fn runtime(mut self, name: impl Into<String>) -> Self {
+        self.runtime = Some(name.into());
+        self
+    }
+
+    /// Limits where a project's own say nothing. Default: 4,096 processes and
+    /// 8,192 open files.
+    pub fn default_limits(mut self, limits: Limits) -> Self {
+        self.defaults = limits;
+        self
+    }
+
+    /// Checks what is needed, sets up what all projects share, and finds the
+    /// containers of this instance that are there already.
+    ///
+    /// # Errors
+    ///
+    /// Whatever is missing, by name; [`crate::probe`] says what mends it.
+    pub async fn build(self) -> Result<Podman, BuildError> {
+        let missing = |what: &str| {
+            BuildError::new(format!("find {what}"), std::io::Error::from(std::io::ErrorKind::NotFound))
+        };
+        let podman = match self.podman {
+            Some(path) => path,
+            None => find_program("podman").ok_or_else(|| missing("podman"))?,
+        };
+        let runtime = match self.runtime {
+            Some(name) => name,
+            None => {
+                probe::working_runtime().ok_or_else(|| missing("an OCI runtime that works here (runc)"))?
+            }
+        };
+        let last = u64::from(self.uid_base) + u64::from(self.slots) * u64::from(IDS_PER_PROJECT);
+        if self.uid_base < IDS_PER_PROJECT || last >= u64::from(u32::MAX) || self.slots == 0 {
+            let range = format!("{} slots from uid {} leave the range of uids", self.slots, self.uid_base);
+            return Err(BuildError::new("use its range of uids", range));
+        }
+        let runtime_dir =
+            self.runtime_dir.unwrap_or_else(|| Path::new("/run/cocalc").join(self.instance.to_string()));
+        if runtime_dir.to_str().is_none_or(|path| path.contains([',', ':', '\\', '"', '\n'])) {
+            return Err(BuildError::new("use its runtime directory", "its path has a forbidden character"));
+        }
+
+        let dirs = Dirs::create(&self.state_dir, &runtime_dir).map_err(|error| {
+            BuildError::new(format!("make its directories in {}", runtime_dir.display()), error)
+        })?;
+        let nameservers = self.nameservers.unwrap_or_else(host_nameservers);
+        dirs.write_shared(&nameservers).map_err(|error| BuildError::new("write its shared files", error))?;
+
+        let tag = tag(self.instance);
+        let network = Network::new(tag, self.outbound, self.gateway, self.slots, dirs.networks.clone());
+        let network = tokio::task::spawn_blocking(move || network.open().map(|()| network))
+            .await
+            .map_err(|error| BuildError::new("set up its network", error))?
+            .map_err(|error| BuildError::new("set up its network", error))?;
+        let sockets = Sockets::start().map_err(|error| BuildError::new("start a thread", error))?;
+
+        let cli = Cli { program: podman, runtime, containers_conf: dirs.containers_conf.clone() };
+        let capabilities = capabilities(&cli).await?;
+        let podman = Podman {
+            shared: Arc::new(Shared {
+                instance: self.instance,
+                cli,
+                dirs,
+                images: self.images,
+                network,
+                sockets,
+                uid_base: self.uid_base,
+                slots: self.slots,
+                defaults: self.defaults,
+                capabilities,
+                projects: Mutex::new(BTreeMap::new()),
+            }),
+        };
+        podman.adopt().await?;
+        Ok(podman)
+    }
+}
+
+async fn capabilities(cli: &Cli) -> Result<Capabilities, BuildError> {
+    let version = cli.run(["version", "--format", "{{.Client.Version}}"]).await;
+    let version = version.map_err(|error| BuildError::new("ask podman for its version", error))?;
+    let mut weaknesses = Vec::new();
+    if probe::limits_missing() {
+        weaknesses.push(
+            "this kernel has no control groups for memory, cpu and pids: limits are not enforced".into(),
+        );
+    }
+    Ok(Capabilities {
+        backend: format!("podman {} ({})", version.trim(), probe::runtime_version(&cli.runtime)),
+        isolation: true,
+        limits: weaknesses.is_empty(),
+        weaknesses,
+    })
+}
+
+/// Six hexadecimal digits of an instance: interfaces have short names.
+pub(crate) fn tag(instance: HostId) -> String {
+    let hash = Sha256::digest(instance.as_bytes());
+    hash.iter().take(3).map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The runner's directories.
+#[derive(Debug)]
+pub(crate) struct Dirs {
+    pub(crate) projects: PathBuf,
+    pub(crate) sockets: PathBuf,
+    pub(crate) networks: PathBuf,
+    pub(crate) logs: PathBuf,
+    pub(crate) helper: PathBuf,
+    pub(crate) resolv_conf: PathBuf,
+    pub(crate) containers_conf: PathBuf,
+}
+
+impl Dirs {
+    fn create(state: &Path, runtime: &Path) -> std::io::Result<Self> {
+        let dirs = Self {
+            projects: runtime.join("projects"),
+            sockets: runtime.join("sockets"),
+            networks: runtime.join("networks"),
+            logs: state.join("logs"),
+            helper: runtime.join("helper"),
+            resolv_conf: runtime.join("resolv.conf"),
+            containers_conf: runtime.join("containers.conf"),
+        };
+        fs::DirBuilder::new().recursive(true).mode(0o711).create(runtime)?;
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(state)?;
+        for (dir, mode) in
+            [(&dirs.projects, 0o711), (&dirs.sockets, 0o700), (&dirs.networks, 0o700), (&dirs.logs, 0o700)]
+        {
+            fs::DirBuilder::new().recursive(true).mode(mode).create(dir)?;
+            fs::set_permissions(dir, fs::Permissions::from_mode(mode))?;
+        }
+        // The runtime enters as the project's root, who is nobody here.
+        fs::set_permissions(runtime, fs::Permissions::from_mode(0o711))?;
+        Ok(dirs)
+    }
+
+    fn write_shared(&self, nameservers: &[IpAddr]) -> std::io::Result<()> {
+        // A helper that runs is another file: a new name, then a rename.
+        if fs::read(&self.helper).ok().as_deref() != Some(HELPER) {
+            write_file(&self.helper, HELPER, 0o555)?;
+        }
+        let servers: String = nameservers.iter().map(|server| format!("nameserver {server}\n")).collect();
+        write_file(&self.resolv_conf, servers.as_bytes(), 0o444)?;
+        write_file(&self.containers_conf, CONTAINERS_CONF.as_bytes(), 0o444)
+    }
+}
+
+fn write_file(path: &Path, bytes: &[u8], mode: u32) -> std::io::Result<()> {
+    let draft = path.with_extension("new");
+    let _ = fs::remove_file(&draft);
+    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&draft)?;
+    file.write_all(bytes)?;
+    file.set_permissions(fs::Permissions::from_mode(mode))?;
+    drop(file);
+    fs::rename(draft, path)
+}
+
+/// The host's name servers that are reachable from elsewhere.
+fn host_nameservers() -> Vec<IpAddr> {
+    // Where systemd-resolved serves, its upstream servers are listed here.
+    ["/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"]
+        .iter()
+        .map(|path| nameservers(&fs::read_to_string(path).unwrap_or_default()))
+        .find(|servers| !servers.is_empty())
+        .unwrap_or_default()
+}
+
+fn nameservers(resolv_conf: &str) -> Vec<IpAddr> {
+    resolv_conf
+        .lines()
+        .filter_map(|line| line.strip_prefix("nameserver")?.trim().parse().ok())
+        .filter(|server: &IpAddr| server.is_ipv4() && !server.is_loopback())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_resolver_on_the_host_itself_is_left_out() {
+        let text =
+            "# comment\nnameserver 127.0.0.53\nnameserver 192.0.2.7\noptions edns0\nnameserver fd00::1\n";
+        assert_eq!(nameservers(text), [IpAddr::from([192, 0, 2, 7])]);
+    }
+}

@@ -1,0 +1,179 @@
+//! podman's command line, with its own configuration and a limit on each call.
+
+use std::{
+    collections::BTreeMap,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
+};
+
+use cocalc_core::ids::Timestamp;
+use serde::Deserialize;
+use tokio::process::Command;
+
+use super::time::parse_time;
+use crate::command::{CommandError, run};
+
+/// How long podman may take for one call.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// What podman reads instead of the system's `containers.conf`: the default
+/// sysctls cannot be set in a network namespace that is not the container's
+/// own, and its journal of events would only grow.
+pub(crate) const CONTAINERS_CONF: &str =
+    "[containers]\ndefault_sysctls = []\n[engine]\nevents_logger = \"none\"\n";
+
+/// How to call podman.
+#[derive(Clone, Debug)]
+pub(crate) struct Cli {
+    pub(crate) program: PathBuf,
+    pub(crate) runtime: String,
+    pub(crate) containers_conf: PathBuf,
+}
+
+/// What podman knows of a container.
+#[derive(Clone, Debug)]
+pub(crate) struct Container {
+    pub(crate) id: String,
+    pub(crate) labels: BTreeMap<String, String>,
+    pub(crate) running: bool,
+    pub(crate) pid: i32,
+    pub(crate) started: Option<Timestamp>,
+    pub(crate) reason: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Inspected {
+    id: String,
+    state: InspectedState,
+    config: InspectedConfig,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct InspectedState {
+    running: bool,
+    #[serde(rename = "OOMKilled")]
+    oom_killed: bool,
+    pid: i32,
+    exit_code: i32,
+    #[serde(default)]
+    error: String,
+    started_at: String,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct InspectedConfig {
+    #[serde(default)]
+    labels: Option<BTreeMap<String, String>>,
+}
+
+/// Why a call of podman failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CliError {
+    #[error(transparent)]
+    Command(#[from] CommandError),
+    #[error("podman's answer makes no sense")]
+    Answer(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+impl CliError {
+    /// Whether it says that there is no such container.
+    pub(crate) fn is_missing(&self) -> bool {
+        matches!(self, Self::Command(CommandError::Failed { complaint, .. })
+            if complaint.contains("no such container") || complaint.contains("no such object")
+                || complaint.contains("no container with name or ID"))
+    }
+}
+
+impl Cli {
+    fn command(&self) -> Command {
+        let mut command = Command::new(&self.program);
+        command.env("CONTAINERS_CONF", &self.containers_conf).stdin(Stdio::null());
+        command.args(["--runtime", &self.runtime, "--log-level", "error"]);
+        command
+    }
+
+    /// Runs podman with these arguments.
+    pub(crate) async fn run<S: AsRef<std::ffi::OsStr>>(
+        &self,
+        args: impl IntoIterator<Item = S>,
+    ) -> Result<String, CliError> {
+        let mut command = self.command();
+        command.args(args);
+        Ok(run(command, LIMIT).await?)
+    }
+
+    /// Starts a created container, whose first process inherits `listener` as
+    /// descriptor 3.
+    pub(crate) async fn start(&self, name: &str, listener: OwnedFd) -> Result<(), CliError> {
+        // Socket activation wants descriptor 3 and the pid of podman itself;
+        // the shell arranges both, and becomes podman.
+        let script = "exec 3<&0 </dev/null; LISTEN_FDS=1 LISTEN_PID=$$ exec \"$@\"";
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", script, "sh"]).arg(&self.program);
+        command.args(["--runtime", &self.runtime, "--log-level", "error", "start", name]);
+        command.env("CONTAINERS_CONF", &self.containers_conf).stdin(Stdio::from(listener));
+        run(command, LIMIT).await?;
+        Ok(())
+    }
+
+    /// What podman knows of these containers; missing ones are an error.
+    pub(crate) async fn inspect(&self, names: &[String]) -> Result<Vec<Container>, CliError> {
+        let mut args = vec!["container", "inspect"];
+        args.extend(names.iter().map(String::as_str));
+        let text = self.run(args).await?;
+        let inspected: Vec<Inspected> =
+            serde_json::from_str(&text).map_err(|error| CliError::Answer(error.into()))?;
+        inspected.into_iter().map(Container::try_from).collect()
+    }
+
+    /// The names of all containers with this label.
+    pub(crate) async fn labelled(&self, label: &str) -> Result<Vec<String>, CliError> {
+        let filter = format!("label={label}");
+        let text =
+            self.run(["ps", "--all", "--no-trunc", "--filter", &filter, "--format", "{{.Names}}"]).await?;
+        Ok(text.lines().map(str::to_owned).filter(|line| !line.is_empty()).collect())
+    }
+}
+
+impl TryFrom<Inspected> for Container {
+    type Error = CliError;
+
+    fn try_from(inspected: Inspected) -> Result<Self, CliError> {
+        let state = inspected.state;
+        let started = parse_time(&state.started_at).map_err(|error| CliError::Answer(error.into()))?;
+        let reason = match () {
+            () if state.running || started.is_none() => None,
+            () if state.oom_killed => Some("killed because its memory was used up".into()),
+            () if !state.error.is_empty() => Some(state.error),
+            () => Some(format!("its first process ended with code {}", state.exit_code)),
+        };
+        Ok(Self {
+            id: inspected.id,
+            labels: inspected.config.labels.unwrap_or_default(),
+            running: state.running,
+            pid: state.pid,
+            started,
+            reason,
+        })
+    }
+}
+
+/// Finds a program in the search path.
+pub(crate) fn find_program(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    // An ordinary user's path often lacks these, where the tools are.
+    let more = ["/usr/sbin", "/sbin", "/usr/local/sbin"].map(PathBuf::from);
+    std::env::split_paths(&path)
+        .chain(more)
+        .map(|directory| directory.join(name))
+        .find(|candidate| is_executable(candidate))
+}
+
+fn is_executable(path: &Path) -> bool {
+    rustix::fs::access(path, rustix::fs::Access::EXEC_OK).is_ok() && path.is_file()
+}

@@ -1,0 +1,447 @@
+//! Bringing a project up and down.
+
+use std::{
+    io::{self, Read, Seek},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use cocalc_core::{
+    ids::{Epoch, ProjectId},
+    runner::{Error, ProjectSpec, Result, State, Status},
+};
+use rustix::process::Signal;
+use sha2::{Digest, Sha256};
+
+use super::{
+    BuildError, Podman, Shared, backend, blocking,
+    project::{InPhase, Project, Running},
+};
+use crate::mounts;
+
+/// What root in a project may do there: what installing packages and running
+/// services needs, and nothing about the kernel, devices or the network's
+/// configuration.
+const CAPABILITIES: &str = "CHOWN,DAC_OVERRIDE,FOWNER,FSETID,KILL,SETGID,SETUID,SETPCAP,\
+    NET_BIND_SERVICE,SYS_CHROOT,SETFCAP,AUDIT_WRITE";
+/// Where the helper is seen inside: in `/dev`, so that nothing of it remains in
+/// the project's files.
+const HELPER_INSIDE: &str = "/dev/cocalc-init";
+/// How long the kernel may take to end processes that were killed.
+const KILL_LIMIT: Duration = Duration::from_secs(30);
+/// The largest log of a project, in bytes.
+const LOG_BYTES_MAX: u64 = 1 << 20;
+
+const LABEL_INSTANCE: &str = "cocalc.instance";
+const LABEL_PROJECT: &str = "cocalc.project";
+const LABEL_EPOCH: &str = "cocalc.epoch";
+const LABEL_SLOT: &str = "cocalc.slot";
+const LABEL_SPEC: &str = "cocalc.spec";
+
+impl Podman {
+    /// Finds the containers of this instance that are there already.
+    pub(super) async fn adopt(&self) -> Result<(), BuildError> {
+        let shared = &self.shared;
+        let failed = |error| BuildError::new("list its containers", error);
+        let label = format!("{LABEL_INSTANCE}={}", shared.instance);
+        for name in shared.cli.labelled(&label).await.map_err(failed)? {
+            // One that vanished meanwhile is not missed.
+            let found = match shared.cli.inspect(std::slice::from_ref(&name)).await {
+                Err(error) if error.is_missing() => continue,
+                found => found.map_err(failed)?,
+            };
+            let Some(container) = found.into_iter().next() else { continue };
+            let label = |name: &str| container.labels.get(name).map(String::as_str).unwrap_or_default();
+            let (Ok(project), Ok(epoch), Ok(slot)) = (
+                label(LABEL_PROJECT).parse(),
+                label(LABEL_EPOCH).parse::<Epoch>(),
+                label(LABEL_SLOT).parse(),
+            ) else {
+                tracing::warn!(container = name, "its labels make no sense, left alone");
+                continue;
+            };
+            let running =
+                Running::find(&container).map_err(|error| BuildError::new("find a process", error))?;
+            let entry = shared.entry(project);
+            let mut view = entry.view();
+            view.epoch = Some(epoch);
+            view.slot = Some(slot);
+            view.made_from = Some(label(LABEL_SPEC).to_owned());
+            view.running = running.map(Arc::new);
+            view.started = container.started;
+            view.reason = container.reason;
+        }
+        Ok(())
+    }
+}
+
+impl Shared {
+    pub(super) async fn prepare(&self, spec: ProjectSpec) -> Result<()> {
+        let entry = self.entry(spec.project);
+        let _operation = entry.operation.lock().await;
+        if entry.running().is_some() {
+            return Ok(());
+        }
+        self.ready(&entry, &spec).await
+    }
+
+    /// Makes everything but the mounts, which exist only while it runs.
+    async fn ready(&self, entry: &Project, spec: &ProjectSpec) -> Result<()> {
+        let project = spec.project;
+        self.image(spec)?;
+        if spec.slot >= self.slots {
+            let reason = format!("slot {} is beyond this host's {}", spec.slot, self.slots);
+            return Err(Error::Invalid { project, reason });
+        }
+        check_env(spec)?;
+        let wanted = fingerprint(spec);
+        let (former, former_slot) = {
+            let view = entry.view();
+            (view.made_from.clone(), view.slot)
+        };
+        if let Some(former_slot) = former_slot.filter(|slot| *slot != spec.slot) {
+            self.remove_network(project, former_slot).await?;
+        }
+        self.create_network(project, spec.slot).await?;
+        let (dirs, uid) = (self.mounts(project), self.uid(spec.slot));
+        blocking("make directories for", project, move || dirs.create(uid)).await?;
+        if former.as_deref() == Some(&wanted) {
+            return Ok(());
+        }
+        if former.is_some() {
+            self.remove_container(project).await?;
+            entry.view().made_from = None;
+        }
+        let created = match self.cli.run(self.create_args(spec, &wanted)).await {
+            Err(error) if error.to_string().contains("already in use") => {
+                // Left by a process that died between making and noting it.
+                self.remove_container(project).await?;
+                self.cli.run(self.create_args(spec, &wanted)).await
+            }
+            other => other,
+        };
+        created.map_err(|error| backend("create", project, error))?;
+        let mut view = entry.view();
+        view.made_from = Some(wanted);
+        view.slot = Some(spec.slot);
+        Ok(())
+    }
+
+    pub(super) async fn start(&self, spec: ProjectSpec) -> Result<Status> {
+        let project = spec.project;
+        let entry = self.entry(project);
+        let _operation = entry.operation.lock().await;
+        if entry.running().is_some() {
+            let running = entry.view().epoch;
+            return match running {
+                Some(epoch) if epoch == spec.epoch => Ok(entry.status()),
+                _ => Err(Error::Busy { project, reason: "it runs under another epoch".into() }),
+            };
+        }
+        let phase = InPhase::new(&entry, State::Starting);
+        self.ready(&entry, &spec).await?;
+        entry.view().env = Arc::new(spec.env.clone());
+        self.mount(&spec).await?;
+        let started = match self.launch(&entry, &spec).await {
+            Err(error) if error.missing => {
+                // Somebody removed the container behind our back.
+                entry.view().made_from = None;
+                match self.ready(&entry, &spec).await {
+                    Ok(()) => self.launch(&entry, &spec).await.map_err(|error| error.error),
+                    Err(error) => Err(error),
+                }
+            }
+            other => other.map_err(|error| error.error),
+        };
+        if let Err(error) = started {
+            // What was half started must not write to the volume any more.
+            let _ = self.cli.run(["stop", "--ignore", "--time", "0", &self.container(project)]).await;
+            self.unmount(project).await?;
+            return Err(error);
+        }
+        drop(phase);
+        Ok(entry.status())
+    }
+
+    async fn launch(&self, entry: &Project, spec: &ProjectSpec) -> Result<(), Launch> {
+        let project = spec.project;
+        let failed = |error| Launch { missing: false, error };
+        let name = self.container(project);
+        let listener = self
+            .socket(project)
+            .and_then(|socket| socket.bind())
+            .map_err(|error| failed(backend("start", project, error)))?;
+        // The log is of this run; what conmon appends begins anew.
+        let _ = std::fs::remove_file(self.dirs.logs.join(format!("{project}.log")));
+        self.cli.start(&name, listener).await.map_err(|error| Launch {
+            missing: error.is_missing(),
+            error: backend("start", project, error),
+        })?;
+        let found =
+            self.cli.inspect(&[name]).await.map_err(|error| failed(backend("start", project, error)))?;
+        let running = match found.first() {
+            Some(container) => {
+                Running::find(container).map_err(|error| failed(backend("start", project, error)))?
+            }
+            None => None,
+        };
+        let (Some(container), Some(running)) = (found.into_iter().next(), running) else {
+            return Err(failed(backend("start", project, "its first process ended at once")));
+        };
+        let mut view = entry.view();
+        view.epoch = Some(spec.epoch);
+        view.running = Some(Arc::new(running));
+        view.started = container.started;
+        view.reason = None;
+        Ok(())
+    }
+
+    pub(super) async fn stop(&self, project: ProjectId, grace: Duration) -> Result<Status> {
+        let Some(entry) = self.known(project) else { return Ok(unknown(project)) };
+        let _operation = entry.operation.lock().await;
+        self.stop_locked(&entry, grace).await?;
+        Ok(entry.status())
+    }
+
+    async fn stop_locked(&self, entry: &Project, grace: Duration) -> Result<()> {
+        let project = entry.id;
+        let _phase = InPhase::new(entry, State::Stopping);
+        let running = entry.view().running.clone();
+        if let Some(running) = running {
+            let io = |error| backend("stop", project, error);
+            if running.process.is_alive() {
+                if !grace.is_zero() {
+                    running.process.signal(Signal::TERM);
+                }
+                if grace.is_zero() || !running.process.ended(grace).await.map_err(io)? {
+                    running.process.signal(Signal::KILL);
+                    if !running.process.ended(KILL_LIMIT).await.map_err(io)? {
+                        return Err(Error::TimedOut { project, operation: "killing", limit: KILL_LIMIT });
+                    }
+                }
+            } else {
+                self.note_reason(entry).await;
+            }
+            entry.view().running = None;
+        }
+        // podman has to notice, and to let go of what it holds. It also ends
+        // what this process does not know of.
+        if entry.view().made_from.is_some() {
+            let name = self.container(project);
+            self.cli
+                .run(["stop", "--ignore", "--time", "0", &name])
+                .await
+                .map_err(|error| backend("stop", project, error))?;
+        }
+        if let Ok(socket) = self.socket(project) {
+            socket.unlink();
+        }
+        self.unmount(project).await
+    }
+
+    pub(super) async fn remove(&self, project: ProjectId) -> Result<()> {
+        let Some(entry) = self.known(project) else { return Ok(()) };
+        let _operation = entry.operation.lock().await;
+        self.stop_locked(&entry, Duration::ZERO).await?;
+        self.remove_container(project).await?;
+        let slot = entry.view().slot;
+        if let Some(slot) = slot {
+            self.remove_network(project, slot).await?;
+        }
+        let dirs = self.mounts(project);
+        blocking("remove", project, move || dirs.remove()).await?;
+        let _ = std::fs::remove_file(self.dirs.logs.join(format!("{project}.log")));
+        *entry.view() = super::project::View::default();
+        // Under the operation's lock: who waits for it finds an empty entry,
+        // and may fill it again.
+        if Arc::strong_count(&entry) <= 2 {
+            self.projects().remove(&project);
+        }
+        Ok(())
+    }
+
+    pub(super) async fn status(&self, project: ProjectId) -> Result<Status> {
+        let Some(entry) = self.known(project) else { return Ok(unknown(project)) };
+        let died = {
+            let view = entry.view();
+            view.phase.is_none()
+                && view.reason.is_none()
+                && view.running.as_ref().is_some_and(|running| !running.process.is_alive())
+        };
+        if died {
+            self.note_reason(&entry).await;
+        }
+        Ok(entry.status())
+    }
+
+    /// Asks podman how the first process ended.
+    async fn note_reason(&self, entry: &Project) {
+        let found = self.cli.inspect(&[self.container(entry.id)]).await;
+        let reason = found.ok().and_then(|found| found.into_iter().next()?.reason);
+        let mut view = entry.view();
+        // A start since then has made a new one.
+        if view.running.as_ref().is_some_and(|running| !running.process.is_alive()) {
+            view.reason = Some(reason.unwrap_or_else(|| "its first process ended".into()));
+        }
+    }
+
+    /// The arguments that make the container of a project.
+    fn create_args(&self, spec: &ProjectSpec, fingerprint: &str) -> Vec<String> {
+        let project = spec.project;
+        let dirs = self.mounts(project);
+        let uid = self.uid(spec.slot);
+        let log = self.dirs.logs.join(format!("{project}.log"));
+        let short: String = project.to_string().chars().take(8).collect();
+        let limits = &spec.limits;
+        let pids = limits.pids.or(self.defaults.pids);
+        let mut args: Vec<String> = vec!["create".into()];
+        let mut option = |name: &str, value: String| {
+            args.push(format!("--{name}"));
+            args.push(value);
+        };
+        option("name", self.container(project));
+        option("label", format!("{LABEL_INSTANCE}={}", self.instance));
+        option("label", format!("{LABEL_PROJECT}={project}"));
+        option("label", format!("{LABEL_EPOCH}={}", spec.epoch));
+        option("label", format!("{LABEL_SLOT}={}", spec.slot));
+        option("label", format!("{LABEL_SPEC}={fingerprint}"));
+        let map = format!("0:{uid}:{}", crate::kernel::IDS_PER_PROJECT);
+        option("uidmap", map.clone());
+        option("gidmap", map);
+        option("cap-drop", "all".into());
+        option("cap-add", CAPABILITIES.into());
+        option("network", format!("ns:{}", self.network.path(project).display()));
+        option("hostname", format!("project-{short}"));
+        option("volume", format!("{}:{HELPER_INSIDE}:ro", self.dirs.helper.display()));
+        option("volume", format!("{}:/home/user", dirs.home().display()));
+        option("volume", format!("{}:/etc/resolv.conf:ro", self.dirs.resolv_conf.display()));
+        option("log-driver", "k8s-file".into());
+        option("log-opt", format!("path={}", log.display()));
+        option("log-opt", format!("max-size={LOG_BYTES_MAX}"));
+        option("stop-signal", "TERM".into());
+        // Explicit: podman would ask for more than this process may give.
+        let hard = |resource| rustix::process::getrlimit(resource).maximum.unwrap_or(1 << 20);
+        let nofile = limits.nofile.or(self.defaults.nofile).map_or(8192, u64::from);
+        let nofile = nofile.min(hard(rustix::process::Resource::Nofile));
+        option("ulimit", format!("nofile={nofile}:{nofile}"));
+        let nproc = hard(rustix::process::Resource::Nproc);
+        option("ulimit", format!("nproc={nproc}:{nproc}"));
+        option("ulimit", "core=0:0".into());
+        if let Some(pids) = pids {
+            option("pids-limit", pids.to_string());
+        }
+        if let Some(bytes) = limits.memory_bytes.or(self.defaults.memory_bytes) {
+            option("memory", bytes.to_string());
+            if crate::probe::swap_limit() {
+                option("memory-swap", bytes.to_string());
+            }
+        }
+        if let Some(millis) = limits.cpu_millis.or(self.defaults.cpu_millis) {
+            option("cpus", format!("{}.{:03}", millis / 1000, millis % 1000));
+        }
+        args.extend(["--no-hosts".into(), "--rootfs".into(), dirs.root().display().to_string()]);
+        args.push(HELPER_INSIDE.into());
+        args
+    }
+
+    async fn mount(&self, spec: &ProjectSpec) -> Result<()> {
+        let (image, digest) = self.image(spec)?;
+        let dirs = self.mounts(spec.project);
+        let (volume, uid) = (spec.volume.clone(), self.uid(spec.slot));
+        blocking("mount", spec.project, move || dirs.mount(&image, &volume, &digest, uid)).await
+    }
+
+    async fn unmount(&self, project: ProjectId) -> Result<()> {
+        let dirs = self.mounts(project);
+        blocking("unmount", project, move || dirs.unmount()).await
+    }
+
+    /// The files of a project's image, and its name.
+    fn image(&self, spec: &ProjectSpec) -> Result<(std::path::PathBuf, String)> {
+        let project = spec.project;
+        let digest = spec
+            .image
+            .ok_or_else(|| Error::Invalid { project, reason: "this runner needs an image".into() })?;
+        let path = (self.images)(digest).ok_or(Error::NoImage { project, digest })?;
+        Ok((path, digest.to_string()))
+    }
+
+    async fn remove_container(&self, project: ProjectId) -> Result<()> {
+        let name = self.container(project);
+        match self.cli.run(["rm", "--force", "--ignore", "--time", "0", &name]).await {
+            Err(error) if !error.is_missing() => Err(backend("remove", project, error)),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Shared {
+    async fn create_network(&self, project: ProjectId, slot: u32) -> Result<()> {
+        // The network outlives the caller only as files; a clone of its
+        // settings is cheap.
+        let network = self.network.clone();
+        blocking("connect", project, move || network.create(project, slot)).await
+    }
+
+    async fn remove_network(&self, project: ProjectId, slot: u32) -> Result<()> {
+        let network = self.network.clone();
+        blocking("disconnect", project, move || network.remove(project, slot)).await
+    }
+}
+
+/// Why a start failed, and whether because the container is gone.
+struct Launch {
+    missing: bool,
+    error: Error,
+}
+
+fn unknown(project: ProjectId) -> Status {
+    Status { project, epoch: None, state: State::Stopped, started: None, reason: None }
+}
+
+/// What the container is made from: a change makes another one.
+fn fingerprint(spec: &ProjectSpec) -> String {
+    let ProjectSpec { project: _, epoch, volume: _, image, slot, limits, env: _ } = spec;
+    let text = format!("1 {epoch} {image:?} {slot} {limits:?}");
+    Sha256::digest(text.as_bytes()).iter().take(16).map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn check_env(spec: &ProjectSpec) -> Result<()> {
+    let wrong = |(name, value): (&String, &String)| {
+        name.is_empty() || name.contains(['=', '\0']) || value.contains('\0')
+    };
+    if spec.env.iter().any(wrong) {
+        let reason = "its environment contains a forbidden character".into();
+        return Err(Error::Invalid { project: spec.project, reason });
+    }
+    Ok(())
+}
+
+/// The last lines of a log as conmon writes it: time, stream, flag, text.
+pub(super) fn read_log(path: &Path, lines: usize) -> io::Result<String> {
+    let mut file = match std::fs::File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(String::new()),
+        other => other?,
+    };
+    let length = file.metadata()?.len();
+    file.seek(io::SeekFrom::Start(length.saturating_sub(LOG_BYTES_MAX)))?;
+    let mut bytes = Vec::new();
+    file.take(LOG_BYTES_MAX).read_to_end(&mut bytes)?;
+    let text = String::from_utf8_lossy(&bytes);
+    let all: Vec<&str> = text.lines().map(|line| line.splitn(4, ' ').nth(3).unwrap_or(line)).collect();
+    let last = &all[all.len().saturating_sub(lines)..];
+    Ok(last.iter().flat_map(|line| [*line, "\n"]).collect())
+}
+
+/// Unmounts everything below a directory.
+pub(super) fn unmount_below(directory: &Path) -> io::Result<()> {
+    let table = std::fs::read_to_string("/proc/self/mountinfo")?;
+    let below: Vec<&str> = table
+        .lines()
+        .filter_map(|line| line.split(' ').nth(4))
+        .filter(|path| Path::new(path).starts_with(directory))
+        .collect();
+    // The latest first: it may cover the others.
+    below.iter().rev().try_for_each(|path| mounts::unmount(Path::new(path)))
+}

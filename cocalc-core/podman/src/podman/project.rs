@@ -1,0 +1,109 @@
+//! What a runner remembers of one project.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use cocalc_core::{
+    ids::{Epoch, ProjectId, Timestamp},
+    runner::{State, Status},
+};
+
+use super::{Phase, cli::Container};
+use crate::{cgroup::Groups, pidfd::PidFd};
+
+/// One project. `operation` is held by whoever changes it.
+#[derive(Debug)]
+pub(crate) struct Project {
+    pub(crate) id: ProjectId,
+    pub(crate) operation: tokio::sync::Mutex<()>,
+    view: Mutex<View>,
+}
+
+/// What is known of it at any time, without waiting.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct View {
+    pub(crate) phase: Phase,
+    pub(crate) epoch: Option<Epoch>,
+    pub(crate) slot: Option<u32>,
+    /// What the container was made from; `None` if there is none.
+    pub(crate) made_from: Option<String>,
+    pub(crate) env: Arc<BTreeMap<String, String>>,
+    pub(crate) running: Option<Arc<Running>>,
+    pub(crate) started: Option<Timestamp>,
+    pub(crate) reason: Option<String>,
+}
+
+impl Project {
+    pub(crate) fn new(id: ProjectId) -> Self {
+        Self { id, operation: tokio::sync::Mutex::default(), view: Mutex::default() }
+    }
+
+    pub(crate) fn view(&self) -> MutexGuard<'_, View> {
+        self.view.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn env(&self) -> Arc<BTreeMap<String, String>> {
+        self.view().env.clone()
+    }
+
+    /// Its first process, if that is alive now.
+    pub(crate) fn running(&self) -> Option<Arc<Running>> {
+        self.view().running.clone().filter(|running| running.process.is_alive())
+    }
+
+    pub(crate) fn status(&self) -> Status {
+        let alive = self.running().is_some();
+        let view = self.view();
+        let state = match view.phase {
+            Some(phase) => phase,
+            None if alive => State::Running,
+            None => State::Stopped,
+        };
+        let reason = view.reason.clone().filter(|_| state == State::Stopped);
+        Status { project: self.id, epoch: view.epoch, state, started: view.started, reason }
+    }
+}
+
+/// Shows a phase for as long as it is held.
+#[derive(Debug)]
+pub(crate) struct InPhase<'a>(&'a Project);
+
+impl<'a> InPhase<'a> {
+    pub(crate) fn new(project: &'a Project, phase: State) -> Self {
+        project.view().phase = Some(phase);
+        Self(project)
+    }
+}
+
+impl Drop for InPhase<'_> {
+    fn drop(&mut self) {
+        self.0.view().phase = None;
+    }
+}
+
+/// A container's first process. When the first process of a PID namespace has
+/// ended, no other is left in it.
+#[derive(Debug)]
+pub(crate) struct Running {
+    pub(crate) process: PidFd,
+    pub(crate) groups: Groups,
+}
+
+impl Running {
+    /// The first process of a container, or `None` if it is not there any more.
+    pub(crate) fn find(container: &Container) -> io::Result<Option<Self>> {
+        if !container.running {
+            return Ok(None);
+        }
+        let Some(process) = PidFd::open(container.pid)? else { return Ok(None) };
+        // Asked after the descriptor was opened: if the number means another
+        // process by now, that one is not in the container's control group.
+        match Groups::of(container.pid) {
+            Ok(groups) if groups.names(&container.id) => Ok(Some(Self { process, groups })),
+            _ => Ok(None),
+        }
+    }
+}

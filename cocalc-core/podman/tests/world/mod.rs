@@ -1,0 +1,208 @@
+//! What the real tests stand on: a Btrfs volume in a file, the project image
+//! on it, and runners that are cleaned up whatever happens.
+
+use std::{
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::{Arc, Mutex, PoisonError, Weak},
+    time::{Duration, Instant},
+};
+
+use cocalc_core::{
+    ids::{Epoch, HostId, ImageDigest, ProjectId},
+    runner::{self, ExecRequest, Exit, Limits, ProjectSpec, Runner},
+};
+use cocalc_podman::{Podman, PodmanBuilder, cleanup_instance, image, probe};
+use tokio::io::AsyncReadExt;
+
+pub const IMAGE: ImageDigest = ImageDigest::from_bytes([7; 32]);
+
+/// Runs a command and fails with its complaint.
+pub fn must(command: &mut Command) -> String {
+    let output = command.stdin(Stdio::null()).output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// The Btrfs volume that the tests running at a time share, with the image.
+pub struct Volume {
+    pub root: PathBuf,
+    _dir: tempfile::TempDir,
+}
+
+impl Drop for Volume {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.root).status();
+    }
+}
+
+/// The volume that some test has, or a new one. Blocks.
+pub fn volume() -> Arc<Volume> {
+    static SHARED: Mutex<Weak<Volume>> = Mutex::new(Weak::new());
+    let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(volume) = shared.upgrade() {
+        return volume;
+    }
+    let volume = Arc::new(make_volume());
+    *shared = Arc::downgrade(&volume);
+    volume
+}
+
+fn make_volume() -> Volume {
+    let lacks: Vec<_> = probe().lacks.into_iter().filter(|lack| !lack.optional).collect();
+    assert!(lacks.is_empty(), "these tests need: {lacks:#?}");
+    let dir = tempfile::Builder::new().prefix("cocalc-podman-").tempdir().unwrap();
+    let (file, root) = (dir.path().join("volume.img"), dir.path().join("volume"));
+    std::fs::create_dir(&root).unwrap();
+    std::fs::File::create(&file).unwrap().set_len(6 << 30).unwrap();
+    must(Command::new("mkfs.btrfs").arg("-q").arg(&file));
+    must(Command::new("mount").args(["-o", "loop,nosuid,nodev"]).arg(&file).arg(&root));
+    let volume = Volume { root, _dir: dir };
+    let cache = std::env::var_os("COCALC_IMAGE_CACHE")
+        .map_or_else(|| std::env::temp_dir().join("cocalc-images"), PathBuf::from);
+    let tar = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap()
+        .block_on(image::build_tar(&cache, |step| eprintln!("image: {step}")))
+        .unwrap();
+    let image = volume.root.join("image");
+    must(Command::new("btrfs").args(["subvolume", "create"]).arg(&image));
+    must(Command::new("tar").arg("-C").arg(&image).args(["--xattrs", "--numeric-owner", "-xpf"]).arg(&tar));
+    volume
+}
+
+/// One runner, and the projects made for it.
+pub struct World {
+    pub podman: Podman,
+    pub instance: HostId,
+    pub state: tempfile::TempDir,
+    pub index: u16,
+    pub volume: Arc<Volume>,
+}
+
+/// Numbers runners of this process, so that their ranges differ.
+fn next_index() -> u16 {
+    static NEXT: std::sync::atomic::AtomicU16 = std::sync::atomic::AtomicU16::new(0);
+    // Away from the ranges of hosts that really run on this machine.
+    20 + NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed)
+}
+
+pub fn builder(instance: HostId, state: &Path, index: u16, volume: &Volume) -> PodmanBuilder {
+    let image = volume.root.join("image");
+    let images = move |digest: ImageDigest| (digest == IMAGE).then(|| image.clone());
+    Podman::builder(instance, state, Arc::new(images)).machine_index(index)
+}
+
+impl World {
+    pub async fn new() -> Self {
+        let volume = tokio::task::spawn_blocking(volume).await.unwrap();
+        let (instance, state, index) = (HostId::random(), tempfile::tempdir().unwrap(), next_index());
+        let podman = builder(instance, state.path(), index, &volume).build().await.unwrap();
+        Self { podman, instance, state, index, volume }
+    }
+
+    /// A project with a volume of its own.
+    pub fn project(&self, slot: u32) -> ProjectSpec {
+        let project = ProjectId::random();
+        let path = self.volume.root.join(project.to_string());
+        must(Command::new("btrfs").args(["subvolume", "create"]).arg(&path));
+        ProjectSpec {
+            project,
+            epoch: Epoch::FIRST,
+            volume: path,
+            image: Some(IMAGE),
+            slot,
+            limits: Limits::default(),
+            env: [("FROM_SPEC".to_owned(), "yes".to_owned())].into(),
+        }
+    }
+
+    pub async fn started(&self, slot: u32) -> ProjectSpec {
+        let spec = self.project(slot);
+        self.podman.start(&spec).await.unwrap();
+        spec
+    }
+
+    /// Runs a line as `user`: how it ended and what it printed, errors behind.
+    pub async fn run_as(&self, project: ProjectId, user: Option<&str>, line: &str) -> (Exit, String) {
+        let request = ExecRequest {
+            command: runner::Command::Line(line.into()),
+            user: user.map(str::to_owned),
+            ..ExecRequest::default()
+        };
+        let mut process = self.podman.exec(project, request).await.unwrap();
+        drop(process.stdin);
+        let (mut out, mut err) = (Vec::new(), Vec::new());
+        let mut stderr = process.stderr.take().unwrap();
+        let all = async {
+            let (a, b) = tokio::join!(process.stdout.read_to_end(&mut out), stderr.read_to_end(&mut err));
+            a.unwrap();
+            b.unwrap();
+            process.handle.wait().await.unwrap()
+        };
+        let exit = tokio::time::timeout(Duration::from_secs(120), all)
+            .await
+            .unwrap_or_else(|_| panic!("{line:?} did not end"));
+        out.extend(err);
+        (exit, String::from_utf8_lossy(&out).into_owned())
+    }
+
+    /// Runs a line as the ordinary user, which must succeed.
+    pub async fn run(&self, project: ProjectId, line: &str) -> String {
+        let (exit, text) = self.run_as(project, None, line).await;
+        assert_eq!(exit, Exit::Code(0), "{line:?}: {text}");
+        text
+    }
+
+    /// Runs a line as root inside, which must succeed.
+    pub async fn root(&self, project: ProjectId, line: &str) -> String {
+        let (exit, text) = self.run_as(project, Some("root"), line).await;
+        assert_eq!(exit, Exit::Code(0), "{line:?}: {text}");
+        text
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        let instance = self.instance;
+        // On a thread with a runtime of its own: this may be a panicking test.
+        let done = std::thread::spawn(move || {
+            tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap()
+                .block_on(cleanup_instance(instance, None))
+        })
+        .join();
+        if !std::thread::panicking() {
+            done.unwrap().unwrap();
+        }
+    }
+}
+
+/// Waits until `condition` holds.
+pub async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
+    let begun = Instant::now();
+    while !condition().await {
+        assert!(begun.elapsed() < Duration::from_secs(30), "waited in vain until {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Starts something on the host that ends with the test.
+pub struct Guarded(pub std::process::Child);
+
+impl Guarded {
+    pub fn spawn(command: &mut Command) -> Self {
+        Self(command.process_group(0).stdin(Stdio::null()).spawn().unwrap())
+    }
+}
+
+impl Drop for Guarded {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
