@@ -241,9 +241,12 @@ impl Entry {
         Ok(())
     }
 
-    /// Hears that `owner` has the project under `epoch`. What this host held
-    /// of a lower epoch may not run any more, and a reservation of a lower
-    /// epoch that led here is void. Says whether anything changed.
+    /// Hears that `owner`, another host, has the project under `epoch`. What
+    /// this host held of a lower epoch may not run any more, and a reservation
+    /// of a lower epoch that led here is void. Says whether anything changed.
+    ///
+    /// News that `here` is the owner change nothing: a grant comes by command,
+    /// and until it has come the host has to wait for it with what it holds.
     pub fn observe(
         &mut self,
         here: HostId,
@@ -251,19 +254,17 @@ impl Entry {
         epoch: Epoch,
         address: Option<HostAddress>,
     ) -> bool {
-        if self.seen > Some(epoch) {
+        if owner == here || self.seen > Some(epoch) || self.granted >= Some(epoch) {
             return false;
         }
         let before = self.clone();
         self.seen = Some(epoch);
-        if owner != here && self.granted < Some(epoch) {
-            let known = self.moved_to.take().filter(|m| m.owner == owner).and_then(|m| m.address);
-            self.moved_to = Some(MovedTo { owner, epoch, address: address.or(known) });
-            // The map has another owner above the epoch that this move was to
-            // follow, so this move cannot have been committed.
-            if let Some(reserved) = self.reserved.as_mut().filter(|r| r.epoch < epoch) {
-                reserved.discarding = true;
-            }
+        let known = self.moved_to.take().filter(|m| m.owner == owner).and_then(|m| m.address);
+        self.moved_to = Some(MovedTo { owner, epoch, address: address.or(known) });
+        // The map has another owner above the epoch that this move was to
+        // follow, so this move cannot have been committed.
+        if let Some(reserved) = self.reserved.as_mut().filter(|r| r.epoch < epoch) {
+            reserved.discarding = true;
         }
         *self != before
     }

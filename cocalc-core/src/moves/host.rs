@@ -410,10 +410,13 @@ impl MoveHost {
             let message = format!("move {move_id} of project {project} is not over here");
             return Err(CommandError { code: ErrorCode::Busy, message });
         }
+        // The master names what it knows of; what a step that was cut off and
+        // repeated has made besides has the same prefix.
         let prefix = snapshot_prefix(move_id);
         for name in names.iter().filter(|name| name.as_str().starts_with(&prefix)) {
             self.storage.delete_snapshot(project, name).await.map_err(storage_error)?;
         }
+        self.delete_move_snapshots(move_id, project).await?;
         Ok(MoveReply::Cleaned)
     }
 }

@@ -8,6 +8,7 @@
 pub mod bus;
 pub mod router;
 pub mod runner;
+pub mod sim;
 pub mod storage;
 
 pub use cocalc_core::memory::clock::ManualClock;

@@ -1,6 +1,6 @@
 //! The steps of the host that has the project.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use cocalc_ids::{Epoch, HostId, MoveId, ProjectId, SnapshotName};
 
@@ -47,8 +47,7 @@ impl MoveHost {
             return Err(CommandError { code: ErrorCode::Invalid, message });
         }
         let snapshot = self.storage.snapshot(project, name).await.map_err(storage_error)?;
-        // Real time, only for the estimate of the next round.
-        let began = Instant::now();
+        let began = self.clock.boot();
         let stream = self.storage.send(project, name, base.as_ref()).await.map_err(storage_error)?;
         let progress = |bytes| (self.on_progress)(project, move_id, bytes);
         let delivered = self.transfer.send(host, &address, move_id, stream, &progress).await;
@@ -61,7 +60,7 @@ impl MoveHost {
             name: name.clone(),
             origin: snapshot.origin,
             bytes: delivered.bytes,
-            millis: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
+            millis: u64::try_from(self.clock.boot().saturating_sub(began).as_millis()).unwrap_or(u64::MAX),
         })
     }
 

@@ -1,0 +1,84 @@
+//! A deterministic simulator of moves: the real machine, driver, ledger and
+//! host side, in a world that loses, repeats and reorders messages and crashes
+//! the master and both hosts at every point where they wait.
+//!
+//! Time is virtual and everything random follows from the seed, so that
+//! [`run`] with the same arguments does the same again. What must always hold
+//! is checked at each event:
+//!
+//! - the project runs on one host at most, and only under a grant that host
+//!   durably holds;
+//! - whatever was written while it ran is there when it starts again;
+//! - a commit happens once, and only after the source has durably frozen.
+//!
+//! At the end, when the faults have stopped: the move has ended, the fence is
+//! lifted, exactly one host owns the project and can start it, and the other
+//! one holds no live copy, no reservation and no snapshot of the move.
+
+mod check;
+mod host;
+mod master;
+mod world;
+
+use std::time::Duration;
+
+use cocalc_core::moves::MoveOutcome;
+
+pub use self::world::Faults;
+use self::world::Shared;
+
+/// What a simulated move came to.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Report {
+    /// How it ended.
+    pub outcome: MoveOutcome,
+    /// Hash of everything that happened, in order.
+    pub trace: u64,
+    /// How many events that were.
+    pub events: u64,
+    /// How many crashes of hosts.
+    pub crashes: u64,
+}
+
+/// Simulates one move.
+///
+/// # Panics
+///
+/// With the seed and the broken promise, if one was broken.
+pub fn run(seed: u64, faults: &Faults) -> Report {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .start_paused(true)
+        .build()
+        .expect("a runtime of one thread");
+    runtime.block_on(simulate(seed, faults))
+}
+
+async fn simulate(seed: u64, faults: &Faults) -> Report {
+    let world = Shared::new(seed, faults);
+    for host in 0..2 {
+        host::boot(world.clone(), host).await;
+    }
+    host::place(&world).await;
+    let writer = tokio::spawn(host::write_while_running(world.clone()));
+    let meddler = tokio::spawn(host::meddle(world.clone()));
+    let master = tokio::spawn(master::run(world.clone()));
+    // Long enough for every back-off after the faults have stopped.
+    let ended = tokio::time::timeout(Duration::from_secs(7200), master).await;
+    if !matches!(ended, Ok(Ok(()))) {
+        world.violate("the move did not end");
+    }
+    // Commands that were repeated late are still under way.
+    tokio::time::sleep(Duration::from_secs(300)).await;
+    meddler.abort();
+    writer.abort();
+    check::at_the_end(&world).await;
+    let report = world.report();
+    assert!(
+        world.violation().is_none(),
+        "seed {seed}: {}\n{}",
+        world.violation().unwrap_or_default(),
+        world.log()
+    );
+    report
+}

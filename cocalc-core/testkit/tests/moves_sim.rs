@@ -1,0 +1,46 @@
+//! Thousands of simulated moves, each from its seed.
+
+use cocalc_core::moves::MoveOutcome;
+use cocalc_testkit::sim::{Faults, run};
+
+/// How many seeds; `COCALC_SIM_SEEDS` asks for more.
+fn seeds(default: u64) -> std::ops::Range<u64> {
+    let asked = std::env::var("COCALC_SIM_SEEDS").ok().and_then(|seeds| seeds.parse().ok());
+    0..asked.unwrap_or(default)
+}
+
+#[test]
+fn without_faults_every_move_arrives() {
+    for seed in seeds(50) {
+        assert_eq!(run(seed, &Faults::NONE).outcome, MoveOutcome::Moved, "seed {seed}");
+    }
+}
+
+#[test]
+fn one_owner_and_one_live_copy_remain_after_some_faults() {
+    let (mut moved, mut aborted) = (0, 0);
+    for seed in seeds(1000) {
+        match run(seed, &Faults::SOME).outcome {
+            MoveOutcome::Moved => moved += 1,
+            MoveOutcome::Aborted => aborted += 1,
+        }
+    }
+    // Both ways out are taken, or the faults prove nothing.
+    assert!(moved > 0 && aborted > 0, "{moved} moved, {aborted} aborted");
+}
+
+#[test]
+fn one_owner_and_one_live_copy_remain_after_many_faults() {
+    let mut crashes = 0;
+    for seed in seeds(1000) {
+        crashes += run(seed, &Faults::MANY).crashes;
+    }
+    assert!(crashes > 0);
+}
+
+#[test]
+fn the_same_seed_does_the_same_again() {
+    for seed in 0..20 {
+        assert_eq!(run(seed, &Faults::MANY), run(seed, &Faults::MANY), "seed {seed}");
+    }
+}
