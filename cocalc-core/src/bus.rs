@@ -1,9 +1,18 @@
 //! The message bus: subjects, queue groups, request and reply.
 
-use std::{collections::BTreeMap, fmt, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use tokio::sync::mpsc;
 
 use crate::BoxError;
 
@@ -35,6 +44,25 @@ pub trait Bus: fmt::Debug + Send + Sync + 'static {
 
     /// Waits until somebody subscribes to `subject`; `false` when `limit` ran out.
     async fn wait_for_interest(&self, subject: &str, limit: Duration) -> Result<bool, Error>;
+}
+
+#[async_trait]
+impl<T: Bus + ?Sized> Bus for Arc<T> {
+    async fn publish(&self, subject: &str, payload: Payload) -> Result<usize, Error> {
+        (**self).publish(subject, payload).await
+    }
+
+    async fn subscribe(&self, pattern: &str, queue: Option<&str>) -> Result<Subscription, Error> {
+        (**self).subscribe(pattern, queue).await
+    }
+
+    async fn request(&self, subject: &str, payload: Payload, limit: Duration) -> Result<Message, Error> {
+        (**self).request(subject, payload, limit).await
+    }
+
+    async fn wait_for_interest(&self, subject: &str, limit: Duration) -> Result<bool, Error> {
+        (**self).wait_for_interest(subject, limit).await
+    }
 }
 
 /// What is sent.
@@ -77,32 +105,87 @@ pub struct Message {
     pub reply: Option<String>,
 }
 
+impl Message {
+    /// What it counts for in a queue that is bounded in bytes.
+    pub fn queued_bytes(&self) -> usize {
+        // What a message costs besides its text: a header is small, and a
+        // queue of empty messages must be bounded too.
+        const OVERHEAD: usize = 64;
+        let headers = self.payload.headers.keys().map(|name| name.len() + OVERHEAD).sum::<usize>();
+        OVERHEAD + self.subject.len() + self.payload.data.len() + headers
+    }
+}
+
 /// Messages as they come. Dropping it unsubscribes.
 pub struct Subscription {
-    receiver: tokio::sync::mpsc::Receiver<Message>,
+    receiver: Receiver,
     _registration: Box<dyn Send + Sync>,
+}
+
+enum Receiver {
+    Counted(mpsc::Receiver<Message>),
+    Sized { receiver: mpsc::UnboundedReceiver<Message>, queued: Arc<AtomicUsize> },
 }
 
 impl Subscription {
     /// Makes a subscription fed by the sender of `receiver`; `registration` is
     /// dropped with it.
-    pub fn new(
-        receiver: tokio::sync::mpsc::Receiver<Message>,
-        registration: impl Send + Sync + 'static,
-    ) -> Self {
-        Self { receiver, _registration: Box::new(registration) }
+    pub fn new(receiver: mpsc::Receiver<Message>, registration: impl Send + Sync + 'static) -> Self {
+        Self { receiver: Receiver::Counted(receiver), _registration: Box::new(registration) }
+    }
+
+    /// Makes a subscription whose queue holds at most `bytes_max`, and what
+    /// feeds it; `registration` is dropped with the subscription.
+    pub fn bounded(bytes_max: usize, registration: impl Send + Sync + 'static) -> (Feed, Self) {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let queued = Arc::new(AtomicUsize::new(0));
+        let feed = Feed { sender, queued: queued.clone(), bytes_max };
+        let receiver = Receiver::Sized { receiver, queued };
+        (feed, Self { receiver, _registration: Box::new(registration) })
     }
 
     /// The next message; `None` when the subscription has ended, because the
     /// bus closed, access was revoked or the reader was too slow. Cancel safe.
     pub async fn next(&mut self) -> Option<Message> {
-        self.receiver.recv().await
+        match &mut self.receiver {
+            Receiver::Counted(receiver) => receiver.recv().await,
+            Receiver::Sized { receiver, queued } => {
+                let message = receiver.recv().await?;
+                queued.fetch_sub(message.queued_bytes(), Ordering::AcqRel);
+                Some(message)
+            }
+        }
     }
 }
 
 impl fmt::Debug for Subscription {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Subscription").finish_non_exhaustive()
+    }
+}
+
+/// What feeds a [`Subscription`] that is bounded in bytes. Dropping it ends
+/// the subscription once what is queued has been read.
+#[derive(Debug)]
+pub struct Feed {
+    sender: mpsc::UnboundedSender<Message>,
+    queued: Arc<AtomicUsize>,
+    bytes_max: usize,
+}
+
+impl Feed {
+    /// Queues `message`, without waiting. `false` when the reader is gone or
+    /// too far behind: then the feed has to be dropped, because a gap would
+    /// break the contract. One message is always taken, however large.
+    #[must_use]
+    pub fn push(&self, message: Message) -> bool {
+        let size = message.queued_bytes();
+        let before = self.queued.fetch_add(size, Ordering::AcqRel);
+        if before > 0 && before.saturating_add(size) > self.bytes_max {
+            self.queued.fetch_sub(size, Ordering::AcqRel);
+            return false;
+        }
+        self.sender.send(message).is_ok()
     }
 }
 

@@ -9,6 +9,7 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`storage`], [`runner`], [`auth`], [`router`], [`connector`], [`bus`], [`backups`], [`clock`], [`wake`] | the traits, one file each |
+//! | [`subject`] | subjects and patterns of the bus |
 //! | [`control`] | the messages between master, hosts and proxies |
 //! | [`grant`] | what a host may run: epochs, grants, freezes |
 //! | [`moves`] | the move of a project as a pure state machine, and its driver |
@@ -28,6 +29,7 @@ pub mod router;
 pub mod runner;
 pub mod storage;
 pub mod stream;
+pub mod subject;
 pub mod wake;
 
 pub use cocalc_ids as ids;
