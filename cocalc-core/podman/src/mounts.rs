@@ -112,7 +112,14 @@ impl ProjectDirs {
         kernel::act_on_files_as(base_id).map_err(|error| context(error, "take the project's root id"))?;
         rustix::mount::mount("overlay", self.root(), "overlay", Flags::NODEV, Some(options.as_c_str()))
             .map_err(|error| context(error.into(), "mount the overlay"))?;
-        Ok(())
+        // podman makes this link where it is missing, and can't here: its own
+        // root id means nothing in this file system.
+        let root = open_dir(&self.root())?;
+        let etc = enter(&root, "etc", 0o755, Some(base_id))?;
+        match rustix::fs::symlinkat("/proc/mounts", &etc, "mtab") {
+            Ok(()) | Err(Errno::EXIST) => Ok(()),
+            Err(error) => Err(context(error.into(), "make /etc/mtab")),
+        }
     }
 
     /// Unmounts everything that is mounted; harmless if nothing is.

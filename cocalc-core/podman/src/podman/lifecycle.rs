@@ -325,7 +325,9 @@ impl Shared {
         let nofile = limits.nofile.or(self.defaults.nofile).map_or(8192, u64::from);
         let nofile = nofile.min(hard(rustix::process::Resource::Nofile));
         option("ulimit", format!("nofile={nofile}:{nofile}"));
-        let nproc = hard(rustix::process::Resource::Nproc);
+        // podman's own children are limited to 32,768 before they get there; what
+        // bounds a project is the limit of its control group.
+        let nproc = hard(rustix::process::Resource::Nproc).min(32_000);
         option("ulimit", format!("nproc={nproc}:{nproc}"));
         option("ulimit", "core=0:0".into());
         if let Some(pids) = pids {

@@ -1,6 +1,8 @@
 //! What the real tests stand on: a Btrfs volume in a file, the project image
 //! on it, and runners that are cleaned up whatever happens.
 
+#![allow(unreachable_pub, dead_code, reason = "shared by several test binaries")]
+
 use std::{
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
