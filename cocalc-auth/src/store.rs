@@ -185,7 +185,14 @@ impl AclStore for MemoryStore {
     }
 
     fn insert_used(&self, id: &TokenId, expires: Timestamp) -> Result<bool, StoreError> {
-        Ok(self.lock().used.insert(*id, expires).is_none())
+        use std::collections::btree_map::Entry;
+        match self.lock().used.entry(*id) {
+            Entry::Vacant(vacant) => {
+                vacant.insert(expires);
+                Ok(true)
+            }
+            Entry::Occupied(_) => Ok(false),
+        }
     }
 
     fn forget_used(&self, now: Timestamp) -> Result<usize, StoreError> {

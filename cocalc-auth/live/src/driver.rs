@@ -32,6 +32,7 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(1);
 const BATCH: usize = 256;
 const RETRY_MIN: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(5);
+const TIDY_EVERY: Duration = Duration::from_secs(60);
 const AUDIT_EVERY: Duration = Duration::from_secs(3600);
 
 /// What the daemon does for the driver. Calls return quickly.
@@ -102,6 +103,7 @@ impl StreamDriver {
         tasks.spawn(shared.clone().acknowledge());
         tasks.spawn(shared.clone().keep_alive());
         tasks.spawn(shared.clone().expire());
+        tasks.spawn(shared.clone().tidy());
         if shared.config.audit.is_some() {
             tasks.spawn(shared.clone().report_audit());
         }
@@ -202,6 +204,14 @@ impl Shared {
                 }
                 () = self.resync.notified(), if syncing.is_none() => {
                     syncing = Some(Box::pin(self.sync()));
+                    continue;
+                }
+                // A stream with nothing new is whole once the master says so.
+                () = self.renewed.notified() => {
+                    self.connected.send_if_modified(|old| {
+                        let live = self.knowledge.is_live();
+                        std::mem::replace(old, live) != live
+                    });
                     continue;
                 }
                 message = stream.next() => message.ok_or(Ended::Unsubscribed)?,
@@ -314,6 +324,16 @@ impl Shared {
             // admitted meanwhile, and the machine may sleep.
             let wait = next.map_or(RETRY_MAX, |next| next.saturating_sub(now)).min(Duration::from_secs(1));
             let _ = tokio::time::timeout(wait.max(Duration::from_millis(5)), renewed).await;
+        }
+    }
+
+    /// Forgets used tokens and sessions whose time is over.
+    async fn tidy(self: Arc<Self>) {
+        loop {
+            if let Err(error) = self.knowledge.tidy().await {
+                tracing::warn!(error = %chain(&error), "cannot forget what is over");
+            }
+            tokio::time::sleep(TIDY_EVERY).await;
         }
     }
 

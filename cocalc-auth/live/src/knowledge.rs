@@ -33,6 +33,9 @@ const SKEW_MAX: Duration = Duration::from_secs(30);
 /// From here on it is said in the log.
 const SKEW_ALARM: Duration = Duration::from_secs(1);
 
+/// A browser session ends after so long, whatever happens.
+pub(crate) const SESSION_LIFE: Duration = Duration::from_secs(30 * 24 * 3600);
+
 /// What is known of who may do what.
 pub struct Knowledge {
     state: Mutex<State>,
@@ -54,6 +57,9 @@ struct State {
     closing: BTreeSet<ConnectionId>,
     kept: Kept,
     loaded: Vec<Entry>,
+    /// What the store holds: a standing must not name more, or a crash between
+    /// the two would look like a store that was restored.
+    saved: Option<Position>,
     alarmed: bool,
 }
 
@@ -125,6 +131,7 @@ impl Knowledge {
             closing: BTreeSet::new(),
             kept,
             loaded: saved.entries,
+            saved: saved.position,
             alarmed: false,
         };
         Ok(Arc::new(Self {
@@ -372,6 +379,7 @@ impl Knowledge {
             return Ok(need_sync);
         }
         let this = self.clone();
+        let position = save.as_ref().and_then(|save| save.position);
         let saved = blocking(move || {
             if end_sessions {
                 this.store.end_sessions(&EndSessions::All)?;
@@ -389,6 +397,9 @@ impl Knowledge {
             // Nothing was acknowledged: it comes again.
             self.lock().cache.lose_position();
             return Err(error);
+        }
+        if position.is_some() {
+            self.lock().saved = position;
         }
         Ok(need_sync)
     }
@@ -437,12 +448,7 @@ impl Knowledge {
     pub(crate) async fn save_standing(self: &Arc<Self>) -> Result<(), Error> {
         let kept = {
             let mut state = self.lock();
-            let position = state.cache.position();
-            state.kept.standing = state.cache.lease().standing(&self.boot_id, position);
-            // A position that is not saved yet would look like a rollback.
-            if !state.cache.is_live() {
-                state.kept.standing.position = None;
-            }
+            state.kept.standing = state.cache.lease().standing(&self.boot_id, state.saved);
             serde_json::to_string(&state.kept)
         };
         let text = kept.map_err(|source| Error::Encode { source })?;
@@ -461,6 +467,19 @@ impl Knowledge {
         drop(state);
         self.update_tier();
         next
+    }
+
+    /// Forgets used tokens and sessions whose time is over.
+    pub(crate) async fn tidy(self: &Arc<Self>) -> Result<(), Error> {
+        let this = self.clone();
+        let now = self.master_now();
+        let oldest = now.millis().saturating_sub(i64::try_from(SESSION_LIFE.as_millis()).unwrap_or(i64::MAX));
+        blocking(move || {
+            this.store.forget_used(now)?;
+            this.store.end_sessions(&EndSessions::Before(Timestamp::from_millis(oldest)))?;
+            Ok(())
+        })
+        .await
     }
 
     fn update_tier(&self) {

@@ -24,14 +24,12 @@ use cocalc_core::{
 
 use crate::{
     AuditLog, Knowledge, denial,
-    knowledge::{Error, blocking},
+    knowledge::{Error, SESSION_LIFE, blocking},
     tier,
 };
 
 /// One in so many allowed decisions is written to the audit log.
 const ALLOWED_SAMPLE: u64 = 64;
-/// A browser session ends after so long, whatever happens.
-const SESSION_LIFE: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// Which projects this host holds the grant of. Closures are `Grants` too.
 pub trait Grants: Send + Sync + 'static {
@@ -214,13 +212,19 @@ impl TokenAuth {
 
     /// What every way to use a principal has in common.
     fn usable(&self, principal: &Principal, project: ProjectId, action: Action) -> Result<Ask, Denial> {
-        if matches!(principal.via, Via::Token { once: true, .. }) {
-            return Err(Denial::Forbidden("a one-use token opens a session, and nothing else".to_owned()));
-        }
         if !self.auditable(action) {
             return Err(Denial::Stale);
         }
         self.ask(principal, project, action)
+    }
+
+    /// A one-use token is judged like any other, so that a page can be refused
+    /// before it is used up, but it carries no connection.
+    fn lasting(&self, principal: &Principal, project: ProjectId, action: Action) -> Result<Ask, Denial> {
+        if matches!(principal.via, Via::Token { once: true, .. }) {
+            return Err(Denial::Forbidden("a one-use token opens a session, and nothing else".to_owned()));
+        }
+        self.usable(principal, project, action)
     }
 
     /// Uses up a one-use token.
@@ -281,7 +285,7 @@ impl Auth for TokenAuth {
         project: ProjectId,
         action: Action,
     ) -> Result<Admission, Denial> {
-        let ask = self.usable(principal, project, action).inspect_err(|denial| {
+        let ask = self.lasting(principal, project, action).inspect_err(|denial| {
             self.record_denial(principal, action, denial);
         })?;
         // The fetch, if one is needed; what counts is decided and registered in

@@ -550,6 +550,10 @@ impl AclCache {
             self.view = View::Gap;
             return true;
         }
+        if matches!(self.view, View::Gap) && self.complete && self.position == Some(position) {
+            // Nothing was missed: there is nothing after what was applied.
+            self.view = View::Live;
+        }
         let current = self.is_live() && self.position >= Some(position);
         self.lease.granted(sent, lease, position, current);
         !current

@@ -24,9 +24,11 @@
 
 mod database;
 mod error;
+mod host_acl;
 mod host_ledger;
 pub mod master;
 
 pub use database::{Database, Durability};
 pub use error::Error;
+pub use host_acl::HostAcl;
 pub use host_ledger::HostLedger;
