@@ -289,8 +289,10 @@ impl<T: AsyncRead + Unpin> AsyncRead for Guarded<T> {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         if self.framing.state == State::Ended {
-            // The end of the stream, for hyper.
-            return Poll::Ready(Ok(()));
+            // Not the end of the stream, which hyper would take for a client
+            // that has gone. The answer closes the connection; should hyper
+            // see no request in the head, its timeout does.
+            return Poll::Pending;
         }
         let before = buf.filled().len();
         std::task::ready!(Pin::new(&mut self.io).poll_read(cx, buf))?;
