@@ -1,6 +1,8 @@
 //! A host's and a proxy's ingress on real sockets, with curl, raw bytes and
 //! WebSockets from outside, and apps that behave and misbehave inside.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
 mod faults;
 mod probes;
 mod sessions;
