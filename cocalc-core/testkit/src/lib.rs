@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a suite reports a broken promise by panicking")]
 
 pub mod bus;
+pub mod faults;
 pub mod router;
 pub mod runner;
 pub mod sim;

@@ -1,0 +1,342 @@
+//! The promises about one store.
+
+use cocalc_core::{
+    ids::{ProjectId, SnapshotName},
+    storage::{Error, VolumeOptions},
+};
+
+use super::{Harness, Host, Tree};
+
+pub(super) fn name(text: &str) -> SnapshotName {
+    text.parse().unwrap()
+}
+
+pub(super) fn tree<const N: usize>(files: [(&str, &[u8]); N]) -> Tree {
+    files.into_iter().map(|(path, content)| (path.to_owned(), content.to_vec())).collect()
+}
+
+/// A new project with a volume on the first host.
+pub(super) async fn project(h: &dyn Harness) -> ProjectId {
+    let project = ProjectId::random();
+    h.store(Host::First).create(project, &VolumeOptions::default()).await.unwrap();
+    project
+}
+
+pub(super) async fn volumes(h: &dyn Harness) {
+    let store = h.store(Host::First);
+    let options = VolumeOptions::default();
+    let project = ProjectId::random();
+    assert!(
+        matches!(store.volume(project).await, Err(Error::NotFound { .. })),
+        "volume of an unknown project"
+    );
+    assert!(matches!(store.usage(project).await, Err(Error::NotFound { .. })), "usage of an unknown project");
+    assert!(store.snapshots(project).await.unwrap().is_empty(), "an unknown project has no snapshots");
+    store.delete(project).await.expect("deleting what is not there is harmless");
+
+    let made = store.create(project, &options).await.unwrap();
+    assert_eq!(made.project, project);
+    assert_eq!(h.live(Host::First, project).await.unwrap(), Tree::new(), "a new volume is empty");
+    assert_eq!(store.volume(project).await.unwrap(), made, "volume tells what create told");
+    h.write(Host::First, project, "home/a", b"1").await.unwrap();
+    assert!(
+        matches!(store.create(project, &options).await, Err(Error::AlreadyExists { .. })),
+        "create twice says AlreadyExists"
+    );
+    assert_eq!(
+        h.live(Host::First, project).await.unwrap(),
+        tree([("home/a", b"1")]),
+        "create twice changes nothing"
+    );
+
+    let other = self::project(h).await;
+    let listed: Vec<_> = store.list().await.unwrap().into_iter().map(|volume| volume.project).collect();
+    assert!(listed.is_sorted(), "the list is ordered by project");
+    assert!(listed.contains(&project) && listed.contains(&other), "the list holds what was created");
+    assert!(
+        h.store(Host::Second).list().await.unwrap().iter().all(|v| v.project != project),
+        "hosts are separate"
+    );
+
+    store.snapshot(project, &name("s")).await.unwrap();
+    for _ in 0..2 {
+        store.delete(project).await.expect("delete can be repeated");
+        assert!(
+            matches!(store.volume(project).await, Err(Error::NotFound { .. })),
+            "deleted volumes are gone"
+        );
+        assert!(store.snapshots(project).await.unwrap().is_empty(), "delete takes the snapshots too");
+        assert!(
+            store.list().await.unwrap().iter().all(|v| v.project != project),
+            "deleted volumes are not listed"
+        );
+    }
+    let again = store.create(project, &options).await.unwrap();
+    assert_ne!(again.uuid, made.uuid, "a volume created again has another uuid");
+    assert_eq!(h.live(Host::First, project).await.unwrap(), Tree::new(), "nothing comes back");
+    store.delete(project).await.unwrap();
+    store.delete(other).await.unwrap();
+}
+
+pub(super) async fn snapshots(h: &dyn Harness) {
+    let store = h.store(Host::First);
+    let project = project(h).await;
+    h.write(Host::First, project, "home/a", b"1").await.unwrap();
+    let first = store.snapshot(project, &name("first")).await.unwrap();
+    assert_eq!((first.project, &first.name), (project, &name("first")));
+    assert_eq!(first.origin, first.uuid, "a snapshot taken here has its own origin");
+
+    h.write(Host::First, project, "home/a", b"2").await.unwrap();
+    h.write(Host::First, project, "home/b", b"3").await.unwrap();
+    let frozen = tree([("home/a", b"1")]);
+    assert_eq!(
+        h.frozen(Host::First, project, &name("first")).await.unwrap(),
+        frozen,
+        "later writes don't reach it"
+    );
+    assert_eq!(
+        store.snapshot(project, &name("first")).await.unwrap(),
+        first,
+        "a snapshot that has this name is returned unchanged"
+    );
+    assert_eq!(h.frozen(Host::First, project, &name("first")).await.unwrap(), frozen, "and not taken again");
+
+    // Names that sort otherwise than they were taken.
+    let second = store.snapshot(project, &name("a-second")).await.unwrap();
+    let third = store.snapshot(project, &name("Third")).await.unwrap();
+    assert_ne!(second.origin, first.origin, "each snapshot has its own origin");
+    assert_eq!(
+        store.snapshots(project).await.unwrap(),
+        [first.clone(), second.clone(), third.clone()],
+        "the list is oldest first, and tells what snapshot told"
+    );
+    h.remove(Host::First, project, "home/b").await.unwrap();
+    for _ in 0..2 {
+        store.delete_snapshot(project, &name("a-second")).await.expect("delete_snapshot can be repeated");
+        assert_eq!(store.snapshots(project).await.unwrap(), [first.clone(), third.clone()]);
+    }
+    assert_eq!(
+        h.live(Host::First, project).await.unwrap(),
+        tree([("home/a", b"2")]),
+        "the live volume is untouched"
+    );
+    assert_eq!(
+        h.frozen(Host::First, project, &name("first")).await.unwrap(),
+        frozen,
+        "and so are other snapshots"
+    );
+    let unknown = ProjectId::random();
+    assert!(
+        matches!(store.snapshot(unknown, &name("s")).await, Err(Error::NotFound { .. })),
+        "nothing to freeze"
+    );
+    store.delete_snapshot(unknown, &name("s")).await.expect("deleting what is not there is harmless");
+    store.delete(project).await.unwrap();
+}
+
+pub(super) async fn restores(h: &dyn Harness) {
+    let store = h.store(Host::First);
+    let project = project(h).await;
+    let (s, former) = (name("s"), name("former"));
+    assert!(
+        matches!(store.restore(project, &s, &former).await, Err(Error::NoSnapshot { .. })),
+        "what is not there cannot be restored"
+    );
+    h.write(Host::First, project, "home/a", b"1").await.unwrap();
+    store.snapshot(project, &s).await.unwrap();
+    h.write(Host::First, project, "home/a", b"2").await.unwrap();
+    let before = store.volume(project).await.unwrap();
+
+    let restored = store.restore(project, &s, &former).await.unwrap();
+    assert_ne!(restored.uuid, before.uuid, "a restored volume is another");
+    assert_eq!(
+        h.live(Host::First, project).await.unwrap(),
+        tree([("home/a", b"1")]),
+        "restore brings it back"
+    );
+    assert_eq!(
+        h.frozen(Host::First, project, &former).await.unwrap(),
+        tree([("home/a", b"2")]),
+        "the last state is kept as former"
+    );
+    h.write(Host::First, project, "home/c", b"3").await.unwrap();
+    assert_eq!(h.frozen(Host::First, project, &s).await.unwrap(), tree([("home/a", b"1")]), "it is a copy");
+    assert_eq!(
+        store.restore(project, &s, &former).await.unwrap(),
+        restored,
+        "a repeated restore gives the same answer"
+    );
+    assert!(h.live(Host::First, project).await.unwrap().contains_key("home/c"), "and changes nothing");
+    assert!(
+        matches!(store.restore(project, &former, &s).await, Err(Error::AlreadyExists { .. })),
+        "a snapshot is never overwritten by what was live"
+    );
+    assert_eq!(h.frozen(Host::First, project, &s).await.unwrap(), tree([("home/a", b"1")]));
+    assert!(
+        h.live(Host::First, project).await.unwrap().contains_key("home/c"),
+        "a refused restore changes nothing"
+    );
+
+    // The same snapshot again, under another name for what was live.
+    store.restore(project, &s, &name("former-2")).await.unwrap();
+    assert_eq!(h.live(Host::First, project).await.unwrap(), tree([("home/a", b"1")]));
+    assert_eq!(
+        h.frozen(Host::First, project, &name("former-2")).await.unwrap(),
+        tree([("home/a", b"1"), ("home/c", b"3")])
+    );
+    let names: Vec<_> = store.snapshots(project).await.unwrap().into_iter().map(|s| s.name).collect();
+    assert_eq!(names, [s, former, name("former-2")], "nothing else is listed");
+    store.delete(project).await.unwrap();
+}
+
+pub(super) async fn set_aside(h: &dyn Harness) {
+    let store = h.store(Host::First);
+    let project = project(h).await;
+    h.write(Host::First, project, "home/a", b"1").await.unwrap();
+    store.snapshot(project, &name("taken")).await.unwrap();
+    assert!(
+        matches!(store.set_aside(project, &name("taken")).await, Err(Error::AlreadyExists { .. })),
+        "a snapshot is never overwritten"
+    );
+    assert_eq!(
+        h.live(Host::First, project).await.unwrap(),
+        tree([("home/a", b"1")]),
+        "refused: nothing changes"
+    );
+
+    h.write(Host::First, project, "home/a", b"2").await.unwrap();
+    let kept = store.set_aside(project, &name("kept")).await.unwrap();
+    assert!(
+        matches!(store.volume(project).await, Err(Error::NotFound { .. })),
+        "it takes the live volume away"
+    );
+    assert!(store.list().await.unwrap().iter().all(|v| v.project != project), "and off the list");
+    assert_eq!(h.frozen(Host::First, project, &name("kept")).await.unwrap(), tree([("home/a", b"2")]));
+    assert_eq!(store.set_aside(project, &name("kept")).await.unwrap(), kept, "it can be repeated");
+    assert!(
+        matches!(store.set_aside(project, &name("other")).await, Err(Error::NotFound { .. })),
+        "nothing to set aside"
+    );
+    // Without a live volume, nothing is kept.
+    let volume = store.restore(project, &name("kept"), &name("former")).await.unwrap();
+    assert_eq!(h.live(Host::First, project).await.unwrap(), tree([("home/a", b"2")]));
+    assert_eq!(
+        store.restore(project, &name("kept"), &name("former")).await.unwrap(),
+        volume,
+        "same answer again"
+    );
+    let names: Vec<_> = store.snapshots(project).await.unwrap().into_iter().map(|s| s.name).collect();
+    assert_eq!(names, [name("taken"), name("kept")]);
+    store.delete(project).await.unwrap();
+}
+
+pub(super) async fn clones(h: &dyn Harness) {
+    let store = h.store(Host::First);
+    let (source, target) = (project(h).await, ProjectId::random());
+    let options = VolumeOptions::default();
+    assert!(
+        matches!(
+            store.clone_volume(source, &name("s"), target, &options).await,
+            Err(Error::NoSnapshot { project, .. }) if project == source
+        ),
+        "there is no snapshot to clone"
+    );
+    assert!(matches!(store.volume(target).await, Err(Error::NotFound { .. })), "refused: nothing is made");
+    h.write(Host::First, source, "home/a", b"1").await.unwrap();
+    store.snapshot(source, &name("s")).await.unwrap();
+    let made = store.clone_volume(source, &name("s"), target, &options).await.unwrap();
+    assert_eq!(made.project, target);
+    assert_eq!(h.live(Host::First, target).await.unwrap(), tree([("home/a", b"1")]), "a clone is equal");
+    assert!(store.snapshots(target).await.unwrap().is_empty(), "a clone has no snapshots");
+    assert!(
+        matches!(
+            store.clone_volume(source, &name("s"), target, &options).await,
+            Err(Error::AlreadyExists { project, .. }) if project == target
+        ),
+        "clone twice says AlreadyExists"
+    );
+    h.write(Host::First, target, "home/a", b"2").await.unwrap();
+    assert_eq!(
+        h.live(Host::First, source).await.unwrap(),
+        tree([("home/a", b"1")]),
+        "clones are independent"
+    );
+    store.delete(source).await.unwrap();
+    assert_eq!(
+        h.live(Host::First, target).await.unwrap(),
+        tree([("home/a", b"2")]),
+        "also of a deleted source"
+    );
+    store.delete(target).await.unwrap();
+}
+
+pub(super) async fn isolation(h: &dyn Harness) {
+    let store = h.store(Host::First);
+    let (a, b) = (project(h).await, project(h).await);
+    h.write(Host::First, a, "home/f", b"a").await.unwrap();
+    h.write(Host::First, b, "home/f", b"b").await.unwrap();
+    store.snapshot(a, &name("s")).await.unwrap();
+    assert!(store.snapshots(b).await.unwrap().is_empty(), "snapshots belong to one project");
+    assert!(
+        matches!(store.restore(b, &name("s"), &name("former")).await, Err(Error::NoSnapshot { .. })),
+        "another project's snapshot cannot be restored"
+    );
+    assert!(
+        matches!(store.send(b, &name("s"), None).await, Err(Error::NoSnapshot { .. })),
+        "another project's snapshot cannot be sent"
+    );
+    store.snapshot(b, &name("s")).await.unwrap();
+    store.delete(a).await.unwrap();
+    assert_eq!(h.live(Host::First, b).await.unwrap(), tree([("home/f", b"b")]));
+    assert_eq!(h.frozen(Host::First, b, &name("s")).await.unwrap(), tree([("home/f", b"b")]));
+    store.delete(b).await.unwrap();
+}
+
+pub(super) async fn limits(h: &dyn Harness) {
+    const LIMIT: u64 = 8 << 20;
+    let store = h.store(Host::First);
+    let project = project(h).await;
+    let usage = store.usage(project).await.unwrap();
+    assert_eq!(usage.limit_bytes, None, "no limit was set");
+    if !store.capabilities().quotas {
+        assert!(
+            matches!(store.set_limit(project, Some(LIMIT)).await, Err(Error::Unsupported { .. })),
+            "without quotas, set_limit says so"
+        );
+        store.delete(project).await.unwrap();
+        return;
+    }
+    let unknown = ProjectId::random();
+    assert!(
+        matches!(store.set_limit(unknown, None).await, Err(Error::NotFound { .. })),
+        "of an unknown project"
+    );
+    store.set_limit(project, Some(LIMIT)).await.unwrap();
+    assert_eq!(store.usage(project).await.unwrap().limit_bytes, Some(LIMIT), "usage tells the limit");
+    let chunk = vec![7; 1 << 20];
+    for number in 0..6 {
+        h.write(Host::First, project, &format!("home/{number}"), &chunk)
+            .await
+            .expect("below the limit it never fails");
+    }
+    // What a snapshot holds is charged: rewriting does not free it.
+    store.snapshot(project, &name("s")).await.unwrap();
+    let mut refused = false;
+    for number in 6..16 {
+        refused |= h.write(Host::First, project, &format!("home/{number}"), &chunk).await.is_err();
+    }
+    assert!(refused, "past the limit, writing fails");
+    store.snapshot(project, &name("full")).await.expect("a full project can be frozen");
+    let other = self::project(h).await;
+    h.write(Host::First, other, "home/f", &chunk).await.expect("another project's limit does not matter");
+    store.set_limit(project, None).await.unwrap();
+    assert_eq!(store.usage(project).await.unwrap().limit_bytes, None, "the limit is lifted");
+    h.write(Host::First, project, "home/more", &chunk).await.expect("without a limit it never fails");
+
+    let limited = ProjectId::random();
+    store.create(limited, &VolumeOptions { limit_bytes: Some(LIMIT) }).await.unwrap();
+    assert_eq!(store.usage(limited).await.unwrap().limit_bytes, Some(LIMIT), "create applies the limit");
+    for project in [project, other, limited] {
+        store.delete(project).await.unwrap();
+    }
+}
