@@ -3,9 +3,21 @@
 #[path = "world/mod.rs"]
 mod world;
 
-use std::{os::unix::fs::MetadataExt, time::Duration};
+use std::{
+    os::unix::fs::MetadataExt,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 
-use cocalc_core::runner::{Error, Exit, Runner, State};
+use cocalc_core::{
+    ids::ProjectId,
+    runner::{Command, Error, ExecRequest, Exit, Limits, ProjectSpec, Runner, State},
+};
+use cocalc_testkit::runner::{Harness, contract};
+use tokio::io::{AsyncBufReadExt, BufReader};
 use world::World;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -42,4 +54,267 @@ async fn what_root_installs_is_in_the_volume_with_canonical_owners_and_survives(
     assert_eq!(world.run(project, "cat /usr/local/bin/tool ~/mine; id -u other").await, "tool\nmine\n1234\n");
     let (exit, _) = world.run_as(project, None, "exit 7").await;
     assert_eq!(exit, Exit::Code(7));
+}
+
+/// Echoes on a port of its choice, which it prints.
+const ECHO: &str = r#"exec python3 -u -c '
+import socket, threading
+listener = socket.socket()
+listener.bind(("127.0.0.1", 0))
+listener.listen(64)
+print(listener.getsockname()[1])
+def echo(connection):
+    while data := connection.recv(65536):
+        connection.sendall(data)
+    connection.close()
+while True:
+    threading.Thread(target=echo, args=(listener.accept()[0],), daemon=True).start()
+'"#;
+
+struct Containers {
+    world: World,
+    slot: AtomicU32,
+}
+
+#[async_trait::async_trait]
+impl Harness for Containers {
+    fn runner(&self) -> Arc<dyn Runner> {
+        Arc::new(self.world.podman.clone())
+    }
+
+    async fn reopen(&self) -> Arc<dyn Runner> {
+        let world = &self.world;
+        let builder = world::builder(world.instance, world.state.path(), world.index, &world.volume);
+        Arc::new(builder.build().await.unwrap())
+    }
+
+    async fn spec(&self) -> ProjectSpec {
+        self.world.project(self.slot.fetch_add(1, Ordering::Relaxed))
+    }
+
+    async fn echo_server(&self, project: ProjectId) -> u16 {
+        let request = ExecRequest { command: Command::Line(ECHO.into()), ..ExecRequest::default() };
+        let mut process = self.world.podman.exec(project, request).await.unwrap();
+        let mut line = String::new();
+        BufReader::new(&mut process.stdout).read_line(&mut line).await.unwrap();
+        // It lives as long as its project.
+        std::mem::forget(process);
+        line.trim().parse().unwrap()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn podman_keeps_the_contract() {
+    contract(&Containers { world: World::new().await, slot: AtomicU32::new(0) }).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn root_inside_is_nobody_outside() {
+    let world = World::new().await;
+    let (one, other) = (world.started(0).await, world.started(1).await);
+    let map = async |spec: &ProjectSpec| world.root(spec.project, "cat /proc/self/uid_map").await;
+    let (a, b) = (map(&one).await, map(&other).await);
+    let field = |map: &str, n: usize| map.split_whitespace().nth(n).unwrap().parse::<u64>().unwrap();
+    assert_eq!((field(&a, 0), field(&a, 2)), (0, 65_536));
+    assert_eq!(field(&b, 1), field(&a, 1) + 65_536, "ranges follow each other");
+    assert!(field(&a, 1) >= 0x1000_0000);
+
+    let status = world.root(one.project, "cat /proc/self/status").await;
+    let line = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line.trim_start_matches(':').trim().to_owned()
+    };
+    // chown, dac_override, fowner, fsetid, kill, setgid, setuid, setpcap,
+    // net_bind_service, sys_chroot, audit_write, setfcap: nothing else.
+    assert_eq!(line("CapBnd"), "00000000a00405fb");
+    assert_eq!(line("CapEff"), line("CapBnd"));
+    assert_eq!(line("Seccomp"), "2");
+    assert_eq!(line("CapAmb"), "0000000000000000");
+
+    for forbidden in [
+        "mount -t tmpfs none /mnt",
+        "mknod /tmp/disk b 8 0",
+        "echo 1 > /proc/sys/kernel/panic",
+        "echo x > /proc/sysrq-trigger",
+        "ip link set lo down || python3 -c 'import socket; socket.socket(socket.AF_PACKET, socket.SOCK_RAW)'",
+        "python3 -c 'import socket; socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)'",
+        "echo 0 > $(ls -d /sys/fs/cgroup/pids /sys/fs/cgroup 2>/dev/null | head -1)/pids.max",
+        "touch /dev/cocalc-init",
+        "unshare --net true",
+    ] {
+        let (exit, _) = world.run_as(one.project, Some("root"), forbidden).await;
+        assert_ne!(exit, Exit::Code(0), "{forbidden}");
+    }
+    // What root there does need.
+    world.root(one.project, "install -o 1234 -g 1234 -m 4755 /bin/true /opt/t && python3 -c 'import socket; socket.create_server((\"\", 80))'").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn projects_reach_neither_the_host_nor_each_other() {
+    let world = World::new().await;
+    let (one, other) = (world.started(5).await, world.started(6).await);
+    // A service of the host, on every address it has.
+    let service = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
+    let port = service.local_addr().unwrap().port();
+    std::thread::spawn(move || while service.accept().is_ok() {});
+    assert!(std::net::TcpStream::connect(("127.0.0.1", port)).is_ok(), "the service is there");
+
+    let script = "import socket\nlistener = socket.create_server(('0.0.0.0', 4444))\nprint('up', flush=True)\nwhile True: listener.accept()";
+    let request = ExecRequest {
+        command: Command::Argv(vec!["python3".into(), "-c".into(), script.into()]),
+        ..ExecRequest::default()
+    };
+    let mut process = world.podman.exec(other.project, request).await.unwrap();
+    let mut line = String::new();
+    BufReader::new(&mut process.stdout).read_line(&mut line).await.unwrap();
+    world.podman.dial(other.project, 4444).await.unwrap();
+
+    let address = world.run(other.project, "python3 -c 'import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.connect((\"192.0.2.99\", 9)); print(s.getsockname()[0])'").await;
+    let gateway = world.run(one.project, "awk '$2 == \"00000000\" {print $3}' /proc/net/route").await;
+    let gateway = u32::from_str_radix(gateway.trim(), 16).unwrap().swap_bytes();
+    let mut targets: Vec<(String, u16)> = vec![
+        (address.trim().to_owned(), 4444),
+        (std::net::Ipv4Addr::from_bits(gateway).to_string(), port),
+        ("169.254.169.254".into(), 80),
+        ("127.0.0.1".into(), port),
+    ];
+    for host in world::must(std::process::Command::new("hostname").arg("-I")).split_whitespace() {
+        targets.push((host.to_owned(), port));
+    }
+    assert!(targets.len() >= 4);
+    for (host, port) in targets {
+        let connect =
+            format!("python3 -c 'import socket; socket.create_connection((\"{host}\", {port}), 1.5)'");
+        let (exit, said) = world.run_as(one.project, None, &connect).await;
+        assert_ne!(exit, Exit::Code(0), "{host}:{port} was reached: {said}");
+    }
+    assert!(std::net::TcpStream::connect(("127.0.0.1", port)).is_ok(), "the service is still there");
+    // Nothing is published on the host either.
+    assert!(std::net::TcpStream::connect(("127.0.0.1", 4444)).is_err());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn limits_hold_and_the_host_goes_on() {
+    let world = World::new().await;
+    let mut spec = world.project(9);
+    spec.limits =
+        Limits { memory_bytes: Some(128 << 20), cpu_millis: Some(500), pids: Some(100), nofile: Some(512) };
+    world.podman.start(&spec).await.unwrap();
+    let project = spec.project;
+    assert_eq!(world.run(project, "ulimit -n").await, "512\n");
+
+    // A fork bomb with an end: more children than the limit, none of which ends.
+    let bomb = "for i in $(seq 300); do sleep 30 & done 2>/dev/null; echo over";
+    let request = ExecRequest { command: Command::Line(bomb.into()), ..ExecRequest::default() };
+    let process = world.podman.exec(project, request).await.unwrap();
+    world::until("the bomb has gone off", async || world.podman.stats(project).await.unwrap().pids >= 95)
+        .await;
+    assert!(world.podman.stats(project).await.unwrap().pids <= 100);
+    drop(process);
+
+    // Memory: the process is killed, not the host, and the project can say why
+    // or goes on.
+    world.podman.stop(project, Duration::ZERO).await.unwrap();
+    world.podman.start(&spec).await.unwrap();
+    let (exit, said) = world.run_as(project, None, "exec python3 -c 'x = bytearray(400 << 20)'").await;
+    assert_ne!(exit, Exit::Code(0), "{said}");
+    let stats = world.podman.stats(project).await;
+    if let Ok(stats) = stats {
+        assert!(stats.memory_bytes <= 128 << 20);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn links_planted_in_a_volume_lead_nowhere() {
+    let world = World::new().await;
+    let secret = tempfile::tempdir().unwrap();
+    std::fs::write(secret.path().join("secret"), "of the host").unwrap();
+    let digest = world::IMAGE.to_string();
+    let upper = format!("system/{digest}/upper");
+    let work = format!("system/{digest}/work");
+    for place in ["home", "system", &format!("system/{digest}"), &upper, &work] {
+        let spec = world.project(12);
+        let path = spec.volume.join(place);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::os::unix::fs::symlink(secret.path(), &path).unwrap();
+        let started = world.podman.start(&spec).await;
+        assert!(matches!(started, Err(Error::Backend { .. })), "{place}: {started:?}");
+        assert_eq!(world.podman.status(spec.project).await.unwrap().state, State::Stopped);
+        let names: Vec<_> =
+            std::fs::read_dir(secret.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(names, ["secret"], "{place}: nothing was made behind the link");
+        // The project starts once the link is gone.
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(world.podman.start(&spec).await.unwrap().state, State::Running);
+        world.podman.remove(spec.project).await.unwrap();
+    }
+    // Within the running project, a link to the host's files finds the
+    // project's own.
+    let spec = world.started(13).await;
+    world.run(spec.project, &format!("ln -s {} ~/link", secret.path().display())).await;
+    let (exit, _) = world.run_as(spec.project, None, "cat ~/link/secret").await;
+    assert_ne!(exit, Exit::Code(0));
+    let (exit, _) =
+        world.run_as(spec.project, Some("root"), &format!("ls {}", world.volume.root.display())).await;
+    assert_ne!(exit, Exit::Code(0), "the host's volume is not visible");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_project_says_why_and_cleanup_leaves_nothing() {
+    let world = World::new().await;
+    let spec = world.started(20).await;
+    let container = format!("cocalc-{}-{}", world.instance, spec.project);
+    let pid = world::must(std::process::Command::new("podman").args([
+        "inspect",
+        "--format",
+        "{{.State.Pid}}",
+        &container,
+    ]));
+    world::must(std::process::Command::new("kill").args(["-9", pid.trim()]));
+    world::until("its end is noticed", async || {
+        world.podman.status(spec.project).await.unwrap().state == State::Stopped
+    })
+    .await;
+    let status = world.podman.status(spec.project).await.unwrap();
+    assert!(status.reason.is_some(), "{status:?}");
+    // It is started again over whatever was left.
+    world.podman.start(&spec).await.unwrap();
+    assert_eq!(world.run(spec.project, "echo again").await, "again\n");
+
+    // As after kill -9 of the daemon: only the instance is known.
+    cocalc_podman::cleanup_instance(world.instance, None).await.unwrap();
+    let runtime = std::path::Path::new("/run/cocalc").join(world.instance.to_string());
+    assert!(!runtime.exists());
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    assert!(!mounts.contains(&world.instance.to_string()));
+    let left = world::must(std::process::Command::new("podman").args([
+        "ps",
+        "-aq",
+        "--filter",
+        &format!("label=cocalc.instance={}", world.instance),
+    ]));
+    assert_eq!(left, "");
+    assert!(spec.volume.join("home").is_dir(), "files stay");
+    cocalc_podman::cleanup_instance(world.instance, None).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_volume_stops_the_write_and_nothing_else() {
+    let world = World::new().await;
+    let mut spec = world.project(30);
+    // A small file system of its own, mounted where the volume would be.
+    let dir = tempfile::tempdir().unwrap();
+    let (file, mount) = (dir.path().join("small.img"), dir.path().join("small"));
+    std::fs::create_dir(&mount).unwrap();
+    std::fs::File::create(&file).unwrap().set_len(120 << 20).unwrap();
+    world::must(std::process::Command::new("mkfs.btrfs").arg("-q").arg(&file));
+    world::must(std::process::Command::new("mount").args(["-o", "loop,nosuid,nodev"]).arg(&file).arg(&mount));
+    spec.volume = mount.clone();
+    world.podman.start(&spec).await.unwrap();
+    let (exit, said) = world.run_as(spec.project, None, "head -c 300M /dev/urandom > ~/big").await;
+    assert_eq!(exit, Exit::Code(1));
+    assert!(said.contains("No space left on device"), "{said}");
+    assert_eq!(world.run(spec.project, "echo still here; rm ~/big").await, "still here\n");
+    world.podman.remove(spec.project).await.unwrap();
+    world::must(std::process::Command::new("umount").arg(&mount));
 }
