@@ -3,7 +3,7 @@
 use cocalc_ids::{AccountId, HostId, Timestamp};
 use rusqlite::{OptionalExtension, Row, params};
 
-use super::{Error, Result, Store};
+use super::{ApiToken, Error, Result, Store};
 use crate::{database::parsed, error::Fault};
 
 /// A person's or a service's account.
@@ -92,6 +92,29 @@ impl Store {
     pub fn has_admin(&self) -> Result<bool> {
         self.database.read("look for an administrator", |db| {
             Ok(db.query_row("SELECT EXISTS (SELECT 1 FROM accounts WHERE admin)", [], |row| row.get(0))?)
+        })
+    }
+
+    /// Makes the first administrator with an API token, unless there is an
+    /// administrator: both or none.
+    ///
+    /// # Errors
+    ///
+    /// The database failed.
+    pub fn create_first_admin(&self, id: AccountId, hash: &[u8; 32], token: &ApiToken) -> Result<bool> {
+        self.database.write("make the first administrator", |db| {
+            let made = db.execute(
+                "INSERT INTO accounts (id, name, admin, created) SELECT ?1, 'admin', 1, ?2
+                 WHERE NOT EXISTS (SELECT 1 FROM accounts WHERE admin)",
+                params![id.to_string(), token.created.millis()],
+            )?;
+            if made == 1 {
+                db.execute(
+                    "INSERT INTO api_tokens (hash, id, account, created) VALUES (?1, ?2, ?3, ?4)",
+                    params![hash, token.id.to_string(), id.to_string(), token.created.millis()],
+                )?;
+            }
+            Ok(made == 1)
         })
     }
 

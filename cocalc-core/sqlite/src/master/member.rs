@@ -6,6 +6,9 @@ use rusqlite::{Connection, OptionalExtension, Transaction, params};
 use super::{Error, Result, Store, project};
 use crate::{database::parsed, error::Fault};
 
+/// The whole set travels in one frame to hosts, and so do the keys.
+const MEMBERS_MAX: usize = 1_000;
+
 /// A member of a project.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Member {
@@ -99,6 +102,12 @@ impl Store {
             let known = "SELECT 1 FROM accounts WHERE id = ?1";
             if db.query_row(known, [account.to_string()], |_| Ok(())).optional()?.is_none() {
                 return Err(Fault::Refused(Error::NotFound { what: "account" }));
+            }
+            let count = "SELECT count(*) FROM members WHERE project = ?1 AND account <> ?2";
+            let others: usize =
+                db.query_row(count, params![project.to_string(), account.to_string()], |row| row.get(0))?;
+            if others >= MEMBERS_MAX {
+                return Err(Fault::Refused(Error::TooMany { what: "members", limit: MEMBERS_MAX }));
             }
             let changed = db.execute(
                 "INSERT INTO members (project, account, role) VALUES (?1, ?2, ?3)

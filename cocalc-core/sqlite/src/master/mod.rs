@@ -24,7 +24,7 @@ pub use self::{
     account::Account,
     idempotency::Remembered,
     member::Member,
-    moves::{MoveRow, OwnerChange},
+    moves::{MoveChange, MoveRow, MoveSaved, NewMove},
     operation::{Ended, Event, Job, Operation, OperationState, Outcome},
     peer::{Host, Joining, Proxy, Registration},
     project::{NewProject, Project, ProjectState},
@@ -129,6 +129,14 @@ pub enum Error {
     Stale {
         /// Which row.
         what: &'static str,
+    },
+    /// There are as many already as are allowed.
+    #[error("there are already {limit} {what}")]
+    TooMany {
+        /// Of what, in the plural.
+        what: &'static str,
+        /// How many are allowed.
+        limit: usize,
     },
     /// A credential is unknown, used up or expired.
     #[error("the token is not valid")]

@@ -1,35 +1,78 @@
 //! The rows of moves, and the change of owner.
 
-use cocalc_ids::{Epoch, HostId, MoveId, OperationId, ProjectId};
-use rusqlite::{OptionalExtension, Row, Transaction, params};
+use cocalc_ids::{AccountId, Epoch, HostId, MoveId, OperationId, ProjectId, Timestamp};
+use rusqlite::{OptionalExtension, Row, params};
 
-use super::{Error, Result, Store};
+use super::{Error, Job, Operation, ProjectState, Result, Store, operation};
 use crate::{database::parsed, error::Fault};
 
-/// A move, which is also an [`Operation`](super::Operation) of the same id.
+/// The first revision of a move's state.
+const FIRST: u64 = 1;
+
+/// A move, which is also an [`Operation`] of the same id.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct MoveRow {
     /// Its id, and that of its operation.
     pub id: MoveId,
     /// The project that moves.
     pub project: ProjectId,
-    /// How often the row advanced.
-    pub step: u64,
+    /// Which state it is, from 1.
+    pub revision: u64,
     /// The state machine's state; JSON that the store doesn't look into.
     pub state: String,
 }
 
-/// A change of owner, decided in the same transaction as a step of a move.
+/// A move that is to begin.
+#[derive(Clone, Debug)]
+pub struct NewMove<'a> {
+    /// Its id; its operation gets the same.
+    pub id: MoveId,
+    /// The project that moves.
+    pub project: ProjectId,
+    /// Who asked for it.
+    pub account: AccountId,
+    /// The owner and epoch on which `state` was built.
+    pub from: (HostId, Epoch),
+    /// Where to.
+    pub to: HostId,
+    /// The first state.
+    pub state: &'a str,
+}
+
+/// What happens to the project's row in the transaction that stores a state.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct OwnerChange {
-    /// The epoch that must still be the project's.
-    pub from: Epoch,
-    /// The owner of the next epoch; at an abort, the same host as before.
-    pub host: HostId,
+pub enum MoveChange {
+    /// Nothing.
+    None,
+    /// It gets a new epoch, and `owner`; at an abort that is the old one.
+    Owner {
+        /// The epoch that it must still have.
+        from: Epoch,
+        /// The next one.
+        to: Epoch,
+        /// The new owner; `None` leaves it.
+        owner: Option<HostId>,
+    },
+    /// The fence is lifted, and this is its state.
+    Release {
+        /// What it is doing now.
+        state: ProjectState,
+    },
+}
+
+/// What became of a new state.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum MoveSaved {
+    /// It is stored, and the change is made.
+    Yes,
+    /// Another revision is stored; nothing was changed.
+    Superseded,
+    /// The project's row has another fence or epoch; nothing was changed.
+    Lost,
 }
 
 fn read(row: &Row<'_>) -> rusqlite::Result<MoveRow> {
-    Ok(MoveRow { id: parsed(row, 0)?, project: parsed(row, 1)?, step: row.get(2)?, state: row.get(3)? })
+    Ok(MoveRow { id: parsed(row, 0)?, project: parsed(row, 1)?, revision: row.get(2)?, state: row.get(3)? })
 }
 
 /// The fence of a project that moves is the operation of the move's id.
@@ -38,22 +81,36 @@ pub(super) fn operation_of(id: MoveId) -> OperationId {
 }
 
 impl Store {
-    /// Puts the first state of a move whose operation was begun. A row that is
-    /// there already is returned as it is.
+    /// Begins a move: its operation, the fence and the first state, in one
+    /// transaction. A move that was begun already is returned as it is.
     ///
     /// # Errors
     ///
-    /// [`Error::Stale`] if the project's fence is another, or the database
-    /// failed.
-    pub fn begin_move(&self, id: MoveId, project: ProjectId, state: &str) -> Result<MoveRow> {
+    /// As [`begin`](Self::begin); [`Error::Stale`] if owner or epoch are not
+    /// those of `new` any more.
+    pub fn begin_move(
+        &self,
+        new: &NewMove<'_>,
+        allowed: &[ProjectState],
+        now: Timestamp,
+    ) -> Result<Operation> {
         self.database.write("begin a move", |db| {
-            require_fence(db, id, project)?;
+            let job = Job::Move { to: new.to };
+            let began =
+                operation::begin(db, operation_of(new.id), new.project, new.account, &job, allowed, now)?;
+            let row = "SELECT 1 FROM moves WHERE id = ?1";
+            if db.query_row(row, [new.id.to_string()], |_| Ok(())).optional()?.is_some() {
+                return Ok(began);
+            }
+            let project = super::project::find(db, new.project)?;
+            if (project.host, project.epoch) != new.from {
+                return Err(Fault::Refused(Error::Stale { what: "owner" }));
+            }
             db.execute(
-                "INSERT INTO moves (id, project, step, state) VALUES (?1, ?2, 0, ?3) ON CONFLICT DO NOTHING",
-                params![id.to_string(), project.to_string(), state],
+                "INSERT INTO moves (id, project, revision, state) VALUES (?1, ?2, ?3, ?4)",
+                params![new.id.to_string(), new.project.to_string(), FIRST, new.state],
             )?;
-            let sql = "SELECT id, project, step, state FROM moves WHERE id = ?1";
-            Ok(db.query_row(sql, [id.to_string()], read)?)
+            Ok(began)
         })
     }
 
@@ -64,74 +121,54 @@ impl Store {
     /// [`Error::NotFound`], or the database failed.
     pub fn move_row(&self, id: MoveId) -> Result<MoveRow> {
         self.database.read("read a move", |db| {
-            let sql = "SELECT id, project, step, state FROM moves WHERE id = ?1";
+            let sql = "SELECT id, project, revision, state FROM moves WHERE id = ?1";
             db.query_row(sql, [id.to_string()], read)
                 .optional()?
                 .ok_or(Fault::Refused(Error::NotFound { what: "move" }))
         })
     }
 
-    /// The moves that go on.
+    /// Stores the state that follows revision `expected`, and makes `change`
+    /// to the project's row: both or none.
     ///
     /// # Errors
     ///
     /// The database failed.
-    pub fn moves_open(&self) -> Result<Vec<MoveRow>> {
-        self.database.read("list moves", |db| {
-            let sql = "SELECT id, project, step, state FROM moves WHERE open = 1 ORDER BY id";
-            Ok(db.prepare_cached(sql)?.query_map([], read)?.collect::<Result<_, _>>()?)
-        })
-    }
-
-    /// Advances the row from `step` to `step + 1` with a new state, and with it
-    /// the owner, if `change` says so: all in one transaction, in which the
-    /// step, the fence and the epoch are still what the caller believed.
-    /// Returns the new epoch, if there is one.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Stale`] if any of them is not, and then nothing is changed; or
-    /// the database failed.
-    pub fn advance_move(
-        &self,
-        id: MoveId,
-        step: u64,
-        state: &str,
-        open: bool,
-        change: Option<OwnerChange>,
-    ) -> Result<Option<Epoch>> {
-        self.database.write("advance a move", |db| {
+    pub fn save_move(&self, id: MoveId, expected: u64, state: &str, change: MoveChange) -> Result<MoveSaved> {
+        let saved = self.database.write("save a move", |db| {
             let project = db
                 .query_row(
-                    "UPDATE moves SET step = step + 1, state = ?3, open = ?4
-                     WHERE id = ?1 AND step = ?2 AND open = 1 RETURNING project",
-                    params![id.to_string(), step, state, open],
+                    "UPDATE moves SET revision = revision + 1, state = ?3
+                     WHERE id = ?1 AND revision = ?2 RETURNING project",
+                    params![id.to_string(), expected, state],
                     |row| parsed::<ProjectId>(row, 0),
                 )
                 .optional()?
-                .ok_or(Fault::Refused(Error::Stale { what: "move" }))?;
-            let Some(change) = change else { return Ok(None) };
-            let next = change.from.next();
-            let changed = db.execute(
-                "UPDATE projects SET host = ?3, epoch = ?4 WHERE id = ?1 AND fence = ?2 AND epoch = ?5",
-                params![
-                    project.to_string(),
-                    operation_of(id).to_string(),
-                    change.host.to_string(),
-                    next.number(),
-                    change.from.number()
-                ],
-            )?;
-            if changed == 1 { Ok(Some(next)) } else { Err(Fault::Refused(Error::Stale { what: "owner" })) }
-        })
+                .ok_or(Fault::Refused(Error::Stale { what: SUPERSEDED }))?;
+            let (project, fence) = (project.to_string(), operation_of(id).to_string());
+            let changed = match change {
+                MoveChange::None => 1,
+                // An epoch never falls, whatever the caller computed.
+                MoveChange::Owner { from, to, owner } => db.execute(
+                    "UPDATE projects SET host = ifnull(?3, host), epoch = ?4
+                     WHERE id = ?1 AND fence = ?2 AND epoch = ?5 AND ?4 > ?5",
+                    params![project, fence, owner.map(|id| id.to_string()), to.number(), from.number()],
+                )?,
+                MoveChange::Release { state } => db.execute(
+                    "UPDATE projects SET fence = NULL, state = ?3, reason = NULL WHERE id = ?1 AND fence = ?2",
+                    params![project, fence, state.as_str()],
+                )?,
+            };
+            if changed == 1 { Ok(()) } else { Err(Fault::Refused(Error::Stale { what: LOST })) }
+        });
+        match saved {
+            Ok(()) => Ok(MoveSaved::Yes),
+            Err(Error::Stale { what: SUPERSEDED }) => Ok(MoveSaved::Superseded),
+            Err(Error::Stale { .. }) => Ok(MoveSaved::Lost),
+            Err(error) => Err(error),
+        }
     }
 }
 
-fn require_fence(db: &Transaction<'_>, id: MoveId, project: ProjectId) -> Result<(), Fault<Error>> {
-    let fenced = "SELECT 1 FROM projects WHERE id = ?1 AND fence = ?2";
-    let values = params![project.to_string(), operation_of(id).to_string()];
-    match db.query_row(fenced, values, |_| Ok(())).optional()? {
-        Some(()) => Ok(()),
-        None => Err(Fault::Refused(Error::Stale { what: "fence" })),
-    }
-}
+const SUPERSEDED: &str = "move";
+const LOST: &str = "owner";

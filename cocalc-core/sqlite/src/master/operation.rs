@@ -228,6 +228,40 @@ pub(super) fn insert(
     add_event(db, id, "queued", "{}", now)
 }
 
+pub(super) fn begin(
+    db: &Transaction<'_>,
+    id: OperationId,
+    project: ProjectId,
+    account: AccountId,
+    job: &Job,
+    allowed: &[ProjectState],
+    now: Timestamp,
+) -> Result<Operation, Fault<Error>> {
+    let found = project::find(db, project)?;
+    if let Some(operation) = found.fence {
+        // A repeated call finds what it began.
+        if operation == id {
+            return find(db, id);
+        }
+        return Err(Fault::Refused(Error::Busy { operation }));
+    }
+    match find(db, id) {
+        Ok(known) => return Ok(known),
+        Err(Fault::Refused(Error::NotFound { .. })) => {}
+        Err(fault) => return Err(fault),
+    }
+    if !allowed.contains(&found.state) {
+        return Err(Fault::Refused(Error::WrongState { state: found.state }));
+    }
+    insert(db, id, project, account, job, now)?;
+    let state = job.meanwhile().unwrap_or(found.state);
+    db.execute(
+        "UPDATE projects SET fence = ?2, state = ?3 WHERE id = ?1 AND fence IS NULL",
+        params![project.to_string(), id.to_string(), state.as_str()],
+    )?;
+    find(db, id)
+}
+
 fn add_event(
     db: &Transaction<'_>,
     id: OperationId,
@@ -261,29 +295,7 @@ impl Store {
         allowed: &[ProjectState],
         now: Timestamp,
     ) -> Result<Operation> {
-        self.database.write("begin an operation", |db| {
-            let found = project::find(db, project)?;
-            if let Some(operation) = found.fence {
-                // A repeated call finds what it began.
-                if operation == id {
-                    return find(db, id);
-                }
-                return Err(Fault::Refused(Error::Busy { operation }));
-            }
-            if let Ok(known) = find(db, id) {
-                return Ok(known);
-            }
-            if !allowed.contains(&found.state) {
-                return Err(Fault::Refused(Error::WrongState { state: found.state }));
-            }
-            insert(db, id, project, account, job, now)?;
-            let state = job.meanwhile().unwrap_or(found.state);
-            db.execute(
-                "UPDATE projects SET fence = ?2, state = ?3 WHERE id = ?1 AND fence IS NULL",
-                params![project.to_string(), id.to_string(), state.as_str()],
-            )?;
-            find(db, id)
-        })
+        self.database.write("begin an operation", |db| begin(db, id, project, account, job, allowed, now))
     }
 
     /// The operation.
@@ -332,6 +344,21 @@ impl Store {
                 }
             };
             Ok(list)
+        })
+    }
+
+    /// The newest `limit` operations on a project.
+    ///
+    /// # Errors
+    ///
+    /// The database failed.
+    pub fn operations_of(&self, project: ProjectId, limit: usize) -> Result<Vec<Operation>> {
+        self.database.read("list a project's operations", |db| {
+            let sql = format!(
+                "SELECT {COLUMNS} FROM operations WHERE project = ?1 ORDER BY created DESC, id LIMIT ?2"
+            );
+            let values = params![project.to_string(), limit];
+            Ok(db.prepare_cached(&sql)?.query_map(values, read)?.collect::<Result<_, _>>()?)
         })
     }
 
@@ -419,7 +446,7 @@ impl Store {
             let report = ended.report.as_ref();
             db.execute(
                 "UPDATE projects SET state = ?3, reason = ?4, fence = NULL,
-                   phases = ifnull(?5, phases), started = ifnull(?6, started)
+                   phases = ifnull(?5, phases), started = ifnull(?6, started), made = max(made, ?7)
                  WHERE id = ?1 AND fence = ?2",
                 params![
                     operation.project.to_string(),
@@ -427,7 +454,8 @@ impl Store {
                     ended.project.as_str(),
                     ended.reason,
                     report.map(|report| serde_json::to_string(&report.phases)).transpose()?,
-                    report.and_then(|report| report.status.started).map(Timestamp::millis)
+                    report.and_then(|report| report.status.started).map(Timestamp::millis),
+                    operation.job == Job::Create && ended.outcome == Outcome::Done
                 ],
             )?;
             find(db, id)

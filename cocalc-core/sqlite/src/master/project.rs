@@ -47,8 +47,10 @@ pub struct Project {
     pub grace_ms: Option<u64>,
     /// Whether a proxy that terminates SSH may attest for it.
     pub proxy_ssh: bool,
-    /// When it was made.
+    /// When it was asked for.
     pub created: Timestamp,
+    /// Whether its host ever made it.
+    pub made: bool,
 }
 
 /// The state of a project, as the API shows it.
@@ -150,7 +152,7 @@ pub struct NewProject<'a> {
 }
 
 const COLUMNS: &str = "p.id, p.name, p.owner, p.config, p.host, p.epoch, p.state, p.reason, p.phases,
-    p.started, p.fence, p.acl_version, p.grace_ms, p.proxy_ssh, p.created";
+    p.started, p.fence, p.acl_version, p.grace_ms, p.proxy_ssh, p.created, p.made";
 
 fn read(row: &Row<'_>) -> rusqlite::Result<Project> {
     Ok(Project {
@@ -169,6 +171,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Project> {
         grace_ms: row.get(12)?,
         proxy_ssh: row.get(13)?,
         created: Timestamp::from_millis(row.get(14)?),
+        made: row.get(15)?,
     })
 }
 

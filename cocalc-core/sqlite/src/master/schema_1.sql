@@ -67,6 +67,8 @@ CREATE TABLE projects (
     ('creating', 'stopped', 'starting', 'running', 'stopping', 'moving', 'failed', 'deleted')),
   reason TEXT,
   phases TEXT NOT NULL DEFAULT '[]',
+  -- Whether it ever existed on a host: only then can its files be missed.
+  made INTEGER NOT NULL DEFAULT 0 CHECK (made IN (0, 1)),
   started INTEGER,
   fence TEXT REFERENCES operations (id) DEFERRABLE INITIALLY DEFERRED,
   acl_version INTEGER NOT NULL DEFAULT 1,
@@ -123,15 +125,13 @@ CREATE TABLE operation_events (
   PRIMARY KEY (operation, seq)
 ) STRICT, WITHOUT ROWID;
 
--- A move is its operation; the row advances only by compare-and-set on `step`.
+-- A move is its operation; the row advances only by compare-and-set on `revision`.
 CREATE TABLE moves (
   id TEXT PRIMARY KEY REFERENCES operations (id),
   project TEXT NOT NULL REFERENCES projects (id),
-  step INTEGER NOT NULL,
-  state TEXT NOT NULL,
-  open INTEGER NOT NULL DEFAULT 1 CHECK (open IN (0, 1))
+  revision INTEGER NOT NULL,
+  state TEXT NOT NULL
 ) STRICT, WITHOUT ROWID;
-CREATE INDEX moves_open ON moves (open) WHERE open = 1;
 
 CREATE TABLE idempotency (
   account TEXT NOT NULL REFERENCES accounts (id),

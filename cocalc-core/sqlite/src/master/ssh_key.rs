@@ -27,6 +27,9 @@ pub struct StoredSshKey {
     pub created: Timestamp,
 }
 
+/// All keys of an account, or of a project, travel in one frame to hosts.
+const KEYS_MAX: usize = 100;
+
 const COLUMNS: &str = "id, account, project, key, comment, created";
 
 fn read(row: &Row<'_>) -> rusqlite::Result<StoredSshKey> {
@@ -69,6 +72,15 @@ impl Store {
                 }
             }
             let project = key.project.map(|id| id.to_string());
+            let count = match project {
+                Some(_) => "SELECT count(*) FROM ssh_keys WHERE project = ?1",
+                None => "SELECT count(*) FROM ssh_keys WHERE account = ?1 AND project IS NULL",
+            };
+            let present: usize =
+                db.query_row(count, [project.as_ref().unwrap_or(&account)], |row| row.get(0))?;
+            if present >= KEYS_MAX {
+                return Err(Fault::Refused(Error::TooMany { what: "SSH keys", limit: KEYS_MAX }));
+            }
             let added = db.execute(
                 "INSERT INTO ssh_keys (id, account, project, key, comment, created)
                  VALUES (?1, ?2, ?3, ?4, ?5, ?6) ON CONFLICT DO NOTHING",
