@@ -1,13 +1,6 @@
 //! One channel of a user's connection: a process, or a connection to a port.
 
-use std::{
-    io,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::{io, sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use cocalc_core::{
@@ -46,9 +39,8 @@ const STDERR: u32 = 1;
 
 /// The end of a channel that leads to the user.
 pub(crate) struct Outward {
-    write: ChannelWriteHalf<Msg>,
-    handle: Handle,
-    ended: AtomicBool,
+    pub(crate) write: ChannelWriteHalf<Msg>,
+    pub(crate) handle: Handle,
 }
 
 /// Runs `request` in the project, from its start to the channel's end.
@@ -212,15 +204,8 @@ async fn wake(access: &Access, deadline: Instant, watcher: Option<(&Outward, boo
 }
 
 impl Outward {
-    pub(crate) fn new(write: ChannelWriteHalf<Msg>, handle: Handle) -> Self {
-        Self { write, handle, ended: AtomicBool::new(false) }
-    }
-
     /// Tells the user something, beside the output of their command.
     async fn say(&self, text: &str, pty: bool) {
-        if self.ended.load(Ordering::Relaxed) {
-            return;
-        }
         let line_end = if pty { "\r\n" } else { "\n" };
         let line = Bytes::from(format!("cocalc: {text}{line_end}"));
         let _ = timeout(SAY_MAX, self.write.extended_data_bytes(STDERR, line)).await;
@@ -231,18 +216,23 @@ impl Outward {
         match exit {
             Exit::Code(code) => self.close(u32::from(code)).await,
             Exit::Signal(name) => {
+                let id = self.write.id();
                 let _ = self
                     .handle
-                    .exit_signal_request(self.write.id(), signal(&name), false, String::new(), String::new())
+                    .exit_signal_request(id, signal(&name), false, String::new(), String::new())
                     .await;
+                let _ = self.write.eof().await;
                 let _ = self.write.close().await;
             }
         }
     }
 
+    /// The status goes before the end of output, as in OpenSSH: a client that
+    /// has sent the end of its input closes the channel when it receives
+    /// ours, the library answers that at once, and nothing can follow.
     async fn close(&self, status: u32) {
-        let _ = self.end().await;
         let _ = self.write.exit_status(status).await;
+        let _ = self.write.eof().await;
         let _ = self.write.close().await;
     }
 }
@@ -257,10 +247,8 @@ impl Sink for Outward {
     }
 
     async fn end(&self) -> io::Result<()> {
-        if self.ended.swap(true, Ordering::Relaxed) {
-            return Ok(());
-        }
-        self.write.eof().await.map_err(io::Error::other)
+        // Said by `close`, and not sooner.
+        Ok(())
     }
 }
 

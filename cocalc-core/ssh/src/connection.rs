@@ -185,7 +185,7 @@ impl Connection {
         let (sender, receiver) = input();
         let (controls, steered) = mpsc::channel(16);
         let overflow = CancellationToken::new();
-        let outward = Outward::new(write, session.handle());
+        let outward = Outward { write, handle: session.handle() };
         let run = channel::session(outward, login, request, receiver, steered, overflow.clone());
         self.channels.insert(id, State::Running { input: Some(sender), controls, overflow, pty: has_pty });
         self.spawn(id, run);
@@ -368,7 +368,7 @@ impl Handler for Connection {
         let (sender, receiver) = input();
         let (controls, _) = mpsc::channel(1);
         let overflow = CancellationToken::new();
-        let outward = Outward::new(write, session.handle());
+        let outward = Outward { write, handle: session.handle() };
         let run = channel::forward(outward, reply, login, port, receiver, overflow.clone());
         self.channels.insert(id, State::Running { input: Some(sender), controls, overflow, pty: false });
         self.spawn(id, run);

@@ -2,6 +2,7 @@
 //! invented people.
 #![allow(
     dead_code,
+    unreachable_pub,
     clippy::unwrap_used,
     clippy::expect_used,
     reason = "each test binary uses a part, and fails by it"
