@@ -467,3 +467,88 @@ async fn only_current_algorithms_are_offered() {
         assert_eq!(text(&output.stdout), "in\n");
     }
 }
+
+/// Opens a shared connection, and returns the option that uses it.
+async fn shared(world: &World, port: u16) -> (String, tokio::process::Child) {
+    let path = world.path(&format!("shared-{port}"));
+    let control = format!("ControlPath={}", path.display());
+    let master =
+        world.ssh(port, &["-M", "-N", "-o", &control, "127.0.0.1"]).stdin(Stdio::null()).spawn().unwrap();
+    until("the connection stands", || path.exists()).await;
+    (control, master)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_channel_that_is_not_read_stops_only_itself() {
+    const SENT: usize = 48 << 20;
+    let world = World::new().await;
+    for port in [world.direct, world.proxied] {
+        let (control, mut master) = shared(&world, port).await;
+        let go = world.path(&format!("home/go-{port}"));
+        assert!(std::process::Command::new("mkfifo").arg(&go).status().unwrap().success());
+        // One more channel, open all the time, in which somebody types.
+        let mut typing = world
+            .ssh(port, &["-o", &control, "127.0.0.1", "cat"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (mut keys, mut echo) = (typing.stdin.take().unwrap(), typing.stdout.take().unwrap());
+        let mut stalled = world
+            .ssh(port, &["-o", &control, "127.0.0.1", &format!("cat go-{port}; wc -c")])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut flood = stalled.stdin.take().unwrap();
+        let feeding = tokio::spawn(async move {
+            flood.write_all(&vec![0; SENT]).await.unwrap();
+        });
+        for round in 0..30_u8 {
+            let mut byte = [0];
+            let typed = async {
+                keys.write_all(&[round]).await.unwrap();
+                echo.read_exact(&mut byte).await.unwrap();
+            };
+            within(20, typed).await;
+            assert_eq!(byte, [round]);
+            if round % 10 == 0 {
+                let fresh = world.ssh(port, &["-o", &control, "127.0.0.1", "wc -c"]);
+                let output = finish(fresh, &[b'x'; 100_000]).await;
+                assert_eq!(text(&output.stdout), "100000\n");
+            }
+        }
+        assert!(!feeding.is_finished(), "everything was taken from who does not read");
+        // Once it reads, all of it arrives.
+        std::fs::write(&go, "now\n").unwrap();
+        within(60, feeding).await.unwrap();
+        let output = within(60, stalled.wait_with_output()).await.unwrap();
+        assert_eq!(text(&output.stdout), format!("now\n{SENT}\n"));
+        master.kill().await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_channel_that_holds_up_another_for_long_is_given_up() {
+    let world = World::new().await;
+    let (control, mut master) = shared(&world, world.direct).await;
+    let mut stalled = world
+        .ssh(world.direct, &["-o", &control, "127.0.0.1", "exec sleep 1000"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut flood = stalled.stdin.take().unwrap();
+    let feeding = tokio::spawn(async move {
+        let _ = flood.write_all(&vec![0; 256 << 20]).await;
+    });
+    let data = vec![1; 96 << 20];
+    let upload = finish(world.ssh(world.direct, &["-o", &control, "127.0.0.1", "wc -c"]), &data).await;
+    assert_eq!(text(&upload.stdout), format!("{}\n", data.len()));
+    let given_up = within(60, stalled.wait_with_output()).await.unwrap();
+    assert_eq!(given_up.status.code(), Some(255));
+    assert!(text(&given_up.stderr).contains("does not read its input"), "{}", text(&given_up.stderr));
+    feeding.abort();
+    master.kill().await.unwrap();
+}
