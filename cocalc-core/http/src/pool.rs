@@ -67,10 +67,11 @@ impl Pool {
         })
     }
 
-    /// The most recently used idle connection.
-    pub(crate) async fn take(self: &Arc<Self>, key: Key) -> Option<Lease> {
+    /// The most recently used idle connection, if it has not been idle for
+    /// longer than `age`.
+    pub(crate) async fn take(self: &Arc<Self>, key: Key, age: Duration) -> Option<Lease> {
         loop {
-            let mut sender = self.pop(key)?;
+            let mut sender = self.pop(key, age.min(self.keep))?;
             if sender.is_closed() {
                 continue;
             }
@@ -103,17 +104,20 @@ impl Pool {
         Ok(Lease { pool: self.clone(), key, sender, reused: false })
     }
 
-    /// A connection: an idle one, or what `dial` opens.
+    /// A connection: one that has been idle for no longer than `age`, or what
+    /// `dial` opens.
     pub(crate) async fn lease<E, F>(
         self: &Arc<Self>,
         key: Key,
-        fresh: bool,
+        age: Option<Duration>,
         dial: impl FnOnce() -> F,
     ) -> Result<Lease, LeaseError<E>>
     where
         F: Future<Output = Result<BoxStream, E>>,
     {
-        if !fresh && let Some(lease) = self.take(key).await {
+        if let Some(age) = age
+            && let Some(lease) = self.take(key, age).await
+        {
             return Ok(lease);
         }
         let stream = dial().await.map_err(LeaseError::Dial)?;
@@ -138,7 +142,7 @@ impl Pool {
         *self.lock() = Idle::default();
     }
 
-    fn pop(&self, key: Key) -> Option<SendRequest<Body>> {
+    fn pop(&self, key: Key, age: Duration) -> Option<SendRequest<Body>> {
         let now = Instant::now();
         let mut idle = self.lock();
         let senders = idle.targets.get_mut(&key)?;
@@ -148,13 +152,9 @@ impl Pool {
         }
         let (sender, since) = popped?;
         idle.count -= 1;
-        if now.saturating_duration_since(since) >= self.keep {
-            // The most recent one is too old, so all of them are.
-            let rest = idle.targets.remove(&key).map_or(0, |senders| senders.len());
-            idle.count -= rest;
-            return None;
-        }
-        Some(sender)
+        // If the most recent one is too old, so are all the others; they are
+        // swept later.
+        (now.saturating_duration_since(since) < age).then_some(sender)
     }
 
     fn put(&self, key: Key, sender: SendRequest<Body>) {

@@ -251,7 +251,8 @@ async fn accept(
     Ok((stream, address.ip().to_canonical(), permit))
 }
 
-/// Small messages leave at once, and dead peers are noticed in about 2 min.
+/// Small messages leave at once, dead peers are noticed in about 2 min, and
+/// peers that stop reading in 10 min.
 fn prepare(stream: &TcpStream) {
     use rustix::net::sockopt;
 
@@ -260,6 +261,7 @@ fn prepare(stream: &TcpStream) {
     let _ = sockopt::set_tcp_keepidle(stream, Duration::from_secs(60));
     let _ = sockopt::set_tcp_keepintvl(stream, Duration::from_secs(15));
     let _ = sockopt::set_tcp_keepcnt(stream, 4);
+    let _ = sockopt::set_tcp_user_timeout(stream, 600_000);
 }
 
 /// How many connections each address has.
@@ -269,11 +271,10 @@ struct Sources(Mutex<HashMap<IpAddr, u32>>);
 impl Sources {
     fn enter(self: &Arc<Self>, address: IpAddr, limit: u32) -> Option<Counted> {
         let mut sources = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = sources.entry(address).or_default();
-        if *count >= limit {
+        if sources.get(&address).is_some_and(|count| *count >= limit) {
             return None;
         }
-        *count += 1;
+        *sources.entry(address).or_default() += 1;
         Some(Counted { sources: self.clone(), address })
     }
 }

@@ -1,6 +1,6 @@
 //! One request to an app or a host, and its response.
 
-use std::{future::Future, sync::Arc};
+use std::{future::Future, sync::Arc, time::Duration};
 
 use cocalc_core::{BoxError, stream::BoxStream};
 use http::{HeaderMap, Method, Request, Response, StatusCode, Uri};
@@ -41,20 +41,28 @@ pub(crate) async fn exchange<F>(
 where
     F: Future<Output = Result<BoxStream, Problem>>,
 {
-    let mut lease = lease(pool, key, codes, fresh, &dial).await?;
-    let spare = if lease.reused { Spare::of(&request) } else { None };
+    let repeatable = is_idempotent(request.method()) && request.body().replay().is_some();
+    let age = match key {
+        _ if fresh => None,
+        // Apps close idle connections, many after 5 s; a request that arrives
+        // at that moment is lost, and this one could not be repeated.
+        Key::App(..) if !repeatable => Some(Duration::from_secs(2)),
+        _ => Some(Duration::MAX),
+    };
+    let mut lease = lease(pool, key, codes, age, &dial).await?;
+    let spare = if lease.reused && repeatable { Spare::of(&request) } else { None };
     let request = watched(request, limits);
     match send(&mut lease, request, limits, codes).await {
         Ok(response) => Ok((response, lease)),
         Err(Failed::Timeout(problem)) => Err(problem),
         Err(Failed::Unsent(request)) if lease.reused => {
-            let mut lease = self::lease(pool, key, codes, true, &dial).await?;
+            let mut lease = self::lease(pool, key, codes, None, &dial).await?;
             let response = send(&mut lease, (*request, None), limits, codes).await;
             response.map(|response| (response, lease)).map_err(|failed| failed.problem(codes))
         }
         Err(failed) => {
             let Some(spare) = spare else { return Err(failed.problem(codes)) };
-            let mut lease = self::lease(pool, key, codes, true, &dial).await?;
+            let mut lease = self::lease(pool, key, codes, None, &dial).await?;
             let response = send(&mut lease, (spare.request(), None), limits, codes).await;
             response.map(|response| (response, lease)).map_err(|failed| failed.problem(codes))
         }
@@ -65,13 +73,13 @@ async fn lease<F>(
     pool: &Arc<Pool>,
     key: Key,
     codes: Codes,
-    fresh: bool,
+    age: Option<Duration>,
     dial: impl Fn() -> F,
 ) -> Result<Lease, Problem>
 where
     F: Future<Output = Result<BoxStream, Problem>>,
 {
-    pool.lease(key, fresh, dial).await.map_err(|error| match error {
+    pool.lease(key, age, dial).await.map_err(|error| match error {
         LeaseError::Dial(problem) => problem,
         LeaseError::Begin(error) => {
             tracing::debug!(%error, "cannot begin HTTP");
@@ -80,7 +88,11 @@ where
     })
 }
 
-/// What is needed to send a request without a body again.
+fn is_idempotent(method: &Method) -> bool {
+    matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS | Method::PUT | Method::DELETE)
+}
+
+/// What is needed to send a request again whose body is known.
 struct Spare {
     method: Method,
     uri: Uri,
@@ -90,11 +102,7 @@ struct Spare {
 
 impl Spare {
     fn of(request: &Request<Body>) -> Option<Self> {
-        let idempotent = matches!(
-            *request.method(),
-            Method::GET | Method::HEAD | Method::OPTIONS | Method::PUT | Method::DELETE
-        );
-        let body = request.body().replay().filter(|_| idempotent)?;
+        let body = request.body().replay()?;
         Some(Self {
             method: request.method().clone(),
             uri: request.uri().clone(),

@@ -52,13 +52,24 @@ impl Inner {
         let Some(origin) = self.served.origin(&authority) else {
             return Err(unknown_host());
         };
-        let view = View {
+        let mut view = View {
             authority,
             https: self.https,
             prefix: String::new(),
             source: client.address,
             proxied: false,
         };
+        if client.trusted {
+            // A front of the embedder's own, which passes the name on.
+            let headers = &parts.headers;
+            match headers::single(headers, &X_FORWARDED_PROTO) {
+                Some("https") => view.https = true,
+                Some("http") => view.https = false,
+                _ => {}
+            }
+            let source = headers::single(headers, &X_FORWARDED_FOR).and_then(|source| source.parse().ok());
+            view.source = source.or(view.source);
+        }
         Ok((&self.served, origin, view))
     }
 

@@ -7,16 +7,18 @@ use crate::support::*;
 const BAD: (u16, &str) = (400, "bad_request");
 const OK: (u16, &str) = (200, "");
 
+/// Its name, the request line, the fields, what follows the head, the outcome.
+type Probe = (&'static str, &'static str, String, String, (u16, &'static str));
+
 #[tokio::test(flavor = "multi_thread")]
 async fn probes_have_one_outcome_everywhere() {
     let world = World::new().await;
     let smuggled = "GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n";
     let chunked = "Transfer-Encoding: chunked\r\n";
     let end = "0\r\n\r\n";
-    // The request line, extra fields, what follows the head, the outcome.
     // `{p}` is the app's path; every request carries a good token.
     let host = "Host: localhost\r\n";
-    let probes: Vec<(&str, &str, String, String, (u16, &str))> = vec![
+    let probes: Vec<Probe> = vec![
         ("plain", "GET {p}/x HTTP/1.1", host.into(), String::new(), OK),
         ("absolute form", "GET http://localhost{p}/x HTTP/1.1", host.into(), String::new(), OK),
         ("chunked", "POST {p}/upload HTTP/1.1", format!("{host}{chunked}"), format!("3\r\nabc\r\n{end}"), OK),

@@ -193,3 +193,66 @@ async fn shutting_down_lets_streams_end_by_a_deadline() {
     assert!(TcpStream::connect(world.host_address).await.is_err(), "the listener is gone");
     eventually("every connection has ended", || world.ingress.stats().connections <= 1).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_bus_is_spoken_over_websocket_and_revoked_too() {
+    let world = World::new().await;
+    let handshake = |address: SocketAddr, base: &str, fields: &str| {
+        format!(
+            "GET {base}/{}/conat/?EIO=4 HTTP/1.1\r\nHost: localhost:{}\r\nAuthorization: Bearer {}\r\n{fields}\r\n",
+            world.project,
+            address.port(),
+            world.token()
+        )
+    };
+    let upgrade = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
+                   Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
+    let mut open = Vec::new();
+    for (address, base, _) in world.ways() {
+        let plain = raw(address, handshake(address, base, "Connection: close\r\n")).await;
+        assert_eq!(outcomes(&plain), [(426, "websocket_required".to_owned())]);
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream.write_all(handshake(address, base, upgrade).as_bytes()).await.unwrap();
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            head.push(timeout(DEADLINE, stream.read_u8()).await.unwrap().unwrap());
+        }
+        let head = text(head);
+        assert!(head.starts_with("HTTP/1.1 101 "), "{head}");
+        assert!(head.contains("sec-websocket-accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n"), "{head}");
+        stream.write_all(b"polly").await.unwrap();
+        let mut heard = [0; 5];
+        timeout(DEADLINE, stream.read_exact(&mut heard)).await.unwrap().unwrap();
+        assert_eq!(&heard, b"polly");
+        open.push(stream);
+    }
+    world.auth.revoke();
+    for mut stream in open {
+        let mut rest = Vec::new();
+        let _ = timeout(DEADLINE, stream.read_to_end(&mut rest)).await.expect("it goes on");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_to_apps_are_used_again() {
+    let world = World::new().await;
+    let bearer = format!("Authorization: Bearer {}", world.token());
+    let url = format!("http://localhost:{}{}/x", world.host_address.port(), world.mount());
+    for _ in 0..10 {
+        curl(&["-H", &bearer, &url, &url]).await;
+    }
+    assert_eq!(world.app.connections.load(std::sync::atomic::Ordering::Relaxed), 1);
+    let stats = world.ingress.stats();
+    assert_eq!((stats.requests, stats.denied, stats.websockets), (20, 0, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_daemon_answers_for_itself() {
+    let world = World::new().await;
+    for path in ["healthz", "readyz", ".cocalc/x", "conat/", ""] {
+        let url = format!("http://127.0.0.1:{}/{path}", world.host_address.port());
+        let answer = curl(&["-w", "%{http_code}", &url]).await;
+        let expected = if path == "healthz" { "alive200" } else { "404" };
+        assert!(answer.ends_with(expected), "{path}: {answer}");
+    }
+}

@@ -4,7 +4,10 @@
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
     net::{IpAddr, SocketAddr},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -19,7 +22,9 @@ use cocalc_core::{
     stream::BoxStream,
     wake::{Awake, Wake},
 };
-use cocalc_http::{HostIngress, Limits, ProxyIngress, Served, TokenPrecheck};
+use cocalc_http::{
+    Body, BusEndpoint, Client, Endpoints, HostIngress, Limits, Opening, ProxyIngress, Served, TokenPrecheck,
+};
 use serde_json::json;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -281,6 +286,38 @@ impl Connector for Pipes {
     }
 }
 
+/// A bus that sends every byte back.
+#[derive(Debug)]
+struct Parrot;
+
+#[async_trait]
+impl BusEndpoint for Parrot {
+    async fn serve(&self, mut stream: BoxStream, opening: Opening) {
+        assert!(!format!("{:?}", opening.headers).contains("Bearer"), "{:?}", opening.headers);
+        let mut buffer = [0; 1024];
+        while let Ok(read @ 1..) = stream.read(&mut buffer).await {
+            stream.write_all(&buffer[..read]).await.unwrap();
+            stream.flush().await.unwrap();
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Health;
+
+#[async_trait]
+impl Endpoints for Health {
+    async fn answer(
+        &self,
+        path: &str,
+        _: http::Request<Body>,
+        client: Client,
+    ) -> Option<http::Response<Body>> {
+        assert!(client.address.is_some());
+        (path == "/healthz").then(|| http::Response::new(Body::from("alive")))
+    }
+}
+
 /// One host, one proxy, one project with an app and a WebSocket app.
 pub(crate) struct World {
     pub(crate) project: ProjectId,
@@ -330,6 +367,8 @@ impl World {
         let ingress = HostIngress::builder(host, auth.clone(), table.clone(), ports.clone())
             .served(Served::new().domain(&domain("alpha", host_address)).unwrap())
             .wake(wake.clone())
+            .bus(Arc::new(Parrot))
+            .endpoints(Arc::new(Health))
             .limits(limits.clone())
             .build();
         let pipes = Arc::new(Pipes::default());
@@ -408,6 +447,7 @@ pub(crate) struct App {
     pub(crate) port: u16,
     /// The heads of all requests.
     pub(crate) seen: Arc<Mutex<Vec<String>>>,
+    pub(crate) connections: Arc<AtomicUsize>,
     _task: AbortOnDropHandle<()>,
 }
 
@@ -416,16 +456,19 @@ impl App {
         let (listener, address) = listen().await;
         let seen = Arc::new(Mutex::new(Vec::new()));
         let log = seen.clone();
+        let accepted = Arc::new(AtomicUsize::new(0));
+        let count = accepted.clone();
         let task = own(async move {
             let mut connections = tokio::task::JoinSet::new();
             while let Ok((stream, _)) = listener.accept().await {
                 let log = log.clone();
+                count.fetch_add(1, Ordering::Relaxed);
                 connections.spawn(async move {
                     let _ = answer(stream, &log).await;
                 });
             }
         });
-        Self { port: address.port(), seen, _task: task }
+        Self { port: address.port(), seen, connections: accepted, _task: task }
     }
 
     pub(crate) fn has_seen(&self, what: &str) -> bool {
