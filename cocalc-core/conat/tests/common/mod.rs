@@ -1,5 +1,8 @@
 //! A broker on a port of its own, and clients of it.
 #![allow(dead_code, reason = "each test binary uses its part of it")]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test reports by panicking")]
+
+pub(crate) mod raw;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -12,13 +15,13 @@ use cocalc_core::{
 use serde_json::{Value, json};
 use tokio::{net::TcpListener, task::JoinHandle};
 
-pub const LIMIT: Duration = Duration::from_secs(20);
+pub(crate) const LIMIT: Duration = Duration::from_secs(20);
 
 /// The token is the name. `all-…` may do everything, `open-…` what is below
 /// `open.`, anybody else cannot sign in.
 #[derive(Debug)]
-pub struct ByName {
-    pub queue_bytes_max: usize,
+pub(crate) struct ByName {
+    pub(crate) queue_bytes_max: usize,
 }
 
 #[async_trait]
@@ -39,9 +42,9 @@ impl Authorizer for ByName {
     }
 }
 
-pub struct Server {
-    pub broker: Broker,
-    pub address: SocketAddr,
+pub(crate) struct Server {
+    pub(crate) broker: Broker,
+    pub(crate) address: SocketAddr,
     task: Arc<Task>,
 }
 
@@ -54,16 +57,25 @@ impl Drop for Task {
 }
 
 impl Server {
-    pub async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         Self::with(BrokerConfig { seed: Some(1), ..BrokerConfig::default() }).await
     }
 
-    pub async fn with(config: BrokerConfig) -> Self {
+    pub(crate) async fn with(config: BrokerConfig) -> Self {
         Self::at(config, "127.0.0.1:0").await
     }
 
-    pub async fn at(config: BrokerConfig, address: &str) -> Self {
-        let broker = Broker::start(config, Arc::new(ByName { queue_bytes_max: 4 * 1024 * 1024 }));
+    pub(crate) async fn at(config: BrokerConfig, address: &str) -> Self {
+        let authorizer = Arc::new(ByName { queue_bytes_max: 4 * 1024 * 1024 });
+        Self::with_authorizer(config, address, authorizer).await
+    }
+
+    pub(crate) async fn with_authorizer(
+        config: BrokerConfig,
+        address: &str,
+        authorizer: Arc<dyn Authorizer>,
+    ) -> Self {
+        let broker = Broker::start(config, authorizer);
         let listener = TcpListener::bind(address).await.unwrap();
         let address = listener.local_addr().unwrap();
         let serving = broker.clone();
@@ -71,17 +83,17 @@ impl Server {
         Self { broker, address, task }
     }
 
-    pub fn url(&self) -> String {
+    pub(crate) fn url(&self) -> String {
         format!("ws://{}/", self.address)
     }
 
     /// A bus that keeps the server alive.
-    pub fn keep(&self, bus: impl Bus) -> Arc<dyn Bus> {
+    pub(crate) fn keep(&self, bus: impl Bus) -> Arc<dyn Bus> {
         Arc::new(Kept { bus, _broker: self.broker.clone(), _task: self.task.clone() })
     }
 }
 
-pub async fn client(server: &Server, name: &str) -> Client {
+pub(crate) async fn client(server: &Server, name: &str) -> Client {
     let options = ClientOptions {
         reconnect_min: Duration::from_millis(20),
         reconnect_max: Duration::from_millis(200),
@@ -93,20 +105,20 @@ pub async fn client(server: &Server, name: &str) -> Client {
     client
 }
 
-pub fn text(text: &str) -> Payload {
+pub(crate) fn text(text: &str) -> Payload {
     Payload { data: text.to_owned().into(), ..Payload::default() }
 }
 
-pub fn body(message: &Message) -> &str {
+pub(crate) fn body(message: &Message) -> &str {
     std::str::from_utf8(&message.payload.data).unwrap()
 }
 
-pub async fn next(subscription: &mut Subscription) -> Message {
+pub(crate) async fn next(subscription: &mut Subscription) -> Message {
     tokio::time::timeout(LIMIT, subscription.next()).await.expect("in time").expect("goes on")
 }
 
 /// Waits until `condition` holds.
-pub async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
+pub(crate) async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
     let deadline = tokio::time::Instant::now() + LIMIT;
     while !condition().await {
         assert!(tokio::time::Instant::now() < deadline, "{what}");
