@@ -1,1 +1,195 @@
 //! The CoCalc master daemon, embeddable.
+//!
+//! A master knows accounts, who may do what, and which host owns which
+//! project; it signs the tokens with which users connect directly to hosts. It
+//! carries none of their bytes, and what runs keeps running without it.
+//!
+//! It is one process over one SQLite file, with the control plane's bus inside:
+//! hosts and proxies connect to `/conat/`, programs and people to `/api/v1`,
+//! whose OpenAPI document is at `/api/v1/openapi.json`. TLS is the business of
+//! whoever stands before it.
+//!
+//! ```
+//! use cocalc_master::{Config, Master};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # tokio::runtime::Runtime::new()?.block_on(async {
+//! let dir = tempfile::tempdir()?;
+//! let master = Master::start(Config::new("127.0.0.1:0".parse()?, dir.path())).await?;
+//! println!("{} with the token in {}", master.url(), dir.path().join("admin-token").display());
+//! master.stop().await;
+//! # Ok(())
+//! # })
+//! # }
+//! ```
+
+mod admin;
+mod api;
+mod bus;
+mod config;
+mod operations;
+pub mod placement;
+mod secret;
+mod server;
+mod shared;
+mod signing;
+
+use std::{net::SocketAddr, path::PathBuf, sync::Arc};
+
+use cocalc_conat::{Broker, BrokerConfig};
+use cocalc_core::{
+    BoxError,
+    clock::{Clock, SystemClock},
+};
+use cocalc_sqlite::master::Store;
+use tokio::{net::TcpListener, task::JoinSet};
+use tokio_util::sync::CancellationToken;
+
+pub use self::config::Config;
+use self::{
+    bus::{gate, peers::Peers, streams::Streams},
+    operations::Operations,
+    shared::Shared,
+    signing::Signing,
+};
+
+/// Why a master did not start, or stopped.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The configuration makes no sense.
+    #[error("invalid configuration: {0}")]
+    Config(String),
+    /// The data directory cannot be used.
+    #[error("cannot use the data directory {}", path.display())]
+    DataDir {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: BoxError,
+    },
+    /// It cannot listen there.
+    #[error("cannot listen on {address}")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The database failed.
+    #[error("the database failed at the start")]
+    Store {
+        /// Why.
+        source: BoxError,
+    },
+}
+
+/// A running master. Dropping it ends everything at once; [`stop`](Self::stop)
+/// lets requests end.
+#[derive(Debug)]
+pub struct Master {
+    shared: Arc<Shared>,
+    address: SocketAddr,
+    closing: CancellationToken,
+    server: tokio::task::JoinHandle<()>,
+    tasks: JoinSet<()>,
+    broker: Broker,
+    _lock: std::fs::File,
+}
+
+impl Master {
+    /// Starts a master: opens its data, goes on with operations that an
+    /// earlier process began, and listens.
+    ///
+    /// # Errors
+    ///
+    /// See [`Error`]. Nothing is left running.
+    pub async fn start(config: Config) -> Result<Self, Error> {
+        config.validate().map_err(Error::Config)?;
+        let directory = config.data_dir.clone();
+        let unusable = |source: BoxError| Error::DataDir { path: directory.clone(), source };
+        let database = |source: BoxError| Error::Store { source };
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+        let now = clock.wall();
+
+        admin::make_directory(&config.data_dir).map_err(|error| unusable(error.into()))?;
+        let lock =
+            cocalc_daemon::files::lock_directory(&config.data_dir).map_err(|error| unusable(error.into()))?;
+        let store =
+            Store::open(&config.data_dir.join("master.db")).map_err(|error| unusable(error.into()))?;
+        let store = Arc::new(store);
+        let signing = Signing::open(config.data_dir.join("signing-keys"), now).map_err(unusable)?;
+        admin::ensure(&store, &config.data_dir.join("admin-token"), now).map_err(unusable)?;
+        let stream = store.next_stream(now).map_err(|error| database(error.into()))?;
+        store.forget_unanswered().map_err(|error| database(error.into()))?;
+
+        let listen = |source| Error::Listen { address: config.listen, source };
+        let listener = TcpListener::bind(config.listen).await.map_err(listen)?;
+        let address = listener.local_addr().map_err(listen)?;
+        let issuer = config.public_url.clone().unwrap_or_else(|| format!("http://{address}"));
+
+        let gate = gate::Gate::new(issuer.clone(), store.clone(), clock.clone());
+        let broker = Broker::start(BrokerConfig::default(), Arc::new(gate));
+        let bus = broker.local_bus(gate::master());
+        let shared = Arc::new(Shared {
+            streams: Streams::new(stream, bus.clone(), store.clone()),
+            peers: Arc::new(Peers::new(clock.boot())),
+            operations: Operations::new(),
+            settings: config.settings(),
+            store,
+            issuer,
+            clock,
+            signing,
+            bus,
+        });
+
+        let closing = CancellationToken::new();
+        let mut tasks = JoinSet::new();
+        tasks.spawn(bus::serve::serve(shared.clone()));
+        tasks.spawn(bus::announce::tend_keys(shared.clone()));
+        shared.resume().await.map_err(|error| database(error.into()))?;
+        let router = server::router(api::router(shared.clone()), broker.clone(), closing.clone());
+        let server = tokio::spawn(server::serve(listener, router, closing.clone()));
+        tracing::info!(%address, issuer = shared.issuer, "the master listens");
+        Ok(Self { shared, address, closing, server, tasks, broker, _lock: lock })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Its URL: the issuer of its tokens.
+    pub fn url(&self) -> &str {
+        &self.shared.issuer
+    }
+
+    /// How many hosts, proxies and others are connected to the bus.
+    pub fn connections(&self) -> usize {
+        self.broker.connections()
+    }
+
+    /// Runs until `shutdown` resolves, then [stops](Self::stop).
+    pub async fn run_until(self, shutdown: impl Future<Output = ()>) {
+        shutdown.await;
+        tracing::info!("shutting down");
+        self.stop().await;
+    }
+
+    /// Takes no more connections, lets requests end for at most five seconds,
+    /// and leaves operations to the next process. Hosts go on by themselves.
+    pub async fn stop(mut self) {
+        self.closing.cancel();
+        self.shared.operations.stop().await;
+        let _ = tokio::time::timeout(std::time::Duration::from_secs(5), &mut self.server).await;
+        self.tasks.shutdown().await;
+    }
+}
+
+impl Drop for Master {
+    fn drop(&mut self) {
+        self.closing.cancel();
+        self.server.abort();
+        self.shared.operations.abandon();
+    }
+}

@@ -1,1 +1,363 @@
+//! The store: races, fences, joins, and the map against a model.
 
+use std::collections::BTreeMap;
+
+use cocalc_core::{
+    control::{ProjectConfig, ProjectReport},
+    router::HostAddress,
+    runner::{State, Status},
+};
+use cocalc_ids::{AccountId, Epoch, HostId, KeyId, MoveId, OperationId, ProjectId, Role, Timestamp};
+use proptest::prelude::*;
+
+use super::*;
+
+const NOW: Timestamp = Timestamp::from_secs(1_800_000_000);
+const ANY: [ProjectState; 3] = [ProjectState::Stopped, ProjectState::Running, ProjectState::Failed];
+
+struct World {
+    store: Store,
+    dir: tempfile::TempDir,
+    owner: AccountId,
+    hosts: Vec<HostId>,
+}
+
+impl World {
+    fn new(hosts: u8) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("db")).unwrap();
+        let owner = AccountId::from_bytes([1; 16]);
+        store.create_account(owner, "owner", false, NOW).unwrap();
+        let hosts = (0..hosts)
+            .map(|n| {
+                let token = [n + 1; 32];
+                store.add_join_token(&token, JoinKind::Host, NOW, NOW.plus(HOUR)).unwrap();
+                let name = format!("host{n}").parse().unwrap();
+                let address = HostAddress { identity: format!("key{n}"), ..HostAddress::default() };
+                let joining = Joining {
+                    token: &token,
+                    kind: JoinKind::Host,
+                    name: &name,
+                    address: &address,
+                    id: [n + 1; 16],
+                };
+                HostId::from_bytes(store.join(&joining, NOW).unwrap())
+            })
+            .collect();
+        Self { store, dir, owner, hosts }
+    }
+
+    fn project(&self, n: u8) -> Project {
+        let config = ProjectConfig::default();
+        let new = NewProject {
+            id: ProjectId::from_bytes([n; 16]),
+            name: "p",
+            owner: self.owner,
+            config: &config,
+            host: self.hosts[0],
+            operation: OperationId::from_bytes([n; 16]),
+        };
+        self.store.create_project(&new, NOW).unwrap()
+    }
+
+    fn stopped(&self, n: u8) -> Project {
+        let project = self.project(n);
+        self.end(OperationId::from_bytes([n; 16]), ProjectState::Stopped);
+        self.store.project(project.id).unwrap()
+    }
+
+    fn end(&self, operation: OperationId, state: ProjectState) {
+        let ended = Ended { outcome: Outcome::Done, project: state, reason: None, report: None };
+        self.store.end(operation, &ended, NOW).unwrap();
+    }
+
+    fn begin_move(&self, project: &Project, id: MoveId, to: HostId) -> Result<Operation> {
+        let from = (project.host, project.epoch);
+        let new = NewMove { id, project: project.id, account: self.owner, from, to, state: "{}" };
+        self.store.begin_move(&new, &ANY, NOW)
+    }
+}
+
+const HOUR: std::time::Duration = std::time::Duration::from_secs(3600);
+
+fn report(project: ProjectId, epoch: Epoch, state: State) -> ProjectReport {
+    let status = Status { project, epoch: Some(epoch), state, started: None, reason: None };
+    ProjectReport { project, epoch: Some(epoch), status, phases: Vec::new() }
+}
+
+#[test]
+fn a_join_token_is_good_once_and_repeatable_by_the_same_peer() {
+    let world = World::new(0);
+    let (token, name) = ([7; 32], "alpha".parse().unwrap());
+    world.store.add_join_token(&token, JoinKind::Host, NOW, NOW.plus(HOUR)).unwrap();
+    let address = HostAddress { identity: "mine".into(), ..HostAddress::default() };
+    let mut joining =
+        Joining { token: &token, kind: JoinKind::Proxy, name: &name, address: &address, id: [5; 16] };
+    assert!(matches!(world.store.join(&joining, NOW), Err(Error::BadToken)), "of the other kind");
+    joining.kind = JoinKind::Host;
+    let late = NOW.plus(HOUR);
+    assert!(matches!(world.store.join(&joining, late), Err(Error::BadToken)), "expired");
+    let id = world.store.join(&joining, NOW).unwrap();
+    joining.id = [6; 16];
+    assert_eq!(world.store.join(&joining, NOW).unwrap(), id, "the same peer asks again");
+    let other = HostAddress { identity: "theirs".into(), ..HostAddress::default() };
+    joining.address = &other;
+    assert!(matches!(world.store.join(&joining, NOW), Err(Error::BadToken)), "somebody else");
+    // Another token, but a name and a key that are taken.
+    let second = [8; 32];
+    world.store.add_join_token(&second, JoinKind::Host, NOW, NOW.plus(HOUR)).unwrap();
+    joining.token = &second;
+    assert!(matches!(world.store.join(&joining, NOW), Err(Error::Exists { .. })), "the name");
+    let beta = "beta".parse().unwrap();
+    (joining.name, joining.address) = (&beta, &address);
+    assert!(matches!(world.store.join(&joining, NOW), Err(Error::Exists { .. })), "the key");
+}
+
+#[test]
+fn one_operation_at_a_time_and_a_repeated_one_is_the_same() {
+    let world = World::new(1);
+    let project = world.stopped(1);
+    assert!(project.made);
+    let [first, second] = [OperationId::random(), OperationId::random()];
+    let begin = |id, allowed: &[_]| world.store.begin(id, project.id, world.owner, &Job::Start, allowed, NOW);
+    begin(first, &ANY).unwrap();
+    assert_eq!(begin(first, &ANY).unwrap().id, first);
+    assert!(matches!(begin(second, &ANY), Err(Error::Busy { operation }) if operation == first));
+    assert_eq!(world.store.project(project.id).unwrap().state, ProjectState::Starting);
+    world.end(first, ProjectState::Running);
+    // It has ended: the repeated call does not begin it again.
+    assert_eq!(begin(first, &ANY).unwrap().state, OperationState::Done);
+    assert!(matches!(begin(second, &[ProjectState::Stopped]), Err(Error::WrongState { .. })));
+    // A late second end changes nothing.
+    world.end(first, ProjectState::Failed);
+    let now = world.store.project(project.id).unwrap();
+    assert_eq!((now.state, now.fence), (ProjectState::Running, None));
+}
+
+#[test]
+fn a_host_is_believed_only_of_its_own_epoch_and_never_over_a_fence() {
+    let world = World::new(2);
+    let project = world.stopped(1);
+    let next = project.epoch.next();
+    let observe =
+        |host, epoch| world.store.observe(host, &report(project.id, epoch, State::Running)).unwrap();
+    assert!(!observe(world.hosts[1], project.epoch), "another host");
+    assert!(!observe(world.hosts[0], next), "another epoch");
+    world.store.begin(OperationId::random(), project.id, world.owner, &Job::Start, &ANY, NOW).unwrap();
+    assert!(!observe(world.hosts[0], project.epoch), "fenced");
+    let project = world.stopped(2);
+    assert!(world.store.observe(world.hosts[0], &report(project.id, project.epoch, State::Running)).unwrap());
+    assert_eq!(world.store.project(project.id).unwrap().state, ProjectState::Running);
+}
+
+#[test]
+fn commit_and_abort_exclude_each_other() {
+    let world = World::new(2);
+    let project = world.stopped(1);
+    let (id, to) = (MoveId::random(), world.hosts[1]);
+    world.begin_move(&project, id, to).unwrap();
+    assert!(matches!(world.begin_move(&project, MoveId::random(), to), Err(Error::Busy { .. })));
+    let commit = MoveChange::Owner { from: project.epoch, to: project.epoch.next(), owner: Some(to) };
+    let abort = MoveChange::Owner { from: project.epoch, to: project.epoch.next(), owner: None };
+    assert_eq!(world.store.save_move(id, 1, "[1]", commit).unwrap(), MoveSaved::Yes);
+    assert_eq!(world.store.save_move(id, 1, "[2]", abort).unwrap(), MoveSaved::Superseded);
+    // Even with the right revision the epoch is not what the abort believes.
+    assert_eq!(world.store.save_move(id, 2, "[3]", abort).unwrap(), MoveSaved::Lost);
+    let row = world.store.move_row(id).unwrap();
+    assert_eq!((row.revision, row.state.as_str()), (2, "[1]"));
+    assert_eq!(world.store.ownership(project.id).unwrap(), Some((to, project.epoch.next(), false)));
+    let release = MoveChange::Release { state: ProjectState::Running };
+    assert_eq!(world.store.save_move(id, 2, "[4]", release).unwrap(), MoveSaved::Yes);
+    assert_eq!(world.store.save_move(id, 3, "[5]", release).unwrap(), MoveSaved::Lost, "the fence is gone");
+    let after = world.store.project(project.id).unwrap();
+    assert_eq!((after.fence, after.state), (None, ProjectState::Running));
+    // An epoch that would not grow is refused as well.
+    let id = MoveId::random();
+    world.begin_move(&after, id, world.hosts[0]).unwrap();
+    let back = MoveChange::Owner { from: after.epoch, to: after.epoch, owner: None };
+    assert_eq!(world.store.save_move(id, 1, "[]", back).unwrap(), MoveSaved::Lost);
+}
+
+#[test]
+fn a_move_begins_only_from_the_owner_it_was_planned_for() {
+    let world = World::new(2);
+    let project = world.stopped(1);
+    let stale = Project { epoch: project.epoch.next(), ..project.clone() };
+    assert!(matches!(world.begin_move(&stale, MoveId::random(), world.hosts[1]), Err(Error::Stale { .. })));
+    // Nothing of the refused one is left, not even the fence.
+    assert_eq!(world.store.project(project.id).unwrap().fence, None);
+}
+
+#[test]
+fn every_change_of_rights_is_a_new_version() {
+    let world = World::new(1);
+    let project = world.stopped(1).id;
+    let guest = AccountId::random();
+    assert!(matches!(world.store.add_member(project, guest, Role::Viewer), Err(Error::NotFound { .. })));
+    world.store.create_account(guest, "guest", false, NOW).unwrap();
+    let first = world.store.add_member(project, guest, Role::Viewer).unwrap();
+    assert_eq!(world.store.add_member(project, guest, Role::Viewer).unwrap(), first, "nothing changed");
+    assert_eq!(world.store.add_member(project, guest, Role::Collaborator).unwrap(), first + 1);
+    let key = StoredSshKey {
+        id: KeyId::random(),
+        account: guest,
+        project: Some(project),
+        key: "ssh-ed25519 AAAA".into(),
+        comment: String::new(),
+        created: NOW,
+    };
+    world.store.add_ssh_key(&key).unwrap();
+    let acl = world.store.project_acl(project).unwrap();
+    assert_eq!((acl.version, acl.keys.len(), acl.members.len()), (first + 2, 1, 2));
+    // The key that the guest left in the project goes with the membership.
+    assert_eq!(world.store.remove_member(project, guest).unwrap(), first + 3);
+    assert!(world.store.project_acl(project).unwrap().keys.is_empty());
+    assert_eq!(world.store.remove_member(project, guest).unwrap(), first + 3);
+    assert!(matches!(world.store.remove_member(project, world.owner), Err(Error::Exists { .. })));
+    assert!(matches!(world.store.add_ssh_key(&key), Err(Error::NotFound { .. })), "no member any more");
+}
+
+#[test]
+fn answers_are_remembered_per_account_key_and_request() {
+    let world = World::new(0);
+    let recall = |request: u8, now| world.store.recall(world.owner, "k", &[request; 32], now).unwrap();
+    assert_eq!(recall(1, NOW), Remembered::New);
+    assert_eq!(recall(1, NOW), Remembered::UnderWay);
+    assert_eq!(recall(2, NOW), Remembered::Other);
+    world.store.remember(world.owner, "k", 202, b"x").unwrap();
+    assert_eq!(recall(1, NOW), Remembered::Answered { status: 202, body: b"x".to_vec() });
+    world.store.forget_unanswered().unwrap();
+    assert!(matches!(recall(1, NOW), Remembered::Answered { .. }));
+    assert_eq!(recall(1, NOW.plus(HOUR * 25)), Remembered::New, "a day later");
+    world.store.forget_unanswered().unwrap();
+    assert_eq!(recall(1, NOW.plus(HOUR * 25)), Remembered::New, "the process that was asked is gone");
+}
+
+#[test]
+fn streams_grow_even_if_the_database_is_an_older_one() {
+    let world = World::new(0);
+    let first = world.store.next_stream(NOW).unwrap();
+    assert_eq!(world.store.next_stream(NOW).unwrap(), first + 1);
+    // A fresh database, a moment later.
+    let other = World::new(0);
+    assert!(other.store.next_stream(NOW.plus(HOUR)).unwrap() > first + 1);
+}
+
+#[test]
+fn the_first_administrator_is_made_once() {
+    let world = World::new(0);
+    let token = ApiToken { id: KeyId::random(), created: NOW, expires: None };
+    assert!(!world.store.has_admin().unwrap());
+    let admin = AccountId::random();
+    assert!(world.store.create_first_admin(admin, &[1; 32], &token).unwrap());
+    assert!(!world.store.create_first_admin(AccountId::random(), &[2; 32], &token).unwrap());
+    assert_eq!(world.store.account_of_token(&[1; 32], NOW).unwrap().id, admin);
+    assert!(matches!(world.store.account_of_token(&[2; 32], NOW), Err(Error::BadToken)));
+}
+
+/// What happens to the map in a random history.
+#[derive(Clone, Debug)]
+enum Act {
+    Begin { move_id: u8, to: usize },
+    Commit { move_id: u8, revision: u64, epoch: u64 },
+    Abort { move_id: u8, revision: u64, epoch: u64 },
+    Release { move_id: u8, revision: u64 },
+    Reopen,
+}
+
+fn act() -> impl Strategy<Value = Act> {
+    prop_oneof![
+        (1u8..4, 0usize..3).prop_map(|(move_id, to)| Act::Begin { move_id, to }),
+        (1u8..4, 1u64..4, 1u64..4).prop_map(|(move_id, revision, epoch)| Act::Commit {
+            move_id,
+            revision,
+            epoch
+        }),
+        (1u8..4, 1u64..4, 1u64..4).prop_map(|(move_id, revision, epoch)| Act::Abort {
+            move_id,
+            revision,
+            epoch
+        }),
+        (1u8..4, 1u64..4).prop_map(|(move_id, revision)| Act::Release { move_id, revision }),
+        Just(Act::Reopen),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    /// Many controllers with stale beliefs: owner, epoch, fence and revisions
+    /// are always those of a model in which only matching beliefs act.
+    #[test]
+    fn the_map_is_as_its_model(acts in proptest::collection::vec(act(), 1..40)) {
+        let mut world = World::new(3);
+        let project = world.stopped(9);
+        let (mut host, mut epoch) = (world.hosts[0], 1u64);
+        let mut fence: Option<u8> = None;
+        let mut moves: BTreeMap<u8, (u64, HostId)> = BTreeMap::new();
+        let id = |n: u8| MoveId::from_bytes([n + 100; 16]);
+        for act in acts {
+            match act {
+                Act::Begin { move_id, to } => {
+                    let to = world.hosts[to];
+                    let now = world.store.project(project.id).unwrap();
+                    let fresh = fence.is_none() && !moves.contains_key(&move_id);
+                    let begun = world.begin_move(&now, id(move_id), to);
+                    if fresh {
+                        prop_assert!(begun.is_ok());
+                        fence = Some(move_id);
+                        moves.insert(move_id, (1, to));
+                    } else if fence.is_some() && fence != Some(move_id) {
+                        let busy = matches!(begun, Err(Error::Busy { .. }));
+                        prop_assert!(busy);
+                    } else {
+                        prop_assert!(begun.is_ok(), "a known move is returned as it is");
+                    }
+                }
+                Act::Commit { move_id, revision, epoch: believed } | Act::Abort { move_id, revision, epoch: believed } => {
+                    let owner = match act {
+                        Act::Commit { .. } => moves.get(&move_id).map(|(_, to)| *to),
+                        _ => None,
+                    };
+                    let (from, to) = (Epoch::new(believed).unwrap(), Epoch::new(believed + 1).unwrap());
+                    let change = MoveChange::Owner { from, to, owner };
+                    let saved = world.store.save_move(id(move_id), revision, "{}", change).unwrap();
+                    let known = moves.get(&move_id).is_some_and(|(at, _)| *at == revision);
+                    let expected = match (known, fence == Some(move_id) && epoch == believed) {
+                        (false, _) => MoveSaved::Superseded,
+                        (true, false) => MoveSaved::Lost,
+                        (true, true) => MoveSaved::Yes,
+                    };
+                    prop_assert_eq!(saved, expected);
+                    if saved == MoveSaved::Yes {
+                        epoch += 1;
+                        host = owner.unwrap_or(host);
+                        moves.entry(move_id).and_modify(|(at, _)| *at += 1);
+                    }
+                }
+                Act::Release { move_id, revision } => {
+                    let change = MoveChange::Release { state: ProjectState::Stopped };
+                    let saved = world.store.save_move(id(move_id), revision, "{}", change).unwrap();
+                    let known = moves.get(&move_id).is_some_and(|(at, _)| *at == revision);
+                    let expected = match (known, fence == Some(move_id)) {
+                        (false, _) => MoveSaved::Superseded,
+                        (true, false) => MoveSaved::Lost,
+                        (true, true) => MoveSaved::Yes,
+                    };
+                    prop_assert_eq!(saved, expected);
+                    if saved == MoveSaved::Yes {
+                        fence = None;
+                        moves.entry(move_id).and_modify(|(at, _)| *at += 1);
+                    }
+                }
+                Act::Reopen => {
+                    let path = world.dir.path().join("db");
+                    world.store = Store::open(&path).unwrap();
+                }
+            }
+            let now = world.store.project(project.id).unwrap();
+            prop_assert_eq!((now.host, now.epoch.number()), (host, epoch));
+            prop_assert_eq!(now.fence, fence.map(|n| OperationId::from_bytes(*id(n).as_bytes())));
+        }
+    }
+}

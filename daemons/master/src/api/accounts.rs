@@ -1,0 +1,274 @@
+//! Accounts and their tokens.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{Json, extract::State};
+use cocalc_ids::{AccountId, KeyId};
+use cocalc_sqlite::master::ApiToken;
+use http::StatusCode;
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use super::{
+    caller::Caller,
+    input::{Asked, Body, Id, Ids, check_name},
+    problem::{Answer, Problem},
+    view::{AccountView, time},
+};
+use crate::{
+    bus::streams::{Receipt, Target},
+    secret,
+    shared::Shared,
+};
+
+pub(super) fn routes() -> OpenApiRouter<Arc<Shared>> {
+    OpenApiRouter::new()
+        .routes(routes!(create, list))
+        .routes(routes!(show))
+        .routes(routes!(me))
+        .routes(routes!(add_token, tokens))
+        .routes(routes!(remove_token))
+        .routes(routes!(sign_out))
+        .routes(routes!(ban))
+        .routes(routes!(unban))
+}
+
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct NewAccount {
+    name: String,
+    #[serde(default)]
+    admin: bool,
+}
+
+/// Makes an account. Administrators.
+#[utoipa::path(post, path = "/accounts", tag = "accounts",
+    responses((status = 201, body = AccountView), (status = "default", body = Problem)))]
+async fn create(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    Body(new): Body<NewAccount>,
+) -> Answer<(StatusCode, Json<AccountView>)> {
+    caller.require_admin()?;
+    check_name(&new.name)?;
+    let (id, now) = (AccountId::from_random_bytes(caller.new_id("account")), shared.now());
+    let account = shared.db(move |store| store.create_account(id, &new.name, new.admin, now)).await?;
+    Ok((StatusCode::CREATED, Json(account.into())))
+}
+
+#[derive(Serialize, ToSchema)]
+struct Accounts {
+    accounts: Vec<AccountView>,
+}
+
+#[derive(Deserialize, IntoParams)]
+struct Page {
+    /// The id after which to go on.
+    after: Option<String>,
+    /// At most so many; 1 to 1000, default 100.
+    limit: Option<usize>,
+}
+
+/// Lists accounts. Administrators.
+#[utoipa::path(get, path = "/accounts", tag = "accounts", params(Page),
+    responses((status = 200, body = Accounts), (status = "default", body = Problem)))]
+async fn list(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    Asked(page): Asked<Page>,
+) -> Answer<Json<Accounts>> {
+    caller.require_admin()?;
+    let after =
+        page.after.map(|id| id.parse().map_err(|_| Problem::invalid("after: not an id"))).transpose()?;
+    let limit = page.limit.unwrap_or(100).clamp(1, 1000);
+    let accounts = shared.db(move |store| store.accounts(after, limit)).await?;
+    Ok(Json(Accounts { accounts: accounts.into_iter().map(Into::into).collect() }))
+}
+
+/// Shows an account: one's own, or any for administrators.
+#[utoipa::path(get, path = "/accounts/{id}", tag = "accounts", params(("id" = String, Path)),
+    responses((status = 200, body = AccountView), (status = "default", body = Problem)))]
+async fn show(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    Id(id): Id<AccountId>,
+) -> Answer<Json<AccountView>> {
+    caller.require_self(id)?;
+    Ok(Json(shared.db(move |store| store.account(id)).await?.into()))
+}
+
+/// Shows the caller's account.
+#[utoipa::path(get, path = "/account", tag = "accounts",
+    responses((status = 200, body = AccountView), (status = "default", body = Problem)))]
+async fn me(State(shared): State<Arc<Shared>>, caller: Caller) -> Answer<Json<AccountView>> {
+    let id = caller.id;
+    Ok(Json(shared.db(move |store| store.account(id)).await?.into()))
+}
+
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct NewToken {
+    /// How long it lives; default: for ever.
+    ttl_secs: Option<u64>,
+}
+
+#[derive(Serialize, ToSchema)]
+struct TokenAnswer {
+    id: String,
+    /// Shown this once.
+    token: String,
+    expires_at: Option<String>,
+}
+
+/// Makes an API token.
+#[utoipa::path(post, path = "/accounts/{id}/tokens", tag = "accounts", params(("id" = String, Path)),
+    responses((status = 201, body = TokenAnswer), (status = "default", body = Problem)))]
+async fn add_token(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    Id(id): Id<AccountId>,
+    Body(new): Body<NewToken>,
+) -> Answer<(StatusCode, Json<TokenAnswer>)> {
+    caller.require_self(id)?;
+    if new.ttl_secs == Some(0) {
+        return Err(Problem::invalid("ttl_secs: at least 1"));
+    }
+    let text = secret::generate("cct_").map_err(|error| Problem::internal(&error))?;
+    let (hash, created) = (secret::hash(&text), shared.now());
+    let expires = new.ttl_secs.map(|ttl| created.plus(Duration::from_secs(ttl)));
+    let token = ApiToken { id: KeyId::random(), created, expires };
+    let answer = TokenAnswer { id: token.id.to_string(), token: text, expires_at: expires.map(time) };
+    shared.db(move |store| store.add_api_token(&hash, id, &token)).await?;
+    Ok((StatusCode::CREATED, Json(answer)))
+}
+
+#[derive(Serialize, ToSchema)]
+struct TokenView {
+    id: String,
+    created: String,
+    expires_at: Option<String>,
+}
+
+#[derive(Serialize, ToSchema)]
+struct Tokens {
+    tokens: Vec<TokenView>,
+}
+
+/// Lists an account's API tokens, without the tokens themselves.
+#[utoipa::path(get, path = "/accounts/{id}/tokens", tag = "accounts", params(("id" = String, Path)),
+    responses((status = 200, body = Tokens), (status = "default", body = Problem)))]
+async fn tokens(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    Id(id): Id<AccountId>,
+) -> Answer<Json<Tokens>> {
+    caller.require_self(id)?;
+    let tokens = shared.db(move |store| store.api_tokens(id)).await?;
+    let view = |token: ApiToken| TokenView {
+        id: token.id.to_string(),
+        created: time(token.created),
+        expires_at: token.expires.map(time),
+    };
+    Ok(Json(Tokens { tokens: tokens.into_iter().map(view).collect() }))
+}
+
+/// Ends an API token.
+#[utoipa::path(delete, path = "/accounts/{id}/tokens/{token}", tag = "accounts",
+    params(("id" = String, Path), ("token" = String, Path)),
+    responses((status = 204), (status = "default", body = Problem)))]
+async fn remove_token(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    Ids(id, token): Ids<AccountId, KeyId>,
+) -> Answer<StatusCode> {
+    caller.require_self(id)?;
+    shared.db(move |store| store.remove_api_token(id, token)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Whether to wait until a revocation is in force.
+#[derive(Deserialize, IntoParams)]
+pub(super) struct Wait {
+    /// Wait for the receipt.
+    #[serde(default)]
+    wait: bool,
+    /// How long at most; 1 to 3600, default 20.
+    timeout_secs: Option<u64>,
+}
+
+impl Wait {
+    /// The receipt, if it was asked for.
+    pub(super) async fn receipt(&self, shared: &Shared, targets: Vec<Target>) -> Option<Receipt> {
+        if !self.wait {
+            return None;
+        }
+        let limit = Duration::from_secs(self.timeout_secs.unwrap_or(20).clamp(1, 3600));
+        let settings = shared.settings;
+        let gone = Duration::from_millis(settings.lease_ms.saturating_add(settings.grace_ms));
+        Some(shared.streams.receipt(&targets, limit, gone, &shared.peers, &*shared.clock).await)
+    }
+}
+
+#[derive(Serialize, ToSchema)]
+struct Revoked {
+    #[serde(flatten)]
+    account: AccountView,
+    /// With `wait`: where it is in force.
+    receipt: Option<Receipt>,
+}
+
+/// Signs the account out everywhere.
+#[utoipa::path(post, path = "/accounts/{id}/sign-out", tag = "accounts", params(("id" = String, Path), Wait),
+    responses((status = 200, body = Revoked), (status = "default", body = Problem)))]
+async fn sign_out(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    Id(id): Id<AccountId>,
+    Asked(wait): Asked<Wait>,
+) -> Answer<Json<Revoked>> {
+    caller.require_self(id)?;
+    let account = shared.db(move |store| store.sign_out(id)).await?;
+    let targets = shared.announce_account(id).await?;
+    Ok(Json(Revoked { account: account.into(), receipt: wait.receipt(&shared, targets).await }))
+}
+
+/// Bans an account. Administrators.
+#[utoipa::path(post, path = "/accounts/{id}/ban", tag = "accounts", params(("id" = String, Path), Wait),
+    responses((status = 200, body = Revoked), (status = "default", body = Problem)))]
+async fn ban(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    Id(id): Id<AccountId>,
+    Asked(wait): Asked<Wait>,
+) -> Answer<Json<Revoked>> {
+    set_ban(&shared, &caller, id, true, &wait).await
+}
+
+/// Lifts a ban. Administrators.
+#[utoipa::path(post, path = "/accounts/{id}/unban", tag = "accounts", params(("id" = String, Path), Wait),
+    responses((status = 200, body = Revoked), (status = "default", body = Problem)))]
+async fn unban(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    Id(id): Id<AccountId>,
+    Asked(wait): Asked<Wait>,
+) -> Answer<Json<Revoked>> {
+    set_ban(&shared, &caller, id, false, &wait).await
+}
+
+async fn set_ban(
+    shared: &Shared,
+    caller: &Caller,
+    id: AccountId,
+    banned: bool,
+    wait: &Wait,
+) -> Answer<Json<Revoked>> {
+    caller.require_admin()?;
+    if banned && caller.id == id {
+        return Err(Problem::conflict("own_account", "an administrator cannot ban themselves"));
+    }
+    let account = shared.db(move |store| store.ban(id, banned)).await?;
+    let targets = shared.announce_account(id).await?;
+    Ok(Json(Revoked { account: account.into(), receipt: wait.receipt(shared, targets).await }))
+}

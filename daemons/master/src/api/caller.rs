@@ -1,0 +1,218 @@
+//! Who calls, and calls that may be repeated.
+
+use std::sync::Arc;
+
+use axum::{
+    body::Body,
+    extract::{FromRequestParts, Request, State},
+    middleware::Next,
+    response::{IntoResponse, Response},
+};
+use cocalc_ids::{AccountId, Action, ProjectId};
+use cocalc_sqlite::master::{Account, Project, Remembered};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, header, request::Parts};
+use http_body_util::BodyExt;
+use sha2::{Digest, Sha256};
+
+use super::{
+    BODY_BYTES_MAX,
+    problem::{Answer, Problem},
+};
+use crate::{secret, shared::Shared};
+
+/// The account that a request speaks for.
+#[derive(Clone, Debug)]
+pub(crate) struct Caller {
+    pub(crate) id: AccountId,
+    pub(crate) admin: bool,
+    /// From account and idempotency key, or random: ids of what the call makes
+    /// follow from it, so that a repeated call makes nothing twice.
+    seed: [u8; 32],
+}
+
+impl Caller {
+    /// Fails unless the account administers the federation.
+    pub(crate) fn require_admin(&self) -> Answer<()> {
+        if self.admin { Ok(()) } else { Err(Problem::denied()) }
+    }
+
+    /// Fails unless this is the caller's own account, or it is an
+    /// administrator's; others learn nothing of the account.
+    pub(crate) fn require_self(&self, account: AccountId) -> Answer<()> {
+        if self.admin || self.id == account { Ok(()) } else { Err(Problem::not_found("account")) }
+    }
+
+    /// The id of the `what` that this call makes.
+    pub(crate) fn new_id(&self, what: &str) -> [u8; 16] {
+        let digest = Sha256::new().chain_update(self.seed).chain_update(what).finalize();
+        let mut id = [0; 16];
+        id.copy_from_slice(&digest[..16]);
+        id
+    }
+
+    /// The project, if the caller may do `action` to it. To whom is no member
+    /// it does not exist.
+    pub(crate) async fn project(
+        &self,
+        shared: &Shared,
+        id: ProjectId,
+        action: Option<Action>,
+    ) -> Answer<Project> {
+        let (account, admin) = (self.id, self.admin);
+        let found = shared.db(move |store| Ok((store.project(id)?, store.role(id, account)?))).await;
+        let (project, role) = found?;
+        if admin {
+            return Ok(project);
+        }
+        match (role, action) {
+            (None, _) => Err(Problem::not_found("project")),
+            (Some(role), Some(action)) if !role.permits(action) => Err(Problem::denied()),
+            _ => Ok(project),
+        }
+    }
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for Caller {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
+        // Put there by `authenticate`; a route outside it has no caller.
+        parts.extensions.get::<Self>().cloned().ok_or_else(Problem::unauthenticated)
+    }
+}
+
+/// The account of the bearer token.
+pub(crate) async fn bearer(shared: &Shared, headers: &HeaderMap) -> Answer<Account> {
+    let token = headers
+        .get(header::AUTHORIZATION)
+        .and_then(|value| value.to_str().ok())
+        .and_then(|value| value.split_once(' '))
+        .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"))
+        .map(|(_, token)| secret::hash(token.trim()))
+        .ok_or_else(Problem::unauthenticated)?;
+    let now = shared.now();
+    let account = shared.db(move |store| store.account_of_token(&token, now)).await?;
+    if account.banned { Err(Problem::denied()) } else { Ok(account) }
+}
+
+/// Requires a bearer token, and answers a repeated call as the first time.
+pub(crate) async fn authenticate(
+    State(shared): State<Arc<Shared>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    match answer(&shared, request, next).await {
+        Ok(response) => response,
+        Err(problem) => problem.into_response(),
+    }
+}
+
+async fn answer(shared: &Arc<Shared>, mut request: Request, next: Next) -> Answer<Response> {
+    let account = bearer(shared, request.headers()).await?;
+    let changing = matches!(*request.method(), Method::POST | Method::PUT | Method::PATCH | Method::DELETE);
+    let key = match request.headers().get("idempotency-key") {
+        Some(key) if changing => Some(parse_key(key)?),
+        _ => None,
+    };
+    let mut seed = [0; 32];
+    match &key {
+        Some(key) => {
+            let digest = Sha256::new().chain_update(account.id.as_bytes()).chain_update(key).finalize();
+            seed.copy_from_slice(&digest);
+        }
+        None => getrandom::fill(&mut seed).map_err(|error| Problem::internal(&error))?,
+    }
+    request.extensions_mut().insert(Caller { id: account.id, admin: account.admin, seed });
+    match key {
+        // Answers with a secret are not kept: only its hash is, anywhere. Such
+        // a call makes another secret when it is repeated, which harms nobody.
+        Some(key) if !answers_secret(request.uri().path()) => {
+            once(shared, account.id, key, request, next).await
+        }
+        _ => Ok(next.run(request).await),
+    }
+}
+
+fn parse_key(key: &HeaderValue) -> Answer<String> {
+    match key.to_str() {
+        Ok(key) if (1..=200).contains(&key.len()) => Ok(key.to_owned()),
+        _ => Err(Problem::invalid("Idempotency-Key: 1 to 200 visible characters")),
+    }
+}
+
+fn answers_secret(path: &str) -> bool {
+    ["/tokens", "/join-tokens", "/connect"].iter().any(|end| path.ends_with(end))
+}
+
+async fn once(
+    shared: &Arc<Shared>,
+    account: AccountId,
+    key: String,
+    request: Request,
+    next: Next,
+) -> Answer<Response> {
+    let (parts, body) = request.into_parts();
+    let body = http_body_util::Limited::new(body, BODY_BYTES_MAX)
+        .collect()
+        .await
+        .map_err(|_| Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "too_large", "the body is too large"))?
+        .to_bytes();
+    let fingerprint: [u8; 32] = Sha256::new()
+        .chain_update(parts.method.as_str())
+        .chain_update([0])
+        .chain_update(parts.uri.to_string())
+        .chain_update([0])
+        .chain_update(&body)
+        .finalize()
+        .into();
+    let (now, name) = (shared.now(), key.clone());
+    match shared.db(move |store| store.recall(account, &name, &fingerprint, now)).await? {
+        Remembered::New => {}
+        Remembered::Answered { status, body } => return Ok(replay(status, body)),
+        Remembered::UnderWay => {
+            return Err(Problem::conflict("call_under_way", "a call with this Idempotency-Key is under way"));
+        }
+        Remembered::Other => {
+            return Err(Problem::new(
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "idempotency_key_reused",
+                "this Idempotency-Key was used for another call",
+            ));
+        }
+    }
+    // On a task of its own: a client that goes away must not leave the call
+    // marked as under way.
+    let task = shared.clone();
+    let work = tokio::spawn(async move {
+        let response = next.run(Request::from_parts(parts, Body::from(body))).await;
+        let (parts, body) = response.into_parts();
+        let body = match body.collect().await {
+            Ok(body) => body.to_bytes(),
+            Err(error) => return Err(Problem::internal(&error)),
+        };
+        let (status, kept) = (parts.status.as_u16(), body.to_vec());
+        // What may turn out otherwise next time is not remembered.
+        let settled = parts.status.is_success();
+        let recorded = task.db(move |store| match settled {
+            true => store.remember(account, &key, status, &kept),
+            false => store.forget(account, &key),
+        });
+        if let Err(error) = recorded.await {
+            return Err(error.into());
+        }
+        Ok(Response::from_parts(parts, Body::from(body)))
+    });
+    match work.await {
+        Ok(answer) => answer,
+        Err(error) => Err(Problem::internal(&error)),
+    }
+}
+
+fn replay(status: u16, body: Vec<u8>) -> Response {
+    let status = StatusCode::from_u16(status).unwrap_or(StatusCode::OK);
+    let mut response = (status, body).into_response();
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    headers.insert("idempotent-replayed", HeaderValue::from_static("true"));
+    response
+}

@@ -1,0 +1,76 @@
+//! Whether the master lives, works, and what it counts.
+
+use std::{fmt::Write, net::SocketAddr, sync::Arc, time::Duration};
+
+use axum::{Extension, extract::State, response::IntoResponse};
+use cocalc_core::connector::Peer;
+use http::{HeaderMap, StatusCode, header};
+
+use super::{
+    caller,
+    problem::{Answer, Problem},
+};
+use crate::shared::Shared;
+
+/// The process answers.
+pub(super) async fn alive() -> &'static str {
+    "ok\n"
+}
+
+/// The database answers, and so does the bus.
+pub(super) async fn ready(
+    State(shared): State<Arc<Shared>>,
+) -> Result<&'static str, (StatusCode, &'static str)> {
+    let limit = Duration::from_secs(2);
+    match tokio::time::timeout(limit, shared.db(|store| store.probe())).await {
+        Ok(Ok(())) => {}
+        _ => return Err((StatusCode::SERVICE_UNAVAILABLE, "the database does not answer\n")),
+    }
+    // Somebody must hear peers.
+    let subject = "master.host.probe.api";
+    match shared.bus.wait_for_interest(subject, limit).await {
+        Ok(true) => Ok("ready\n"),
+        _ => Err((StatusCode::SERVICE_UNAVAILABLE, "the bus does not answer\n")),
+    }
+}
+
+/// Counters for Prometheus, for this machine or an administrator.
+pub(super) async fn metrics(
+    State(shared): State<Arc<Shared>>,
+    Extension(peer): Extension<SocketAddr>,
+    headers: HeaderMap,
+) -> Answer<impl IntoResponse> {
+    if !peer.ip().to_canonical().is_loopback() && !caller::bearer(&shared, &headers).await?.admin {
+        return Err(Problem::denied());
+    }
+    let (hosts, proxies, running) =
+        shared.db(|store| Ok((store.hosts()?, store.proxies()?, store.operations_running()?.len()))).await?;
+    let projects: u64 =
+        shared.db(|store| store.project_counts()).await?.into_iter().map(|(_, count)| count).sum();
+    let connected = |peers: &mut dyn Iterator<Item = Peer>| peers.filter(|peer| shared.alive(*peer)).count();
+    let mut text = String::new();
+    for (name, help, value) in [
+        ("hosts_total", "Hosts that have joined.", hosts.len()),
+        (
+            "hosts_connected",
+            "Hosts within their lease.",
+            connected(&mut hosts.iter().map(|host| Peer::Host(host.id))),
+        ),
+        ("proxies_total", "Proxies that have joined.", proxies.len()),
+        (
+            "proxies_connected",
+            "Proxies within their lease.",
+            connected(&mut proxies.iter().map(|proxy| Peer::Proxy(proxy.id))),
+        ),
+        ("projects_total", "Projects.", usize::try_from(projects).unwrap_or(usize::MAX)),
+        ("operations_running", "Operations that go on.", running),
+        ("operation_tasks", "Operations that this process works on.", shared.operations.running()),
+    ] {
+        // Writing to a String cannot fail.
+        let _ = write!(
+            text,
+            "# HELP cocalc_master_{name} {help}\n# TYPE cocalc_master_{name} gauge\ncocalc_master_{name} {value}\n"
+        );
+    }
+    Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text))
+}

@@ -1,0 +1,263 @@
+//! Hosts, proxies, and how they join.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use axum::{Json, extract::State};
+use base64::Engine;
+use cocalc_auth::PublicKey;
+use cocalc_core::{connector::Peer, router::HostAddress};
+use cocalc_ids::{HostId, HostName};
+use cocalc_sqlite::master::{Host, JoinKind, Joining};
+use http::StatusCode;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use super::{
+    caller::Caller,
+    input::{Body, Id},
+    problem::{Answer, Problem},
+    view::{AddressView, HostView, time},
+};
+use crate::{bus::gate::joined, secret, shared::Shared};
+
+/// Without a bearer token: the join token is the credential.
+pub(super) fn open_routes() -> OpenApiRouter<Arc<Shared>> {
+    OpenApiRouter::new().routes(routes!(join_host)).routes(routes!(join_proxy))
+}
+
+pub(super) fn routes() -> OpenApiRouter<Arc<Shared>> {
+    OpenApiRouter::new()
+        .routes(routes!(join_token))
+        .routes(routes!(list))
+        .routes(routes!(show))
+        .routes(routes!(cordon))
+        .routes(routes!(uncordon))
+        .routes(routes!(proxies))
+}
+
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct NewJoinToken {
+    /// `host` or `proxy`.
+    #[schema(value_type = String)]
+    kind: JoinKind,
+    /// How long it is good; 1 to 604800, default 3600.
+    ttl_secs: Option<u64>,
+}
+
+#[derive(Serialize, ToSchema)]
+struct JoinTokenAnswer {
+    /// Good for one join. Shown this once.
+    token: String,
+    expires_at: String,
+}
+
+/// Makes a one-use token, with which a host or proxy joins. Administrators.
+#[utoipa::path(post, path = "/join-tokens", tag = "hosts",
+    responses((status = 201, body = JoinTokenAnswer), (status = "default", body = Problem)))]
+async fn join_token(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    Body(new): Body<NewJoinToken>,
+) -> Answer<(StatusCode, Json<JoinTokenAnswer>)> {
+    caller.require_admin()?;
+    let ttl = new.ttl_secs.unwrap_or(3600);
+    if !(1..=604_800).contains(&ttl) {
+        return Err(Problem::invalid("ttl_secs: 1 to 604800"));
+    }
+    let token = secret::generate("ccj_").map_err(|error| Problem::internal(&error))?;
+    let (hash, now) = (secret::hash(&token), shared.now());
+    let expires = now.plus(Duration::from_secs(ttl));
+    shared.db(move |store| store.add_join_token(&hash, new.kind, now, expires)).await?;
+    Ok((StatusCode::CREATED, Json(JoinTokenAnswer { token, expires_at: time(expires) })))
+}
+
+/// Somebody joins.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct Join {
+    /// The join token.
+    token: String,
+    /// Its name, unique in the federation.
+    #[schema(value_type = String)]
+    name: HostName,
+    /// Its Ed25519 identity key, base64url without padding.
+    identity: String,
+    /// Where it listens: `url`, `domain`, `ssh`, `peer`.
+    #[schema(value_type = Object)]
+    address: HostAddress,
+    /// The identity key's signature over `cocalc-join-1 <token> <name>`,
+    /// base64url without padding.
+    proof: Option<String>,
+}
+
+/// The master's answer to one that joined.
+#[derive(Serialize, ToSchema)]
+struct Joined {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    host_id: Option<HostId>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    proxy_id: Option<cocalc_ids::ProxyId>,
+    /// The master's URL: issuer of connect tokens, audience of assertions.
+    issuer: String,
+}
+
+/// Enrolls a host with a join token.
+#[utoipa::path(post, path = "/hosts/join", tag = "hosts",
+    responses((status = 200, body = Joined), (status = "default", body = Problem)))]
+async fn join_host(State(shared): State<Arc<Shared>>, Body(body): Body<Join>) -> Answer<Json<Joined>> {
+    join(&shared, JoinKind::Host, body).await
+}
+
+/// Enrolls a proxy with a join token.
+#[utoipa::path(post, path = "/proxies/join", tag = "hosts",
+    responses((status = 200, body = Joined), (status = "default", body = Problem)))]
+async fn join_proxy(State(shared): State<Arc<Shared>>, Body(body): Body<Join>) -> Answer<Json<Joined>> {
+    join(&shared, JoinKind::Proxy, body).await
+}
+
+async fn join(shared: &Shared, kind: JoinKind, join: Join) -> Answer<Json<Joined>> {
+    // Parsing refuses weak points, with which anything would verify.
+    let key: PublicKey =
+        join.identity.parse().map_err(|_| Problem::invalid("identity: not an Ed25519 key"))?;
+    if let Some(proof) = &join.proof {
+        let message = format!("cocalc-join-1 {} {}", join.token, join.name);
+        let signature = base64::engine::general_purpose::URL_SAFE_NO_PAD.decode(proof).ok();
+        let signature: Option<[u8; 64]> = signature.and_then(|bytes| bytes.try_into().ok());
+        if !signature.is_some_and(|signature| key.verify(message.as_bytes(), &signature)) {
+            return Err(Problem::invalid("proof: not this key's signature of this join"));
+        }
+    }
+    for text in [&join.address.url, &join.address.domain, &join.address.ssh, &join.address.peer] {
+        if text.len() > 300 || text.chars().any(|c| c.is_control() || c.is_whitespace()) {
+            return Err(Problem::invalid("address: a part is too long, or no address"));
+        }
+    }
+    let mut id = [0; 16];
+    getrandom::fill(&mut id).map_err(|error| Problem::internal(&error))?;
+    let address = HostAddress { identity: join.identity, ..join.address };
+    let (hash, now, name) = (secret::hash(&join.token), shared.now(), join.name);
+    let id = shared
+        .db(move |store| store.join(&Joining { token: &hash, kind, name: &name, address: &address, id }, now))
+        .await?;
+    let mut answer = Joined { host_id: None, proxy_id: None, issuer: shared.issuer.clone() };
+    match joined(kind, id) {
+        Peer::Host(host) => {
+            shared.announce_host(host).await?;
+            answer.host_id = Some(host);
+        }
+        Peer::Proxy(proxy) => {
+            shared.announce_proxy(proxy).await?;
+            answer.proxy_id = Some(proxy);
+        }
+    }
+    Ok(Json(answer))
+}
+
+#[derive(Serialize, ToSchema)]
+struct Hosts {
+    hosts: Vec<HostView>,
+}
+
+fn view(shared: &Shared, host: Host, counts: &BTreeMap<HostId, u64>, admin: bool) -> HostView {
+    let connected = shared.alive(Peer::Host(host.id));
+    let projects = counts.get(&host.id).copied().unwrap_or(0);
+    HostView::new(host, connected, projects, admin)
+}
+
+/// Lists hosts.
+#[utoipa::path(get, path = "/hosts", tag = "hosts",
+    responses((status = 200, body = Hosts), (status = "default", body = Problem)))]
+async fn list(State(shared): State<Arc<Shared>>, caller: Caller) -> Answer<Json<Hosts>> {
+    let (hosts, counts) = shared.db(|store| Ok((store.hosts()?, store.project_counts()?))).await?;
+    let counts = counts.into_iter().collect();
+    let view = |host| view(&shared, host, &counts, caller.admin);
+    Ok(Json(Hosts { hosts: hosts.into_iter().map(view).collect() }))
+}
+
+/// A host, by id or name.
+pub(super) async fn find(shared: &Shared, text: &str) -> Answer<Host> {
+    if let Ok(id) = text.parse::<HostId>() {
+        return Ok(shared.db(move |store| store.host(id)).await?);
+    }
+    match text.parse::<HostName>() {
+        Ok(name) => Ok(shared.db(move |store| store.host_named(&name)).await?),
+        Err(_) => Err(Problem::not_found("host")),
+    }
+}
+
+/// Shows a host, by id or name.
+#[utoipa::path(get, path = "/hosts/{id}", tag = "hosts", params(("id" = String, Path)),
+    responses((status = 200, body = HostView), (status = "default", body = Problem)))]
+async fn show(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    Id(id): Id<String>,
+) -> Answer<Json<HostView>> {
+    let host = find(&shared, &id).await?;
+    let counts = shared.db(|store| store.project_counts()).await?.into_iter().collect();
+    Ok(Json(view(&shared, host, &counts, caller.admin)))
+}
+
+/// Keeps new projects away from a host. Administrators.
+#[utoipa::path(post, path = "/hosts/{id}/cordon", tag = "hosts", params(("id" = String, Path)),
+    responses((status = 200, body = HostView), (status = "default", body = Problem)))]
+async fn cordon(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    Id(id): Id<String>,
+) -> Answer<Json<HostView>> {
+    set_cordon(&shared, &caller, &id, true).await
+}
+
+/// Lets new projects come to a host again. Administrators.
+#[utoipa::path(post, path = "/hosts/{id}/uncordon", tag = "hosts", params(("id" = String, Path)),
+    responses((status = 200, body = HostView), (status = "default", body = Problem)))]
+async fn uncordon(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    Id(id): Id<String>,
+) -> Answer<Json<HostView>> {
+    set_cordon(&shared, &caller, &id, false).await
+}
+
+async fn set_cordon(shared: &Shared, caller: &Caller, id: &str, cordoned: bool) -> Answer<Json<HostView>> {
+    caller.require_admin()?;
+    let id = find(shared, id).await?.id;
+    let host = shared.db(move |store| store.cordon(id, cordoned)).await?;
+    let counts = shared.db(|store| store.project_counts()).await?.into_iter().collect();
+    Ok(Json(view(shared, host, &counts, true)))
+}
+
+#[derive(Serialize, ToSchema)]
+struct ProxyView {
+    id: String,
+    name: String,
+    /// `connected`, or `away`.
+    state: &'static str,
+    address: AddressView,
+    last_seen: Option<String>,
+}
+
+#[derive(Serialize, ToSchema)]
+struct Proxies {
+    proxies: Vec<ProxyView>,
+}
+
+/// Lists proxies.
+#[utoipa::path(get, path = "/proxies", tag = "hosts",
+    responses((status = 200, body = Proxies), (status = "default", body = Problem)))]
+async fn proxies(State(shared): State<Arc<Shared>>, _: Caller) -> Answer<Json<Proxies>> {
+    let proxies = shared.db(|store| store.proxies()).await?;
+    let view = |proxy: cocalc_sqlite::master::Proxy| ProxyView {
+        id: proxy.id.to_string(),
+        name: proxy.name.to_string(),
+        state: if shared.alive(Peer::Proxy(proxy.id)) { "connected" } else { "away" },
+        address: proxy.address.into(),
+        last_seen: proxy.last_seen.map(time),
+    };
+    Ok(Json(Proxies { proxies: proxies.into_iter().map(view).collect() }))
+}

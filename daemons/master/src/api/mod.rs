@@ -1,0 +1,79 @@
+//! The HTTP API.
+
+mod accounts;
+mod caller;
+mod connect;
+mod health;
+mod hosts;
+mod input;
+mod keys;
+mod members;
+mod operations;
+mod page;
+mod problem;
+mod projects;
+mod snapshots;
+mod ssh_keys;
+mod view;
+
+use std::sync::Arc;
+
+use axum::{Json, Router, middleware, routing::get};
+use utoipa::OpenApi;
+use utoipa_axum::router::OpenApiRouter;
+
+use self::problem::Problem;
+use crate::shared::Shared;
+
+/// No request's body is larger.
+pub(crate) const BODY_BYTES_MAX: usize = 64 * 1024;
+
+/// The OpenAPI document's own part; the rest comes from the handlers.
+#[derive(OpenApi)]
+#[openapi(
+    info(title = "CoCalc master", description = "Accounts, projects and hosts of a CoCalc federation."),
+    servers((url = "/api/v1"))
+)]
+struct Document;
+
+/// The whole API, without `/conat/`.
+pub(crate) fn router(shared: Arc<Shared>) -> Router {
+    let (closed, mut document) = OpenApiRouter::with_openapi(Document::openapi())
+        .merge(accounts::routes())
+        .merge(projects::routes())
+        .merge(connect::routes())
+        .merge(members::routes())
+        .merge(snapshots::routes())
+        .merge(ssh_keys::routes())
+        .merge(hosts::routes())
+        .merge(operations::routes())
+        .merge(keys::routes())
+        .split_for_parts();
+    let (open, rest) =
+        OpenApiRouter::with_openapi(Document::openapi()).merge(hosts::open_routes()).split_for_parts();
+    document.merge(rest);
+    let document = Arc::new(document);
+    let closed = closed.layer(middleware::from_fn_with_state(shared.clone(), caller::authenticate));
+    let api = closed
+        .merge(open)
+        .route("/openapi.json", get(move || async move { Json(document.as_ref().clone()) }))
+        .fallback(nothing)
+        .method_not_allowed_fallback(wrong_method);
+    Router::new()
+        .nest("/api/v1", api)
+        .route("/.well-known/jwks.json", get(keys::jwks))
+        .route("/projects/{id}", get(page::project))
+        .route("/healthz", get(health::alive))
+        .route("/readyz", get(health::ready))
+        .route("/metrics", get(health::metrics))
+        .fallback(nothing)
+        .with_state(shared)
+}
+
+async fn nothing() -> Problem {
+    Problem::not_found("thing")
+}
+
+async fn wrong_method() -> Problem {
+    Problem::new(http::StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "this path has other methods")
+}

@@ -1,0 +1,43 @@
+//! The page that embeds a project.
+
+use axum::response::{Html, IntoResponse, Response};
+use cocalc_ids::ProjectId;
+use http::{HeaderValue, header};
+
+use super::{
+    input::Id,
+    problem::{Answer, Problem},
+};
+
+/// The page. It holds nothing secret: the person's API token is asked for, or
+/// taken from this tab, and sent to this master only; the project gets a
+/// connect token that is good once.
+const PAGE: &str = include_str!("page.html");
+
+/// What the page may do: its own script, calls to this master, and frames,
+/// which are projects on origins of their own. Nobody may frame it.
+const POLICY: &str = "default-src 'none'; script-src 'sha256-SCRIPT'; style-src 'unsafe-inline'; \
+     connect-src 'self'; frame-src http: https:; form-action http: https:; base-uri 'none'; \
+     frame-ancestors 'none'";
+
+pub(super) async fn project(Id(id): Id<ProjectId>) -> Answer<Response> {
+    let page = PAGE.replace("PROJECT_ID", &id.to_string());
+    let policy = POLICY.replace("SCRIPT", &script_hash(&page));
+    let policy = HeaderValue::from_str(&policy).map_err(|error| Problem::internal(&error))?;
+    let mut response = Html(page).into_response();
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_SECURITY_POLICY, policy);
+    headers.insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    Ok(response)
+}
+
+/// Of the one script in the page, as a content security policy names it.
+fn script_hash(page: &str) -> String {
+    use base64::Engine;
+    use sha2::Digest;
+    let script = page.split_once("<script>").and_then(|(_, rest)| rest.split_once("</script>"));
+    let digest = sha2::Sha256::digest(script.map_or("", |(script, _)| script).as_bytes());
+    base64::engine::general_purpose::STANDARD.encode(digest)
+}

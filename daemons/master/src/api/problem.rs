@@ -1,0 +1,129 @@
+//! Errors as problem documents (RFC 9457) with a stable `code`.
+
+use axum::{
+    Json,
+    response::{IntoResponse, Response},
+};
+use cocalc_ids::OperationId;
+use cocalc_sqlite::master as store;
+use http::{HeaderValue, StatusCode, header};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use crate::{operations::NewMoveError, signing::ChangeError};
+
+/// A problem document.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(crate) struct Problem {
+    /// The HTTP status again.
+    status: u16,
+    /// For programs; never changes its meaning.
+    code: &'static str,
+    /// What the status means.
+    title: &'static str,
+    /// For people: what is wrong here.
+    detail: String,
+    /// The operation that is in the way.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    operation_id: Option<OperationId>,
+}
+
+/// What a handler returns.
+pub(crate) type Answer<T> = Result<T, Problem>;
+
+impl Problem {
+    pub(crate) fn new(status: StatusCode, code: &'static str, detail: impl Into<String>) -> Self {
+        Self {
+            status: status.as_u16(),
+            code,
+            title: status.canonical_reason().unwrap_or("Error"),
+            detail: detail.into(),
+            operation_id: None,
+        }
+    }
+
+    pub(crate) fn invalid(detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "invalid_request", detail)
+    }
+
+    pub(crate) fn unauthenticated() -> Self {
+        Self::new(StatusCode::UNAUTHORIZED, "unauthenticated", "a valid bearer token is required")
+    }
+
+    pub(crate) fn denied() -> Self {
+        Self::new(StatusCode::FORBIDDEN, "access_denied", "this account may not do that")
+    }
+
+    pub(crate) fn not_found(what: &str) -> Self {
+        Self::new(StatusCode::NOT_FOUND, "not_found", format!("there is no such {what}"))
+    }
+
+    pub(crate) fn conflict(code: &'static str, detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::CONFLICT, code, detail)
+    }
+
+    pub(crate) fn unavailable(code: &'static str, detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, code, detail)
+    }
+
+    /// Something of ours failed: the log says what, the caller learns nothing.
+    pub(crate) fn internal(error: &(dyn std::error::Error + 'static)) -> Self {
+        tracing::error!(error = %cocalc_core::chain(error), "a request failed");
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", "the master could not do it")
+    }
+}
+
+impl From<store::Error> for Problem {
+    fn from(error: store::Error) -> Self {
+        let detail = error.to_string();
+        match error {
+            store::Error::NotFound { what } => Self::not_found(what),
+            store::Error::Exists { .. } => Self::conflict("already_exists", detail),
+            store::Error::Busy { operation } => {
+                Self { operation_id: Some(operation), ..Self::conflict("project_busy", detail) }
+            }
+            store::Error::WrongState { .. } => Self::conflict("wrong_state", detail),
+            store::Error::Stale { .. } => Self::conflict("conflict", detail),
+            store::Error::TooMany { .. } => Self::conflict("limit_reached", detail),
+            store::Error::BadToken => Self::unauthenticated(),
+            other => Self::internal(&other),
+        }
+    }
+}
+
+impl From<NewMoveError> for Problem {
+    fn from(error: NewMoveError) -> Self {
+        match error {
+            NewMoveError::Store(error) => error.into(),
+            NewMoveError::There => Self::conflict("already_there", error.to_string()),
+            NewMoveError::NotConnected => Self::unavailable("host_unavailable", error.to_string()),
+            NewMoveError::Storage { .. } => Self::conflict("storage_differs", error.to_string()),
+        }
+    }
+}
+
+impl From<ChangeError> for Problem {
+    fn from(error: ChangeError) -> Self {
+        match error {
+            ChangeError::TooEarly(_) => Self::conflict("too_early", cocalc_core::chain(&error)),
+            ChangeError::Failed(_) => Self::internal(&error),
+        }
+    }
+}
+
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let mut response = (status, Json(&self)).into_response();
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+        if status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        if status == StatusCode::SERVICE_UNAVAILABLE {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from_static("2"));
+        }
+        response
+    }
+}

@@ -1,0 +1,304 @@
+//! Projects: made, started, stopped, moved, deleted.
+
+use std::sync::Arc;
+
+use axum::{Json, extract::State};
+use cocalc_core::{connector::Peer, control::ProjectConfig, runner::Limits};
+use cocalc_ids::{Action, ImageDigest, OperationId, ProjectId};
+use cocalc_sqlite::master::{Job, Project, ProjectState};
+use http::StatusCode;
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use super::{
+    caller::Caller,
+    hosts,
+    input::{Asked, Body, Id, check_name},
+    problem::{Answer, Problem},
+    view::{Begun, ProjectView, time},
+};
+use crate::{
+    placement::{Candidate, Needs, NoPlace, place},
+    shared::Shared,
+};
+
+/// How long a project's processes may take to end, if nobody says otherwise.
+const GRACE_MS: u64 = 10_000;
+
+/// The states in which a project without a fence can be.
+pub(super) const SETTLED: [ProjectState; 5] = [
+    ProjectState::Stopped,
+    ProjectState::Starting,
+    ProjectState::Running,
+    ProjectState::Stopping,
+    ProjectState::Failed,
+];
+
+pub(super) fn routes() -> OpenApiRouter<Arc<Shared>> {
+    OpenApiRouter::new()
+        .routes(routes!(create, list))
+        .routes(routes!(show, delete))
+        .routes(routes!(start))
+        .routes(routes!(stop))
+        .routes(routes!(move_to))
+        .routes(routes!(why))
+}
+
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct NewProject {
+    name: String,
+    /// The digest of its image; default: its host's default.
+    #[schema(value_type = Option<String>)]
+    image: Option<ImageDigest>,
+    /// The host, by id or name; default: the master chooses.
+    host: Option<String>,
+    /// What it may use: `memory_bytes`, `cpu_millis`, `pids`, `nofile`.
+    #[serde(default)]
+    #[schema(value_type = Option<Object>)]
+    limits: Limits,
+    /// The limit of its files and snapshots.
+    quota_bytes: Option<u64>,
+}
+
+/// Makes a project, and begins to create it on a host.
+#[utoipa::path(post, path = "/projects", tag = "projects",
+    responses((status = 202, body = Begun), (status = "default", body = Problem)))]
+async fn create(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    Body(new): Body<NewProject>,
+) -> Answer<(StatusCode, Json<Begun>)> {
+    check_name(&new.name)?;
+    let id = ProjectId::from_random_bytes(caller.new_id("project"));
+    let operation = OperationId::from_random_bytes(caller.new_id("create"));
+    let only = match &new.host {
+        Some(host) => Some(hosts::find(&shared, host).await?.id),
+        None => None,
+    };
+    let needs = Needs { image: new.image, quota_bytes: new.quota_bytes, only };
+    let host = place(&candidates(&shared).await?, &needs).map_err(|reason| match reason {
+        NoPlace::NoHost | NoPlace::NotAlive => Problem::unavailable("no_host", reason.to_string()),
+        _ => Problem::conflict("no_host", reason.to_string()),
+    })?;
+    let config = ProjectConfig {
+        image: new.image,
+        limits: new.limits,
+        quota_bytes: new.quota_bytes,
+        ..ProjectConfig::default()
+    };
+    let project = shared.create_project(id, operation, new.name, caller.id, config, host).await?;
+    Ok((StatusCode::ACCEPTED, Json(Begun { operation_id: operation.to_string(), project: project.into() })))
+}
+
+async fn candidates(shared: &Shared) -> Answer<Vec<Candidate>> {
+    let (hosts, counts) = shared.db(|store| Ok((store.hosts()?, store.project_counts()?))).await?;
+    let counts: std::collections::BTreeMap<_, _> = counts.into_iter().collect();
+    let candidate = |host: cocalc_sqlite::master::Host| {
+        let can = host.capabilities?;
+        Some(Candidate {
+            host: host.id,
+            alive: shared.alive(Peer::Host(host.id)),
+            cordoned: host.cordoned,
+            isolation: can.runner.isolation,
+            images: can.images,
+            free_bytes: can.free_bytes,
+            projects: counts.get(&host.id).copied().unwrap_or(0),
+        })
+    };
+    Ok(hosts.into_iter().filter_map(candidate).collect())
+}
+
+#[derive(Serialize, ToSchema)]
+struct Projects {
+    projects: Vec<ProjectView>,
+}
+
+#[derive(Deserialize, IntoParams)]
+struct Page {
+    /// Also those of others. Administrators.
+    #[serde(default)]
+    all: bool,
+    /// The id after which to go on.
+    after: Option<String>,
+    /// At most so many; 1 to 1000, default 100.
+    limit: Option<usize>,
+}
+
+/// Lists the caller's projects.
+#[utoipa::path(get, path = "/projects", tag = "projects", params(Page),
+    responses((status = 200, body = Projects), (status = "default", body = Problem)))]
+async fn list(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    Asked(page): Asked<Page>,
+) -> Answer<Json<Projects>> {
+    if page.all {
+        caller.require_admin()?;
+    }
+    let account = (!page.all).then_some(caller.id);
+    let after =
+        page.after.map(|id| id.parse().map_err(|_| Problem::invalid("after: not an id"))).transpose()?;
+    let limit = page.limit.unwrap_or(100).clamp(1, 1000);
+    let projects = shared.db(move |store| store.projects(account, after, limit)).await?;
+    Ok(Json(Projects { projects: projects.into_iter().map(Into::into).collect() }))
+}
+
+/// Shows a project.
+#[utoipa::path(get, path = "/projects/{id}", tag = "projects", params(("id" = String, Path)),
+    responses((status = 200, body = ProjectView), (status = "default", body = Problem)))]
+async fn show(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    Id(id): Id<ProjectId>,
+) -> Answer<Json<ProjectView>> {
+    Ok(Json(caller.project(&shared, id, None).await?.into()))
+}
+
+/// Begins `job`, and answers with its operation and the project as it is then.
+pub(super) async fn begin(
+    shared: &Arc<Shared>,
+    caller: &Caller,
+    id: ProjectId,
+    job: Job,
+    allowed: &[ProjectState],
+) -> Answer<(StatusCode, Json<Begun>)> {
+    let operation = OperationId::from_random_bytes(caller.new_id(job.kind()));
+    let operation = shared.begin(operation, id, caller.id, job, allowed).await?;
+    begun(shared, operation.id, id).await
+}
+
+async fn begun(shared: &Shared, operation: OperationId, id: ProjectId) -> Answer<(StatusCode, Json<Begun>)> {
+    let project = shared.db(move |store| store.project(id)).await?;
+    Ok((StatusCode::ACCEPTED, Json(Begun { operation_id: operation.to_string(), project: project.into() })))
+}
+
+/// Starts a project.
+#[utoipa::path(post, path = "/projects/{id}/start", tag = "projects", params(("id" = String, Path)),
+    responses((status = 202, body = Begun), (status = "default", body = Problem)))]
+async fn start(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    Id(id): Id<ProjectId>,
+    Body(Nothing {}): Body<Nothing>,
+) -> Answer<(StatusCode, Json<Begun>)> {
+    caller.project(&shared, id, Some(Action::Operate)).await?;
+    begin(&shared, &caller, id, Job::Start, &SETTLED).await
+}
+
+/// A call without arguments.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Nothing {}
+
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct Stop {
+    /// How long its processes may take to end; at most 600000, default 10000.
+    grace_ms: Option<u64>,
+}
+
+/// Stops a project.
+#[utoipa::path(post, path = "/projects/{id}/stop", tag = "projects", params(("id" = String, Path)),
+    responses((status = 202, body = Begun), (status = "default", body = Problem)))]
+async fn stop(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    Id(id): Id<ProjectId>,
+    Body(stop): Body<Stop>,
+) -> Answer<(StatusCode, Json<Begun>)> {
+    caller.project(&shared, id, Some(Action::Operate)).await?;
+    let grace_ms = stop.grace_ms.unwrap_or(GRACE_MS);
+    if grace_ms > 600_000 {
+        return Err(Problem::invalid("grace_ms: at most 600000"));
+    }
+    begin(&shared, &caller, id, Job::Stop { grace_ms }, &SETTLED).await
+}
+
+/// Deletes a project with its files and snapshots.
+#[utoipa::path(delete, path = "/projects/{id}", tag = "projects", params(("id" = String, Path)),
+    responses((status = 202, body = Begun), (status = "default", body = Problem)))]
+async fn delete(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    Id(id): Id<ProjectId>,
+) -> Answer<(StatusCode, Json<Begun>)> {
+    let before = caller.project(&shared, id, Some(Action::Administer)).await?;
+    let operation = OperationId::from_random_bytes(caller.new_id("delete"));
+    shared.begin(operation, id, caller.id, Job::Delete, &SETTLED).await?;
+    // It may be gone by now.
+    let project = shared.db(move |store| store.project(id)).await.unwrap_or(Project {
+        state: ProjectState::Deleted,
+        fence: None,
+        ..before
+    });
+    Ok((StatusCode::ACCEPTED, Json(Begun { operation_id: operation.to_string(), project: project.into() })))
+}
+
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct MoveTo {
+    /// The destination, by id or name.
+    to: String,
+}
+
+/// Moves a project to another host.
+#[utoipa::path(post, path = "/projects/{id}/move", tag = "projects", params(("id" = String, Path)),
+    responses((status = 202, body = Begun), (status = "default", body = Problem)))]
+async fn move_to(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    Id(id): Id<ProjectId>,
+    Body(body): Body<MoveTo>,
+) -> Answer<(StatusCode, Json<Begun>)> {
+    caller.project(&shared, id, Some(Action::Administer)).await?;
+    let to = hosts::find(&shared, &body.to).await?.id;
+    let operation = OperationId::from_random_bytes(caller.new_id("move"));
+    shared.begin_move(operation, id, caller.id, to).await?;
+    begun(&shared, operation, id).await
+}
+
+#[derive(Serialize, ToSchema)]
+struct Why {
+    state: String,
+    /// In one sentence, for people.
+    reason: String,
+    /// When it was last started.
+    started: Option<String>,
+    /// Whether its host is connected.
+    host_connected: bool,
+}
+
+/// Says why a project runs, or does not.
+#[utoipa::path(get, path = "/projects/{id}/why", tag = "projects", params(("id" = String, Path)),
+    responses((status = 200, body = Why), (status = "default", body = Problem)))]
+async fn why(State(shared): State<Arc<Shared>>, caller: Caller, Id(id): Id<ProjectId>) -> Answer<Json<Why>> {
+    let project = caller.project(&shared, id, None).await?;
+    let operations = shared.db(move |store| store.operations_of(id, 1)).await?;
+    let connected = shared.alive(Peer::Host(project.host));
+    let mut reason = match (&project.reason, operations.first()) {
+        (_, Some(last)) if project.fence == Some(last.id) => {
+            format!("operation {} ({}) is under way: {}", last.id, last.job.kind(), last.phase)
+        }
+        (Some(reason), _) => reason.clone(),
+        (None, Some(last)) => {
+            format!(
+                "the last operation was {}, {} at {}",
+                last.job.kind(),
+                last.state.as_str(),
+                time(last.updated)
+            )
+        }
+        (None, None) => "nothing has happened to it yet".to_owned(),
+    };
+    if !connected {
+        reason.push_str("; its host is not connected, so this may be old");
+    }
+    Ok(Json(Why {
+        state: project.state.to_string(),
+        reason,
+        started: project.started.map(time),
+        host_connected: connected,
+    }))
+}

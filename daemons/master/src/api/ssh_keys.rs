@@ -1,0 +1,181 @@
+//! Public SSH keys.
+
+use std::sync::Arc;
+
+use axum::{Json, extract::State};
+use base64::Engine;
+use cocalc_ids::{Action, KeyId, ProjectId, Scope};
+use cocalc_sqlite::master::StoredSshKey;
+use http::StatusCode;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use super::{
+    accounts::Wait,
+    caller::Caller,
+    input::{Asked, Body, Id},
+    problem::{Answer, Problem},
+    view::time,
+};
+use crate::{
+    bus::streams::{Receipt, Target},
+    shared::Shared,
+};
+
+pub(super) fn routes() -> OpenApiRouter<Arc<Shared>> {
+    OpenApiRouter::new().routes(routes!(add, list)).routes(routes!(remove))
+}
+
+/// The algorithms that hosts accept.
+const ALGORITHMS: [&str; 7] = [
+    "ssh-ed25519",
+    "ssh-rsa",
+    "ecdsa-sha2-nistp256",
+    "ecdsa-sha2-nistp384",
+    "ecdsa-sha2-nistp521",
+    "sk-ssh-ed25519@openssh.com",
+    "sk-ecdsa-sha2-nistp256@openssh.com",
+];
+
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct NewKey {
+    /// A line of a public key file: `algorithm base64 comment`.
+    key: String,
+    /// The only project it opens; default: all of the account's.
+    #[schema(value_type = Option<String>)]
+    project_id: Option<ProjectId>,
+}
+
+#[derive(Serialize, ToSchema)]
+struct KeyView {
+    id: String,
+    key: String,
+    comment: String,
+    project_id: Option<String>,
+    created: String,
+}
+
+impl From<StoredSshKey> for KeyView {
+    fn from(key: StoredSshKey) -> Self {
+        Self {
+            id: key.id.to_string(),
+            key: key.key,
+            comment: key.comment,
+            project_id: key.project.map(|id| id.to_string()),
+            created: time(key.created),
+        }
+    }
+}
+
+/// Splits a line of a public key file, and checks that it is one.
+fn parse_key(line: &str) -> Option<(String, String)> {
+    let mut words = line.split_ascii_whitespace();
+    let (algorithm, encoded) = (words.next()?, words.next()?);
+    let comment: Vec<&str> = words.collect();
+    let comment = comment.join(" ");
+    if !ALGORITHMS.contains(&algorithm) || encoded.len() > 4096 || comment.len() > 200 || line.contains('\n')
+    {
+        return None;
+    }
+    if comment.chars().any(char::is_control) {
+        return None;
+    }
+    // The blob repeats the algorithm's name, with its length in front.
+    let blob = base64::engine::general_purpose::STANDARD.decode(encoded).ok()?;
+    let name = blob.get(4..4 + algorithm.len())?;
+    let length = u32::from_be_bytes(blob.get(..4)?.try_into().ok()?);
+    let matches = usize::try_from(length) == Ok(algorithm.len()) && name == algorithm.as_bytes();
+    (matches && blob.len() > 4 + algorithm.len() + 4).then(|| (format!("{algorithm} {encoded}"), comment))
+}
+
+/// Adds a public SSH key to the caller's account.
+#[utoipa::path(post, path = "/ssh-keys", tag = "ssh-keys",
+    responses((status = 201, body = KeyView), (status = "default", body = Problem)))]
+async fn add(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    Body(new): Body<NewKey>,
+) -> Answer<(StatusCode, Json<KeyView>)> {
+    let (key, comment) =
+        parse_key(new.key.trim()).ok_or_else(|| Problem::invalid("key: not a public key of OpenSSH"))?;
+    if let Some(project) = new.project_id {
+        caller.project(&shared, project, Some(Action::Use(Scope::Ssh))).await?;
+    }
+    let id = KeyId::from_random_bytes(caller.new_id("ssh-key"));
+    let row =
+        StoredSshKey { id, account: caller.id, project: new.project_id, key, comment, created: shared.now() };
+    let stored = shared.db(move |store| store.add_ssh_key(&row)).await?;
+    announce(&shared, &stored).await?;
+    Ok((StatusCode::CREATED, Json(stored.into())))
+}
+
+async fn announce(shared: &Shared, key: &StoredSshKey) -> Answer<Vec<Target>> {
+    Ok(match key.project {
+        Some(project) => shared.announce_project(project).await?,
+        None => shared.announce_account(key.account).await?,
+    })
+}
+
+#[derive(Serialize, ToSchema)]
+struct Keys {
+    keys: Vec<KeyView>,
+}
+
+/// Lists the caller's keys.
+#[utoipa::path(get, path = "/ssh-keys", tag = "ssh-keys",
+    responses((status = 200, body = Keys), (status = "default", body = Problem)))]
+async fn list(State(shared): State<Arc<Shared>>, caller: Caller) -> Answer<Json<Keys>> {
+    let account = caller.id;
+    let keys = shared.db(move |store| store.ssh_keys(account)).await?;
+    Ok(Json(Keys { keys: keys.into_iter().map(Into::into).collect() }))
+}
+
+#[derive(Serialize, ToSchema)]
+struct Removed {
+    id: String,
+    /// With `wait`: where it is in force.
+    receipt: Option<Receipt>,
+}
+
+/// Removes one of the caller's keys.
+#[utoipa::path(delete, path = "/ssh-keys/{id}", tag = "ssh-keys", params(("id" = String, Path), Wait),
+    responses((status = 200, body = Removed), (status = "default", body = Problem)))]
+async fn remove(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    Id(id): Id<KeyId>,
+    Asked(wait): Asked<Wait>,
+) -> Answer<Json<Removed>> {
+    let account = caller.id;
+    let removed = shared.db(move |store| store.remove_ssh_key(account, id)).await?;
+    let targets = announce(&shared, &removed).await?;
+    Ok(Json(Removed { id: id.to_string(), receipt: wait.receipt(&shared, targets).await }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parse_key;
+
+    const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIOMqqnkVzrm0SdG6UOoqKLsabgH5C9okWi0dh2l9GKJl";
+
+    #[test]
+    fn keys_are_split_and_checked() {
+        assert_eq!(parse_key(KEY), Some((KEY.to_owned(), String::new())));
+        let (key, comment) = parse_key(&format!("{KEY} me at home")).unwrap();
+        assert_eq!((key.as_str(), comment.as_str()), (KEY, "me at home"));
+        for bad in [
+            "",
+            "ssh-ed25519",
+            "ssh-ed25519 !!!!",
+            "ssh-dss AAAAB3NzaC1kc3M=",
+            // The blob is of another algorithm than it says.
+            "ssh-rsa AAAAC3NzaC1lZDI1NTE5AAAAIOMqqnkVzrm0SdG6UOoqKLsabgH5C9okWi0dh2l9GKJl",
+            "command=\"x\" ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIOMqqnkVzrm0SdG6UOoqKLsabgH5C9okWi0dh2l9GKJl",
+            "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5",
+        ] {
+            assert_eq!(parse_key(bad), None, "{bad}");
+        }
+    }
+}

@@ -1,0 +1,100 @@
+//! Which hosts and proxies are there, as far as this process knows.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use cocalc_core::connector::Peer;
+use cocalc_ids::SessionId;
+use tokio::sync::watch;
+
+/// The peers that registered with this process, and when they were heard of.
+#[derive(Debug)]
+pub(crate) struct Peers {
+    /// When this process began, on the boot clock. Whoever has not been heard
+    /// of may hold a lease of the process before, renewed until just then.
+    began: Duration,
+    live: Mutex<BTreeMap<Peer, Live>>,
+    /// Counts registrations, for who waits for one.
+    registrations: watch::Sender<u64>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Live {
+    session: SessionId,
+    heard: Duration,
+}
+
+impl Peers {
+    pub(crate) fn new(began: Duration) -> Self {
+        Self { began, live: Mutex::default(), registrations: watch::Sender::new(0) }
+    }
+
+    /// A peer's process introduced itself.
+    pub(crate) fn registered(&self, peer: Peer, session: SessionId, now: Duration) {
+        self.lock().insert(peer, Live { session, heard: now });
+        self.registrations.send_modify(|count| *count += 1);
+    }
+
+    /// A peer renews its lease; `false` if this is not the process that
+    /// registered last.
+    pub(crate) fn renew(&self, peer: Peer, session: SessionId, now: Duration) -> bool {
+        match self.lock().get_mut(&peer) {
+            Some(live) if live.session == session => {
+                live.heard = live.heard.max(now);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// The process that registered last, if one did.
+    pub(crate) fn session(&self, peer: Peer) -> Option<SessionId> {
+        self.lock().get(&peer).map(|live| live.session)
+    }
+
+    /// Whether the peer was heard of within `lease`.
+    pub(crate) fn alive(&self, peer: Peer, now: Duration, lease: Duration) -> bool {
+        self.lock().get(&peer).is_some_and(|live| now < live.heard.saturating_add(lease))
+    }
+
+    /// When the last lease that the peer can hold began at the latest.
+    pub(crate) fn heard(&self, peer: Peer) -> Duration {
+        self.lock().get(&peer).map_or(self.began, |live| live.heard)
+    }
+
+    /// Hears of registrations from now on.
+    pub(crate) fn registrations(&self) -> watch::Receiver<u64> {
+        self.registrations.subscribe()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<Peer, Live>> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use cocalc_ids::HostId;
+
+    use super::*;
+
+    #[test]
+    fn an_older_process_renews_nothing() {
+        let peer = Peer::Host(HostId::random());
+        let (old, new) = (SessionId::random(), SessionId::random());
+        let secs = Duration::from_secs;
+        let peers = Peers::new(secs(100));
+        assert_eq!(peers.heard(peer), secs(100));
+        assert!(!peers.renew(peer, old, secs(101)));
+        peers.registered(peer, old, secs(110));
+        peers.registered(peer, new, secs(111));
+        assert!(!peers.renew(peer, old, secs(120)));
+        assert!(peers.renew(peer, new, secs(120)));
+        assert!(peers.alive(peer, secs(149), secs(30)));
+        assert!(!peers.alive(peer, secs(150), secs(30)));
+        assert_eq!((peers.session(peer), peers.heard(peer)), (Some(new), secs(120)));
+    }
+}

@@ -1,0 +1,244 @@
+//! Answers what hosts and proxies ask.
+
+use std::{sync::Arc, time::Duration};
+
+use cocalc_core::{
+    bus::{Message, Payload},
+    connector::Peer,
+    control::{
+        FRAME_BYTES_MAX, Keepalive, KeepaliveReply, PeerReply, PeerRequest, Register, Registered,
+        api_subject, subject_peer,
+    },
+    router::{Reach, Route},
+};
+use cocalc_ids::{Epoch, OperationId, ProjectId};
+use cocalc_sqlite::master::{self as store, Job, ProjectState, Registration};
+use tokio::{sync::Semaphore, task::JoinSet};
+
+use super::streams::{host_state, peer_state};
+use crate::shared::Shared;
+
+/// Requests of peers that are answered at once; more wait in the queue.
+const REQUESTS_MAX: usize = 256;
+
+/// Answers `master.….api` and `….keepalive`, until the future is dropped.
+///
+/// Each kind has its own subscription and its own places, so that leases are
+/// renewed whatever else is going on.
+pub(crate) async fn serve(shared: Arc<Shared>) {
+    tokio::join!(serve_kind(shared.clone(), "api"), serve_kind(shared, "keepalive"));
+}
+
+async fn serve_kind(shared: Arc<Shared>, kind: &'static str) {
+    // Dropped with this future, and with it the answers under way.
+    let mut tasks = JoinSet::new();
+    let places = Arc::new(Semaphore::new(REQUESTS_MAX));
+    loop {
+        match shared.bus.subscribe(&format!("master.*.*.{kind}"), None).await {
+            Ok(mut subscription) => {
+                while let Some(message) = subscription.next().await {
+                    let Ok(place) = places.clone().acquire_owned().await else { return };
+                    let shared = shared.clone();
+                    tasks.spawn(async move {
+                        answer(&shared, message).await;
+                        drop(place);
+                    });
+                    while tasks.try_join_next().is_some() {}
+                }
+                tracing::warn!(kind, "the subscription to peers ended; subscribing again");
+            }
+            Err(error) => {
+                tracing::error!(kind, error = %cocalc_core::chain(&error), "cannot hear peers");
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+async fn answer(shared: &Arc<Shared>, message: Message) {
+    // The bus let nobody but this peer publish here.
+    let (Some(peer), Some(reply)) = (subject_peer(&message.subject), message.reply) else { return };
+    let payload = if message.subject == api_subject(peer) {
+        let answer = match message.payload.parse::<PeerRequest>() {
+            Ok(request) if message.payload.data.len() <= FRAME_BYTES_MAX => {
+                respond(shared, peer, request).await.unwrap_or_else(|error| {
+                    tracing::warn!(?peer, error = %cocalc_core::chain(&error), "a peer's request failed");
+                    PeerReply::Error { message: "the master could not do it".to_owned() }
+                })
+            }
+            Ok(_) => PeerReply::Error { message: "the request is too large".to_owned() },
+            Err(error) => PeerReply::Error { message: format!("the request is not readable: {error}") },
+        };
+        Payload::json(&answer)
+    } else {
+        let Ok(keepalive) = message.payload.parse::<Keepalive>() else { return };
+        Payload::json(&renew(shared, peer, keepalive).await)
+    };
+    match payload {
+        Ok(payload) => {
+            if let Err(error) = shared.bus.publish(&reply, payload).await {
+                tracing::debug!(?peer, error = %cocalc_core::chain(&error), "an answer was not delivered");
+            }
+        }
+        Err(error) => tracing::error!(%error, "an answer cannot be written"),
+    }
+}
+
+async fn renew(shared: &Shared, peer: Peer, keepalive: Keepalive) -> KeepaliveReply {
+    let known = shared.peers.renew(peer, keepalive.session, shared.clock.boot());
+    if let (true, Some((epoch, seq))) = (known, keepalive.position) {
+        shared.streams.acknowledge(peer, epoch, seq).await;
+    }
+    KeepaliveReply {
+        lease_ms: if known { shared.settings.lease_ms } else { 0 },
+        position: shared.streams.position(peer).await,
+        now: shared.now(),
+    }
+}
+
+async fn respond(shared: &Arc<Shared>, peer: Peer, request: PeerRequest) -> store::Result<PeerReply> {
+    match request {
+        PeerRequest::Register(register) => return register_peer(shared, peer, *register).await,
+        PeerRequest::Sync { position } => {
+            let task = shared.clone();
+            let read = move |store: &store::Store| match peer {
+                Peer::Host(host) => host_state(store, &task.signing, host),
+                Peer::Proxy(_) => peer_state(store, &task.signing),
+            };
+            shared.streams.sync(peer, position, read).await?;
+        }
+        PeerRequest::Acknowledge { stream, seq } => shared.streams.acknowledge(peer, stream, seq).await,
+        PeerRequest::FetchProject { project } => {
+            let Peer::Host(host) = peer else { return Ok(hosts_only()) };
+            shared.tell_of_project(host, project).await?;
+        }
+        PeerRequest::Route { project } => {
+            return Ok(PeerReply::Route { route: route(shared, project).await? });
+        }
+        PeerRequest::Changed(report) => {
+            let Peer::Host(host) = peer else { return Ok(hosts_only()) };
+            shared.db(move |store| store.observe(host, &report)).await?;
+        }
+        PeerRequest::Wake { project, epoch } => {
+            let Peer::Host(host) = peer else { return Ok(hosts_only()) };
+            return wake(shared, host, project, epoch).await;
+        }
+        PeerRequest::AuditHead { count, head } => {
+            if head.len() > 64 || !head.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+                return Ok(PeerReply::Error { message: "the head is not SHA-256".to_owned() });
+            }
+            let id = peer_bytes(peer);
+            if !shared.db(move |store| store.audit_head(id, count, &head)).await? {
+                tracing::error!(?peer, count, "a peer's audit chain is shorter than it was");
+                return Ok(PeerReply::Error { message: "the chain was longer before".to_owned() });
+            }
+        }
+    }
+    Ok(PeerReply::Done)
+}
+
+fn hosts_only() -> PeerReply {
+    PeerReply::Error { message: "only hosts may ask that".to_owned() }
+}
+
+fn peer_bytes(peer: Peer) -> [u8; 16] {
+    match peer {
+        Peer::Host(id) => *id.as_bytes(),
+        Peer::Proxy(id) => *id.as_bytes(),
+    }
+}
+
+async fn register_peer(shared: &Arc<Shared>, peer: Peer, register: Register) -> store::Result<PeerReply> {
+    let (now, register) = (shared.now(), Arc::new(register));
+    let row = register.clone();
+    let before = shared.addresses().await?;
+    shared
+        .db(move |store| {
+            let registration = Registration {
+                session: row.session,
+                boot_id: &row.boot_id,
+                address: &row.address,
+                ssh_host_keys: &row.ssh_host_keys,
+                capabilities: row.capabilities.as_ref(),
+            };
+            store.register(peer_bytes(peer), &registration, now)
+        })
+        .await?;
+    // What is held: whoever owns it now says so, and the host's word on the
+    // state counts where it is the owner.
+    let row = register.clone();
+    let owners = shared
+        .db(move |store| {
+            let mut owners = Vec::new();
+            for held in &row.held {
+                let project = held.report.project;
+                if let Some((host, epoch, _)) = store.ownership(project)? {
+                    owners.push((project, host, epoch));
+                }
+                if let Peer::Host(host) = peer {
+                    store.observe(host, &held.report)?;
+                }
+            }
+            Ok(owners)
+        })
+        .await?;
+    shared.peers.registered(peer, register.session, shared.clock.boot());
+    tracing::info!(?peer, name = %register.name, session = %register.session, "registered");
+    if let Peer::Host(host) = peer {
+        let moved = before.get(&host).is_none_or(|address| {
+            address.url != register.address.url
+                || address.domain != register.address.domain
+                || address.ssh != register.address.ssh
+                || address.peer != register.address.peer
+        });
+        if moved {
+            shared.announce_host(host).await?;
+        }
+    }
+    Ok(PeerReply::Registered(Registered {
+        issuer: shared.issuer.clone(),
+        settings: shared.settings,
+        owners,
+        now: shared.now(),
+    }))
+}
+
+async fn route(shared: &Shared, project: ProjectId) -> store::Result<Option<Route>> {
+    shared
+        .db(move |store| match store.ownership(project)? {
+            Some((host, epoch, false)) => {
+                let how = Reach::Remote(store.host(host)?.address);
+                Ok(Some(Route { project, host, epoch, how }))
+            }
+            _ => Ok(None),
+        })
+        .await
+}
+
+/// Somebody asked for a stopped project. The host has authorized them.
+async fn wake(
+    shared: &Arc<Shared>,
+    host: cocalc_ids::HostId,
+    project: ProjectId,
+    epoch: Epoch,
+) -> store::Result<PeerReply> {
+    let refused = |message: &str| Ok(PeerReply::Error { message: message.to_owned() });
+    let found = match shared.db(move |store| store.project(project)).await {
+        Ok(found) if found.host == host && found.epoch == epoch => found,
+        Ok(_) | Err(store::Error::NotFound { .. }) => return refused("the project is not on this host"),
+        Err(error) => return Err(error),
+    };
+    let owner = found.owner;
+    let allowed = [ProjectState::Stopped, ProjectState::Failed];
+    match shared.begin(OperationId::random(), project, owner, Job::Start, &allowed).await {
+        // Joined: it is on its way, or up.
+        Ok(_) | Err(store::Error::WrongState { .. }) => Ok(PeerReply::Done),
+        Err(store::Error::Busy { operation }) => {
+            match shared.db(move |store| store.operation(operation)).await?.job {
+                Job::Create | Job::Start => Ok(PeerReply::Done),
+                job => refused(&format!("the project is busy: {}", job.kind())),
+            }
+        }
+        Err(error) => Err(error),
+    }
+}

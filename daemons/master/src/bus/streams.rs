@@ -1,0 +1,331 @@
+//! The ordered stream to each host and proxy.
+//!
+//! Every entry is read from the database while the peer's stream is locked,
+//! after the change was committed: what is later on a stream is never older
+//! than what came before it. The stream's epoch is new with each process, so
+//! that positions need not be stored: after a restart every peer gets the
+//! whole state once.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use cocalc_auth::stream::{Entry, Frame};
+use cocalc_core::{
+    bus::{Bus, Payload},
+    clock::Clock,
+    connector::Peer,
+    control::{FRAME_BYTES_MAX, stream_subject},
+};
+use cocalc_ids::{AccountId, HostId, ProjectId, ProxyId};
+use cocalc_sqlite::master::{self as store, Store};
+use serde::Serialize;
+use tokio::sync::watch;
+use utoipa::ToSchema;
+
+use super::peers::Peers;
+use crate::{shared::on_store, signing::Signing};
+
+/// How many sent frames are kept for who missed some; who missed more gets the
+/// whole state.
+const KEPT_FRAMES: usize = 1024;
+const KEPT_BYTES: usize = 4 * 1024 * 1024;
+
+/// The streams of all peers.
+#[derive(Debug)]
+pub(crate) struct Streams {
+    epoch: u64,
+    bus: Arc<dyn Bus>,
+    store: Arc<Store>,
+    peers: Mutex<BTreeMap<Peer, Arc<Stream>>>,
+}
+
+#[derive(Debug)]
+struct Stream {
+    peer: Peer,
+    log: tokio::sync::Mutex<Log>,
+    /// The last frame that the peer has applied.
+    applied: watch::Sender<u64>,
+}
+
+#[derive(Debug, Default)]
+struct Log {
+    seq: u64,
+    kept: VecDeque<(u64, Payload)>,
+    kept_bytes: usize,
+    /// Whether the peer has had everything so far. Otherwise frames are only
+    /// counted, until it asks.
+    live: bool,
+}
+
+/// A frame that must be applied before a change is in force at `peer`.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct Target {
+    pub(crate) peer: Peer,
+    pub(crate) seq: u64,
+}
+
+/// Who has applied a revocation.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(crate) struct Receipt {
+    /// Whether it is in force everywhere: no peer is `pending`.
+    complete: bool,
+    /// Everybody who holds what was revoked.
+    peers: Vec<PeerReceipt>,
+}
+
+/// What became of a revocation at one host or proxy.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(crate) struct PeerReceipt {
+    /// `host:<id>` or `proxy:<id>`.
+    peer: String,
+    outcome: ReceiptOutcome,
+    /// How long it took, in milliseconds.
+    millis: u64,
+}
+
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum ReceiptOutcome {
+    /// It has applied it, and closed the connections concerned.
+    Acknowledged,
+    /// It is cut off, and its lease and grace have run out: it admits nobody.
+    Expired,
+    /// Neither yet.
+    Pending,
+}
+
+impl Streams {
+    pub(crate) fn new(epoch: u64, bus: Arc<dyn Bus>, store: Arc<Store>) -> Self {
+        Self { epoch, bus, store, peers: Mutex::default() }
+    }
+
+    fn stream(&self, peer: Peer) -> Arc<Stream> {
+        let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        let new = || Arc::new(Stream { peer, log: Default::default(), applied: watch::Sender::new(0) });
+        peers.entry(peer).or_insert_with(new).clone()
+    }
+
+    /// Where the peer's stream is: its epoch and the last frame.
+    pub(crate) async fn position(&self, peer: Peer) -> (u64, u64) {
+        (self.epoch, self.stream(peer).log.lock().await.seq)
+    }
+
+    /// The peer has applied everything up to `seq`.
+    pub(crate) async fn acknowledge(&self, peer: Peer, epoch: u64, seq: u64) {
+        let stream = self.stream(peer);
+        let sent = stream.log.lock().await.seq;
+        if epoch == self.epoch && seq <= sent {
+            stream.applied.send_if_modified(|applied| std::mem::replace(applied, seq.max(*applied)) < seq);
+        }
+    }
+
+    /// Appends what `read` finds in the database, and returns the last frame's
+    /// number, by which the change is in force.
+    pub(crate) async fn send(
+        &self,
+        peer: Peer,
+        read: impl FnOnce(&Store) -> store::Result<Vec<Entry>> + Send + 'static,
+    ) -> store::Result<Target> {
+        let stream = self.stream(peer);
+        let mut log = stream.log.lock().await;
+        for entry in on_store(&self.store, read).await? {
+            self.append(&stream, &mut log, entry).await;
+        }
+        Ok(Target { peer, seq: log.seq })
+    }
+
+    /// Continues the stream after `position`, or sends the whole state that
+    /// `read` finds.
+    pub(crate) async fn sync(
+        &self,
+        peer: Peer,
+        position: Option<(u64, u64)>,
+        read: impl FnOnce(&Store) -> store::Result<Vec<Entry>> + Send + 'static,
+    ) -> store::Result<()> {
+        let stream = self.stream(peer);
+        let mut log = stream.log.lock().await;
+        let known = position.filter(|(epoch, seq)| *epoch == self.epoch && *seq <= log.seq);
+        if let Some((_, seq)) = known
+            && log.kept.front().map_or(log.seq == seq, |(first, _)| *first <= seq + 1)
+        {
+            log.live = true;
+            let missed: Vec<Payload> =
+                log.kept.iter().filter(|(kept, _)| *kept > seq).map(|(_, frame)| frame.clone()).collect();
+            for frame in missed {
+                self.publish(&stream, &mut log, frame).await;
+            }
+            return Ok(());
+        }
+        let state = on_store(&self.store, read).await?;
+        log.live = true;
+        // What came before is in the state.
+        log.kept.clear();
+        log.kept_bytes = 0;
+        self.append(&stream, &mut log, Entry::Reset).await;
+        for entry in state {
+            self.append(&stream, &mut log, entry).await;
+        }
+        self.append(&stream, &mut log, Entry::Live).await;
+        Ok(())
+    }
+
+    async fn append(&self, stream: &Stream, log: &mut Log, entry: Entry) {
+        log.seq += 1;
+        let frame = Frame { stream: self.epoch, seq: log.seq, entry };
+        let payload = match Payload::json(&frame) {
+            Ok(payload) if payload.data.len() <= FRAME_BYTES_MAX => payload,
+            // The store's limits on sets keep frames well below. The number
+            // is used up: the peer sees a gap and stays closed, rather than
+            // going on without this entry.
+            refused => {
+                let error = refused.err().map_or_else(|| "too large".to_owned(), |error| error.to_string());
+                tracing::error!(peer = ?stream.peer, error, "a frame cannot be sent");
+                log.live = false;
+                log.kept.clear();
+                log.kept_bytes = 0;
+                return;
+            }
+        };
+        log.kept_bytes += payload.data.len();
+        log.kept.push_back((log.seq, payload.clone()));
+        while log.kept.len() > KEPT_FRAMES || log.kept_bytes > KEPT_BYTES {
+            let Some((_, old)) = log.kept.pop_front() else { break };
+            log.kept_bytes -= old.data.len();
+        }
+        self.publish(stream, log, payload).await;
+    }
+
+    async fn publish(&self, stream: &Stream, log: &mut Log, frame: Payload) {
+        if !log.live {
+            return;
+        }
+        match self.bus.publish(&stream_subject(stream.peer), frame).await {
+            Ok(receivers) if receivers > 0 => {}
+            // It is not there. It will notice by its keepalive that it is
+            // behind, and ask.
+            result => {
+                tracing::debug!(peer = ?stream.peer, ?result, "a peer's stream was not delivered");
+                log.live = false;
+            }
+        }
+    }
+
+    /// Waits until every target is applied, or the peer can admit nobody any
+    /// more, for at most `limit`.
+    pub(crate) async fn receipt(
+        &self,
+        targets: &[Target],
+        limit: Duration,
+        gone_after: Duration,
+        peers: &Peers,
+        clock: &dyn Clock,
+    ) -> Receipt {
+        let began = clock.boot();
+        let deadline = began.saturating_add(limit);
+        let wait = |target: Target| async move {
+            let mut applied = self.stream(target.peer).applied.subscribe();
+            loop {
+                let now = clock.boot();
+                let done = |outcome| PeerReceipt {
+                    peer: peer_name(target.peer),
+                    outcome,
+                    millis: u64::try_from(now.saturating_sub(began).as_millis()).unwrap_or(u64::MAX),
+                };
+                if *applied.borrow_and_update() >= target.seq {
+                    return done(ReceiptOutcome::Acknowledged);
+                }
+                let gone = peers.heard(target.peer).saturating_add(gone_after);
+                if now >= gone {
+                    return done(ReceiptOutcome::Expired);
+                }
+                if now >= deadline {
+                    return done(ReceiptOutcome::Pending);
+                }
+                let rest = gone.min(deadline).saturating_sub(now);
+                // Whatever ended the wait, the loop looks again.
+                let _ = tokio::time::timeout(rest, applied.changed()).await;
+            }
+        };
+        let peers: Vec<PeerReceipt> =
+            futures_util::future::join_all(targets.iter().map(|target| wait(*target))).await;
+        let complete = peers.iter().all(|peer| peer.outcome != ReceiptOutcome::Pending);
+        Receipt { complete, peers }
+    }
+}
+
+/// As people and programs see a peer.
+pub(crate) fn peer_name(peer: Peer) -> String {
+    match peer {
+        Peer::Host(id) => format!("host:{id}"),
+        Peer::Proxy(id) => format!("proxy:{id}"),
+    }
+}
+
+/// What a project's owner is told of it: its members, then the whole ACL.
+pub(crate) fn project_entries(store: &Store, host: HostId, project: ProjectId) -> store::Result<Vec<Entry>> {
+    let gone = vec![Entry::ProjectGone { project }];
+    match store.project(project) {
+        Ok(found) if found.host == host => {}
+        Ok(_) | Err(store::Error::NotFound { .. }) => return Ok(gone),
+        Err(error) => return Err(error),
+    }
+    let acl = store.project_acl(project)?;
+    let mut accounts: Vec<AccountId> = acl.members.iter().map(|(account, _)| *account).collect();
+    accounts.extend(acl.keys.iter().map(|key| key.account));
+    accounts.sort_unstable();
+    accounts.dedup();
+    let mut entries = accounts
+        .into_iter()
+        .map(|account| Ok(Entry::Account(store.account_state(account)?)))
+        .collect::<store::Result<Vec<_>>>()?;
+    entries.push(Entry::Project(acl));
+    Ok(entries)
+}
+
+/// Everything that a host is told at the beginning.
+pub(crate) fn host_state(store: &Store, signing: &Signing, host: HostId) -> store::Result<Vec<Entry>> {
+    let mut entries = peer_state(store, signing)?;
+    for proxy in store.proxies()? {
+        entries.push(Entry::Proxy { proxy: proxy.id, identity: Some(proxy.address.identity) });
+    }
+    for account in store.accounts_of_host(host)? {
+        entries.push(Entry::Account(store.account_state(account.id)?));
+    }
+    for project in store.projects_of_host(host)? {
+        entries.push(Entry::Project(store.project_acl(project.id)?));
+    }
+    Ok(entries)
+}
+
+/// Everything that a proxy is told at the beginning. Routes it asks for.
+pub(crate) fn peer_state(store: &Store, signing: &Signing) -> store::Result<Vec<Entry>> {
+    let mut entries = vec![Entry::KeyRing(signing.public())];
+    for host in store.hosts()? {
+        entries.push(host_entry(&host)?);
+    }
+    Ok(entries)
+}
+
+/// Where a host is.
+pub(crate) fn host_entry(host: &store::Host) -> store::Result<Entry> {
+    let address = serde_json::to_value(&host.address).map_err(|error| {
+        store::Error::Store(cocalc_sqlite::Error::Failed {
+            operation: "write an address",
+            source: error.into(),
+        })
+    })?;
+    Ok(Entry::Host { host: host.id, address })
+}
+
+/// What hosts are told of a proxy.
+pub(crate) fn proxy_entry(store: &Store, proxy: ProxyId) -> store::Result<Entry> {
+    let identity = match store.proxy(proxy) {
+        Ok(proxy) => Some(proxy.address.identity),
+        Err(store::Error::NotFound { .. }) => None,
+        Err(error) => return Err(error),
+    };
+    Ok(Entry::Proxy { proxy, identity })
+}

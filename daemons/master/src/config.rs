@@ -1,0 +1,116 @@
+//! The configuration file.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use cocalc_core::control::Settings;
+use serde::Deserialize;
+
+/// What a master is told: one TOML file, every key also as
+/// `COCALC_MASTER_<KEY>`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Where it listens, for instance `127.0.0.1:7800`. Port 0 takes any.
+    pub listen: SocketAddr,
+    /// Where it keeps its database and keys.
+    pub data_dir: PathBuf,
+    /// Its URL as users, hosts and proxies see it, without a trailing slash:
+    /// the issuer of its tokens. Default: `http://` and the listen address.
+    #[serde(default)]
+    pub public_url: Option<String>,
+    /// How often hosts renew their lease, in milliseconds. Default 5 s.
+    #[serde(default = "keepalive_ms")]
+    pub keepalive_ms: u64,
+    /// How long a lease lasts, in milliseconds. Default 30 s.
+    #[serde(default = "lease_ms")]
+    pub lease_ms: u64,
+    /// How long cached rights go on after the lease, in milliseconds. Default
+    /// 15 min.
+    #[serde(default = "grace_ms")]
+    pub grace_ms: u64,
+}
+
+fn keepalive_ms() -> u64 {
+    Settings::default().keepalive_ms
+}
+
+fn lease_ms() -> u64 {
+    Settings::default().lease_ms
+}
+
+fn grace_ms() -> u64 {
+    Settings::default().grace_ms
+}
+
+impl Config {
+    /// A configuration with defaults, for embedders and tests.
+    pub fn new(listen: SocketAddr, data_dir: impl Into<PathBuf>) -> Self {
+        Self {
+            listen,
+            data_dir: data_dir.into(),
+            public_url: None,
+            keepalive_ms: keepalive_ms(),
+            lease_ms: lease_ms(),
+            grace_ms: grace_ms(),
+        }
+    }
+
+    /// Checks what the types can't, before anything is opened.
+    ///
+    /// # Errors
+    ///
+    /// Names the key, and says what is wrong with it.
+    pub fn validate(&self) -> Result<(), String> {
+        if let Some(url) = &self.public_url {
+            let uri: http::Uri = url.parse().map_err(|error| format!("public_url: {error}"))?;
+            if !matches!(uri.scheme_str(), Some("http" | "https")) || uri.authority().is_none() {
+                return Err("public_url: expected http://… or https://…".to_owned());
+            }
+            if url.ends_with('/') || uri.query().is_some() {
+                return Err("public_url: no trailing slash and no query".to_owned());
+            }
+        }
+        if self.data_dir.as_os_str().is_empty() {
+            return Err("data_dir: is empty".to_owned());
+        }
+        if self.keepalive_ms < 100 {
+            return Err("keepalive_ms: at least 100".to_owned());
+        }
+        if self.lease_ms < self.keepalive_ms.saturating_mul(2) {
+            return Err("lease_ms: at least twice keepalive_ms, or one lost message ends a lease".to_owned());
+        }
+        Ok(())
+    }
+
+    pub(crate) fn settings(&self) -> Settings {
+        Settings { keepalive_ms: self.keepalive_ms, lease_ms: self.lease_ms, grace_ms: self.grace_ms }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, String> {
+        let config: Config =
+            cocalc_daemon::config::parse("master", text, []).map_err(|error| error.to_string())?;
+        config.validate().map(|()| config)
+    }
+
+    #[test]
+    fn defaults_and_mistakes() {
+        let least = "listen = '127.0.0.1:0'\ndata_dir = 'data'\n";
+        let config = parse(least).unwrap();
+        assert_eq!(config.settings(), Settings::default());
+        for (wrong, key) in [
+            ("public_url = 'ftp://x'", "public_url"),
+            ("public_url = 'http://x/'", "public_url"),
+            ("lease_ms = 100", "lease_ms"),
+            ("keepalive_ms = 1", "keepalive_ms"),
+            ("leese_ms = 100", "leese_ms"),
+        ] {
+            let error = parse(&format!("{least}{wrong}")).unwrap_err();
+            assert!(error.contains(key), "{wrong}: {error}");
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! Operations of one host: create, start, stop, delete, snapshots.
+
+use std::time::Duration;
+
+use cocalc_core::{
+    control::{CommandError, ErrorCode, HostCommand, HostReply, ProjectReport},
+    runner::State,
+};
+use cocalc_ids::{Epoch, HostId};
+use cocalc_sqlite::master::{self as store, Ended, Job, Operation, Outcome, Project, ProjectState};
+
+use crate::shared::Shared;
+
+/// How long a host may be away before an operation on it fails. Its daemon may
+/// just be restarting.
+const AWAY_MAX: Duration = Duration::from_secs(20);
+/// How often a command is repeated that a host could not do right now.
+const BUSY_RETRIES: u32 = 5;
+
+/// Runs the operation, and records its end.
+pub(super) async fn run(shared: &Shared, operation: &Operation) {
+    let id = operation.project;
+    let project = match shared.db(move |store| store.project(id)).await {
+        Ok(project) => project,
+        Err(error) => {
+            // The project's row is there as long as its operation goes on.
+            tracing::error!(operation = %operation.id, error = %cocalc_core::chain(&error), "cannot begin");
+            let detail = "the project could not be read".to_owned();
+            return shared.finish(operation.id, failed("internal", detail, ProjectState::Failed)).await;
+        }
+    };
+    let ended = match act(shared, operation, &project).await {
+        Ok(ended) => ended,
+        Err(failure) => failure.ended(&operation.job, &project),
+    };
+    let deleted = ended.project == ProjectState::Deleted;
+    shared.finish(operation.id, ended).await;
+    if deleted && let Err(error) = shared.tell_of_project(project.host, project.id).await {
+        tracing::warn!(project = %project.id, error = %cocalc_core::chain(&error), "cannot announce a deletion");
+    }
+}
+
+/// Why an operation failed.
+enum Failure {
+    /// The host refused.
+    Refused(CommandError),
+    /// The host did not answer: it may have done it, or not.
+    NoAnswer,
+    /// The answer is not the receipt of what was asked for.
+    NoReceipt,
+    /// The master's own store.
+    Store(store::Error),
+}
+
+impl From<store::Error> for Failure {
+    fn from(error: store::Error) -> Self {
+        Self::Store(error)
+    }
+}
+
+impl Failure {
+    fn ended(self, job: &Job, project: &Project) -> Ended {
+        let (code, detail) = match self {
+            Self::Refused(error) => (code(error.code), error.message),
+            Self::NoAnswer => ("host_unavailable", "the project's host does not answer".to_owned()),
+            Self::NoReceipt => {
+                ("internal", "the host answered with the receipt of something else".to_owned())
+            }
+            Self::Store(error) => {
+                tracing::error!(project = %project.id, error = %cocalc_core::chain(&error), "an operation failed");
+                ("internal", "the master's database failed".to_owned())
+            }
+        };
+        // A failed snapshot leaves the project as it was.
+        let state = match job {
+            Job::Snapshot { .. } | Job::DeleteSnapshot { .. } | Job::RestoreSnapshot { .. } => project.state,
+            _ => ProjectState::Failed,
+        };
+        failed(code, detail, state)
+    }
+}
+
+fn failed(code: &str, detail: String, project: ProjectState) -> Ended {
+    let reason = (project == ProjectState::Failed).then(|| detail.clone());
+    Ended { outcome: Outcome::Failed { code: code.to_owned(), detail }, project, reason, report: None }
+}
+
+/// What the API says of a host's refusal.
+pub(crate) fn code(code: ErrorCode) -> &'static str {
+    match code {
+        ErrorCode::StaleEpoch => "stale_epoch",
+        ErrorCode::Busy => "project_busy",
+        ErrorCode::NotFound => "not_found",
+        ErrorCode::NoSpace => "no_space",
+        ErrorCode::Invalid => "invalid_request",
+        ErrorCode::Unavailable => "host_unavailable",
+        _ => "host_failed",
+    }
+}
+
+async fn act(shared: &Shared, operation: &Operation, project: &Project) -> Result<Ended, Failure> {
+    let (id, epoch) = (project.id, project.epoch);
+    let call = Call { shared, operation, host: project.host };
+    Ok(match &operation.job {
+        Job::Create => {
+            let report = create(&call, project).await?;
+            done(ProjectState::from(report.status.state), Some(report))
+        }
+        Job::Start => {
+            // A creation that failed is made good; files that were there once
+            // are never replaced by an empty volume.
+            if !project.made {
+                create(&call, project).await?;
+            }
+            let command = HostCommand::Start { project: id, epoch, config: project.config.clone() };
+            let report = call.report("starting", command, Duration::from_secs(300), epoch).await?;
+            match report.status.state {
+                State::Running | State::Starting => {
+                    done(ProjectState::from(report.status.state), Some(report))
+                }
+                _ => {
+                    let why = report.status.reason.as_deref().unwrap_or("it ended at once");
+                    failed("start_failed", why.to_owned(), ProjectState::Failed)
+                }
+            }
+        }
+        Job::Stop { grace_ms } => {
+            let command = HostCommand::Stop { project: id, epoch, grace_ms: *grace_ms };
+            let limit = Duration::from_millis(*grace_ms) + Duration::from_secs(60);
+            let report = call.report("stopping", command, limit, epoch).await?;
+            done(ProjectState::from(report.status.state), Some(report))
+        }
+        Job::Delete => {
+            let command = HostCommand::Delete { project: id, epoch };
+            match call.perform("deleting", command, Duration::from_secs(600)).await? {
+                HostReply::Deleted { project, epoch: deleted } if (project, deleted) == (id, epoch) => {
+                    done(ProjectState::Deleted, None)
+                }
+                _ => return Err(Failure::NoReceipt),
+            }
+        }
+        Job::Snapshot { name } => {
+            let command = HostCommand::Snapshot { project: id, epoch, name: name.clone() };
+            call.keep("taking a snapshot", command, project).await?
+        }
+        Job::DeleteSnapshot { name } => {
+            let command = HostCommand::DeleteSnapshot { project: id, epoch, name: name.clone() };
+            call.keep("deleting a snapshot", command, project).await?
+        }
+        Job::RestoreSnapshot { name, former } => {
+            let (name, former) = (name.clone(), former.clone());
+            let command = HostCommand::RestoreSnapshot { project: id, epoch, name, former };
+            call.keep("restoring a snapshot", command, project).await?
+        }
+        // Driven elsewhere.
+        Job::Move { .. } => return Err(Failure::NoReceipt),
+    })
+}
+
+fn done(project: ProjectState, report: Option<ProjectReport>) -> Ended {
+    let reason = report.as_ref().and_then(|report| report.status.reason.clone());
+    Ended { outcome: Outcome::Done, project, reason, report }
+}
+
+async fn create(call: &Call<'_>, project: &Project) -> Result<ProjectReport, Failure> {
+    // The host knows who may use it before it exists.
+    call.shared.tell_of_project(project.host, project.id).await?;
+    let command =
+        HostCommand::Create { project: project.id, epoch: project.epoch, config: project.config.clone() };
+    call.report("creating", command, Duration::from_secs(120), project.epoch).await
+}
+
+/// Calls of one operation to its host.
+struct Call<'a> {
+    shared: &'a Shared,
+    operation: &'a Operation,
+    host: HostId,
+}
+
+impl Call<'_> {
+    /// A command whose receipt is the project's state, in that epoch.
+    async fn report(
+        &self,
+        phase: &str,
+        command: HostCommand,
+        limit: Duration,
+        epoch: Epoch,
+    ) -> Result<ProjectReport, Failure> {
+        match self.perform(phase, command, limit).await? {
+            HostReply::Project(report)
+                if report.project == self.operation.project && report.epoch == Some(epoch) =>
+            {
+                Ok(report)
+            }
+            _ => Err(Failure::NoReceipt),
+        }
+    }
+
+    /// A command about a snapshot, which leaves the project's state alone.
+    async fn keep(&self, phase: &str, command: HostCommand, project: &Project) -> Result<Ended, Failure> {
+        match self.perform(phase, command, Duration::from_secs(300)).await? {
+            HostReply::Project(ProjectReport { project: id, .. })
+            | HostReply::Snapshots { project: id, .. }
+                if id == project.id =>
+            {
+                Ok(Ended {
+                    outcome: Outcome::Done,
+                    project: project.state,
+                    reason: project.reason.clone(),
+                    report: None,
+                })
+            }
+            _ => Err(Failure::NoReceipt),
+        }
+    }
+
+    /// Sends the command until the host has answered it. A host that goes away
+    /// gets the command again when it is back, unless that takes too long.
+    async fn perform(
+        &self,
+        phase: &str,
+        command: HostCommand,
+        limit: Duration,
+    ) -> Result<HostReply, Failure> {
+        self.shared.note(self.operation.id, phase, serde_json::json!({})).await;
+        let mut registrations = self.shared.peers.registrations();
+        let mut away_since = None;
+        let mut retries = 0;
+        loop {
+            match self.shared.command(self.host, &command, limit).await {
+                Ok(HostReply::Error(error))
+                    if matches!(error.code, ErrorCode::Unavailable | ErrorCode::Busy)
+                        && retries < BUSY_RETRIES =>
+                {
+                    away_since = None;
+                    retries += 1;
+                    tokio::time::sleep(Duration::from_millis(200 << retries)).await;
+                }
+                Ok(HostReply::Error(error)) => return Err(Failure::Refused(error)),
+                Ok(reply) => return Ok(reply),
+                Err(cocalc_core::moves::NoAnswer) => {
+                    let since = *away_since.get_or_insert_with(|| self.shared.clock.boot());
+                    if self.shared.clock.boot().saturating_sub(since) >= AWAY_MAX {
+                        return Err(Failure::NoAnswer);
+                    }
+                    // A moment even after a registration: the host's inbox may
+                    // not be in place yet.
+                    let again = registrations.changed();
+                    let _ = tokio::time::timeout(Duration::from_millis(500), again).await;
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,308 @@
+//! Moves: the effects of the state machine of `cocalc-core` on this master.
+
+use std::{sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use cocalc_core::{
+    BoxError,
+    connector::Peer,
+    control::{HostCommand, HostReply, MoveReply},
+    moves::{
+        Change, DriveError, MoveEffects, MoveOutcome, MoveSpec, MoveState, NoAnswer, Saved, Step, Tuning,
+        drive,
+    },
+};
+use cocalc_ids::{AccountId, HostId, MoveId, OperationId, ProjectId};
+use cocalc_sqlite::master::{
+    self as store, Ended, MoveChange, MoveSaved, NewMove, Operation, Outcome, ProjectState,
+};
+use tokio::sync::watch;
+
+use crate::shared::Shared;
+
+/// Why no move was begun.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum NewMoveError {
+    #[error("the project is on that host already")]
+    There,
+    #[error("the destination is not connected")]
+    NotConnected,
+    #[error("the hosts keep files in different ways: {from} and {to}")]
+    Storage { from: String, to: String },
+    #[error(transparent)]
+    Store(#[from] store::Error),
+}
+
+impl Shared {
+    /// Begins a move of `project` to `to`.
+    pub(crate) async fn begin_move(
+        self: &Arc<Self>,
+        id: OperationId,
+        project: ProjectId,
+        account: AccountId,
+        to: HostId,
+    ) -> Result<Operation, NewMoveError> {
+        let now = self.now();
+        // A repeated call finds what it began, whatever has become of it.
+        match self.db(move |store| store.operation(id)).await {
+            Ok(operation) => return Ok(operation),
+            Err(store::Error::NotFound { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let (found, source, destination) = self
+            .db(move |store| {
+                let found = store.project(project)?;
+                let source = store.host(found.host)?;
+                Ok((found, source, store.host(to)?))
+            })
+            .await?;
+        if let Some(operation) = found.fence {
+            return Err(store::Error::Busy { operation }.into());
+        }
+        if found.host == to {
+            return Err(NewMoveError::There);
+        }
+        if !self.alive(Peer::Host(to)) {
+            return Err(NewMoveError::NotConnected);
+        }
+        let backend = |host: &store::Host| {
+            host.capabilities.as_ref().map(|can| (can.storage.backend.clone(), can.storage.deltas))
+        };
+        let (from, at) = (backend(&source).unwrap_or_default(), backend(&destination).unwrap_or_default());
+        if from.0 != at.0 {
+            return Err(NewMoveError::Storage { from: from.0, to: at.0 });
+        }
+        let spec = MoveSpec {
+            move_id: MoveId::from_bytes(*id.as_bytes()),
+            project,
+            source: found.host,
+            destination: to,
+            destination_address: destination.address,
+            epoch: found.epoch,
+            config: found.config,
+            bytes: 0,
+            deltas: from.1 && at.1,
+            tuning: Tuning::default(),
+        };
+        let operation = self
+            .db(move |store| {
+                let state = MoveState::new(spec);
+                let text = to_text(&state)?;
+                let new = NewMove {
+                    id: state.spec.move_id,
+                    project,
+                    account,
+                    from: (state.spec.source, state.spec.epoch),
+                    to,
+                    state: &text,
+                };
+                let allowed = [ProjectState::Stopped, ProjectState::Running, ProjectState::Failed];
+                store.begin_move(&new, &allowed, now)
+            })
+            .await?;
+        self.run_if_new(id).await?;
+        Ok(operation)
+    }
+}
+
+fn to_text(state: &MoveState) -> store::Result<String> {
+    serde_json::to_string(state).map_err(|error| {
+        store::Error::Store(cocalc_sqlite::Error::Failed { operation: "write a move", source: error.into() })
+    })
+}
+
+/// Drives a move from its stored state to its end.
+pub(super) async fn run(shared: &Arc<Shared>, operation: &Operation, cancel: watch::Receiver<bool>) {
+    let id = MoveId::from_bytes(*operation.id.as_bytes());
+    loop {
+        let state = match load(shared, id).await {
+            Ok(state) => state,
+            Err(error) => {
+                // Nothing may be decided without it; an operator has to look.
+                tracing::error!(move_id = %id, project = %operation.project,
+                    error = %cocalc_core::chain(&*error), "a move cannot be read");
+                return;
+            }
+        };
+        let (shown, mut show) = watch::channel(None);
+        let effects = Effects { shared: shared.clone(), shown, activated: Default::default() };
+        // People see the latest of what is being done; what they missed does
+        // not hold the move up.
+        let notes = async {
+            while show.changed().await.is_ok() {
+                let latest: Option<(&'static str, serde_json::Value)> = show.borrow_and_update().clone();
+                if let Some((phase, progress)) = latest {
+                    shared.note(operation.id, phase, progress).await;
+                }
+            }
+            std::future::pending::<()>().await;
+        };
+        let driven = tokio::select! {
+            driven = drive(&effects, state, cancel.clone()) => driven,
+            () = notes => continue,
+        };
+        match driven {
+            Ok(outcome) => return finish(shared, operation, id, outcome).await,
+            Err(DriveError::Superseded) => {
+                // Only this process has the database: it was an earlier save
+                // of ours. What is stored counts.
+                tracing::warn!(move_id = %id, "driving a move again from its stored state");
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+            Err(error) => {
+                tracing::error!(move_id = %id, error = %cocalc_core::chain(&error), "a move stands still");
+                return;
+            }
+        }
+    }
+}
+
+async fn load(shared: &Shared, id: MoveId) -> Result<MoveState, BoxError> {
+    let row = shared.db(move |store| store.move_row(id)).await?;
+    Ok(serde_json::from_str(&row.state)?)
+}
+
+async fn finish(shared: &Shared, operation: &Operation, id: MoveId, outcome: MoveOutcome) {
+    let failure = load(shared, id).await.ok().and_then(|state| state.failure);
+    let outcome = match outcome {
+        MoveOutcome::Moved => Outcome::Done,
+        MoveOutcome::Aborted => {
+            let id = operation.id;
+            let cancelled = shared.db(move |store| store.operation(id)).await.is_ok_and(|found| found.cancel);
+            if cancelled {
+                Outcome::Cancelled
+            } else {
+                let (code, detail) = match failure {
+                    Some(failure) => {
+                        (failure.code.map_or("host_unavailable", super::job::code), failure.message)
+                    }
+                    None => ("move_aborted", "the move was aborted".to_owned()),
+                };
+                Outcome::Failed { code: code.to_owned(), detail }
+            }
+        }
+    };
+    // The fence was lifted on the way, so the project's state is its own.
+    let ended = Ended { outcome, project: ProjectState::Stopped, reason: None, report: None };
+    shared.finish(operation.id, ended).await;
+}
+
+/// What a move does to this master and its hosts.
+#[derive(Debug)]
+struct Effects {
+    shared: Arc<Shared>,
+    shown: watch::Sender<Option<(&'static str, serde_json::Value)>>,
+    /// What the owner said of the project when it took the grant.
+    activated: std::sync::Mutex<Option<ProjectState>>,
+}
+
+#[async_trait]
+impl MoveEffects for Effects {
+    async fn command(
+        &self,
+        host: HostId,
+        command: HostCommand,
+        timeout: Duration,
+    ) -> Result<HostReply, NoAnswer> {
+        let reply = self.shared.command(host, &command, timeout).await?;
+        if let HostReply::Move { receipt: MoveReply::Activated { report, .. }, .. } = &reply {
+            let state = ProjectState::from(report.status.state);
+            *self.activated.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(state);
+        }
+        Ok(reply)
+    }
+
+    async fn save(&self, state: &MoveState, expected: u64, change: Change) -> Result<Saved, BoxError> {
+        let (id, project, source) = (state.spec.move_id, state.spec.project, state.spec.source);
+        let text = to_text(state)?;
+        // Where nothing was frozen, the owner's own report follows at once.
+        let was = if state.was_running { ProjectState::Running } else { ProjectState::Stopped };
+        let seen = *self.activated.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let made = match change {
+            Change::None => MoveChange::None,
+            Change::Commit { to_host, from, to } => MoveChange::Owner { from, to, owner: Some(to_host) },
+            Change::Regrant { from, to } => MoveChange::Owner { from, to, owner: None },
+            Change::Release => MoveChange::Release { state: seen.unwrap_or(was) },
+        };
+        let saved = self.shared.db(move |store| store.save_move(id, expected, &text, made)).await?;
+        if saved == MoveSaved::Yes {
+            match change {
+                Change::Commit { .. } | Change::Regrant { .. } => {
+                    self.shared.announce_owner(project, source).await?;
+                }
+                Change::Release => self.look(project).await,
+                Change::None => {}
+            }
+        }
+        Ok(match saved {
+            MoveSaved::Yes => Saved::Yes,
+            MoveSaved::Superseded => Saved::Superseded,
+            MoveSaved::Lost => Saved::Lost,
+        })
+    }
+
+    async fn pause(&self, host: Option<HostId>, delay: Duration) {
+        let mut registrations = self.shared.peers.registrations();
+        let until = tokio::time::sleep(delay);
+        tokio::pin!(until);
+        loop {
+            let before = host.and_then(|host| self.shared.peers.session(Peer::Host(host)));
+            tokio::select! {
+                () = &mut until => return,
+                changed = registrations.changed(), if host.is_some() => {
+                    let now = host.and_then(|host| self.shared.peers.session(Peer::Host(host)));
+                    if changed.is_err() || now != before {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    fn progress(&self, state: &MoveState) {
+        let progress = state.progress();
+        let json = serde_json::json!({
+            "bytes": progress.bytes_sent,
+            "rounds": progress.rounds,
+            "cancellable": progress.cancellable,
+            "held_up_by": progress.failure.map(|failure| failure.message),
+        });
+        self.shown.send_replace(Some((step_name(progress.step), json)));
+    }
+}
+
+impl Effects {
+    /// Asks the owner for the project's state, once it is its own again. If it
+    /// does not answer, its next report tells.
+    async fn look(&self, project: ProjectId) {
+        let Ok(Some((host, _, _))) = self.shared.db(move |store| store.ownership(project)).await else {
+            return;
+        };
+        let report = HostCommand::Report { project };
+        if let Ok(HostReply::Project(report)) =
+            self.shared.command(host, &report, Duration::from_secs(5)).await
+            && let Err(error) = self.shared.db(move |store| store.observe(host, &report)).await
+        {
+            tracing::warn!(%project, error = %cocalc_core::chain(&error), "cannot record a project's state");
+        }
+    }
+}
+
+fn step_name(step: Step) -> &'static str {
+    match step {
+        Step::Reserving => "reserving",
+        Step::Seeding => "seeding",
+        Step::Parking => "parking",
+        Step::Freezing => "freezing",
+        Step::CatchingUp => "catching_up",
+        Step::Staging => "staging",
+        Step::Activating => "activating",
+        Step::Retiring => "retiring",
+        Step::CleaningSource | Step::CleaningDestination => "cleaning",
+        Step::Done => "done",
+        Step::Thawing => "thawing",
+        Step::Discarding => "discarding",
+        Step::Aborted => "aborted",
+        _ => "moving",
+    }
+}

@@ -1,0 +1,152 @@
+//! The listener: HTTP/1.1, and the way to the bus.
+
+use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
+
+use axum::{
+    Extension, Router,
+    body::Body,
+    extract::{Request, State},
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use cocalc_conat::{
+    Broker,
+    upgrade::{self, OriginPolicy},
+};
+use http::{StatusCode, header};
+use hyper::{body::Incoming, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::Semaphore,
+    task::JoinSet,
+};
+use tokio_util::sync::CancellationToken;
+
+/// How many connections there may be, those of the bus included.
+const CONNECTIONS_MAX: usize = 20_000;
+/// How long a client may take to send a request's head.
+const HEAD_LIMIT: Duration = Duration::from_secs(10);
+/// How large a request's head may be.
+const HEAD_BYTES_MAX: usize = 32 * 1024;
+
+#[derive(Clone, Debug)]
+struct Bus {
+    broker: Broker,
+    closing: CancellationToken,
+}
+
+/// The API, and `/conat/`.
+pub(crate) fn router(api: Router, broker: Broker, closing: CancellationToken) -> Router {
+    let bus = Router::new()
+        .route("/conat", get(connect))
+        .route("/conat/", get(connect))
+        .with_state(Bus { broker, closing });
+    api.merge(bus)
+}
+
+/// Hands a connection over to the bus.
+async fn connect(
+    State(bus): State<Bus>,
+    Extension(peer): Extension<SocketAddr>,
+    mut request: Request<Body>,
+) -> Response {
+    // Peers sign in with assertions and never with cookies, and no page of a
+    // browser has business here.
+    let checked = upgrade::check(request.method(), request.uri(), request.headers(), &OriginPolicy::SameHost);
+    let upgrade = match checked {
+        Ok(upgrade) => upgrade.with_peer(peer),
+        Err(refused) => {
+            let json = [(header::CONTENT_TYPE, "application/json")];
+            return (refused.status, json, refused.body).into_response();
+        }
+    };
+    let headers = upgrade.headers();
+    let upgraded = hyper::upgrade::on(&mut request);
+    tokio::spawn(async move {
+        // Ends with the connection, with the master, or with the broker.
+        let served = async {
+            match upgraded.await {
+                Ok(io) => {
+                    let ended = bus.broker.accept(TokioIo::new(io), upgrade.handshake).await;
+                    tracing::debug!(%peer, ?ended, "a bus connection ended");
+                }
+                Err(error) => tracing::debug!(%peer, %error, "an upgrade failed"),
+            }
+        };
+        bus.closing.run_until_cancelled(served).await;
+    });
+    (StatusCode::SWITCHING_PROTOCOLS, headers, Body::empty()).into_response()
+}
+
+/// Accepts and serves connections until `closing`, then lets requests end.
+pub(crate) async fn serve(listener: TcpListener, router: Router, closing: CancellationToken) {
+    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let mut connections = JoinSet::new();
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            () = closing.cancelled() => break,
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok((stream, peer)) => {
+                // One too many is dropped, so that those who are there go on.
+                let Ok(place) = places.clone().try_acquire_owned() else { continue };
+                let (router, closing) = (router.clone(), closing.clone());
+                connections.spawn(async move {
+                    connection(stream, peer, router, closing).await;
+                    drop(place);
+                });
+                while connections.try_join_next().is_some() {}
+            }
+            Err(error) => {
+                // Out of file descriptors, most likely: that passes.
+                tracing::warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+    }
+    drop(listener);
+    while connections.join_next().await.is_some() {}
+}
+
+async fn connection(stream: TcpStream, peer: SocketAddr, router: Router, closing: CancellationToken) {
+    // Small frames are the rule here.
+    let _ = stream.set_nodelay(true);
+    let service = service_fn(move |mut request: hyper::Request<Incoming>| {
+        request.extensions_mut().insert(peer);
+        let router = router.clone();
+        async move {
+            let mut router = router;
+            let response = tower_call(&mut router, request.map(Body::new)).await;
+            Ok::<_, Infallible>(response)
+        }
+    });
+    let connection = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_LIMIT)
+        .max_buf_size(HEAD_BYTES_MAX)
+        .serve_connection(TokioIo::new(stream), service)
+        .with_upgrades();
+    tokio::pin!(connection);
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = closing.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%peer, %error, "a connection broke");
+    }
+}
+
+async fn tower_call(router: &mut Router, request: Request<Body>) -> Response {
+    use hyper::service::Service;
+    let service = hyper_util::service::TowerToHyperService::new(router.clone());
+    match service.call(request).await {
+        Ok(response) => response,
+        Err(never) => match never {},
+    }
+}

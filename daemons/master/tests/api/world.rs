@@ -1,0 +1,419 @@
+//! A master over real HTTP, and hosts that do what the test says.
+
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use async_trait::async_trait;
+use cocalc_auth::{
+    identity::Identity,
+    peer::{PeerId, assert},
+    stream::{Entry, Frame},
+};
+use cocalc_conat::{Client, ClientOptions, Credentials};
+use cocalc_core::{
+    BoxError,
+    bus::{Bus, Payload},
+    connector::Peer,
+    control::{
+        Capabilities, CommandError, ErrorCode, HostCommand, HostReply, Keepalive, KeepaliveReply,
+        MoveCommand, MoveReply, PeerReply, PeerRequest, ProjectReport, Register, api_subject, inbox_subject,
+        keepalive_subject, stream_subject,
+    },
+    router::HostAddress,
+    runner::{self, State, Status},
+    storage,
+};
+use cocalc_ids::{Epoch, HostId, ProjectId, SessionId, Timestamp, VolumeUuid};
+use cocalc_master::{Config, Master};
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+
+pub(crate) const LIMIT: Duration = Duration::from_secs(20);
+
+/// Waits until `done` says so.
+pub(crate) async fn until<T>(what: &str, mut done: impl AsyncFnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        if let Some(value) = done().await {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "not within {LIMIT:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+pub(crate) struct World {
+    pub(crate) dir: tempfile::TempDir,
+    pub(crate) master: Option<Master>,
+    pub(crate) url: String,
+    pub(crate) admin: String,
+}
+
+impl World {
+    pub(crate) async fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = config(dir.path().join("data"), 0);
+        // The port has to be known, because the issuer must outlive a restart.
+        let probe = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        config.listen = probe.local_addr().unwrap();
+        drop(probe);
+        let master = Master::start(config).await.unwrap();
+        let url = master.url().to_owned();
+        let admin = std::fs::read_to_string(dir.path().join("data/admin-token")).unwrap().trim().to_owned();
+        Self { dir, master: Some(master), url, admin }
+    }
+
+    /// Ends the master as a crash would, and starts another on its data.
+    pub(crate) async fn restart(&mut self) {
+        let port = self.master.as_ref().unwrap().address().port();
+        drop(self.master.take());
+        let data = self.dir.path().join("data");
+        // The lock and the port are free a moment after the old one is gone.
+        let master = until("a second start", async || {
+            Master::start(config(data.clone(), port)).await.map_err(|error| eprintln!("{error}")).ok()
+        });
+        self.master = Some(master.await);
+    }
+
+    pub(crate) async fn call(&self, method: &str, path: &str, token: &str, body: Value) -> (u16, Value) {
+        self.call_with(method, path, token, body, None).await
+    }
+
+    pub(crate) async fn call_with(
+        &self,
+        method: &str,
+        path: &str,
+        token: &str,
+        body: Value,
+        key: Option<&str>,
+    ) -> (u16, Value) {
+        let url = match path.strip_prefix("//") {
+            Some(path) => format!("{}/{path}", self.url),
+            None => format!("{}/api/v1{path}", self.url),
+        };
+        let mut request = http::Request::builder().method(method).uri(url);
+        if !token.is_empty() {
+            request = request.header("authorization", format!("Bearer {token}"));
+        }
+        if let Some(key) = key {
+            request = request.header("idempotency-key", key);
+        }
+        let text = if body.is_null() { String::new() } else { body.to_string() };
+        let request = request.body(text).unwrap();
+        tokio::task::spawn_blocking(move || {
+            let config = ureq::Agent::config_builder()
+                .http_status_as_error(false)
+                .allow_non_standard_methods(true)
+                .timeout_global(Some(LIMIT))
+                .build();
+            let mut response = ureq::Agent::from(config).run(request).unwrap();
+            let text = response.body_mut().read_to_string().unwrap();
+            let value = serde_json::from_str(&text).unwrap_or(Value::String(text));
+            (response.status().as_u16(), value)
+        })
+        .await
+        .unwrap()
+    }
+
+    /// A call of the administrator that must succeed.
+    pub(crate) async fn ok(&self, method: &str, path: &str, body: Value) -> Value {
+        let (status, answer) = self.call(method, path, &self.admin, body).await;
+        assert!((200..300).contains(&status), "{method} {path}: {status} {answer}");
+        answer
+    }
+
+    /// Another account with a token.
+    pub(crate) async fn account(&self, name: &str) -> (String, String) {
+        let account = self.ok("POST", "/accounts", json!({ "name": name })).await;
+        let id = account["id"].as_str().unwrap().to_owned();
+        let token = self.ok("POST", &format!("/accounts/{id}/tokens"), json!({})).await;
+        (id, token["token"].as_str().unwrap().to_owned())
+    }
+
+    pub(crate) async fn settled(&self, operation: &Value) -> Value {
+        let id = operation["operation_id"].as_str().unwrap();
+        let seen = self.ok("GET", &format!("/operations/{id}/wait?timeout_secs=15"), Value::Null).await;
+        assert_ne!(seen["state"], "running", "{seen}");
+        seen
+    }
+
+    /// A project that was created.
+    pub(crate) async fn project(&self, host: &str) -> String {
+        let begun = self.ok("POST", "/projects", json!({ "name": "p", "host": host })).await;
+        assert_eq!(self.settled(&begun).await["state"], "done");
+        begun["project"]["id"].as_str().unwrap().to_owned()
+    }
+
+    pub(crate) async fn host(&self, name: &str) -> Host {
+        let token = self.ok("POST", "/join-tokens", json!({ "kind": "host" })).await;
+        let identity = Arc::new(Identity::generate().unwrap());
+        let address = HostAddress {
+            url: format!("http://{name}.example"),
+            domain: format!("{name}.apps.example"),
+            ssh: format!("{name}.example:22"),
+            peer: format!("{name}.example:9"),
+            identity: identity.public_key().to_string(),
+        };
+        let body = json!({
+            "token": token["token"], "name": name,
+            "identity": address.identity, "address": address,
+        });
+        let (status, joined) = self.call("POST", "/hosts/join", "", body).await;
+        assert_eq!(status, 200, "{joined}");
+        assert_eq!(joined["issuer"], self.url);
+        let id: HostId = joined["host_id"].as_str().unwrap().parse().unwrap();
+        Host::start(id, name, identity, address, &self.url).await
+    }
+}
+
+fn config(data: PathBuf, port: u16) -> Config {
+    let mut config = Config::new(([127, 0, 0, 1], port).into(), data);
+    (config.keepalive_ms, config.lease_ms, config.grace_ms) = (200, 1_000, 500);
+    config
+}
+
+/// Signs in as a peer.
+#[derive(Debug)]
+pub(crate) struct Assertions {
+    pub(crate) identity: Arc<Identity>,
+    pub(crate) peer: PeerId,
+    pub(crate) audience: String,
+}
+
+#[async_trait]
+impl Credentials for Assertions {
+    async fn bearer(&self) -> Result<String, BoxError> {
+        Ok(assert(&self.identity, self.peer, &self.audience, Timestamp::now())?)
+    }
+}
+
+pub(crate) fn client(url: &str, credentials: Assertions) -> Client {
+    let options = ClientOptions {
+        reconnect_min: Duration::from_millis(50),
+        reconnect_max: Duration::from_millis(200),
+        ..ClientOptions::default()
+    };
+    Client::connect(&format!("{}/", url.replacen("http:", "ws:", 1)), Arc::new(credentials), options).unwrap()
+}
+
+/// What a scripted host has and does.
+#[derive(Debug, Default)]
+pub(crate) struct Script {
+    /// The projects, with the epoch that it was granted, and whether they run.
+    pub(crate) projects: BTreeMap<ProjectId, (Epoch, bool)>,
+    /// Every command that came.
+    pub(crate) commands: Vec<HostCommand>,
+    /// Every frame that came.
+    pub(crate) frames: Vec<Frame>,
+    /// Answers nothing.
+    pub(crate) mute: bool,
+    /// Applies frames, but acknowledges nothing.
+    pub(crate) silent: bool,
+    /// Refuses everything.
+    pub(crate) refuse: Option<ErrorCode>,
+}
+
+/// A host on the real bus.
+pub(crate) struct Host {
+    pub(crate) id: HostId,
+    pub(crate) script: Arc<Mutex<Script>>,
+    pub(crate) client: Client,
+    _tasks: JoinSet<()>,
+}
+
+impl Host {
+    async fn start(id: HostId, name: &str, identity: Arc<Identity>, address: HostAddress, url: &str) -> Self {
+        let credentials = Assertions { identity, peer: PeerId::Host(id), audience: url.to_owned() };
+        let client = client(url, credentials);
+        client.ready(LIMIT).await.unwrap();
+        let script = Arc::new(Mutex::new(Script::default()));
+        let register = Register {
+            name: name.parse().unwrap(),
+            session: SessionId::random(),
+            boot_id: "boot".into(),
+            address,
+            ssh_host_keys: vec!["ssh-ed25519 AAAA".into()],
+            capabilities: Some(Capabilities {
+                storage: storage::Capabilities {
+                    backend: "memory".into(),
+                    deltas: true,
+                    quotas: false,
+                    weaknesses: vec![],
+                },
+                runner: runner::Capabilities {
+                    backend: "script".into(),
+                    isolation: true,
+                    limits: true,
+                    weaknesses: vec![],
+                },
+                images: vec![],
+                free_bytes: 1 << 40,
+            }),
+            held: vec![],
+        };
+        let mut tasks = JoinSet::new();
+        tasks.spawn(inbox(client.clone(), id, script.clone()));
+        tasks.spawn(stream(client.clone(), id, script.clone()));
+        tasks.spawn(lease(client.clone(), id, register, script.clone()));
+        let live = script.clone();
+        until("the first state", async || {
+            live.lock().unwrap().frames.iter().any(|frame| frame.entry == Entry::Live).then_some(())
+        })
+        .await;
+        Self { id, script, client, _tasks: tasks }
+    }
+
+    pub(crate) async fn ask(&self, request: &PeerRequest) -> PeerReply {
+        ask(&self.client, self.id, request).await.unwrap()
+    }
+}
+
+pub(crate) async fn ask(client: &Client, id: HostId, request: &PeerRequest) -> Option<PeerReply> {
+    let payload = Payload::json(request).unwrap();
+    let subject = api_subject(Peer::Host(id));
+    client.request(&subject, payload, Duration::from_secs(5)).await.ok()?.payload.parse().ok()
+}
+
+/// Registers, asks for the stream, and renews the lease.
+async fn lease(client: Client, id: HostId, register: Register, script: Arc<Mutex<Script>>) {
+    let subject = keepalive_subject(Peer::Host(id));
+    loop {
+        let position = script.lock().unwrap().frames.last().map(|frame| (frame.stream, frame.seq));
+        let keepalive = Keepalive { session: register.session, position: None };
+        let payload = Payload::json(&keepalive).unwrap();
+        let reply = client.request(&subject, payload, Duration::from_secs(2)).await;
+        let reply = reply.ok().and_then(|message| message.payload.parse::<KeepaliveReply>().ok());
+        match reply {
+            Some(reply) if reply.lease_ms == 0 => {
+                ask(&client, id, &PeerRequest::Register(Box::new(register.clone()))).await;
+                ask(&client, id, &PeerRequest::Sync { position }).await;
+                continue;
+            }
+            Some(reply) if Some(reply.position) != position => {
+                ask(&client, id, &PeerRequest::Sync { position }).await;
+            }
+            _ => {}
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+async fn stream(client: Client, id: HostId, script: Arc<Mutex<Script>>) {
+    loop {
+        let Ok(mut frames) = client.subscribe(&stream_subject(Peer::Host(id)), None).await else {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            continue;
+        };
+        while let Some(message) = frames.next().await {
+            let frame: Frame = message.payload.parse().unwrap();
+            let (stream, seq) = (frame.stream, frame.seq);
+            let silent = {
+                let mut script = script.lock().unwrap();
+                script.frames.push(frame);
+                script.silent
+            };
+            if !silent {
+                ask(&client, id, &PeerRequest::Acknowledge { stream, seq }).await;
+            }
+        }
+    }
+}
+
+async fn inbox(client: Client, id: HostId, script: Arc<Mutex<Script>>) {
+    loop {
+        let Ok(mut commands) = client.subscribe(&inbox_subject(id), None).await else {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            continue;
+        };
+        while let Some(message) = commands.next().await {
+            let command: HostCommand = message.payload.parse().unwrap();
+            let answer = script.lock().unwrap().answer(command);
+            if let Some(answer) = answer {
+                let payload = Payload::json(&answer).unwrap();
+                let _ = client.publish(&message.reply.unwrap(), payload).await;
+            }
+        }
+    }
+}
+
+impl Script {
+    fn report(&self, project: ProjectId) -> ProjectReport {
+        let held = self.projects.get(&project).copied();
+        let state = if held.is_some_and(|(_, runs)| runs) { State::Running } else { State::Stopped };
+        let epoch = held.map(|(epoch, _)| epoch);
+        let status = Status { project, epoch, state, started: None, reason: None };
+        ProjectReport { project, epoch, status, phases: vec![("mount".into(), 3)] }
+    }
+
+    fn answer(&mut self, command: HostCommand) -> Option<HostReply> {
+        self.commands.push(command.clone());
+        if self.mute {
+            return None;
+        }
+        if let Some(code) = self.refuse {
+            return Some(HostReply::Error(CommandError { code, message: "on purpose".into() }));
+        }
+        let project = command.project();
+        let stale =
+            || HostReply::Error(CommandError { code: ErrorCode::StaleEpoch, message: "stale".into() });
+        let held = self.projects.get(&project).map(|(epoch, _)| *epoch);
+        Some(match command {
+            HostCommand::Create { epoch, .. } => {
+                self.projects.entry(project).or_insert((epoch, false));
+                HostReply::Project(self.report(project))
+            }
+            HostCommand::Start { epoch, .. } | HostCommand::Stop { epoch, .. } if held != Some(epoch) => {
+                stale()
+            }
+            HostCommand::Start { epoch, .. } => {
+                self.projects.insert(project, (epoch, true));
+                HostReply::Project(self.report(project))
+            }
+            HostCommand::Stop { epoch, .. } => {
+                self.projects.insert(project, (epoch, false));
+                HostReply::Project(self.report(project))
+            }
+            HostCommand::Delete { epoch, .. } => {
+                self.projects.remove(&project);
+                HostReply::Deleted { project, epoch }
+            }
+            HostCommand::Move { move_id, step, .. } => {
+                HostReply::Move { move_id, receipt: self.step(project, step) }
+            }
+            HostCommand::Snapshots { .. } => HostReply::Snapshots { project, snapshots: vec![] },
+            _ => HostReply::Project(self.report(project)),
+        })
+    }
+
+    fn step(&mut self, project: ProjectId, step: MoveCommand) -> MoveReply {
+        let origin = VolumeUuid::from_bytes([7; 16]);
+        match step {
+            MoveCommand::Reserve { .. } => MoveReply::Reserved,
+            MoveCommand::Send { name, .. } => MoveReply::Sent { name, origin, bytes: 10, millis: 1 },
+            MoveCommand::Park { .. } => MoveReply::Parked,
+            MoveCommand::Freeze { epoch, name, .. } => {
+                let was_running = self.projects.get(&project).is_some_and(|(_, runs)| *runs);
+                MoveReply::Frozen { epoch, name, origin, was_running }
+            }
+            MoveCommand::Stage { origin, .. } => MoveReply::Staged { origin },
+            MoveCommand::Activate { epoch, start, .. } => {
+                self.projects.insert(project, (epoch, start));
+                MoveReply::Activated { epoch, report: self.report(project) }
+            }
+            MoveCommand::Retire { .. } => {
+                self.projects.remove(&project);
+                MoveReply::Retired
+            }
+            MoveCommand::Thaw { epoch, start, .. } => {
+                self.projects.insert(project, (epoch, start));
+                MoveReply::Thawed { epoch }
+            }
+            MoveCommand::Discard => MoveReply::Discarded,
+            MoveCommand::Clean { .. } => MoveReply::Cleaned,
+        }
+    }
+}
