@@ -1,7 +1,7 @@
 //! Thousands of simulated moves, each from its seed.
 
 use cocalc_core::moves::MoveOutcome;
-use cocalc_testkit::sim::{Faults, run};
+use cocalc_testkit::sim::{Fault, Faults, run, run_with_one};
 
 /// How many seeds; `COCALC_SIM_SEEDS` asks for more.
 fn seeds(default: u64) -> std::ops::Range<u64> {
@@ -19,7 +19,7 @@ fn without_faults_every_move_arrives() {
 #[test]
 fn one_owner_and_one_live_copy_remain_after_some_faults() {
     let (mut moved, mut aborted) = (0, 0);
-    for seed in seeds(1000) {
+    for seed in seeds(400) {
         match run(seed, &Faults::SOME).outcome {
             MoveOutcome::Moved => moved += 1,
             MoveOutcome::Aborted => aborted += 1,
@@ -32,7 +32,7 @@ fn one_owner_and_one_live_copy_remain_after_some_faults() {
 #[test]
 fn one_owner_and_one_live_copy_remain_after_many_faults() {
     let mut crashes = 0;
-    for seed in seeds(1000) {
+    for seed in seeds(400) {
         crashes += run(seed, &Faults::MANY).crashes;
     }
     assert!(crashes > 0);
@@ -40,7 +40,32 @@ fn one_owner_and_one_live_copy_remain_after_many_faults() {
 
 #[test]
 fn the_same_seed_does_the_same_again() {
-    for seed in 0..20 {
+    for seed in 0..10 {
         assert_eq!(run(seed, &Faults::MANY), run(seed, &Faults::MANY), "seed {seed}");
+    }
+}
+
+/// Each fault, once, at every single place where it can happen.
+#[test]
+fn every_fault_at_every_place_leaves_one_owner_and_one_live_copy() {
+    let faults = [
+        Fault::Lost,
+        Fault::Repeated,
+        Fault::HostCrash,
+        Fault::StreamCut,
+        Fault::Backend,
+        Fault::MasterStep,
+        Fault::MasterCrash,
+        Fault::Cancelled,
+    ];
+    for fault in faults {
+        // A running and a stopped project, with and without deltas.
+        for seed in 0..4 {
+            let mut places = 0;
+            while run_with_one(seed, fault, places).is_some() {
+                places += 1;
+            }
+            assert!(places > 0, "{fault:?} can happen");
+        }
     }
 }

@@ -19,7 +19,7 @@ use cocalc_ids::{Epoch, HostId, MoveId, ProjectId, SnapshotName, Timestamp, Volu
 use tokio::{io::AsyncReadExt, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-use super::world::{Daemon, Frozen, Shared, SimClock, World};
+use super::world::{Daemon, Fault, Frozen, Shared, SimClock, World};
 
 /// One life of a host's process, as its backends see it.
 #[derive(Clone)]
@@ -43,7 +43,7 @@ impl Site {
         let dead = {
             let mut world = self.world.lock();
             let dead = world.machines[self.host].incarnation != self.incarnation;
-            if !dead && world.fault(|f| f.host_crash) {
+            if !dead && world.fault(Fault::HostCrash) {
                 crash(&mut world, &self.world, self.host);
             }
             world.machines[self.host].incarnation != self.incarnation
@@ -68,12 +68,12 @@ impl Site {
     }
 
     fn fails(&self) -> bool {
-        self.world.lock().fault(|f| f.backend)
+        self.world.lock().fault(Fault::Backend)
     }
 }
 
 fn crash(world: &mut World, shared: &Shared, host: usize) {
-    let reboot = world.fault(|f| f.reboot);
+    let reboot = world.fault(Fault::Reboot);
     world.crashed();
     world.event(&format!("host {host} crashes{}", if reboot { ", the whole machine" } else { "" }));
     let machine = &mut world.machines[host];
@@ -147,7 +147,12 @@ pub(super) async fn place(world: &Shared) {
 /// The project writes whenever it runs, daemon or not.
 pub(super) async fn write_while_running(world: Shared) {
     loop {
-        let delay = world.lock().millis(60);
+        let delay = {
+            let mut world = world.lock();
+            // Once the move is over, now and then is enough.
+            let below = if world.stored.outcome().is_none() { 60 } else { 2000 };
+            world.millis(below)
+        };
         tokio::time::sleep(delay).await;
         let mut world = world.lock();
         world.check();
@@ -443,7 +448,7 @@ impl Storage for Site {
             None => None,
         };
         let whole = Bytes::copy_from_slice(&frozen.content.to_be_bytes());
-        let reader: BoxRead = if world.fault(|f| f.stream_cut) {
+        let reader: BoxRead = if world.fault(Fault::StreamCut) {
             let cut = usize::try_from(world.below(8)).unwrap_or(0);
             let broken = tokio_util::io::StreamReader::new(futures_util::stream::iter([
                 Ok(whole.slice(..cut)),
@@ -507,7 +512,7 @@ impl Transfer for Site {
             let mut world = self.world.lock();
             let peer = world.machines[world.machine_of(to)].daemon.clone();
             let bytes = world.below(40 << 20);
-            let lost = world.fault(|f| f.stream_cut);
+            let lost = world.fault(Fault::StreamCut);
             (peer, world.machines[self.host].id, bytes, lost)
         };
         let peer = peer.ok_or_else(cut)?;

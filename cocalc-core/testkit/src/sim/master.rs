@@ -14,7 +14,7 @@ use tokio::{
     task::JoinHandle,
 };
 
-use super::world::Shared;
+use super::world::{Fault, Shared};
 
 struct Effects(Shared);
 
@@ -29,7 +29,7 @@ pub(super) async fn run(world: Shared) {
     let (cancel, cancelled) = watch::channel(false);
     let cancel_at = {
         let mut world = world.lock();
-        world.fault(|f| f.cancelled).then(|| world.millis(30_000))
+        world.fault(Fault::Cancelled).then(|| world.millis(30_000))
     };
     if let Some(delay) = cancel_at {
         tokio::spawn(async move {
@@ -42,7 +42,10 @@ pub(super) async fn run(world: Shared) {
     let mut controllers = vec![control(&world, &cancelled)];
     while world.lock().stored.outcome().is_none() {
         tokio::time::sleep(Duration::from_millis(1000)).await;
-        let crash = world.lock().fault(|f| f.master_crash);
+        let crash = {
+            let mut world = world.lock();
+            world.fault(Fault::MasterCrash) | std::mem::take(&mut world.kill_master)
+        };
         if crash {
             world.lock().event("the master crashes");
             for controller in controllers.drain(..) {
@@ -50,7 +53,7 @@ pub(super) async fn run(world: Shared) {
             }
             let (delay, second) = {
                 let mut world = world.lock();
-                (world.millis(3000), world.fault(|f| f.second_controller))
+                (world.millis(3000), world.fault(Fault::SecondController))
             };
             tokio::time::sleep(delay).await;
             controllers.push(control(&world, &cancelled));
@@ -85,12 +88,13 @@ impl MoveEffects for Effects {
         timeout: Duration,
     ) -> Result<HostReply, NoAnswer> {
         let HostCommand::Move { move_id, project, step } = command else { return Err(NoAnswer) };
+        self.step().await;
         let (index, delays, lost) = {
             let mut world = self.0.lock();
             let index = world.machine_of(host);
             let mut delays = vec![world.millis(50)];
-            let lost = (world.fault(|f| f.lost), world.fault(|f| f.lost));
-            while world.fault(|f| f.repeated) {
+            let lost = (world.fault(Fault::Lost), world.fault(Fault::Lost));
+            while world.fault(Fault::Repeated) {
                 delays.push(world.millis(60_000));
             }
             (index, delays, lost)
@@ -129,7 +133,9 @@ impl MoveEffects for Effects {
     async fn save(&self, state: &MoveState, expected: u64, change: Change) -> Result<Saved, BoxError> {
         let delay = self.0.lock().millis(10);
         tokio::time::sleep(delay).await;
+        self.step().await;
         let saved = self.store(state, expected, change);
+        self.step().await;
         tokio::time::sleep(delay).await;
         Ok(saved)
     }
@@ -142,6 +148,19 @@ impl MoveEffects for Effects {
 }
 
 impl Effects {
+    /// A point where the master may crash; then this never returns.
+    async fn step(&self) {
+        let crash = {
+            let mut world = self.0.lock();
+            let crash = world.fault(Fault::MasterStep);
+            world.kill_master |= crash;
+            crash
+        };
+        if crash {
+            std::future::pending::<()>().await;
+        }
+    }
+
     fn store(&self, state: &MoveState, expected: u64, change: Change) -> Saved {
         let mut world = self.0.lock();
         let move_id = Some(state.spec.move_id);

@@ -24,8 +24,8 @@ use std::time::Duration;
 
 use cocalc_core::moves::MoveOutcome;
 
-pub use self::world::Faults;
 use self::world::Shared;
+pub use self::world::{Fault, Faults};
 
 /// What a simulated move came to.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -46,16 +46,32 @@ pub struct Report {
 ///
 /// With the seed and the broken promise, if one was broken.
 pub fn run(seed: u64, faults: &Faults) -> Report {
+    start(seed, faults, None).0
+}
+
+/// Simulates one move in which one thing goes wrong: the `nth` time that
+/// `fault` can happen, from 0, it does. `None` if it could not happen so often,
+/// which ends an exhaustive run over all places.
+///
+/// # Panics
+///
+/// With the seed and the broken promise, if one was broken.
+pub fn run_with_one(seed: u64, fault: Fault, nth: u64) -> Option<Report> {
+    let (report, reached) = start(seed, &Faults::NONE, Some((fault, nth)));
+    reached.then_some(report)
+}
+
+fn start(seed: u64, faults: &Faults, single: Option<(Fault, u64)>) -> (Report, bool) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()
         .start_paused(true)
         .build()
         .expect("a runtime of one thread");
-    runtime.block_on(simulate(seed, faults))
+    runtime.block_on(simulate(seed, faults, single))
 }
 
-async fn simulate(seed: u64, faults: &Faults) -> Report {
-    let world = Shared::new(seed, faults);
+async fn simulate(seed: u64, faults: &Faults, single: Option<(Fault, u64)>) -> (Report, bool) {
+    let world = Shared::new(seed, faults, single);
     for host in 0..2 {
         host::boot(world.clone(), host).await;
     }
@@ -69,16 +85,12 @@ async fn simulate(seed: u64, faults: &Faults) -> Report {
         world.violate("the move did not end");
     }
     // Commands that were repeated late are still under way.
-    tokio::time::sleep(Duration::from_secs(300)).await;
+    tokio::time::sleep(Duration::from_secs(70)).await;
     meddler.abort();
     writer.abort();
     check::at_the_end(&world).await;
-    let report = world.report();
-    assert!(
-        world.violation().is_none(),
-        "seed {seed}: {}\n{}",
-        world.violation().unwrap_or_default(),
-        world.log()
-    );
-    report
+    if let Some(violation) = world.violation() {
+        panic!("seed {seed}, {single:?}: {violation}\n{}", world.log());
+    }
+    (world.report(), world.reached())
 }

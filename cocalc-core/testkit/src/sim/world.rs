@@ -37,6 +37,8 @@ pub struct Faults {
     pub backend: u64,
     /// The master crashes in a given second.
     pub master_crash: u64,
+    /// The master crashes right before or after it stores or sends something.
+    pub master_step: u64,
     /// A second controller drives the move as well, after a crash.
     pub second_controller: u64,
     /// Somebody cancels the move.
@@ -45,7 +47,57 @@ pub struct Faults {
     pub until: Duration,
 }
 
+/// A kind of fault.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Fault {
+    /// A request or reply is lost.
+    Lost,
+    /// A request arrives again, much later.
+    Repeated,
+    /// A host's process crashes.
+    HostCrash,
+    /// A crash takes the machine along.
+    Reboot,
+    /// A stream breaks.
+    StreamCut,
+    /// A storage, runner or ledger call fails.
+    Backend,
+    /// The master crashes at some time.
+    MasterCrash,
+    /// The master crashes right before or after it stores or sends something.
+    MasterStep,
+    /// A second controller drives the move as well.
+    SecondController,
+    /// Somebody cancels the move.
+    Cancelled,
+}
+
+/// The one fault of a run.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Single {
+    pub(super) fault: Fault,
+    /// The how manyth time it could happen, from 0.
+    pub(super) nth: u64,
+    pub(super) reached: bool,
+    seen: u64,
+}
+
 impl Faults {
+    fn chance(&self, fault: Fault) -> u64 {
+        match fault {
+            Fault::Lost => self.lost,
+            Fault::Repeated => self.repeated,
+            Fault::HostCrash => self.host_crash,
+            Fault::Reboot => self.reboot,
+            Fault::StreamCut => self.stream_cut,
+            Fault::Backend => self.backend,
+            Fault::MasterCrash => self.master_crash,
+            Fault::MasterStep => self.master_step,
+            Fault::SecondController => self.second_controller,
+            Fault::Cancelled => self.cancelled,
+        }
+    }
+
     /// A world without faults.
     pub const NONE: Self = Self {
         lost: 0,
@@ -55,6 +107,7 @@ impl Faults {
         stream_cut: 0,
         backend: 0,
         master_crash: 0,
+        master_step: 0,
         second_controller: 0,
         cancelled: 0,
         until: Duration::ZERO,
@@ -69,6 +122,7 @@ impl Faults {
         stream_cut: 50,
         backend: 10,
         master_crash: 60,
+        master_step: 10,
         second_controller: 400,
         cancelled: 150,
         until: Duration::from_secs(60),
@@ -83,6 +137,7 @@ impl Faults {
         stream_cut: 150,
         backend: 50,
         master_crash: 200,
+        master_step: 40,
         second_controller: 600,
         cancelled: 250,
         until: Duration::from_secs(120),
@@ -99,6 +154,8 @@ pub(super) struct Shared(Arc<Mutex<World>>);
 pub(super) struct World {
     random: u64,
     faults: Faults,
+    single: Option<Single>,
+    unleashed: bool,
     began: Instant,
     faults_until: Instant,
     hasher: DefaultHasher,
@@ -106,6 +163,8 @@ pub(super) struct World {
     crashes: u64,
     log: VecDeque<String>,
     violation: Option<String>,
+    /// The master is to crash now.
+    pub(super) kill_master: bool,
     pub(super) project: ProjectId,
     /// The owner, its epoch, and the fence.
     pub(super) row: (usize, Epoch, Option<MoveId>),
@@ -142,7 +201,7 @@ pub(super) struct Daemon {
 }
 
 impl Shared {
-    pub(super) fn new(seed: u64, faults: &Faults) -> Self {
+    pub(super) fn new(seed: u64, faults: &Faults, single: Option<(Fault, u64)>) -> Self {
         let mut random = seed;
         let mut bytes = || {
             let mut bytes = [0; 16];
@@ -179,6 +238,9 @@ impl Shared {
         Self(Arc::new(Mutex::new(World {
             random,
             faults: *faults,
+            single: single.map(|(fault, nth)| Single { fault, nth, reached: false, seen: 0 }),
+            unleashed: false,
+            kill_master: false,
             began: Instant::now(),
             // Faults begin with the move.
             faults_until: Instant::now(),
@@ -212,6 +274,11 @@ impl Shared {
         self.lock().log.iter().fold(String::new(), |all, line| all + line + "\n")
     }
 
+    /// Whether the one fault of this run happened.
+    pub(super) fn reached(&self) -> bool {
+        self.lock().single.is_some_and(|single| single.reached)
+    }
+
     pub(super) fn report(&self) -> Report {
         let world = self.lock();
         Report {
@@ -227,6 +294,7 @@ impl World {
     /// Begins the time of faults.
     pub(super) fn unleash(&mut self) {
         self.faults_until = Instant::now() + self.faults.until;
+        self.unleashed = true;
     }
 
     pub(super) fn faulty(&self) -> bool {
@@ -239,9 +307,20 @@ impl World {
     }
 
     /// Whether a fault happens now.
-    pub(super) fn fault(&mut self, kind: impl Fn(&Faults) -> u64) -> bool {
-        let chance = kind(&self.faults);
-        self.below(1000) < chance && self.faulty()
+    pub(super) fn fault(&mut self, fault: Fault) -> bool {
+        let chance = self.faults.chance(fault);
+        if self.below(1000) < chance && self.faulty() {
+            return true;
+        }
+        match &mut self.single {
+            Some(single) if single.fault == fault && self.unleashed => {
+                let now = single.seen == single.nth;
+                single.seen += 1;
+                single.reached |= now;
+                now
+            }
+            _ => false,
+        }
     }
 
     pub(super) fn millis(&mut self, below: u64) -> Duration {
