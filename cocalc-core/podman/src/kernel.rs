@@ -88,7 +88,7 @@ pub(crate) fn act_on_files_as(id: u32) -> io::Result<()> {
         libc::setfsgid(id);
         libc::setfsuid(id);
         // They return the previous id, never an error: ask again.
-        if libc::setfsuid(id).unsigned_abs() != id || libc::setfsgid(id).unsigned_abs() != id {
+        if libc::setfsuid(id).cast_unsigned() != id || libc::setfsgid(id).cast_unsigned() != id {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
     }

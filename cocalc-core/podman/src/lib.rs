@@ -1,4 +1,64 @@
 //! The podman and process runners of CoCalc.
+//!
+//! [`Podman`] runs each project as a podman container of its own: its root is an
+//! overlay of an image and a layer in the project's own volume, both through
+//! idmapped mounts, so that what root installs inside is stored with canonical
+//! owners and moves along, while the project's ids on the host are its own. It
+//! needs root, podman, an OCI runtime, `ip` and `nft`; [`probe`] says what is
+//! missing. [`ProcessRunner`] needs nothing and isolates nothing: it is for
+//! developing. [`image::build_tar`] builds the standard project image.
+//!
+//! It is not a container engine, pulls no images, and keeps no projects: where
+//! volumes and images are is told by its caller.
+//!
+//! ```no_run
+//! use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
+//!
+//! use cocalc_core::{
+//!     ids::{Epoch, HostId, ImageDigest, ProjectId},
+//!     runner::{ExecRequest, Limits, ProjectSpec, Runner},
+//! };
+//! use cocalc_podman::Podman;
+//!
+//! # async fn run() -> Result<(), Box<dyn std::error::Error>> {
+//! let host = HostId::random();
+//! let images = |digest: ImageDigest| Some(PathBuf::from(format!("/volume/images/{digest}")));
+//! let podman = Podman::builder(host, "/var/lib/my-host/runner", Arc::new(images)).build().await?;
+//!
+//! let project = ProjectId::random();
+//! let spec = ProjectSpec {
+//!     project,
+//!     epoch: Epoch::FIRST,
+//!     volume: format!("/volume/projects/{project}").into(),
+//!     image: Some(ImageDigest::from_bytes([0; 32])),
+//!     slot: 0,
+//!     limits: Limits { memory_bytes: Some(2 << 30), ..Limits::default() },
+//!     env: BTreeMap::new(),
+//! };
+//! podman.start(&spec).await?;
+//! let shell = podman.exec(project, ExecRequest::default()).await?;
+//! let web = podman.dial(project, 8080).await?;
+//! podman.stop(project, Duration::from_secs(10)).await?;
+//! # Ok(()) }
+//! ```
+//!
+//! # What a project gets
+//!
+//! - 65,536 host uids from [`UID_BASE`]` + slot * 65536`; root inside is none of
+//!   the host's users.
+//! - Twelve capabilities over its own files and processes, podman's default
+//!   seccomp filter, and limits of processes, memory, CPU and open files.
+//! - A network namespace with one address. It reaches what is outside, but no
+//!   address of the host, no other project and nothing link-local ([`Outbound`]).
+//!   The kernel's IPv4 forwarding is turned on for this. A firewall of the host
+//!   that drops what is forwarded drops it here too.
+//! - A first process of ours, which starts all others: what runs through
+//!   [`exec`](cocalc_core::runner::Runner::exec) is its child and has its
+//!   limits, filter and capabilities.
+//!
+//! Several hosts can run on one machine: each has its own
+//! [`machine_index`](PodmanBuilder::machine_index). [`cleanup_instance`] removes
+//! whatever one of them left.
 
 mod agent;
 mod cgroup;

@@ -1,5 +1,7 @@
 //! The process runner keeps the contract. Needs no privilege.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test")]
+
 use std::{
     path::Path,
     sync::{

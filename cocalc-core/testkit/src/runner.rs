@@ -40,7 +40,8 @@ pub trait Harness: Send + Sync {
 ///
 /// With the promise that was broken.
 pub async fn contract(harness: &dyn Harness) {
-    let checks: [(&str, Pin<Box<dyn Future<Output = ()> + '_>>); 10] = [
+    type Check<'a> = Pin<Box<dyn Future<Output = ()> + 'a>>;
+    let checks: [(&str, Check<'_>); 10] = [
         ("what is unknown is stopped", Box::pin(unknown(harness))),
         ("a start is idempotent, and of one epoch", Box::pin(starting(harness))),
         ("a process has its streams, its environment and its status", Box::pin(processes(harness))),
@@ -293,7 +294,7 @@ async fn restart(harness: &dyn Harness) {
     assert_eq!(found, before, "the same state, epoch and time");
     assert!(again.list().await.unwrap().contains(&before));
     assert_eq!(again.status(stopped.project).await.unwrap().state, State::Stopped);
-    assert_eq!(run(&*again, spec.project, "echo here").await.1, "here\n");
+    assert_eq!(run(&*again, spec.project, "printenv FROM_SPEC").await.1, "yes\n", "in the same environment");
     assert_eq!(again.start(&spec).await.unwrap().started, before.started, "it is not started again");
     again.remove(spec.project).await.unwrap();
     again.remove(stopped.project).await.unwrap();

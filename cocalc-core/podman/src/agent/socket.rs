@@ -5,9 +5,10 @@ use std::{
     mem::MaybeUninit,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-        unix::net::{UnixListener, UnixStream as StdStream},
+        unix::net::UnixListener,
     },
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use rustix::{
@@ -53,18 +54,17 @@ impl AgentSocket {
         let _ = rustix::fs::unlinkat(&self.directory, self.name.as_str(), AtFlags::empty());
     }
 
-    /// Connects to the helper.
+    /// Connects to the helper. Never blocks a thread: a tenant who lets the
+    /// queue fill up would hold one for each attempt.
     pub(crate) async fn connect(&self) -> io::Result<UnixStream> {
-        let address = self.address();
-        // Connecting blocks while the helper's queue is full.
-        let stream = tokio::task::spawn_blocking(move || {
-            let stream = StdStream::connect(address)?;
-            stream.set_nonblocking(true)?;
-            Ok::<_, io::Error>(stream)
-        })
-        .await
-        .map_err(io::Error::other)??;
-        UnixStream::from_std(stream)
+        loop {
+            match UnixStream::connect(self.address()).await {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                other => return other,
+            }
+        }
     }
 }
 

@@ -268,6 +268,7 @@ pub(crate) struct Dirs {
     pub(crate) sockets: PathBuf,
     pub(crate) networks: PathBuf,
     pub(crate) logs: PathBuf,
+    pub(crate) environments: PathBuf,
     pub(crate) helper: PathBuf,
     pub(crate) resolv_conf: PathBuf,
     pub(crate) containers_conf: PathBuf,
@@ -280,15 +281,20 @@ impl Dirs {
             sockets: runtime.join("sockets"),
             networks: runtime.join("networks"),
             logs: state.join("logs"),
+            environments: state.join("env"),
             helper: runtime.join("helper"),
             resolv_conf: runtime.join("resolv.conf"),
             containers_conf: runtime.join("containers.conf"),
         };
         fs::DirBuilder::new().recursive(true).mode(0o711).create(runtime)?;
         fs::DirBuilder::new().recursive(true).mode(0o700).create(state)?;
-        for (dir, mode) in
-            [(&dirs.projects, 0o711), (&dirs.sockets, 0o700), (&dirs.networks, 0o700), (&dirs.logs, 0o700)]
-        {
+        for (dir, mode) in [
+            (&dirs.projects, 0o711),
+            (&dirs.sockets, 0o700),
+            (&dirs.networks, 0o700),
+            (&dirs.logs, 0o700),
+            (&dirs.environments, 0o700),
+        ] {
             fs::DirBuilder::new().recursive(true).mode(mode).create(dir)?;
             fs::set_permissions(dir, fs::Permissions::from_mode(mode))?;
         }
@@ -308,7 +314,7 @@ impl Dirs {
     }
 }
 
-fn write_file(path: &Path, bytes: &[u8], mode: u32) -> std::io::Result<()> {
+pub(super) fn write_file(path: &Path, bytes: &[u8], mode: u32) -> std::io::Result<()> {
     let draft = path.with_extension("new");
     let _ = fs::remove_file(&draft);
     let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&draft)?;

@@ -65,6 +65,7 @@ impl Podman {
                 Running::find(&container).map_err(|error| BuildError::new("find a process", error))?;
             let entry = shared.entry(project);
             let mut view = entry.view();
+            view.env = Arc::new(shared.read_env(project));
             view.epoch = Some(epoch);
             view.slot = Some(slot);
             view.made_from = Some(label(LABEL_SPEC).to_owned());
@@ -141,6 +142,7 @@ impl Shared {
         }
         let phase = InPhase::new(&entry, State::Starting);
         self.ready(&entry, &spec).await?;
+        self.write_env(&spec).map_err(|error| backend("start", project, error))?;
         entry.view().env = Arc::new(spec.env.clone());
         self.mount(&spec).await?;
         let started = match self.launch(&entry, &spec).await {
@@ -252,6 +254,7 @@ impl Shared {
         let dirs = self.mounts(project);
         blocking("remove", project, move || dirs.remove()).await?;
         let _ = std::fs::remove_file(self.dirs.logs.join(format!("{project}.log")));
+        let _ = std::fs::remove_file(self.env_path(project));
         *entry.view() = super::project::View::default();
         // Under the operation's lock: who waits for it finds an empty entry,
         // and may fill it again.
@@ -379,6 +382,22 @@ impl Shared {
 }
 
 impl Shared {
+    fn env_path(&self, project: ProjectId) -> std::path::PathBuf {
+        self.dirs.environments.join(format!("{project}.json"))
+    }
+
+    /// Keeps the environment for a restarted daemon. Not as a label of the
+    /// container, which every user of podman can read.
+    fn write_env(&self, spec: &ProjectSpec) -> io::Result<()> {
+        let text = serde_json::to_vec(&spec.env)?;
+        super::builder::write_file(&self.env_path(spec.project), &text, 0o600)
+    }
+
+    fn read_env(&self, project: ProjectId) -> std::collections::BTreeMap<String, String> {
+        let text = std::fs::read(self.env_path(project)).unwrap_or_default();
+        serde_json::from_slice(&text).unwrap_or_default()
+    }
+
     async fn create_network(&self, project: ProjectId, slot: u32) -> Result<()> {
         // The network outlives the caller only as files; a clone of its
         // settings is cheap.
