@@ -10,10 +10,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use rustix::{
+    io::Errno,
+    mount::{MountFlags, UnmountFlags, mount, unmount},
+};
 
-/// How long to wait for a device that the kernel is letting go of.
+/// How long to wait for what is being let go of.
 const DETACH_LIMIT: Duration = Duration::from_secs(10);
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// A mounted Btrfs file system in a file. Dropping it unmounts it; the file
 /// stays. After kill -9 of its owner, [`release`] unmounts it by its file.
@@ -139,10 +143,10 @@ impl Loopback {
     ///
     /// # Errors
     ///
-    /// Something in it is in use.
+    /// Something in it stays in use.
     pub fn close(mut self) -> Result<(), LoopbackError> {
         self.keep = true;
-        unmount(&self.mount_point, UnmountFlags::empty()).map_err(at("unmount", &self.mount_point))?;
+        unmount_idle(&self.mount_point).map_err(at("unmount", &self.mount_point))?;
         wait_detached(&self.image).map_err(at("detach", &self.image))
     }
 }
@@ -176,7 +180,7 @@ pub fn release(image: &Path) -> Result<(), LoopbackError> {
     // The innermost was mounted last.
     let mounts = mounts_of(&image).map_err(at("list the mounts of", &image))?;
     for mount_point in mounts.into_iter().rev() {
-        unmount(&mount_point, UnmountFlags::empty()).map_err(at("unmount", &mount_point))?;
+        unmount_idle(&mount_point).map_err(at("unmount", &mount_point))?;
     }
     for device in devices_of(&image).map_err(at("list the devices of", &image))? {
         // It may be gone already, with the unmount.
@@ -240,6 +244,18 @@ fn unescape(field: &[u8]) -> Vec<u8> {
     text
 }
 
+/// Unmounts, waiting for who is just going: a process that was killed, or a
+/// child of ours between fork and exec, which has our descriptors.
+fn unmount_idle(mount_point: &Path) -> io::Result<()> {
+    let deadline = Instant::now() + DETACH_LIMIT;
+    loop {
+        match unmount(mount_point, UnmountFlags::empty()) {
+            Err(Errno::BUSY) if Instant::now() < deadline => std::thread::sleep(PAUSE),
+            other => return Ok(other?),
+        }
+    }
+}
+
 /// The kernel detaches after the unmount has returned.
 fn wait_detached(image: &Path) -> io::Result<()> {
     let deadline = Instant::now() + DETACH_LIMIT;
@@ -247,7 +263,7 @@ fn wait_detached(image: &Path) -> io::Result<()> {
         if Instant::now() > deadline {
             return Err(io::Error::new(io::ErrorKind::ResourceBusy, "its loop device is still in use"));
         }
-        std::thread::sleep(Duration::from_millis(5));
+        std::thread::sleep(PAUSE);
     }
     Ok(())
 }

@@ -1,51 +1,615 @@
-//! Btrfs on loopback volumes. Needs root, btrfs-progs and loop devices.
-use cocalc_core::{
-    ids::ProjectId,
-    storage::{Storage, VolumeOptions},
+//! Btrfs storage on loopback volumes. Needs root, loop devices, btrfs-progs
+//! and a kernel with simple quotas (6.7).
+
+mod common;
+
+use std::{
+    fs,
+    io::Cursor,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::Arc,
+    time::{Duration, Instant},
 };
-use cocalc_storage::{Btrfs, loopback::Loopback};
+
+use cocalc_core::{
+    ids::{ImageDigest, ProjectId, SnapshotName, VolumeUuid},
+    storage::{Error, Storage, VolumeOptions},
+};
+use cocalc_storage::{
+    Btrfs, ImageError, OpenError, QuotaKind,
+    loopback::{self, Loopback},
+    probe,
+};
+use cocalc_testkit::storage::{FilesHarness, Host, agrees_with_model, scripts, storage};
+use proptest::{prelude::*, test_runner::TestRunner};
+use tokio::io::AsyncReadExt as _;
+
+/// Stores on loopback volumes. Fields are dropped in order: the stores let go
+/// of their volumes, which are unmounted, before the directory is removed.
+struct Fixture {
+    a: Btrfs,
+    b: Btrfs,
+    volumes: Vec<Loopback>,
+    root: tempfile::TempDir,
+}
+
+fn volume(root: &Path, name: &str) -> Loopback {
+    let made = Loopback::create(&root.join(format!("{name}.img")), 1 << 30, &root.join(name));
+    made.unwrap_or_else(|error| {
+        panic!("needs root, mkfs.btrfs and loop devices: {}", cocalc_core::chain(&error))
+    })
+}
+
+async fn fresh(path: &Path) -> Btrfs {
+    Btrfs::initialize(path).unwrap();
+    Btrfs::open(path).await.unwrap()
+}
+
+async fn fixture() -> Fixture {
+    let root = tempfile::tempdir().unwrap();
+    let volumes = vec![volume(root.path(), "a"), volume(root.path(), "b")];
+    let (a, b) = (fresh(volumes[0].path()).await, fresh(volumes[1].path()).await);
+    Fixture { a, b, volumes, root }
+}
+
+fn harness(a: &Btrfs, b: &Btrfs) -> FilesHarness {
+    let roots = [a.path().to_owned(), b.path().to_owned()];
+    FilesHarness::new(Arc::new(a.clone()), Arc::new(b.clone()), move |host: Host, project, name| {
+        roots[host as usize].join("snapshots").join(project.to_string()).join(name.as_str())
+    })
+}
+
+fn nothing_staged(store: &Btrfs) {
+    let left: Vec<_> = fs::read_dir(store.path().join("staging")).unwrap().collect();
+    assert!(left.is_empty(), "staging holds {left:?}");
+}
+
+fn name(text: &str) -> SnapshotName {
+    text.parse().unwrap()
+}
+
+fn btrfs(arguments: &[&Path]) {
+    let status = Command::new("btrfs").args(["-q", "subvolume"]).args(arguments).status().unwrap();
+    assert!(status.success(), "{arguments:?}");
+}
+
+async fn stream_of(
+    store: &Btrfs,
+    project: ProjectId,
+    n: &str,
+) -> (cocalc_core::storage::SendHeader, Vec<u8>) {
+    let mut sent = store.send(project, &name(n), None).await.unwrap();
+    let mut bytes = Vec::new();
+    sent.reader.read_to_end(&mut bytes).await.unwrap();
+    (sent.header, bytes)
+}
 
 #[tokio::test(flavor = "multi_thread")]
-async fn smoke() {
-    let dir = tempfile::tempdir().unwrap();
-    let a = Loopback::create(&dir.path().join("a.img"), 1 << 30, &dir.path().join("a")).unwrap();
-    let b = Loopback::create(&dir.path().join("b.img"), 1 << 30, &dir.path().join("b")).unwrap();
-    Btrfs::initialize(a.path()).unwrap();
-    Btrfs::initialize(b.path()).unwrap();
-    let x = Btrfs::open(a.path()).await.unwrap();
-    let y = Btrfs::open(b.path()).await.unwrap();
-    println!("{:?}", x.capabilities());
-    let p = ProjectId::random();
-    let v = x.create(p, &VolumeOptions { limit_bytes: Some(50 << 20) }).await.unwrap();
-    println!("{v:?}");
-    std::fs::write(v.path.as_ref().unwrap().join("home/f"), vec![7; 1 << 20]).unwrap();
-    let one = "one".parse().unwrap();
-    println!("{:?}", x.snapshot(p, &one).await.unwrap());
-    println!("{:?}", x.usage(p).await);
-    let s = x.send(p, &one, None).await.unwrap();
-    println!("{:?}", y.receive(&s.header, s.reader).await.unwrap());
-    let two = "two".parse().unwrap();
-    std::fs::write(v.path.as_ref().unwrap().join("home/g"), vec![8; 1 << 20]).unwrap();
-    x.snapshot(p, &two).await.unwrap();
-    let s = x.send(p, &two, Some(&one)).await.unwrap();
-    println!("{:?}", y.receive(&s.header, s.reader).await.unwrap());
-    let v = y.restore(p, &two, &"former".parse().unwrap()).await.unwrap();
-    assert!(std::fs::read(v.path.as_ref().unwrap().join("home/g")).unwrap().len() == 1 << 20);
-    let q = ProjectId::random();
-    let c = y.clone_volume(p, &two, q, &VolumeOptions::default()).await.unwrap();
-    println!("{c:?} {:?}", y.usage(q).await);
-    y.restore(p, &one, &"former2".parse().unwrap()).await.unwrap();
-    println!("{:?}", x.set_aside(p, &"kept".parse().unwrap()).await.unwrap());
-    println!("{:?}", y.snapshots(p).await.unwrap());
-    y.delete(p).await.unwrap();
-    println!("{:?}", y.list().await.unwrap());
-    std::process::Command::new("ls")
-        .args([
-            "-la",
-            b.path().join("staging").to_str().unwrap(),
-            b.path().join("trash").to_str().unwrap(),
-            b.path().join("snapshots").to_str().unwrap(),
-        ])
+async fn btrfs_keeps_the_contract() {
+    let f = fixture().await;
+    assert!(f.a.capabilities().quotas, "needs simple quotas: {:?}", f.a.capabilities().weaknesses);
+    assert_eq!(f.a.capabilities().weaknesses, Vec::<String>::new());
+    storage(&harness(&f.a, &f.b)).await;
+    nothing_staged(&f.a);
+    nothing_staged(&f.b);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_stores_on_one_file_system_keep_the_contract() {
+    let root = tempfile::tempdir().unwrap();
+    let volume = volume(root.path(), "v");
+    for name in ["a", "b"] {
+        fs::create_dir(volume.path().join(name)).unwrap();
+    }
+    let (a, b) = (fresh(&volume.path().join("a")).await, fresh(&volume.path().join("b")).await);
+    storage(&harness(&a, &b)).await;
+    drop((a, b));
+    volume.close().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_quotas_the_contract_holds_too() {
+    let f = fixture().await;
+    let Fixture { a, b, volumes, root: _root } = f;
+    drop((a, b));
+    let open = async |at: usize| Btrfs::builder(volumes[at].path()).quotas(false).open().await.unwrap();
+    let (a, b) = (open(0).await, open(1).await);
+    assert!(!a.capabilities().quotas);
+    assert_eq!(a.capabilities().weaknesses.len(), 1);
+    storage(&harness(&a, &b)).await;
+}
+
+#[test]
+fn btrfs_agrees_with_the_model() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let f = runtime.block_on(fixture());
+    let harness = harness(&f.a, &f.b);
+    let config = ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(8) };
+    TestRunner::new(config)
+        .run(&scripts(20), |script| {
+            runtime.block_on(agrees_with_model(&harness, &script));
+            Ok(())
+        })
+        .unwrap();
+    nothing_staged(&f.a);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_carry_everything() {
+    let f = fixture().await;
+    let project = ProjectId::random();
+    let live = f.a.create(project, &VolumeOptions::default()).await.unwrap().path.unwrap();
+    f.a.snapshot(project, &name("empty")).await.unwrap();
+    let sent = f.a.send(project, &name("empty"), None).await.unwrap();
+    f.b.receive(&sent.header, sent.reader).await.unwrap();
+
+    common::plant(&live);
+    fs::create_dir(live.join("system/moved")).unwrap();
+    common::set_time(&live, 987_654_321);
+    f.a.snapshot(project, &name("one")).await.unwrap();
+    let expected = common::manifest(&live);
+    let at = async |store: &Btrfs, n: &str| {
+        common::manifest(&store.snapshot_path(project, &name(n)).await.unwrap())
+    };
+    assert_eq!(at(&f.a, "one").await, expected, "a snapshot");
+    let sent = f.a.send(project, &name("one"), Some(&name("empty"))).await.unwrap();
+    f.b.receive(&sent.header, sent.reader).await.unwrap();
+    assert_eq!(at(&f.b, "one").await, expected, "a delta, the root's own time included");
+
+    // Renames that cross, which the kernel sends by way of orphan names.
+    fs::rename(live.join("home/d1"), live.join("system/moved/d1")).unwrap();
+    fs::rename(live.join("home/plain"), live.join("home/other")).unwrap();
+    fs::rename(live.join("home/odd"), live.join("home/plain")).unwrap();
+    fs::rename(live.join("home/other"), live.join("home/odd")).unwrap();
+    common::set_time(&live, 1_111_111_111);
+    f.a.snapshot(project, &name("two")).await.unwrap();
+    let expected = common::manifest(&live);
+    let sent = f.a.send(project, &name("two"), Some(&name("one"))).await.unwrap();
+    f.b.receive(&sent.header, sent.reader).await.unwrap();
+    assert_eq!(at(&f.b, "two").await, expected, "a second delta");
+    let volume = f.b.restore(project, &name("two"), &name("former")).await.unwrap();
+    assert_eq!(common::manifest(&volume.path.unwrap()), expected, "brought to life");
+
+    let target = ProjectId::random();
+    let clone = f.b.clone_volume(project, &name("two"), target, &VolumeOptions::default()).await.unwrap();
+    assert_eq!(common::manifest(&clone.path.unwrap()), expected, "cloned");
+}
+
+/// Rewrites the commands of a stream, with right lengths and checksums.
+fn craft(bytes: &[u8], mut edit: impl FnMut(u16, Vec<u8>) -> Vec<(u16, Vec<u8>)>) -> Vec<u8> {
+    let (header, mut rest) = bytes.split_at(17);
+    let mut crafted = header.to_vec();
+    while let Some((head, after)) = rest.split_at_checked(10) {
+        let length = u32::from_le_bytes(head[..4].try_into().unwrap()) as usize;
+        let command = u16::from_le_bytes(head[4..6].try_into().unwrap());
+        let (body, after) = after.split_at(length);
+        for (command, body) in edit(command, body.to_vec()) {
+            let mut whole = u32::try_from(body.len()).unwrap().to_le_bytes().to_vec();
+            whole.extend(command.to_le_bytes());
+            whole.extend([0; 4]);
+            whole.extend(body);
+            let sum = !crc32c::crc32c_append(!0, &whole);
+            whole[6..10].copy_from_slice(&sum.to_le_bytes());
+            crafted.extend(whole);
+        }
+        rest = after;
+    }
+    crafted
+}
+
+fn replace(body: Vec<u8>, from: &[u8], to: &[u8]) -> Vec<u8> {
+    assert_eq!(from.len(), to.len());
+    let at = body.windows(from.len()).position(|window| window == from);
+    at.map_or(body.clone(), |at| [&body[..at], to, &body[at + to.len()..]].concat())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hostile_streams_are_refused_and_write_nothing_outside() {
+    let f = fixture().await;
+    let (project, victim) = (ProjectId::random(), ProjectId::random());
+    let live = f.a.create(project, &VolumeOptions::default()).await.unwrap().path.unwrap();
+    fs::write(live.join("home/target"), vec![5; 300_000]).unwrap();
+    Command::new("cp")
+        .arg("--reflink=always")
+        .args([live.join("home/target"), live.join("home/copied")])
         .status()
         .unwrap();
+    fs::hard_link(live.join("home/target"), live.join("home/linked")).unwrap();
+    f.a.snapshot(project, &name("one")).await.unwrap();
+    let (header, honest) = stream_of(&f.a, project, "one").await;
+    let secret = f.b.create(victim, &VolumeOptions::default()).await.unwrap();
+    fs::write(secret.path.unwrap().join("home/target"), vec![6; 300_000]).unwrap();
+    let secret = f.b.snapshot(victim, &name("secret")).await.unwrap();
+    let (before, elsewhere) = (common::manifest(f.b.path()), header.origin);
+
+    assert_eq!(craft(&honest, |command, body| vec![(command, body)]), honest, "crafting itself is right");
+    let swap = |from: &'static [u8], to: &'static [u8]| {
+        craft(&honest, |command, body| vec![(command, replace(body, from, to))])
+    };
+    let mut clones = 0;
+    let stolen = craft(&honest, |command, body| {
+        // A clone, of which the source is named.
+        let body = if command == 16 {
+            clones += 1;
+            replace(body, elsewhere.as_bytes(), secret.uuid.as_bytes())
+        } else {
+            body
+        };
+        vec![(command, body)]
+    });
+    assert!(clones > 0, "the stream has a clone to be redirected");
+    let cases: Vec<(&str, Vec<u8>)> = vec![
+        ("a path upwards", swap(b"home/target", b"../../../es")),
+        ("a path upwards inside", swap(b"home/target", b"home/../../")),
+        ("an absolute path", swap(b"home/target", b"/tmp/target")),
+        ("a link upwards", swap(b"home/linked", b"../../../es")),
+        ("a NUL", swap(b"home/target", b"home/\0arget")),
+        ("a clone of another project's file", stolen),
+        (
+            "two subvolumes",
+            craft(&honest, |command, body| {
+                let twice = if command == 1 { vec![(command, body.clone())] } else { vec![] };
+                [twice, vec![(command, body)]].concat()
+            }),
+        ),
+        (
+            "no subvolume",
+            craft(&honest, |command, body| if command == 1 { vec![] } else { vec![(command, body)] }),
+        ),
+        (
+            "no end",
+            craft(&honest, |command, body| if command == 21 { vec![] } else { vec![(command, body)] }),
+        ),
+        ("another name", swap(b"one", b"two")),
+        (
+            "an unknown command",
+            craft(&honest, |command, body| vec![(if command == 18 { 99 } else { command }, body)]),
+        ),
+        (
+            "an attribute cut off",
+            craft(&honest, |command, mut body| {
+                if command == 18 {
+                    body.pop();
+                }
+                vec![(command, body)]
+            }),
+        ),
+        ("two streams", [honest.clone(), honest.clone()].concat()),
+        ("garbage", vec![0x5a; 100_000]),
+    ];
+    for (what, crafted) in cases {
+        assert_ne!(crafted, honest, "{what}");
+        let got = f.b.receive(&header, Box::pin(Cursor::new(crafted))).await;
+        assert!(matches!(got, Err(Error::BadStream { .. })), "{what}: {got:?}");
+        assert!(f.b.snapshots(project).await.unwrap().is_empty(), "{what}");
+        nothing_staged(&f.b);
+        assert!(!Path::new("/tmp/target").exists(), "{what}");
+    }
+    f.b.delete(project).await.unwrap();
+    let after = common::manifest(f.b.path());
+    let files = |tree: &std::collections::BTreeMap<Vec<u8>, String>| -> Vec<Vec<u8>> {
+        tree.keys().filter(|path| !path.starts_with(b"trash/")).cloned().collect()
+    };
+    assert_eq!(files(&after), files(&before), "nothing was written anywhere");
+    f.b.receive(&header, Box::pin(Cursor::new(honest))).await.expect("the honest one is taken");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_quota_stops_writes_and_nothing_else() {
+    const LIMIT: u64 = 20 << 20;
+    let f = fixture().await;
+    let project = ProjectId::random();
+    let limited = VolumeOptions { limit_bytes: Some(LIMIT) };
+    let live = f.a.create(project, &limited).await.unwrap().path.unwrap();
+    // In a subvolume that the project nests, too.
+    btrfs(&[Path::new("create"), &live.join("home/nested")]);
+    let mut written = 0;
+    let refused = loop {
+        match fs::write(live.join(format!("home/nested/{written}")), vec![7; 1 << 20]) {
+            Ok(()) => written += 1,
+            Err(error) => break error,
+        }
+        assert!(written < 40, "the limit does not hold");
+    };
+    assert_eq!(refused.kind(), std::io::ErrorKind::QuotaExceeded);
+    let usage = f.a.usage(project).await.unwrap();
+    assert!(usage.charged_bytes <= LIMIT + (1 << 20), "{usage:?}");
+    f.a.snapshot(project, &name("full")).await.expect("a full project can be frozen");
+    f.a.restore(project, &name("full"), &name("former")).await.expect("and restored");
+    f.a.set_aside(project, &name("aside")).await.expect("and set aside");
+
+    // Receiving into a full project fails cleanly.
+    let source = ProjectId::random();
+    let live = f.b.create(source, &VolumeOptions::default()).await.unwrap().path.unwrap();
+    for number in 0..40 {
+        fs::write(live.join(format!("home/{number}")), vec![number; 1 << 20]).unwrap();
+    }
+    f.b.snapshot(source, &name("big")).await.unwrap();
+    let (header, bytes) = stream_of(&f.b, source, "big").await;
+    let target = f.a.create(source, &limited).await.unwrap();
+    let got = f.a.receive(&header, Box::pin(Cursor::new(bytes.clone()))).await;
+    assert!(matches!(got, Err(Error::NoSpace { what: "the project's quota", .. })), "{got:?}");
+    assert!(f.a.snapshots(source).await.unwrap().is_empty());
+    nothing_staged(&f.a);
+    assert_eq!(f.a.volume(source).await.unwrap(), target);
+    assert_eq!(f.a.usage(source).await.unwrap().limit_bytes, Some(LIMIT), "the limit is what it was");
+
+    f.a.set_limit(source, Some(100 << 20)).await.unwrap();
+    f.a.receive(&header, Box::pin(Cursor::new(bytes))).await.expect("with room it is taken");
+    let restored = f.a.restore(source, &name("big"), &name("former")).await.unwrap();
+    let usage = f.a.usage(source).await.unwrap();
+    assert!(usage.charged_bytes >= 40 << 20, "what was received is charged to its project: {usage:?}");
+    let mut more = 0;
+    while fs::write(restored.path.as_ref().unwrap().join(format!("home/more{more}")), vec![1; 1 << 20])
+        .is_ok()
+    {
+        more += 1;
+        assert!(more < 100, "the limit does not hold after a restore");
+    }
+    assert!(more > 10, "only {more} of 60 MiB could be written");
+
+    for store in [&f.a, &f.b] {
+        store.delete(project).await.expect("a full project can be deleted");
+        store.delete(source).await.expect("a full project can be deleted");
+        assert!(store.list().await.unwrap().is_empty());
+        nothing_staged(store);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_volume_takes_back_what_did_not_fit() {
+    let root = tempfile::tempdir().unwrap();
+    let big = volume(root.path(), "big");
+    let small = Loopback::create(&root.path().join("s.img"), 256 << 20, &root.path().join("s")).unwrap();
+    let (a, b) = (fresh(big.path()).await, fresh(small.path()).await);
+    let (project, kept) = (ProjectId::random(), ProjectId::random());
+    let live = a.create(project, &VolumeOptions::default()).await.unwrap().path.unwrap();
+    for number in 0..300_u32 {
+        fs::write(live.join(format!("home/{number}")), number.to_le_bytes().repeat(1 << 18)).unwrap();
+    }
+    a.snapshot(project, &name("big")).await.unwrap();
+    let there = b.create(kept, &VolumeOptions::default()).await.unwrap().path.unwrap();
+    fs::write(there.join("home/precious"), "kept").unwrap();
+    let sent = a.send(project, &name("big"), None).await.unwrap();
+    let got = b.receive(&sent.header, sent.reader).await;
+    assert!(matches!(got, Err(Error::NoSpace { what: "the host's volume", .. })), "{got:?}");
+    assert!(b.snapshots(project).await.unwrap().is_empty());
+    nothing_staged(&b);
+    assert_eq!(fs::read_to_string(there.join("home/precious")).unwrap(), "kept");
+    assert_eq!(a.snapshots(project).await.unwrap().len(), 1, "the source has it still");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn opening_settles_what_was_cut_off() {
+    let Fixture { a, b, volumes, root: _root } = fixture().await;
+    let path = a.path().to_owned();
+    let (undone, deleted) = (ProjectId::random(), ProjectId::random());
+    let options = VolumeOptions::default();
+    let live = a.create(undone, &options).await.unwrap();
+    fs::write(live.path.as_ref().unwrap().join("home/f"), "x").unwrap();
+    a.create(deleted, &options).await.unwrap();
+    a.snapshot(deleted, &name("s")).await.unwrap();
+    drop((a, b));
+
+    let snapshots = path.join("snapshots").join(undone.to_string());
+    // Cut between taking the snapshot and exchanging the volumes.
+    btrfs(&[Path::new("snapshot"), Path::new("-r"), live.path.as_ref().unwrap(), &snapshots.join("former")]);
+    let intent = |text: String| {
+        fs::write(path.join("staging").join(format!("{}.intent", VolumeUuid::random())), text).unwrap();
+    };
+    intent(format!(r#"{{"intent":"replace","project":"{undone}","live":"{}","kept":"former"}}"#, live.uuid));
+    // Cut between putting a received snapshot in place and finishing it.
+    btrfs(&[Path::new("create"), &snapshots.join("half")]);
+    intent(format!(r#"{{"intent":"snapshot","project":"{undone}","name":"half"}}"#));
+    // Cut in the middle of deleting.
+    intent(format!(r#"{{"intent":"delete","project":"{deleted}"}}"#));
+    // Cut while it was being written.
+    intent(r#"{"intent":"del"#.to_owned());
+    // Cut in the middle of receiving.
+    let staging = path.join("staging").join(VolumeUuid::random().to_string());
+    btrfs(&[Path::new("create"), &staging]);
+    btrfs(&[Path::new("create"), &staging.join("inner")]);
+    fs::write(staging.join("inner/f"), "x").unwrap();
+
+    let store = Btrfs::open(&path).await.unwrap();
+    nothing_staged(&store);
+    assert_eq!(store.list().await.unwrap(), [live], "the live volume is what it was");
+    assert!(store.snapshots(undone).await.unwrap().is_empty());
+    assert!(!snapshots.join("half").exists());
+    assert!(!path.join("snapshots").join(deleted.to_string()).exists());
+    drop(store);
+    drop(volumes);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_acknowledged_survives_a_power_cut() {
+    let root = tempfile::tempdir().unwrap();
+    let source = volume(root.path(), "source");
+    // A snapshot of the file system that holds the volume's file is what a
+    // power cut would leave of it.
+    let outer = Loopback::create(&root.path().join("o.img"), 3 << 30, &root.path().join("o")).unwrap();
+    let disk = outer.path().join("disk");
+    btrfs(&[Path::new("create"), &disk]);
+    let inner = Loopback::create(&disk.join("inner.img"), 1 << 30, &root.path().join("inner")).unwrap();
+    let (a, b) = (fresh(source.path()).await, fresh(inner.path()).await);
+
+    let (project, cloned) = (ProjectId::random(), ProjectId::random());
+    let live = a.create(project, &VolumeOptions::default()).await.unwrap().path.unwrap();
+    for number in 0..2000_u32 {
+        fs::write(live.join(format!("home/{number}")), number.to_le_bytes().repeat(500)).unwrap();
+    }
+    common::plant(&live);
+    a.snapshot(project, &name("one")).await.unwrap();
+    let expected = common::manifest(&a.snapshot_path(project, &name("one")).await.unwrap());
+    let cut = |n: &str| -> PathBuf {
+        let copy = outer.path().join(n);
+        btrfs(&[Path::new("snapshot"), &disk, &copy]);
+        copy.join("inner.img")
+    };
+
+    let sent = a.send(project, &name("one"), None).await.unwrap();
+    let received = b.receive(&sent.header, sent.reader).await.unwrap();
+    let after_receive = cut("after-receive");
+    let volume = b.restore(project, &name("one"), &name("former")).await.unwrap();
+    let after_restore = cut("after-restore");
+    b.clone_volume(project, &name("one"), cloned, &VolumeOptions::default()).await.unwrap();
+    let after_clone = cut("after-clone");
+    b.delete(project).await.unwrap();
+    let after_delete = cut("after-delete");
+
+    for (image, what) in [
+        (after_receive, "receive"),
+        (after_restore, "restore"),
+        (after_clone, "clone"),
+        (after_delete, "delete"),
+    ] {
+        let mounted = Loopback::open(&image, &root.path().join(what)).unwrap();
+        let store = Btrfs::open(mounted.path()).await.unwrap();
+        if what == "delete" {
+            assert!(store.snapshots(project).await.unwrap().is_empty(), "{what}");
+            assert!(store.volume(project).await.is_err(), "{what}");
+        } else {
+            assert_eq!(store.snapshots(project).await.unwrap(), [received.clone()], "{what}");
+            let path = store.snapshot_path(project, &name("one")).await.unwrap();
+            assert_eq!(common::manifest(&path), expected, "{what}");
+            assert_eq!(store.volume(project).await.is_ok(), what != "receive", "{what}");
+        }
+        if what == "restore" {
+            assert_eq!(store.volume(project).await.unwrap().uuid, volume.uuid);
+        }
+        if what == "clone" || what == "delete" {
+            let path = store.volume(cloned).await.unwrap().path.unwrap();
+            assert_eq!(common::manifest(&path), expected, "{what}");
+        }
+        drop(store);
+        mounted.close().unwrap();
+    }
+    drop((a, b));
+    inner.close().unwrap();
+    outer.close().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_our_own_volumes_are_opened() {
+    let root = tempfile::tempdir().unwrap();
+    let shm = tempfile::tempdir_in("/dev/shm").unwrap();
+    assert!(matches!(Btrfs::initialize(shm.path()), Err(OpenError::NotBtrfs { .. })));
+    assert!(!probe(shm.path()).unwrap().is_btrfs);
+
+    let volume = volume(root.path(), "v");
+    let path = volume.path();
+    assert!(matches!(Btrfs::open(path).await, Err(OpenError::NotInitialized { .. })));
+    assert!(!probe(path).unwrap().is_initialized);
+    fs::write(path.join("thesis.tex"), "years of work").unwrap();
+    assert!(matches!(Btrfs::initialize(path), Err(OpenError::UnknownData { .. })));
+    assert!(matches!(Btrfs::open(path).await, Err(OpenError::UnknownData { .. })));
+    assert_eq!(fs::read_dir(path).unwrap().count(), 1, "nothing was changed");
+    fs::remove_file(path.join("thesis.tex")).unwrap();
+
+    Btrfs::initialize(path).unwrap();
+    Btrfs::initialize(path).expect("it can be repeated");
+    let store = Btrfs::open(path).await.unwrap();
+    assert!(matches!(Btrfs::open(path).await, Err(OpenError::InUse { .. })));
+    let probed = probe(path).unwrap();
+    assert!(probed.is_btrfs && probed.is_initialized && probed.free_bytes > 0);
+    assert_eq!(probed.quotas, QuotaKind::Simple);
+    assert!(store.free_bytes().unwrap() > 500 << 20);
+    drop(store);
+    fs::write(path.join(".cocalc-volume"), r#"{"layout":2,"id":"x"}"#).unwrap();
+    assert!(matches!(Btrfs::open(path).await, Err(OpenError::UnknownLayout { .. })));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn images_are_imported_once_and_whole() {
+    let f = fixture().await;
+    let tree = f.root.path().join("image");
+    fs::create_dir_all(tree.join("home")).unwrap();
+    common::plant(&tree);
+    fs::remove_file(tree.join("home/plain")).unwrap();
+    let tar = f.root.path().join("image.tar");
+    let status = Command::new("tar")
+        .args(["--create", "--xattrs", "--xattrs-include=*", "--format=pax", "--sparse", "--numeric-owner"])
+        .arg("--file")
+        .arg(&tar)
+        .arg("--directory")
+        .arg(&tree)
+        .arg(".")
+        .status();
+    assert!(status.unwrap().success());
+    let digest = f.a.import_image_file(&tar).await.unwrap();
+    assert_eq!(f.a.import_image_file(&tar).await.unwrap(), digest, "it can be repeated");
+    let stream = tokio::fs::File::open(&tar).await.unwrap();
+    assert_eq!(f.a.import_image(Box::pin(stream)).await.unwrap(), digest, "from a stream too");
+    assert_eq!(f.a.images().await.unwrap(), [digest]);
+    let path = f.a.image_path(&digest).await.unwrap();
+    let (mut got, mut expected) = (common::manifest(&path), common::manifest(&tree));
+    // The archive has no holes at its ends, and tar keeps no time of a socket
+    // or of the root, which is ours.
+    got.remove(b"".as_slice());
+    expected.remove(b"".as_slice());
+    assert_eq!(got, expected);
+    assert!(fs::write(path.join("f"), "x").is_err(), "an image is read-only");
+
+    let bytes = fs::read(&tar).unwrap();
+    let end = bytes.iter().rposition(|byte| *byte != 0).unwrap() + 1;
+    for length in [0, 512, 700, end / 2, end, end.next_multiple_of(512)] {
+        let cut = f.a.import_image(Box::pin(Cursor::new(bytes[..length].to_vec()))).await;
+        assert!(matches!(cut, Err(ImageError::BadArchive { .. })), "cut at {length}: {cut:?}");
+    }
+    let absent = ImageDigest::from_bytes([0; 32]);
+    assert!(matches!(f.a.image_path(&absent).await, Err(ImageError::NotFound { .. })));
+    assert_eq!(f.a.images().await.unwrap(), [digest]);
+    nothing_staged(&f.a);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sender_that_fails_is_heard_and_a_dropped_one_is_ended() {
+    let f = fixture().await;
+    let project = ProjectId::random();
+    let live = f.a.create(project, &VolumeOptions::default()).await.unwrap().path.unwrap();
+    for number in 0..64_u8 {
+        fs::write(live.join(format!("home/{number}")), vec![number; 1 << 20]).unwrap();
+    }
+    f.a.snapshot(project, &name("one")).await.unwrap();
+    let sent = f.a.send(project, &name("one"), None).await.unwrap();
+    drop(sent);
+    // While it is being sent, a snapshot cannot go; it must be able to soon.
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while let Err(error) = f.a.delete_snapshot(project, &name("one")).await {
+        assert!(Instant::now() < deadline, "the sender goes on: {error:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    drop(f.volumes);
+}
+
+#[test]
+fn loopback_volumes_are_found_again_by_their_file() {
+    let root = tempfile::tempdir().unwrap();
+    let (image, at) = (root.path().join("v with blank.img"), root.path().join("mount point"));
+    let volume = Loopback::create(&image, 256 << 20, &at).unwrap();
+    fs::write(volume.path().join("f"), "kept").unwrap();
+    assert!(Loopback::create(&image, 256 << 20, &at).is_err(), "an existing file is not formatted");
+    assert_eq!(loopback::devices_of(&image).unwrap().len(), 1);
+    // As after kill -9: nobody unmounts.
+    volume.keep();
+    let again = Loopback::open(&image, &at).unwrap();
+    assert_eq!(loopback::devices_of(&image).unwrap().len(), 1, "it is taken over");
+    again.keep();
+    loopback::release(&image).unwrap();
+    loopback::release(&image).expect("it can be repeated");
+    assert!(loopback::devices_of(&image).unwrap().is_empty());
+    assert!(!at.join("f").exists());
+    let volume = Loopback::open_or_create(&image, 256 << 20, &at).unwrap();
+    assert_eq!(fs::read_to_string(volume.path().join("f")).unwrap(), "kept");
+    let panicked = std::panic::catch_unwind(move || {
+        let _volume = volume;
+        panic!("with the volume in hand");
+    });
+    assert!(panicked.is_err());
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !loopback::devices_of(&image).unwrap().is_empty() {
+        assert!(Instant::now() < deadline, "a panic leaves the device attached");
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }

@@ -29,6 +29,8 @@ use crate::{
 };
 
 const CHUNK: usize = 128 << 10;
+/// An archive ends with two blocks of zeros.
+const END_MARK: usize = 1024;
 /// How long unpacking may take no input or give no end.
 const STALL_LIMIT: Duration = Duration::from_secs(600);
 
@@ -208,12 +210,17 @@ async fn unpack(place: &Path, mut archive: BoxRead) -> Result<ImageDigest, Image
     let mut running = running.map_err(bad)?;
     let mut stdin = running.child.stdin.take().ok_or_else(|| bad("tar has no input"))?;
     let (mut hash, mut chunk, mut accepts) = (Sha256::new(), vec![0; CHUNK], true);
+    let mut zeros = 0;
     loop {
         let length = timeout(STALL_LIMIT, archive.read(&mut chunk)).await.map_err(bad)?.map_err(bad)?;
         if length == 0 {
             break;
         }
         hash.update(&chunk[..length]);
+        zeros = match chunk[..length].iter().rposition(|byte| *byte != 0) {
+            Some(last) => length - 1 - last,
+            None => zeros + length,
+        };
         // tar stops at the end mark; what follows still counts in the digest.
         accepts =
             accepts && timeout(STALL_LIMIT, stdin.write_all(&chunk[..length])).await.map_err(bad)?.is_ok();
@@ -222,6 +229,10 @@ async fn unpack(place: &Path, mut archive: BoxRead) -> Result<ImageDigest, Image
     let status = timeout(STALL_LIMIT, running.child.wait()).await.map_err(bad)?.map_err(bad)?;
     if !status.success() {
         return Err(bad(format!("tar failed, {status}: {}", running.words())));
+    }
+    // tar takes an archive that is cut between two files for a whole one.
+    if zeros < END_MARK {
+        return Err(bad("it is cut off"));
     }
     Ok(ImageDigest::from_bytes(hash.finalize().into()))
 }
