@@ -19,7 +19,7 @@ fn without_faults_every_move_arrives() {
 #[test]
 fn one_owner_and_one_live_copy_remain_after_some_faults() {
     let (mut moved, mut aborted) = (0, 0);
-    for seed in seeds(400) {
+    for seed in seeds(300) {
         match run(seed, &Faults::SOME).outcome {
             MoveOutcome::Moved => moved += 1,
             MoveOutcome::Aborted => aborted += 1,
@@ -32,7 +32,7 @@ fn one_owner_and_one_live_copy_remain_after_some_faults() {
 #[test]
 fn one_owner_and_one_live_copy_remain_after_many_faults() {
     let mut crashes = 0;
-    for seed in seeds(400) {
+    for seed in seeds(300) {
         crashes += run(seed, &Faults::MANY).crashes;
     }
     assert!(crashes > 0);

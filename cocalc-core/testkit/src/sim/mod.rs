@@ -84,7 +84,10 @@ async fn simulate(seed: u64, faults: &Faults, single: Option<(Fault, u64)>) -> (
     if !matches!(ended, Ok(Ok(()))) {
         world.violate("the move did not end");
     }
-    // Commands that were repeated late are still under way.
+    // Hosts crash on after the move has ended, and commands that were repeated
+    // late are still under way.
+    let calm = world.lock().calm();
+    tokio::time::sleep_until(calm).await;
     tokio::time::sleep(Duration::from_secs(70)).await;
     meddler.abort();
     writer.abort();

@@ -297,6 +297,11 @@ impl World {
         self.unleashed = true;
     }
 
+    /// When the faults have stopped.
+    pub(super) fn calm(&self) -> Instant {
+        self.faults_until
+    }
+
     pub(super) fn faulty(&self) -> bool {
         Instant::now() < self.faults_until
     }
