@@ -15,14 +15,15 @@ use cocalc_auth::{
     mint::NewToken,
     session::{SessionHash, SessionRecord},
     store::{AclStore, EndSessions, MemoryStore, Save, Saved, StoreError},
-    stream::{AccountState, Entry},
+    stream::{AccountState, Entry, ProjectAcl},
     token::{TokenId, Usage},
 };
+use cocalc_auth_live::ProxyCheck;
 use cocalc_core::{
     auth::{Admission, Auth, Context, Credential, Denial, Secret, Tier, Via},
     clock::SystemClock,
     control::Settings,
-    ids::{Action, Epoch, HostId, ProjectId, Scope, Timestamp},
+    ids::{Action, Epoch, HostId, ProjectId, ProxyId, Scope, Timestamp},
     memory::{bus::MemoryBus, clock::ManualClock},
 };
 use rig::{Master, Rig, account, acl, host, project, relaxed, state};
@@ -299,6 +300,7 @@ async fn one_use_tokens_from_before_the_boot_are_not_believed() {
     rig.wait_for(Tier::Fresh).await;
     let once = rig.master.token(|new| new.usage(Usage::Once).ttl(Duration::from_secs(300)));
     assert!(rig.verify(&once).await.is_ok());
+    rig.until("the saved lease", || rig.store.load().unwrap().standing.is_some()).await;
     drop(rig.driver.take());
 
     // The same machine, a moment after it came up again.
@@ -430,4 +432,75 @@ async fn dropping_the_driver_ends_its_tasks() {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     panic!("a task still holds the daemon's handler");
+}
+
+#[tokio::test]
+async fn a_proxy_checks_the_token_and_leaves_the_rest_to_the_host() {
+    let settings = Settings { keepalive_ms: 100, lease_ms: 1_000, grace_ms: 0 };
+    let rig = Rig::new(settings).await;
+    let check = ProxyCheck::new(rig.knowledge.clone());
+    let elsewhere = HostId::from_bytes([9; 16]);
+    let stranger = NewToken::new(rig::ISSUER, elsewhere, account(9), project(1), Epoch::FIRST);
+    let Credential::Token(token) = rig.master.token(|_| stranger.scopes([Scope::Http]).usage(Usage::Once))
+    else {
+        panic!()
+    };
+    // For another host, of somebody unknown, and once: again and again.
+    for _ in 0..2 {
+        let claims = check.token(token.expose(), project(1)).unwrap();
+        assert_eq!((claims.aud.0, claims.sub), (elsewhere, account(9)));
+    }
+    assert!(matches!(check.token(token.expose(), project(2)), Err(Denial::BadCredential(_))));
+    assert!(matches!(check.token("a.b.c", project(1)), Err(Denial::BadCredential(_))));
+    rig.master.lock().silent = true;
+    rig.wait_for(Tier::Expired).await;
+    assert_eq!(check.token(token.expose(), project(1)).unwrap_err(), Denial::Stale);
+}
+
+#[tokio::test]
+async fn an_enrolled_proxy_attests_where_it_is_allowed() {
+    let rig = Rig::new(relaxed()).await;
+    let proxy = ProxyId::from_bytes([5; 16]);
+    let attested =
+        Credential::AttestedSshKey { key: "ssh-ed25519 KEY1".to_owned(), proxy: proxy.to_string() };
+    rig.master.send(Entry::Proxy { proxy, identity: Some("key".to_owned()) }).await;
+    let allowed = |version, proxy_ssh| Entry::Project(ProjectAcl { proxy_ssh, ..acl(1, version, &[1]) });
+    let version = || rig.knowledge.with(|acl| acl.project(project(1)).map(|acl| acl.version));
+    for (at, proxy_ssh) in [(2, false), (3, true)] {
+        rig.master.send(allowed(at, proxy_ssh)).await;
+        rig.until("the change", || version() == Some(at)).await;
+        assert_eq!(rig.verify(&attested).await.is_ok(), proxy_ssh);
+    }
+    let ssh = Action::Use(Scope::Ssh);
+    let principal = rig.verify(&attested).await.unwrap();
+    let admission = rig.auth.admit(&principal, project(1), ssh).await.unwrap();
+    assert!(rig.auth.admit(&principal, project(1), HTTP).await.is_err(), "a key opens SSH only");
+    // The key is taken off the account's list.
+    rig.master.send(Entry::Account(AccountState { keys: vec![], ..state(1) })).await;
+    assert_eq!(ends(&admission).await, Denial::Forbidden("the key was removed".to_owned()));
+    rig.master.send(Entry::Proxy { proxy, identity: None }).await;
+    rig.until("the withdrawal", || {
+        rig.knowledge.with(|acl| acl.attesting_proxy(project(1), proxy).is_none())
+    })
+    .await;
+    assert!(rig.verify(&attested).await.is_err());
+}
+
+#[tokio::test]
+async fn sessions_move_with_their_project() {
+    let (from, to) = (Rig::new(relaxed()).await, Rig::new(relaxed()).await);
+    let principal = from.verify(&from.master.token(|new| new)).await.unwrap();
+    let cookie = Credential::Session(from.auth.open_session(&principal, project(1)).await.unwrap());
+    let sessions = from.knowledge.project_sessions(project(1)).unwrap();
+    assert_eq!(sessions.len(), 1);
+    assert!(to.verify(&cookie).await.is_err());
+    to.knowledge.adopt_sessions(project(2), &sessions).unwrap();
+    assert!(to.verify(&cookie).await.is_err(), "sessions of another project than the one that moves");
+    to.knowledge.adopt_sessions(project(1), &sessions).unwrap();
+    assert_eq!(to.verify(&cookie).await.unwrap().account, account(1));
+    let admission = admit(&from, &cookie).await;
+    from.knowledge.close_project(project(1));
+    assert!(matches!(ends(&admission).await, Denial::NotHere(_)));
+    assert_eq!(from.knowledge.end_project_sessions(project(1)).unwrap(), 1);
+    assert!(from.verify(&cookie).await.is_err());
 }

@@ -89,3 +89,13 @@ fn demonstrate() -> Result<bool> {
     ];
     Ok(outcomes == [true, false, false, false])
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lets_in_what_it_should_and_nothing_else() {
+        assert!(demonstrate().unwrap());
+    }
+}
