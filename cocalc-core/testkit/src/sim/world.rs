@@ -212,7 +212,7 @@ impl Shared {
         let project = ProjectId::from_random_bytes(bytes());
         let ids = [HostId::from_random_bytes(bytes()), HostId::from_random_bytes(bytes())];
         let move_id = MoveId::from_random_bytes(bytes());
-        let (deltas, wanted) = (split_mix(&mut random) % 4 > 0, split_mix(&mut random) % 4 > 0);
+        let (deltas, wanted) = (split_mix(&mut random) & 3 > 0, split_mix(&mut random) & 3 > 0);
         let tuning = Tuning { step_ms: 10_000, seed_ms: 60_000, catch_up_ms: 30_000, ..Tuning::default() };
         let spec = MoveSpec {
             move_id,
