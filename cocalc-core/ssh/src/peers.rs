@@ -123,7 +123,10 @@ impl SshPeers {
                 return wire::send(&mut stream, &Answer::Moved { host: moved.host, ssh: moved.ssh }).await;
             }
             Err(refusal) => {
-                let answer = Answer::Refused { code: refusal.code, message: refusal.message };
+                let answer = match refusal.elsewhere {
+                    Some(moved) => Answer::Moved { host: moved.host, ssh: moved.ssh },
+                    None => Answer::Refused { code: refusal.code, message: refusal.message },
+                };
                 return wire::send(&mut stream, &answer).await;
             }
         };

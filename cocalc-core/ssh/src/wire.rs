@@ -73,7 +73,7 @@ pub(crate) enum Answer {
     /// Let in. The ticket opens processes and connections until this stream
     /// ends.
     LoggedIn { ticket: String },
-    /// Authenticated, but the project is there.
+    /// Not decided: the project is there now.
     Moved { host: HostId, ssh: String },
     /// Not let in.
     Refused { code: String, message: String },

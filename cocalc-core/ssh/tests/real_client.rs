@@ -1,6 +1,8 @@
 //! This crate's own client, and clients that break the protocol. Needs the
 //! package openssh-client.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by it, in its helpers too")]
+
 mod common;
 
 use std::{collections::BTreeMap, time::Duration};

@@ -2,6 +2,8 @@
 //! scp, and rsync. Needs the packages openssh-client, openssh-sftp-server,
 //! rsync and python3.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by it, in its helpers too")]
+
 mod common;
 
 use std::{
@@ -409,8 +411,8 @@ async fn a_stopped_project_is_waited_for() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_moved_project_says_where_it_is() {
     let world = World::new().await;
-    let mut address = cocalc_core::router::HostAddress::default();
-    address.ssh = "beta.example.com:7821".into();
+    let address =
+        cocalc_core::router::HostAddress { ssh: "beta.example.com:7821".into(), ..Default::default() };
     world.router.route.lock().unwrap().as_mut().unwrap().how = cocalc_core::router::Reach::Remote(address);
     let output = world.run(world.direct, "echo never", b"").await;
     assert_eq!(output.status.code(), Some(255));
@@ -425,6 +427,28 @@ async fn a_moved_project_says_where_it_is() {
         .args(["127.0.0.1", "true"]);
     let said = text(&finish(command, b"").await.stderr);
     assert!(!said.contains("beta.example.com"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_proxy_follows_a_move_that_it_has_not_heard_of() {
+    let world = World::new().await;
+    {
+        let mut route = world.router.route.lock().unwrap();
+        let route = route.as_mut().unwrap();
+        route.host = world.beta;
+        route.how = cocalc_core::router::Reach::Remote(cocalc_core::router::HostAddress {
+            ssh: "beta.example.com:7821".into(),
+            ..Default::default()
+        });
+    }
+    // The old host knows the project's keys no more, so it tells its users
+    // nothing, but the proxy where to ask.
+    world.rights.held.store(false, std::sync::atomic::Ordering::SeqCst);
+    let output = world.run(world.proxied, "echo in", b"").await;
+    assert_eq!(text(&output.stdout), "in\n", "{}", text(&output.stderr));
+    let output = world.run(world.direct, "echo in", b"").await;
+    assert!(text(&output.stderr).contains("Permission denied"), "{}", text(&output.stderr));
+    assert!(!text(&output.stderr).contains("beta"), "{}", text(&output.stderr));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use cocalc_core::{
     auth::{Auth, Context, Denial},
     ids::{Action, ProjectId, Scope},
-    router::{Reach, Router},
+    router::{Reach, Route, Router},
     runner::{Error, ExecRequest, Process},
     stream::BoxStream,
     wake::{Awake, Wake},
@@ -39,6 +39,16 @@ impl LocalGate {
         self
     }
 
+    /// Where `project` has gone, if it has.
+    async fn elsewhere(&self, project: ProjectId) -> Option<Moved> {
+        match self.router.route(project).await {
+            Ok(Route { host, how: Reach::Remote(address), .. }) => {
+                Some(Moved { project, host, ssh: address.ssh })
+            }
+            _ => None,
+        }
+    }
+
     /// Where `project` is, once no move is cutting over; `None` if unknown.
     async fn settled(&self, project: ProjectId) -> Option<Reach> {
         let mut changes = self.router.changes();
@@ -46,7 +56,7 @@ impl LocalGate {
             loop {
                 match self.router.route(project).await {
                     Ok(route) if route.how == Reach::Parked => {}
-                    Ok(route) => return Some((route.host, route.how)),
+                    Ok(route) => return Some(route.how),
                     Err(_) => return None,
                 }
                 // A closed or lagging receiver is no reason to miss the
@@ -55,7 +65,7 @@ impl LocalGate {
             }
         };
         match tokio::time::timeout(PARKED_MAX, settled).await {
-            Ok(found) => found.map(|(_, how)| how),
+            Ok(found) => found,
             Err(_) => Some(Reach::Parked),
         }
     }
@@ -77,17 +87,23 @@ impl Gate for LocalGate {
                     &Denial::Forbidden("not for this project, or not for SSH".into()),
                 ));
             }
-            Err(denial) => return Err(refuse(project, &denial)),
+            Err(denial) => {
+                let elsewhere = match denial {
+                    Denial::NotHere(_) => self.elsewhere(project).await,
+                    _ => None,
+                };
+                return Err(Refusal { elsewhere, ..refuse(project, &denial) });
+            }
         };
         let action = Action::Use(Scope::Ssh);
         let denial = match self.settled(project).await {
-            Some(Reach::Remote(address)) => {
-                let route = self.router.route(project).await.map_err(|_| Refusal::access_denied())?;
+            Some(Reach::Remote(_)) => {
+                let moved = self.elsewhere(project).await.ok_or_else(Refusal::access_denied)?;
                 // Whoever holds a good credential may know where the project
                 // is, although this host can no longer decide for it.
                 match self.auth.authorize(&principal, project, action).await.outcome {
                     Ok(()) | Err(Denial::NotHere(_)) => {
-                        return Ok(Login::Moved(Moved { project, host: route.host, ssh: address.ssh }));
+                        return Ok(Login::Moved(moved));
                     }
                     Err(denial) => denial,
                 }

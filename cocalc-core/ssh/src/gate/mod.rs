@@ -96,6 +96,10 @@ pub struct Refusal {
     pub code: String,
     /// For people.
     pub message: String,
+    /// Where the project is, if this host has given it away and therefore
+    /// cannot decide. Not for the user, who has proved nothing; a proxy asks
+    /// there instead.
+    pub elsewhere: Option<Moved>,
 }
 
 impl Refusal {
@@ -108,6 +112,7 @@ impl Refusal {
                 "Access denied: there is no such project here, or this key or token does not open it, or \
                       its host cannot be reached."
                     .into(),
+            elsewhere: None,
         }
     }
 }
@@ -123,6 +128,6 @@ impl From<&Denial> for Refusal {
             Denial::Unauthenticated => "No credential was shown.".to_owned(),
             _ => return Self::access_denied(),
         };
-        Self { code: code.to_owned(), message }
+        Self { code: code.to_owned(), message, elsewhere: None }
     }
 }

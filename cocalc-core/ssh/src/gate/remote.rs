@@ -85,7 +85,7 @@ impl Gate for RemoteGate {
                 }
                 // A route lags behind a move; whoever was there knows better.
                 Answer::Moved { host: next, .. } => host = next,
-                Answer::Refused { code, message } => return Err(Refusal { code, message }),
+                Answer::Refused { code, message } => return Err(Refusal { code, message, elsewhere: None }),
                 answer => {
                     tracing::warn!(%project, %host, ?answer, "the host answered an SSH login with something else");
                     return Err(Refusal::access_denied());

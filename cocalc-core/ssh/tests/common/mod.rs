@@ -17,7 +17,7 @@ use std::{
     process::{Output, Stdio},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -54,6 +54,8 @@ pub struct Rights {
     pub project: ProjectId,
     pub key: String,
     pub trusted_proxy: Option<ProxyId>,
+    /// Whether the host still has the project, and so knows its keys.
+    pub held: AtomicBool,
     revoked: watch::Sender<Option<Denial>>,
     pub admitted: Arc<AtomicUsize>,
 }
@@ -76,6 +78,10 @@ impl Drop for Counted {
 impl Auth for Rights {
     async fn verify(&self, credential: &Credential, context: &Context) -> Result<Principal, Denial> {
         let bad = || Denial::BadCredential("unknown".into());
+        let is_key = matches!(credential, Credential::SshKey(_) | Credential::AttestedSshKey { .. });
+        if is_key && !self.held.load(Ordering::SeqCst) {
+            return Err(Denial::NotHere("given away".into()));
+        }
         let via = match credential {
             Credential::SshKey(key) if *key == self.key => Via::SshKey { key: KeyId::random() },
             Credential::AttestedSshKey { key, proxy }
@@ -300,16 +306,15 @@ impl ProcessHandle for Child {
     }
 }
 
-/// Reaches the host's [`SshPeers`] in this process, as one proxy.
+/// Reaches the [`SshPeers`] of hosts in this process, as one proxy.
 pub struct InMemory {
-    pub host: HostId,
-    pub peers: Arc<SshPeers>,
+    pub hosts: Vec<(HostId, Arc<SshPeers>)>,
     pub proxy: ProxyId,
 }
 
 impl fmt::Debug for InMemory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("InMemory").field("host", &self.host).finish_non_exhaustive()
+        f.debug_struct("InMemory").field("proxy", &self.proxy).finish_non_exhaustive()
     }
 }
 
@@ -323,11 +328,11 @@ impl Connector for InMemory {
         _: Duration,
     ) -> Result<BoxStream, connector::Error> {
         assert_eq!(service, Service::Ssh);
-        if host != self.host {
+        let Some((_, peers)) = self.hosts.iter().find(|(id, _)| *id == host) else {
             return Err(connector::Error::Unknown { host });
-        }
+        };
         let (ours, theirs) = tokio::io::duplex(64 * 1024);
-        let (peers, proxy) = (self.peers.clone(), self.proxy);
+        let (peers, proxy) = (peers.clone(), self.proxy);
         tokio::spawn(async move {
             let _ = peers.serve(Box::pin(theirs), proxy).await;
         });
@@ -339,6 +344,8 @@ impl Connector for InMemory {
 pub struct World {
     pub directory: tempfile::TempDir,
     pub project: ProjectId,
+    /// Another host, which would have the project too.
+    pub beta: HostId,
     pub rights: Arc<Rights>,
     pub router: Arc<OneRoute>,
     pub shells: Arc<Shells>,
@@ -361,19 +368,28 @@ impl World {
         std::fs::create_dir(directory.path().join("home")).unwrap();
         let project = ProjectId::random();
         let (host, proxy) = (HostId::random(), ProxyId::random());
-        let rights = Arc::new(Rights {
-            project,
-            key,
-            trusted_proxy: Some(proxy),
-            revoked: watch::Sender::new(None),
-            admitted: Arc::default(),
-        });
+        let rights = || {
+            Arc::new(Rights {
+                project,
+                key: key.clone(),
+                trusted_proxy: Some(proxy),
+                held: AtomicBool::new(true),
+                revoked: watch::Sender::new(None),
+                admitted: Arc::default(),
+            })
+        };
+        let (rights, beta_rights) = (rights(), rights());
+        let beta = HostId::random();
         let shells = Arc::new(Shells { home: directory.path().join("home"), starting: AtomicUsize::new(0) });
         let router = OneRoute::new(project, host, Reach::Local);
         let gate = Arc::new(LocalGate::new(rights.clone(), router.clone(), Arc::new(Shared(shells.clone()))));
         let peers = Arc::new(SshPeers::new(gate.clone()));
+        let beta_router = OneRoute::new(project, beta, Reach::Local);
+        let beta_gate = LocalGate::new(beta_rights, beta_router, Arc::new(Shared(shells.clone())));
+        let beta_peers = Arc::new(SshPeers::new(Arc::new(beta_gate)));
+        let hosts = vec![(host, peers), (beta, beta_peers)];
         let away = OneRoute::new(project, host, Reach::Remote(HostAddress::default()));
-        let remote = Arc::new(RemoteGate::new(away, Arc::new(InMemory { host, peers, proxy })));
+        let remote = Arc::new(RemoteGate::new(away, Arc::new(InMemory { hosts, proxy })));
         let keys = HostKeys::load_or_create(&directory.path().join("host_key")).unwrap();
         let host_keys = keys.public();
         let mut servers = tokio::task::JoinSet::new();
@@ -391,6 +407,7 @@ impl World {
         Self {
             directory,
             project,
+            beta,
             rights,
             router,
             shells,
