@@ -117,6 +117,12 @@ async fn what_lost_its_supervisor_ends_with_the_project() {
     assert!(stopped.reason.is_some(), "nobody asked for it");
     world.runner.stop(spec.project, Duration::from_secs(1)).await.unwrap();
     assert!(!is_alive(&orphan), "found by its mark, and killed");
+
+    world.runner.start(&spec).await.unwrap();
+    let again = ProcessRunner::open(world.dir.path().join("state")).await.unwrap();
+    again.cleanup().await.unwrap();
+    assert!(again.list().await.unwrap().is_empty());
+    assert_eq!(world.runner.status(spec.project).await.unwrap().state, State::Stopped);
 }
 
 fn is_alive(process: &Path) -> bool {

@@ -20,7 +20,7 @@ use cocalc_core::{
 };
 use cocalc_podman::Outbound;
 use cocalc_testkit::runner::{Harness, contract};
-use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use world::World;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -384,4 +384,24 @@ async fn projects_reach_the_outside_unless_denied() {
     let (exit, _) = closed.run_as(denied.project, None, ask).await;
     assert_ne!(exit, Exit::Code(0));
     assert_eq!(world.run(spec.project, ask).await, "198.51.100.1\n", "the other still does");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_image_serves_sftp_to_its_ordinary_user() {
+    let world = World::new().await;
+    let spec = world.started(40).await;
+    let request = ExecRequest { command: Command::Sftp, ..ExecRequest::default() };
+    let mut process = world.podman.exec(spec.project, request).await.unwrap();
+    // SSH_FXP_INIT of version 3 is answered by SSH_FXP_VERSION.
+    process.stdin.write_all(&[0, 0, 0, 5, 1, 0, 0, 0, 3]).await.unwrap();
+    let mut answer = [0; 9];
+    process.stdout.read_exact(&mut answer).await.unwrap();
+    assert_eq!(answer[4..], [2, 0, 0, 0, 3]);
+    process.stdin.shutdown().await.unwrap();
+    assert_eq!(process.handle.wait().await.unwrap(), Exit::Code(0));
+    let said = world.run(spec.project, "id -un; pwd; echo $SHELL; sudo -n id -u; hostname").await;
+    let short: String = spec.project.to_string().chars().take(8).collect();
+    assert_eq!(said, format!("user\n/home/user\n/bin/bash\n0\nproject-{short}\n"));
+    let nobody = ExecRequest { user: Some("nosuch".into()), ..ExecRequest::default() };
+    assert!(matches!(world.podman.exec(spec.project, nobody).await, Err(Error::Invalid { .. })));
 }

@@ -126,6 +126,21 @@ impl ProcessRunner {
         Ok(Self { shared: Arc::new(Shared { state_dir, helper, projects: Mutex::new(projects) }) })
     }
 
+    /// Ends every project of this runner, also those that a killed daemon left;
+    /// their files stay.
+    ///
+    /// # Errors
+    ///
+    /// The first project that could not be ended; the others are.
+    pub async fn cleanup(&self) -> Result<()> {
+        let known: Vec<ProjectId> = self.shared.projects().keys().copied().collect();
+        let mut done = Ok(());
+        for project in known {
+            done = done.and(self.remove(project).await);
+        }
+        done
+    }
+
     async fn run_to_end<T: Send + 'static>(
         &self,
         project: ProjectId,
