@@ -1,6 +1,8 @@
 //! Directory storage: the contract, what it keeps of files, and hostile
 //! streams. Runs as any user.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests report by panicking, in helpers too")]
+
 mod common;
 
 use std::{

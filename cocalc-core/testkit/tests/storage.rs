@@ -1,6 +1,8 @@
 //! The storage suite holds the model to its promises, and catches backends
 //! that break them.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests report by panicking, in helpers too")]
+
 use std::sync::Arc;
 
 use async_trait::async_trait;
