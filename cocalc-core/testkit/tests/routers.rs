@@ -1,5 +1,7 @@
 //! The routers that come with the core keep the contract.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test reports by panicking")]
+
 use std::sync::{
     Arc,
     atomic::{AtomicUsize, Ordering},

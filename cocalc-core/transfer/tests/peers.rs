@@ -1,5 +1,7 @@
 //! The channel over real TCP: who gets in, and what a broken peer can do.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test reports by panicking")]
+
 use std::{
     net::IpAddr,
     sync::{Arc, Mutex},

@@ -1,6 +1,8 @@
 //! Snapshots over real TCP and TLS: what arrives, and what is left of what
 //! does not.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test reports by panicking")]
+
 use std::{
     io,
     pin::Pin,
