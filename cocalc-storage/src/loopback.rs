@@ -143,10 +143,11 @@ impl Loopback {
     ///
     /// # Errors
     ///
-    /// Something in it stays in use.
+    /// Something in it stays in use; it is out of sight then, and goes when
+    /// that is let go of.
     pub fn close(mut self) -> Result<(), LoopbackError> {
-        self.keep = true;
         unmount_idle(&self.mount_point).map_err(at("unmount", &self.mount_point))?;
+        self.keep = true;
         wait_detached(&self.image).map_err(at("detach", &self.image))
     }
 }
