@@ -1,3 +1,53 @@
-//! The `cocalc` command line.
+//! The `cocalc` command line: a client of the master's API, `cocalc up`, which
+//! runs a whole federation on this machine, and `cocalc doctor`.
 
-fn main() {}
+mod api;
+mod args;
+mod doctor;
+mod down;
+mod failure;
+mod output;
+mod profile;
+mod ssh;
+mod up;
+mod verbs;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+
+use crate::{
+    args::{Arguments, Command},
+    failure::Failure,
+};
+
+fn main() -> ExitCode {
+    // Usage errors leave here, with exit code 2.
+    let arguments = Arguments::parse();
+    match run(arguments) {
+        Ok(code) => code,
+        Err(failure) => {
+            eprintln!("cocalc: {failure}");
+            failure.code()
+        }
+    }
+}
+
+fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
+    let output = arguments.output;
+    let done = |()| ExitCode::SUCCESS;
+    match arguments.command {
+        Command::Up(options) => up::run(&options),
+        Command::Down(options) => down::run(&options).map(done),
+        Command::Doctor(options) => doctor::run(&options, output),
+        Command::Completion { shell } => {
+            clap_complete::generate(shell, &mut Arguments::command(), "cocalc", &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Login { url, token } => profile::save(&url, &token).map(done),
+        verb => {
+            let api = profile::api(arguments.url, arguments.token)?;
+            verbs::run(&api, output, verb)
+        }
+    }
+}

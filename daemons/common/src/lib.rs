@@ -17,8 +17,11 @@
 //! # Ok::<(), cocalc_daemon::config::Error>(())
 //! ```
 
+pub mod bus;
 pub mod config;
 pub mod files;
+pub mod join;
+pub mod probe;
 
 use std::process::ExitCode;
 

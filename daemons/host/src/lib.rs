@@ -1,1 +1,39 @@
-//! The CoCalc host daemon, embeddable.
+//! A project-host: stores and runs projects, and lets their users in.
+//!
+//! [`Host`] composes storage, runner, grants, authentication, HTTP, SSH and the
+//! channel to its peers; `cocalc-host` is a thin program on it. An integrator
+//! brings storage and runner of their own with [`Backends`], and runs a host
+//! inside their own server. It never mints tokens and never decides who owns a
+//! project: the master does.
+//!
+//! ```no_run
+//! use cocalc_host::{Config, Host};
+//!
+//! #[tokio::main]
+//! async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//!     let config: Config = cocalc_daemon::config::load("host", Some("host.toml".as_ref()))?;
+//!     let host = Host::start(config).await?;
+//!     host.run_until(cocalc_daemon::shutdown_signal()).await;
+//!     Ok(())
+//! }
+//! ```
+
+mod backends;
+mod config;
+mod endpoints;
+mod error;
+mod host;
+mod inbox;
+mod lifecycle;
+mod peers;
+mod registrar;
+mod startup;
+mod wake;
+mod watch;
+
+pub use backends::Backends;
+pub use config::{Config, RunnerKind, StorageKind};
+pub use error::Error;
+pub use host::Host;
+pub use lifecycle::Lifecycle;
+pub use startup::Startup;

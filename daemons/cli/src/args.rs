@@ -1,0 +1,342 @@
+//! The command line's grammar. Grown, never renamed: scripts depend on it.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Federated collaborative computing.
+#[derive(Debug, Parser)]
+#[command(name = "cocalc", version, propagate_version = true)]
+pub(crate) struct Arguments {
+    /// The master's address.
+    #[arg(long, global = true, env = "COCALC_URL")]
+    pub(crate) url: Option<String>,
+    /// An API token.
+    #[arg(long, global = true, env = "COCALC_TOKEN", hide_env_values = true)]
+    pub(crate) token: Option<String>,
+    /// How results are printed.
+    #[arg(long, global = true, value_enum, default_value_t = Output::Table)]
+    pub(crate) output: Output,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// How results are printed.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+pub(crate) enum Output {
+    /// For people.
+    Table,
+    /// For programs: the API's own JSON.
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a whole federation on this machine.
+    Up(UpOptions),
+    /// Clean up after `cocalc up`, however it ended.
+    Down(DirOption),
+    /// Say what this machine can and cannot do, and what would mend it.
+    Doctor(DirOption),
+    /// Remember a master and a token.
+    Login {
+        /// The master's address.
+        #[arg(long)]
+        url: String,
+        /// An API token.
+        #[arg(long)]
+        token: String,
+    },
+    /// Projects.
+    #[command(subcommand)]
+    Project(Project),
+    /// Snapshots of a project.
+    #[command(subcommand)]
+    Snapshot(Snapshot),
+    /// Project-hosts.
+    #[command(subcommand)]
+    Host(Host),
+    /// Who may use a project.
+    #[command(subcommand)]
+    Collaborator(Collaborator),
+    /// SSH keys of an account.
+    #[command(subcommand)]
+    Key(Key),
+    /// Long-running work.
+    #[command(subcommand)]
+    Operation(Operation),
+    /// Accounts, for administrators.
+    #[command(subcommand)]
+    Account(Account),
+    /// The keys that sign connect tokens, for administrators.
+    #[command(subcommand)]
+    Keys(Keys),
+    /// Print a completion script for a shell.
+    Completion {
+        /// Which shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct DirOption {
+    /// Where the federation keeps everything.
+    #[arg(long, default_value = "./cocalc-data")]
+    pub(crate) dir: PathBuf,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct UpOptions {
+    #[command(flatten)]
+    pub(crate) dir: DirOption,
+    /// Exercise everything end to end, say what was done, tear down.
+    #[arg(long)]
+    pub(crate) once: bool,
+    /// The master's port; the others follow from it.
+    #[arg(long, default_value_t = 7800, value_parser = clap::value_parser!(u16).range(1024..=65000))]
+    pub(crate) base_port: u16,
+    /// How many hosts.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=20))]
+    pub(crate) hosts: u16,
+    /// Where projects' files are kept.
+    #[arg(long, value_enum, default_value_t = StorageKind::Auto)]
+    pub(crate) storage: StorageKind,
+    /// What runs projects.
+    #[arg(long, value_enum, default_value_t = RunnerKind::Auto)]
+    pub(crate) runner: RunnerKind,
+}
+
+/// Where projects' files are kept.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+pub(crate) enum StorageKind {
+    /// A loopback Btrfs volume per host.
+    Btrfs,
+    /// A plain directory per host: no quotas, no delta moves.
+    Directory,
+    /// Btrfs where it can be had.
+    Auto,
+}
+
+/// What runs projects.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+pub(crate) enum RunnerKind {
+    /// Containers.
+    Podman,
+    /// Plain processes: no isolation.
+    Process,
+    /// Podman where it can be had.
+    Auto,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Project {
+    /// Create a project.
+    Create {
+        /// Its title.
+        name: String,
+        /// On this host; otherwise the master chooses.
+        #[arg(long)]
+        host: Option<String>,
+        /// With this image, by digest; otherwise the host's default.
+        #[arg(long)]
+        image: Option<String>,
+        /// Start it, too.
+        #[arg(long)]
+        start: bool,
+    },
+    /// List the projects you may use.
+    List,
+    /// Show one.
+    Show { id: String },
+    /// Start it and wait until it runs.
+    Start { id: String },
+    /// Stop it and wait until it has stopped.
+    Stop { id: String },
+    /// Delete it, with its snapshots.
+    Delete { id: String },
+    /// Run a command in it; exits with the command's status.
+    Exec {
+        id: String,
+        /// Through the proxy rather than directly at the host.
+        #[arg(long)]
+        via_proxy: bool,
+        /// The command and its arguments.
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
+    /// Open a shell in it, or run a command line; no key needed.
+    Ssh {
+        id: String,
+        /// Through the proxy rather than directly at the host.
+        #[arg(long)]
+        via_proxy: bool,
+        /// A command line; otherwise a shell.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
+    /// Print an address that opens one of its ports in a browser.
+    Open {
+        id: String,
+        /// The port that the app listens on.
+        #[arg(long)]
+        port: Option<u16>,
+        /// Through the proxy rather than directly at the host.
+        #[arg(long)]
+        via_proxy: bool,
+    },
+    /// Print a connect token.
+    Token {
+        id: String,
+        /// Only these scopes.
+        #[arg(long, value_delimiter = ',')]
+        scopes: Vec<String>,
+        /// How long it lasts, in seconds, at most 300.
+        #[arg(long)]
+        ttl: Option<u32>,
+        /// Good for one use.
+        #[arg(long)]
+        once: bool,
+    },
+    /// Move it to another host.
+    Move {
+        id: String,
+        /// The host, by name or id.
+        #[arg(long)]
+        to: String,
+    },
+    /// Say why it runs, or why not.
+    Why { id: String },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Snapshot {
+    /// Take one.
+    Create {
+        project: String,
+        /// Its name; otherwise the time.
+        #[arg(long)]
+        name: Option<String>,
+    },
+    /// List them.
+    List { project: String },
+    /// Delete one.
+    Delete { project: String, name: String },
+    /// Go back to one; the project must be stopped.
+    Restore { project: String, name: String },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Host {
+    /// List them.
+    List,
+    /// Show one.
+    Show { id: String },
+    /// Print a one-use token with which a host or proxy joins.
+    JoinToken {
+        /// For a proxy rather than a host.
+        #[arg(long)]
+        proxy: bool,
+        /// How long it lasts, in seconds.
+        #[arg(long, default_value_t = 3600)]
+        ttl: u32,
+    },
+    /// Place nothing new on it.
+    Cordon { id: String },
+    /// Place on it again.
+    Uncordon { id: String },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Collaborator {
+    /// Let an account use a project.
+    Add {
+        project: String,
+        account: String,
+        /// As what: viewer, collaborator or owner.
+        #[arg(long, default_value = "collaborator")]
+        role: String,
+    },
+    /// End an account's use of a project, open connections included.
+    Remove {
+        project: String,
+        account: String,
+        /// Wait until every holder has acknowledged, or its lease and grace ran out.
+        #[arg(long)]
+        wait: bool,
+    },
+    /// List who may use a project.
+    List { project: String },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Key {
+    /// Add a public key.
+    Add {
+        /// A file such as ~/.ssh/id_ed25519.pub.
+        file: PathBuf,
+        /// For one project only.
+        #[arg(long)]
+        project: Option<String>,
+    },
+    /// List them.
+    List,
+    /// Remove one.
+    Remove { id: String },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Operation {
+    /// List recent ones.
+    List,
+    /// Show one.
+    Show { id: String },
+    /// Wait until it ends.
+    Wait {
+        id: String,
+        /// Give up waiting after so many seconds.
+        #[arg(long, default_value_t = 600)]
+        timeout: u64,
+    },
+    /// Ask for its end.
+    Cancel { id: String },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Account {
+    /// Create an account and print a token for it.
+    Create { name: String },
+    /// List accounts.
+    List,
+    /// End every session of an account, everywhere.
+    SignOut {
+        id: String,
+        #[arg(long)]
+        wait: bool,
+    },
+    /// Forbid an account everything.
+    Ban {
+        id: String,
+        #[arg(long)]
+        wait: bool,
+    },
+    /// Allow a banned account again.
+    Unban { id: String },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Keys {
+    /// Sign with the next key, and publish a new next one.
+    Rotate,
+    /// Refuse everything signed with this key, at once.
+    Withdraw { kid: String },
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_grammar_is_consistent() {
+        super::Arguments::command().debug_assert();
+    }
+}

@@ -1,0 +1,60 @@
+//! Which master to call, and as whom: flags, environment, then the profile
+//! that `cocalc login` wrote.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    api::Api,
+    failure::{Exit, Failure, While},
+};
+
+#[derive(Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+struct Profile {
+    url: String,
+    token: String,
+}
+
+/// Remembers a master and a token, readable by this user only.
+pub(crate) fn save(url: &str, token: &str) -> Result<(), Failure> {
+    // A wrong token is found now rather than at the first real command.
+    Api::new(url, token).get("/projects")?;
+    let path = path()?;
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent).during(format!("cannot make {}", parent.display()))?;
+    }
+    let profile = Profile { url: url.to_owned(), token: token.to_owned() };
+    let bytes = serde_json::to_vec_pretty(&profile).during("cannot write the profile")?;
+    cocalc_daemon::files::write_atomic(&path, &bytes).during(format!("cannot write {}", path.display()))?;
+    println!("logged in to {url}");
+    Ok(())
+}
+
+/// The API to call.
+pub(crate) fn api(url: Option<String>, token: Option<String>) -> Result<Api, Failure> {
+    match (url, token) {
+        (Some(url), Some(token)) => Ok(Api::new(&url, &token)),
+        (url, token) => {
+            let path = path()?;
+            let profile =
+                std::fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<Profile>(&bytes).ok());
+            let Some(profile) = profile else {
+                return Err(Failure::new(
+                    Exit::Usage,
+                    "no master is known: set COCALC_URL and COCALC_TOKEN, or run `cocalc login --url URL --token TOKEN`",
+                ));
+            };
+            Ok(Api::new(&url.unwrap_or(profile.url), &token.unwrap_or(profile.token)))
+        }
+    }
+}
+
+fn path() -> Result<PathBuf, Failure> {
+    let directory = std::env::var_os("XDG_CONFIG_HOME")
+        .map(PathBuf::from)
+        .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".config")))
+        .ok_or_else(|| Failure::failed("neither XDG_CONFIG_HOME nor HOME is set"))?;
+    Ok(directory.join("cocalc").join("profile.json"))
+}

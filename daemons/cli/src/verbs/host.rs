@@ -1,0 +1,35 @@
+//! `cocalc host …`
+
+use serde_json::json;
+
+use super::project::text;
+use crate::{
+    api::Api,
+    args::{Host, Output},
+    failure::Failure,
+    output::{items, print},
+};
+
+const COLUMNS: [&str; 5] = ["id", "name", "state", "cordoned", "address.url"];
+
+pub(super) fn run(api: &Api, output: Output, verb: Host) -> Result<(), Failure> {
+    match verb {
+        Host::List => print(output, items(&api.get("/hosts")?, "hosts"), &COLUMNS),
+        Host::Show { id } => print(output, &api.get(&format!("/hosts/{id}"))?, &COLUMNS),
+        Host::JoinToken { proxy, ttl } => {
+            let kind = if proxy { "proxy" } else { "host" };
+            let answer = api.post("/join-tokens", &json!({ "kind": kind, "ttl_secs": ttl }))?;
+            match output {
+                Output::Json => print(output, &answer, &[]),
+                Output::Table => println!("{}", text(&answer, "token")?),
+            }
+        }
+        Host::Cordon { id } => {
+            print(output, &api.post(&format!("/hosts/{id}/cordon"), &json!({}))?, &COLUMNS)
+        }
+        Host::Uncordon { id } => {
+            print(output, &api.post(&format!("/hosts/{id}/uncordon"), &json!({}))?, &COLUMNS);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,109 @@
+//! The verbs that call the master's API.
+
+mod account;
+mod host;
+mod operation;
+mod project;
+mod reach;
+mod snapshot;
+
+use std::{
+    io::{IsTerminal, Write},
+    process::ExitCode,
+    time::Duration,
+};
+
+use serde_json::Value;
+
+use crate::{
+    api::Api,
+    args::{Command, Output},
+    failure::Failure,
+};
+
+/// How long a verb waits for an operation before it leaves it to go on.
+const OPERATION_LIMIT: Duration = Duration::from_secs(600);
+
+/// Runs a verb.
+pub(crate) fn run(api: &Api, output: Output, command: Command) -> Result<ExitCode, Failure> {
+    match command {
+        Command::Project(verb) => return project::run(api, output, verb),
+        Command::Snapshot(verb) => snapshot::run(api, output, verb)?,
+        Command::Host(verb) => host::run(api, output, verb)?,
+        Command::Collaborator(verb) => account::collaborator(api, output, verb)?,
+        Command::Key(verb) => account::key(api, output, verb)?,
+        Command::Account(verb) => account::run(api, output, verb)?,
+        Command::Keys(verb) => account::keys(api, output, verb)?,
+        Command::Operation(verb) => operation::run(api, output, verb)?,
+        // The others were dispatched before a master was looked for.
+        Command::Up(_)
+        | Command::Down(_)
+        | Command::Doctor(_)
+        | Command::Login { .. }
+        | Command::Completion { .. } => {}
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Waits for the operation that `answer` started, showing progress to people.
+fn settle(api: &Api, answer: &Value) -> Result<Value, Failure> {
+    let operation =
+        answer["operation_id"].as_str().ok_or_else(|| Failure::failed("the master started no operation"))?;
+    let shown = std::io::stderr().is_terminal();
+    let result = api.wait(operation, OPERATION_LIMIT, |seen| {
+        if shown {
+            // Progress is a courtesy; a closed terminal must not end the wait.
+            let _ = write!(std::io::stderr(), "\r\x1b[K{}", progress(seen));
+        }
+    });
+    if shown {
+        let _ = write!(std::io::stderr(), "\r\x1b[K");
+    }
+    result
+}
+
+/// One line about a running operation: phase, bytes, rate and estimate.
+fn progress(operation: &Value) -> String {
+    let mut line = operation["kind"].as_str().unwrap_or("operation").to_owned();
+    if let Some(phase) = operation["phase"].as_str() {
+        line.push_str(&format!(": {phase}"));
+    }
+    let progress = &operation["progress"];
+    if let Some(bytes) = progress["bytes"].as_u64() {
+        line.push_str(&format!(", {}", size(bytes)));
+    }
+    if let Some(rate) = progress["bytes_per_sec"].as_u64() {
+        line.push_str(&format!(", {}/s", size(rate)));
+    }
+    if let Some(left) = progress["remaining_secs"].as_u64() {
+        line.push_str(&format!(", {left} s left"));
+    }
+    line
+}
+
+/// Bytes for people.
+pub(crate) fn size(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = bytes;
+    let mut rest = 0;
+    let mut unit = 0;
+    while value >= 1024 && unit + 1 < UNITS.len() {
+        rest = value % 1024;
+        value /= 1024;
+        unit += 1;
+    }
+    if unit == 0 { format!("{value} B") } else { format!("{value}.{} {}", rest * 10 / 1024, UNITS[unit]) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::size;
+
+    #[test]
+    fn sizes_are_readable() {
+        assert_eq!(size(0), "0 B");
+        assert_eq!(size(1023), "1023 B");
+        assert_eq!(size(1536), "1.5 KiB");
+        assert_eq!(size(u64::MAX), "16777215.9 TiB");
+    }
+}

@@ -1,0 +1,92 @@
+//! Reaching a project from the command line: `exec`, `ssh`, `open`.
+
+use std::process::ExitCode;
+
+use serde_json::{Value, json};
+
+use super::project::text;
+use crate::{api::Api, failure::Failure};
+
+/// The exit status of our own failures, as ssh has it.
+const OWN_FAILURE: u8 = 255;
+
+/// Runs a command with its arguments, and exits with its status.
+pub(super) fn exec(api: &Api, id: &str, via_proxy: bool, command: Vec<String>) -> Result<ExitCode, Failure> {
+    Ok(run(api, id, via_proxy, Some(quote(&command))))
+}
+
+/// Opens a shell, or runs a command line.
+pub(super) fn ssh(api: &Api, id: &str, via_proxy: bool, command: &[String]) -> Result<ExitCode, Failure> {
+    Ok(run(api, id, via_proxy, (!command.is_empty()).then(|| command.join(" "))))
+}
+
+fn run(api: &Api, id: &str, via_proxy: bool, line: Option<String>) -> ExitCode {
+    match connect_and_run(api, id, via_proxy, line) {
+        Ok(status) => ExitCode::from(status),
+        Err(failure) => {
+            eprintln!("cocalc: {failure}");
+            ExitCode::from(OWN_FAILURE)
+        }
+    }
+}
+
+fn connect_and_run(api: &Api, id: &str, via_proxy: bool, line: Option<String>) -> Result<u8, Failure> {
+    let answer = api.post(&format!("/projects/{id}/connect"), &json!({ "scopes": ["ssh"] }))?;
+    let way = if via_proxy { "proxy" } else { "direct" };
+    let token = text(&answer, "token")?;
+    let address = text(&answer[way], "ssh")?;
+    let keys = host_keys(api, &answer, via_proxy)?;
+    crate::ssh::run(&address, &token, &keys, line)
+}
+
+/// The keys that the master publishes for where we connect to.
+fn host_keys(api: &Api, answer: &Value, via_proxy: bool) -> Result<Vec<String>, Failure> {
+    let rows = if via_proxy {
+        api.get("/proxies")?
+    } else {
+        api.get(&format!("/hosts/{}", text(answer, "host_id")?))?
+    };
+    let row = if via_proxy { crate::output::items(&rows, "proxies")[0].clone() } else { rows };
+    Ok(row["ssh_host_keys"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|k| k.as_str().map(str::to_owned))
+        .collect())
+}
+
+/// Quotes arguments for a POSIX shell.
+fn quote(command: &[String]) -> String {
+    let quoted: Vec<String> = command
+        .iter()
+        .map(|word| {
+            let plain = |c: char| c.is_ascii_alphanumeric() || "_-./=:,@%+".contains(c);
+            if !word.is_empty() && word.chars().all(plain) {
+                word.clone()
+            } else {
+                format!("'{}'", word.replace('\'', r"'\''"))
+            }
+        })
+        .collect();
+    quoted.join(" ")
+}
+
+/// The address that opens the project, or the port that was asked for, in a
+/// browser, with its one-use token: its own origin, which browsers resolve.
+pub(super) fn browser_url(answer: &Value, via_proxy: bool) -> Result<String, Failure> {
+    let base = text(&answer[if via_proxy { "proxy" } else { "direct" }], "url")?;
+    Ok(format!("{base}?cocalc_token={}", text(answer, "token")?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::quote;
+
+    #[test]
+    fn arguments_survive_a_shell() {
+        let words = ["sh", "-c", "echo \"$HOME\" it's", "", "a b", "--x=1"].map(str::to_owned);
+        let line = format!("printf '%s\\n' {}", quote(&words));
+        let output = std::process::Command::new("sh").args(["-c", &line]).output().unwrap();
+        assert_eq!(String::from_utf8(output.stdout).unwrap(), words.join("\n") + "\n");
+    }
+}

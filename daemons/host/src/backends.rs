@@ -1,0 +1,111 @@
+//! What keeps and runs the projects, opened as configured.
+
+use std::{collections::BTreeMap, fmt, path::PathBuf, sync::Arc};
+
+use cocalc_core::{
+    ids::{HostId, ImageDigest},
+    runner::Runner,
+    storage::Storage,
+};
+use cocalc_podman::{Podman, ProcessRunner};
+use cocalc_storage::{Btrfs, Directory};
+
+use crate::{
+    config::{Config, RunnerKind, StorageKind},
+    error::Error,
+    startup::Startup,
+};
+
+/// The parts of a host that an integrator may bring.
+#[derive(Clone)]
+pub struct Backends {
+    /// Keeps the projects' files.
+    pub storage: Arc<dyn Storage>,
+    /// Runs the projects.
+    pub runner: Arc<dyn Runner>,
+    /// The images that are here, with the directory of each; the default first.
+    pub images: Arc<Vec<(ImageDigest, PathBuf)>>,
+    /// Free bytes where the projects' files are.
+    pub free_bytes: Arc<dyn Fn() -> u64 + Send + Sync>,
+}
+
+impl fmt::Debug for Backends {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Backends")
+            .field("storage", &self.storage)
+            .field("runner", &self.runner)
+            .field("images", &self.images)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Backends {
+    /// Opens the backends that `config` names, for the host `id`.
+    ///
+    /// # Errors
+    ///
+    /// What could not be opened. A volume with unknown data is refused.
+    pub async fn open(config: &Config, id: HostId) -> Result<Self, Error> {
+        let (storage, images, free_bytes) = match config.storage {
+            StorageKind::Btrfs => open_btrfs(config).await?,
+            StorageKind::Directory => open_directory(config).await?,
+        };
+        let paths: BTreeMap<ImageDigest, PathBuf> = images.iter().cloned().collect();
+        let runner: Arc<dyn Runner> = match config.runner {
+            RunnerKind::Podman => {
+                let find = move |digest: ImageDigest| paths.get(&digest).cloned();
+                let runner = Podman::builder(id, config.data_dir.join("runner"), Arc::new(find))
+                    .machine_index(config.machine_slot)
+                    .build()
+                    .await
+                    .map_err(|error| Error::open("podman runner")(error.into()))?;
+                Arc::new(runner)
+            }
+            RunnerKind::Process => {
+                let runner = ProcessRunner::open(config.data_dir.join("runner"))
+                    .await
+                    .map_err(|error| Error::open("process runner")(error.into()))?;
+                Arc::new(runner)
+            }
+        };
+        let runner = Arc::new(Startup(runner));
+        Ok(Self { storage, runner, images: Arc::new(images), free_bytes })
+    }
+
+    /// The directory of an image.
+    pub fn image(&self, digest: ImageDigest) -> Option<PathBuf> {
+        self.images.iter().find(|(known, _)| *known == digest).map(|(_, path)| path.clone())
+    }
+}
+
+type Opened = (Arc<dyn Storage>, Vec<(ImageDigest, PathBuf)>, Arc<dyn Fn() -> u64 + Send + Sync>);
+
+async fn open_btrfs(config: &Config) -> Result<Opened, Error> {
+    let failed = || Error::open("volume");
+    let store = Btrfs::open(&config.volume).await.map_err(|error| failed()(error.into()))?;
+    let mut images = Vec::new();
+    let mut add = async |digest: ImageDigest| {
+        let path = store.image_path(&digest).await.map_err(|error| Error::open("image")(error.into()))?;
+        if !images.iter().any(|(known, _)| *known == digest) {
+            images.push((digest, path));
+        }
+        Ok::<_, Error>(())
+    };
+    if let Some(tar) = &config.default_image_tar {
+        let digest =
+            store.import_image_file(tar).await.map_err(|error| Error::open("default image")(error.into()))?;
+        add(digest).await?;
+    }
+    for digest in store.images().await.map_err(|error| Error::open("images")(error.into()))? {
+        add(digest).await?;
+    }
+    let space = store.clone();
+    Ok((Arc::new(store), images, Arc::new(move || space.free_bytes().unwrap_or(0))))
+}
+
+async fn open_directory(config: &Config) -> Result<Opened, Error> {
+    let store =
+        Directory::open(&config.volume).await.map_err(|error| Error::open("directory")(error.into()))?;
+    let space = store.clone();
+    Ok((Arc::new(store), Vec::new(), Arc::new(move || space.free_bytes().unwrap_or(0))))
+}

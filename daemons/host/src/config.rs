@@ -1,0 +1,123 @@
+//! A host's configuration.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use cocalc_core::ids::HostName;
+use serde::Deserialize;
+
+/// What a host is told. Every key is also `COCALC_HOST_<KEY>`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Its name in the federation.
+    pub name: HostName,
+    /// The master's address, for instance `https://cocalc.example.org`.
+    pub master_url: String,
+    /// The file with the one-use token; needed until the host has joined.
+    pub join_token_file: Option<PathBuf>,
+    /// Where it keeps its key, grants and cache. Not on the project volume.
+    pub data_dir: PathBuf,
+    /// Where it serves HTTP.
+    pub listen: SocketAddr,
+    /// Where it serves SSH.
+    pub ssh_listen: SocketAddr,
+    /// Where it serves its peers: other hosts, and proxies.
+    pub peer_listen: SocketAddr,
+    /// How users reach `listen`. Default: `http://<listen>`.
+    pub public_url: Option<String>,
+    /// How users reach `ssh_listen`, as `host:port`. Default: `ssh_listen`.
+    pub public_ssh: Option<String>,
+    /// How peers reach `peer_listen`, as `host:port`. Default: `peer_listen`.
+    pub public_peer: Option<String>,
+    /// The domain under which each project has its own origin, with the port
+    /// if it is not the scheme's own. Default: none, path routing only.
+    #[serde(default)]
+    pub domain: String,
+    /// What keeps the projects' files.
+    pub storage: StorageKind,
+    /// The mounted volume, or the directory.
+    pub volume: PathBuf,
+    /// What runs the projects.
+    pub runner: RunnerKind,
+    /// A root file system as tar, imported at the first start: the default
+    /// image of this host.
+    pub default_image_tar: Option<PathBuf>,
+    /// A number that no other host on this machine has, from 0: user id
+    /// ranges and networks follow from it.
+    #[serde(default)]
+    pub machine_slot: u16,
+}
+
+/// What keeps the projects' files.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
+#[serde(rename_all = "snake_case")]
+pub enum StorageKind {
+    /// A Btrfs volume.
+    Btrfs,
+    /// A plain directory.
+    Directory,
+}
+
+/// What runs the projects.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
+#[serde(rename_all = "snake_case")]
+pub enum RunnerKind {
+    /// Containers.
+    Podman,
+    /// Plain processes, without isolation.
+    Process,
+}
+
+impl Config {
+    /// Finds what no single value shows.
+    ///
+    /// # Errors
+    ///
+    /// Naming the key at fault and what to do.
+    pub fn validate(&self) -> Result<(), String> {
+        if !self.master_url.starts_with("http://") && !self.master_url.starts_with("https://") {
+            return Err(format!(
+                "master_url: {:?} begins with neither http:// nor https://",
+                self.master_url
+            ));
+        }
+        if self.runner == RunnerKind::Podman && self.storage != StorageKind::Btrfs {
+            return Err("runner: podman keeps each project's root in a Btrfs subvolume; set storage = \"btrfs\", or runner = \"process\"".into());
+        }
+        if self.runner == RunnerKind::Process && self.default_image_tar.is_some() {
+            return Err("default_image_tar: the process runner has no images; remove the key".into());
+        }
+        if self.data_dir.starts_with(&self.volume) {
+            return Err("data_dir: must not be inside the volume, which tenants can fill".into());
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = "name='alpha'\nmaster_url='http://127.0.0.1:1'\ndata_dir='/a'\nlisten='127.0.0.1:0'\n\
+        ssh_listen='127.0.0.1:0'\npeer_listen='127.0.0.1:0'\nstorage='btrfs'\nvolume='/v'\nrunner='podman'\n";
+
+    fn parse(text: &str) -> Result<Config, String> {
+        let config: Config = cocalc_daemon::config::parse("host", text, []).map_err(|e| e.to_string())?;
+        config.validate().map(|()| config)
+    }
+
+    #[test]
+    fn contradictions_are_found_before_anything_is_opened() {
+        parse(GOOD).unwrap();
+        for (from, to, key) in [
+            ("storage='btrfs'", "storage='directory'", "runner"),
+            ("storage='btrfs'", "storage='ext4'", "storage"),
+            ("master_url='http:", "master_url='ftp:", "master_url"),
+            ("name='alpha'", "name='Alpha'", "name"),
+            ("data_dir='/a'", "data_dir='/v/a'", "data_dir"),
+        ] {
+            let error = parse(&GOOD.replace(from, to)).unwrap_err();
+            assert!(error.contains(key), "{error}");
+        }
+    }
+}

@@ -1,0 +1,364 @@
+//! The parts of a host, put together.
+
+use std::{fs::File, path::Path, sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use cocalc_auth::identity::Identity;
+use cocalc_auth_live::{AuditLog, DriverConfig, Knowledge, StreamDriver, TokenAuth};
+use cocalc_core::{
+    auth::Auth,
+    bus::Bus,
+    clock::SystemClock,
+    connector::{Peer, Service},
+    control::{CommandError, ErrorCode, ProjectConfig},
+    grant::Ledger,
+    ids::{HostId, ProjectId, SessionId},
+    memory::router::LocalRouter,
+    moves::host::{Inbound, MoveHost},
+    router::{HostAddress, Router},
+    wake::Wake,
+};
+use cocalc_daemon::{
+    join::{self, Joining, Kind, Membership},
+    probe::Metrics,
+};
+use cocalc_http::{HostIngress, Served};
+use cocalc_sqlite::{HostAcl, HostLedger};
+use cocalc_ssh::{Gate, HostKeys, LocalGate, SshIngress, SshPeers};
+use cocalc_transfer::{Incoming, PeerHandler, PeerListener, PeerTransfer, receive_snapshot};
+use tokio::{net::TcpListener, task::JoinSet};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    backends::Backends,
+    config::Config,
+    endpoints::HostEndpoints,
+    error::Error,
+    inbox,
+    lifecycle::Lifecycle,
+    peers::Peers,
+    registrar::Registrar,
+    wake::{HostWake, Starts},
+    watch,
+};
+
+/// What is kept free on the volume beside a project that arrives.
+const RESERVE_BYTES: u64 = 256 << 20;
+/// How long what is open may take to end.
+const DRAIN_LIMIT: Duration = Duration::from_secs(5);
+
+/// A running host. Dropping it ends its daemon's work at once; projects run on.
+#[derive(Debug)]
+pub struct Host {
+    id: HostId,
+    address: HostAddress,
+    shutdown: CancellationToken,
+    serving: JoinSet<()>,
+    _driver: StreamDriver,
+    _background: JoinSet<()>,
+    _lock: File,
+}
+
+impl Host {
+    /// Joins the federation if it has not yet, and starts to serve.
+    ///
+    /// # Errors
+    ///
+    /// As [`Error`] says. Nothing listens then.
+    pub async fn start(config: Config) -> Result<Self, Error> {
+        let foundation = Foundation::lay(&config).await?;
+        let backends = Backends::open(&config, foundation.id).await?;
+        Self::start_with(config, backends, foundation).await
+    }
+
+    /// As [`start`](Self::start), with storage and runner of the caller's own.
+    ///
+    /// # Errors
+    ///
+    /// As [`start`](Self::start).
+    pub async fn start_on(config: Config, backends: impl FnOnce(HostId) -> Backends) -> Result<Self, Error> {
+        let foundation = Foundation::lay(&config).await?;
+        let backends = backends(foundation.id);
+        Self::start_with(config, backends, foundation).await
+    }
+
+    async fn start_with(config: Config, backends: Backends, foundation: Foundation) -> Result<Self, Error> {
+        let Foundation { id, issuer, identity, address, listeners, lock } = foundation;
+        let data = &config.data_dir;
+        let open = |part| Error::open(part);
+
+        let store = HostLedger::open(&data.join("ledger.db")).map_err(|e| open("ledger")(e.into()))?;
+        let ledger = Ledger::open(id, Arc::new(store)).await.map_err(|e| open("ledger")(e.into()))?;
+        let transfer = PeerTransfer::new(&identity).map_err(|e| open("peer channel")(e.into()))?;
+        let moves = MoveHost::builder(
+            ledger.clone(),
+            Arc::clone(&backends.storage),
+            Arc::clone(&backends.runner),
+            Arc::new(transfer),
+        )
+        .admission(admission(backends.clone()))
+        .build();
+        let images = backends.clone();
+        let lifecycle = Lifecycle::new(
+            ledger.clone(),
+            Arc::clone(&backends.storage),
+            Arc::clone(&backends.runner),
+            moves.clone(),
+            Arc::new(move |digest| images.image(digest)),
+        );
+        // Before anybody can ask for anything: what a crash cut off is ended.
+        moves.recover().await;
+
+        let acl = HostAcl::open(data).map_err(|e| open("access cache")(e.into()))?;
+        let audit =
+            AuditLog::open(&make_dir(&data.join("audit"))?).map_err(|e| open("audit log")(e.into()))?;
+        let knowledge = Knowledge::open(Arc::new(acl), Arc::new(SystemClock), mark(id))
+            .map_err(|e| open("access cache")(e.into()))?;
+        let grants = ledger.clone();
+        let held = move |project: ProjectId| grants.entry(project).and_then(|entry| entry.may_run());
+        let auth: Arc<dyn Auth> =
+            Arc::new(TokenAuth::new(Arc::clone(&knowledge), id, Arc::new(held), Some(audit.clone())));
+
+        let peer = Peer::Host(id);
+        let connect =
+            || cocalc_daemon::bus::connect(&config.master_url, &issuer, peer, Arc::clone(&identity));
+        let bus: Arc<dyn Bus> = Arc::new(connect().map_err(open("bus"))?);
+        let keepalive: Arc<dyn Bus> = Arc::new(connect().map_err(open("bus"))?);
+
+        let router: Arc<dyn Router> = Arc::new(LocalRouter::new(ledger.clone()));
+        let wake: Arc<dyn Wake> = Arc::new(HostWake {
+            peer,
+            bus: Arc::clone(&bus),
+            ledger: ledger.clone(),
+            runner: Arc::clone(&backends.runner),
+            lifecycle: lifecycle.clone(),
+            starts: Arc::new(Starts::default()),
+        });
+        let ssh_keys = HostKeys::load_or_create(&data.join("ssh_host_ed25519_key"))
+            .map_err(|e| open("SSH host key")(e.into()))?;
+
+        let peers = Arc::new(Peers::default());
+        let registrar = Registrar {
+            name: config.name.clone(),
+            session: SessionId::random(),
+            address: address.clone(),
+            ssh_host_keys: ssh_keys.public(),
+            backends: backends.clone(),
+            lifecycle: lifecycle.clone(),
+            moves: moves.clone(),
+            peers: Arc::clone(&peers),
+        };
+        let session = registrar.session;
+        let driver = StreamDriver::start(
+            Arc::clone(&knowledge),
+            DriverConfig {
+                peer,
+                session,
+                bus: Arc::clone(&bus),
+                keepalive,
+                handler: Arc::new(registrar),
+                audit: Some(audit),
+            },
+        );
+
+        let mut served = Served::new();
+        if !config.domain.is_empty() {
+            served = served.domain(&config.domain).map_err(|e| open("domain")(e.into()))?;
+        }
+        let endpoints = HostEndpoints {
+            backends: backends.clone(),
+            knowledge: Arc::clone(&knowledge),
+            connected: driver.connected(),
+            metrics: Metrics::default(),
+        };
+        let http =
+            HostIngress::builder(id, Arc::clone(&auth), Arc::clone(&router), Arc::clone(&backends.runner))
+                .wake(Arc::clone(&wake))
+                .endpoints(Arc::new(endpoints))
+                .served(served)
+                .https(address.url.starts_with("https://"))
+                .build();
+        let gate: Arc<dyn Gate> =
+            Arc::new(LocalGate::new(auth, router, Arc::new(Arc::clone(&backends.runner))).wake(wake));
+        let ssh = SshIngress::builder(Arc::clone(&gate), ssh_keys).build();
+        let services =
+            PeerServices { http: http.clone(), ssh: SshPeers::new(gate), moves: Arc::new(moves.clone()) };
+        let peer_listener = PeerListener::builder(&identity, peers, Arc::new(services))
+            .build()
+            .map_err(|e| open("peer channel")(e.into()))?;
+
+        let mut background = JoinSet::new();
+        background.spawn(inbox::serve(Arc::clone(&bus), id, lifecycle.clone()));
+        background.spawn(watch::states(peer, bus, ledger.clone(), Arc::clone(&backends.runner), lifecycle));
+        background.spawn(watch::departures(ledger.clone(), knowledge));
+        background.spawn(start_pending(ledger, moves));
+
+        let shutdown = CancellationToken::new();
+        let mut serving = JoinSet::new();
+        let stop = shutdown.clone();
+        serving.spawn(async move { http.serve(listeners.http, stop.cancelled_owned()).await });
+        let stop = shutdown.clone();
+        serving.spawn(async move { ssh.serve(listeners.ssh, stop.cancelled_owned()).await });
+        let stop = shutdown.clone();
+        serving.spawn(async move { peer_listener.serve(listeners.peer, stop.cancelled_owned()).await });
+        tracing::info!(%id, name = %config.name, url = address.url, "host started");
+        Ok(Self { id, address, shutdown, serving, _driver: driver, _background: background, _lock: lock })
+    }
+
+    /// Its id in the federation.
+    pub fn id(&self) -> HostId {
+        self.id
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> &HostAddress {
+        &self.address
+    }
+
+    /// Serves until `shutdown` resolves; then refuses what is new, lets what is
+    /// open end for a few seconds, and closes the rest. Projects run on.
+    pub async fn run_until(mut self, shutdown: impl Future<Output = ()>) {
+        shutdown.await;
+        self.shutdown.cancel();
+        let ended = async { while self.serving.join_next().await.is_some() {} };
+        if tokio::time::timeout(DRAIN_LIMIT, ended).await.is_err() {
+            tracing::info!("closing what is still open");
+        }
+    }
+}
+
+/// What comes before the backends: directory, key, listeners, membership.
+struct Foundation {
+    id: HostId,
+    issuer: String,
+    identity: Arc<Identity>,
+    address: HostAddress,
+    listeners: Listeners,
+    lock: File,
+}
+
+struct Listeners {
+    http: TcpListener,
+    ssh: TcpListener,
+    peer: TcpListener,
+}
+
+impl Foundation {
+    async fn lay(config: &Config) -> Result<Self, Error> {
+        let data = make_dir(&config.data_dir)?;
+        let file = |error: std::io::Error| Error::File { path: data.clone(), source: error.into() };
+        let lock = cocalc_daemon::files::lock_directory(&data).map_err(file)?;
+        let identity = Identity::load_or_create(&data.join("identity.key"))
+            .map_err(|error| Error::open("identity key")(error.into()))?;
+        let listeners = Listeners {
+            http: listen("listen", config.listen).await?,
+            ssh: listen("ssh_listen", config.ssh_listen).await?,
+            peer: listen("peer_listen", config.peer_listen).await?,
+        };
+        let at = |listener: &TcpListener| listener.local_addr().map(|address| address.to_string());
+        let address = HostAddress {
+            url: match &config.public_url {
+                Some(url) => url.trim_end_matches('/').to_owned(),
+                None => format!("http://{}", at(&listeners.http).map_err(file)?),
+            },
+            domain: config.domain.clone(),
+            ssh: config.public_ssh.clone().map_or_else(|| at(&listeners.ssh), Ok).map_err(file)?,
+            peer: config.public_peer.clone().map_or_else(|| at(&listeners.peer), Ok).map_err(file)?,
+            identity: identity.public_key().to_string(),
+        };
+        let identity = Arc::new(identity);
+        let membership: Membership<HostId> = {
+            let (config, address, identity) = (config.clone(), address.clone(), Arc::clone(&identity));
+            let joined = tokio::task::spawn_blocking(move || {
+                let joining = Joining {
+                    kind: Kind::Host,
+                    name: &config.name,
+                    master_url: &config.master_url,
+                    join_token_file: config.join_token_file.as_deref(),
+                    data_dir: &config.data_dir,
+                    address: &address,
+                };
+                join::load_or_join(&joining, &identity)
+            });
+            joined.await.map_err(|error| Error::open("membership")(error.into()))??
+        };
+        Ok(Self { id: membership.id, issuer: membership.issuer, identity, address, listeners, lock })
+    }
+}
+
+async fn listen(key: &'static str, address: std::net::SocketAddr) -> Result<TcpListener, Error> {
+    TcpListener::bind(address).await.map_err(|source| Error::Listen { key, address, source })
+}
+
+fn make_dir(path: &Path) -> Result<std::path::PathBuf, Error> {
+    use std::os::unix::fs::DirBuilderExt;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map(|()| path.to_owned())
+        .map_err(|error| Error::File { path: path.into(), source: error.into() })
+}
+
+/// Where the position of the stream is noted apart from the store: only as
+/// root there is a place that a reboot empties.
+fn mark(id: HostId) -> Option<std::path::PathBuf> {
+    let dir = Path::new("/run/cocalc");
+    make_dir(dir).ok().map(|dir| dir.join(format!("{id}.position")))
+}
+
+/// Starts what was granted to be started when a crash came in between.
+async fn start_pending(ledger: Ledger, moves: MoveHost) {
+    for entry in ledger.entries().into_iter().filter(|entry| entry.start_pending) {
+        if let Err(error) = moves.start_if_pending(entry.project).await {
+            tracing::warn!(project = %entry.project, error = %error.message, "cannot start");
+        }
+    }
+}
+
+/// Whether a project of this configuration and size can come here.
+fn admission(backends: Backends) -> impl Fn(&ProjectConfig, u64) -> Result<(), CommandError> {
+    move |config, bytes| {
+        if let Some(digest) = config.image
+            && backends.image(digest).is_none()
+        {
+            let message = format!("image {digest} is not on this host; import it there first");
+            return Err(CommandError { code: ErrorCode::NotFound, message });
+        }
+        let free = (backends.free_bytes)();
+        let needed = bytes.saturating_add(bytes / 4).saturating_add(RESERVE_BYTES);
+        if free < needed {
+            let message = format!("{needed} bytes are needed for it, and {free} are free on this host");
+            return Err(CommandError { code: ErrorCode::NoSpace, message });
+        }
+        Ok(())
+    }
+}
+
+/// What this host offers to other hosts and to proxies.
+struct PeerServices {
+    http: HostIngress,
+    ssh: SshPeers,
+    moves: Arc<dyn Inbound>,
+}
+
+#[async_trait]
+impl PeerHandler for PeerServices {
+    async fn handle(&self, incoming: Incoming) {
+        let outcome = match (incoming.service, incoming.peer) {
+            (Service::Http, Peer::Proxy(_)) => {
+                self.http.serve_connection(incoming.stream, incoming.source, true).await;
+                Ok(())
+            }
+            (Service::Ssh, Peer::Proxy(proxy)) => self.ssh.serve(incoming.stream, proxy).await,
+            (Service::Transfer, Peer::Host(_)) => receive_snapshot(&*self.moves, incoming).await,
+            (service, peer) => {
+                tracing::warn!(?service, ?peer, "a peer asked for what is not for it");
+                Ok(())
+            }
+        };
+        if let Err(error) = outcome {
+            tracing::info!(%error, "a peer's stream broke off");
+        }
+    }
+}

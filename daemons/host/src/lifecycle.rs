@@ -1,0 +1,272 @@
+//! Carries out the master's commands, each under the grant it names.
+
+use std::{
+    fmt,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use cocalc_core::{
+    control::{CommandError, ErrorCode, HeldProject, HostCommand, HostReply, ProjectConfig, ProjectReport},
+    grant::{Entry, Ledger},
+    ids::{Epoch, ImageDigest, ProjectId, SnapshotName},
+    moves::host::{MoveHost, runner_error, storage_error},
+    runner::{ProjectSpec, Runner, State},
+    storage::{self, Storage, VolumeOptions},
+};
+
+/// The longest grace a stop may be given.
+const GRACE_MAX: Duration = Duration::from_secs(600);
+
+/// What a host does with its projects. Clones share it.
+#[derive(Clone)]
+pub struct Lifecycle {
+    ledger: Ledger,
+    storage: Arc<dyn Storage>,
+    runner: Arc<dyn Runner>,
+    moves: MoveHost,
+    images: Arc<dyn Fn(ImageDigest) -> Option<PathBuf> + Send + Sync>,
+}
+
+impl fmt::Debug for Lifecycle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lifecycle").field("ledger", &self.ledger).finish_non_exhaustive()
+    }
+}
+
+impl Lifecycle {
+    /// Works on these; `images` finds an image that is on this host.
+    pub fn new(
+        ledger: Ledger,
+        storage: Arc<dyn Storage>,
+        runner: Arc<dyn Runner>,
+        moves: MoveHost,
+        images: Arc<dyn Fn(ImageDigest) -> Option<PathBuf> + Send + Sync>,
+    ) -> Self {
+        Self { ledger, storage, runner, moves, images }
+    }
+
+    /// Carries out one command. Repeating it is harmless.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future is like a crash: the repeated command goes on from
+    /// there.
+    #[tracing::instrument(name = "command", skip_all, fields(project = %command.project()))]
+    pub async fn execute(&self, command: HostCommand) -> HostReply {
+        let done = match command {
+            HostCommand::Create { project, epoch, config } => self.create(project, epoch, config).await,
+            HostCommand::Start { project, epoch, config } => self.start(project, epoch, config).await,
+            HostCommand::Stop { project, epoch, grace_ms } => {
+                self.stop(project, epoch, Duration::from_millis(grace_ms).min(GRACE_MAX)).await
+            }
+            HostCommand::Delete { project, epoch } => self.delete(project, epoch).await,
+            HostCommand::Report { project } => self.report(project, vec![]).await.map(HostReply::Project),
+            HostCommand::Snapshot { project, epoch, name } => self.snapshot(project, epoch, &name).await,
+            HostCommand::Snapshots { project, epoch } => self.snapshots(project, epoch).await,
+            HostCommand::DeleteSnapshot { project, epoch, name } => {
+                self.delete_snapshot(project, epoch, &name).await
+            }
+            HostCommand::RestoreSnapshot { project, epoch, name, former } => {
+                self.restore(project, epoch, &name, &former).await
+            }
+            HostCommand::Move { move_id, project, step } => {
+                return self.moves.execute(move_id, project, step).await;
+            }
+        };
+        done.unwrap_or_else(|error| {
+            tracing::info!(code = ?error.code, reason = %error.message, "command not done");
+            HostReply::Error(error)
+        })
+    }
+
+    async fn create(
+        &self,
+        project: ProjectId,
+        epoch: Epoch,
+        config: ProjectConfig,
+    ) -> Result<HostReply, CommandError> {
+        let _turn = self.ledger.turn(project).await;
+        self.check_image(&config)?;
+        let options = VolumeOptions { limit_bytes: config.quota_bytes };
+        self.ledger.create(project, epoch, config).await?;
+        match self.storage.create(project, &options).await {
+            // An earlier try of the same command made it.
+            Ok(_) | Err(storage::Error::AlreadyExists { .. }) => {}
+            Err(error) => return Err(storage_error(error)),
+        }
+        let entry = self.ledger.permit(project, epoch)?;
+        // What can be done before the first start is done now. If it fails,
+        // the start says why.
+        if let Err(error) = self.runner.prepare(&self.moves.spec(&entry).await?).await {
+            tracing::warn!(%project, error = %cocalc_core::chain(&error), "cannot prepare the first start");
+        }
+        self.report(project, vec![]).await.map(HostReply::Project)
+    }
+
+    async fn start(
+        &self,
+        project: ProjectId,
+        epoch: Epoch,
+        config: ProjectConfig,
+    ) -> Result<HostReply, CommandError> {
+        let _turn = self.ledger.turn(project).await;
+        self.check_image(&config)?;
+        let entry = self.ledger.configure(project, epoch, config).await?;
+        let phases = self.bring_up(&entry).await?;
+        self.report(project, phases).await.map(HostReply::Project)
+    }
+
+    /// Starts a project by itself, under the grant that is held; the master
+    /// hears of it as a change.
+    ///
+    /// # Errors
+    ///
+    /// If the host may not run it, or it does not start.
+    pub async fn start_held(&self, project: ProjectId) -> Result<ProjectReport, CommandError> {
+        let _turn = self.ledger.turn(project).await;
+        let entry = self.ledger.known(project)?;
+        let phases = self.bring_up(&entry).await?;
+        self.report(project, phases).await
+    }
+
+    async fn bring_up(&self, entry: &Entry) -> Result<Vec<(String, u64)>, CommandError> {
+        let spec: ProjectSpec = self.moves.spec(entry).await?;
+        let mut phases = Vec::new();
+        let begun = Instant::now();
+        self.runner.prepare(&spec).await.map_err(runner_error)?;
+        phases.push(("prepare".to_owned(), millis(begun)));
+        let begun = Instant::now();
+        self.runner.start(&spec).await.map_err(runner_error)?;
+        phases.push(("start".to_owned(), millis(begun)));
+        Ok(phases)
+    }
+
+    async fn stop(
+        &self,
+        project: ProjectId,
+        epoch: Epoch,
+        grace: Duration,
+    ) -> Result<HostReply, CommandError> {
+        let _turn = self.ledger.turn(project).await;
+        let entry = self.ledger.permit(project, epoch)?;
+        self.runner.stop(project, grace).await.map_err(runner_error)?;
+        // The next start finds everything prepared.
+        let (moves, runner) = (self.moves.clone(), Arc::clone(&self.runner));
+        if let Ok(spec) = moves.spec(&entry).await
+            && let Err(error) = runner.prepare(&spec).await
+        {
+            tracing::warn!(%project, error = %cocalc_core::chain(&error), "cannot prepare the next start");
+        }
+        self.report(project, vec![]).await.map(HostReply::Project)
+    }
+
+    async fn delete(&self, project: ProjectId, epoch: Epoch) -> Result<HostReply, CommandError> {
+        let _turn = self.ledger.turn(project).await;
+        // The grant goes first: from here on nothing starts it again.
+        self.ledger.delete(project, epoch).await?;
+        self.runner.remove(project).await.map_err(runner_error)?;
+        self.storage.delete(project).await.map_err(storage_error)?;
+        self.ledger.free_slot(project).await?;
+        Ok(HostReply::Deleted { project, epoch })
+    }
+
+    async fn snapshot(
+        &self,
+        project: ProjectId,
+        epoch: Epoch,
+        name: &SnapshotName,
+    ) -> Result<HostReply, CommandError> {
+        let _turn = self.ledger.turn(project).await;
+        self.ledger.permit(project, epoch)?;
+        let snapshot = self.storage.snapshot(project, name).await.map_err(storage_error)?;
+        Ok(HostReply::Snapshots { project, snapshots: vec![snapshot] })
+    }
+
+    async fn snapshots(&self, project: ProjectId, epoch: Epoch) -> Result<HostReply, CommandError> {
+        self.ledger.permit(project, epoch)?;
+        let snapshots = self.storage.snapshots(project).await.map_err(storage_error)?;
+        Ok(HostReply::Snapshots { project, snapshots })
+    }
+
+    async fn delete_snapshot(
+        &self,
+        project: ProjectId,
+        epoch: Epoch,
+        name: &SnapshotName,
+    ) -> Result<HostReply, CommandError> {
+        let _turn = self.ledger.turn(project).await;
+        self.ledger.permit(project, epoch)?;
+        self.storage.delete_snapshot(project, name).await.map_err(storage_error)?;
+        Ok(HostReply::Snapshots { project, snapshots: vec![] })
+    }
+
+    async fn restore(
+        &self,
+        project: ProjectId,
+        epoch: Epoch,
+        name: &SnapshotName,
+        former: &SnapshotName,
+    ) -> Result<HostReply, CommandError> {
+        let _turn = self.ledger.turn(project).await;
+        self.ledger.permit(project, epoch)?;
+        let status = self.runner.status(project).await.map_err(runner_error)?;
+        if status.state != State::Stopped {
+            let message =
+                format!("project {project} is running; stop it before going back to snapshot {name}");
+            return Err(CommandError { code: ErrorCode::Busy, message });
+        }
+        // What was prepared refers to the volume that is about to be replaced.
+        self.runner.remove(project).await.map_err(runner_error)?;
+        self.storage.restore(project, name, former).await.map_err(storage_error)?;
+        self.report(project, vec![]).await.map(HostReply::Project)
+    }
+
+    /// The state of a project, with the grant that is held.
+    ///
+    /// # Errors
+    ///
+    /// If the runner cannot tell.
+    pub async fn report(
+        &self,
+        project: ProjectId,
+        phases: Vec<(String, u64)>,
+    ) -> Result<ProjectReport, CommandError> {
+        let status = self.runner.status(project).await.map_err(runner_error)?;
+        let epoch = self.ledger.entry(project).and_then(|entry| entry.granted);
+        Ok(ProjectReport { project, epoch, status, phases })
+    }
+
+    /// Everything this host holds, for its registration.
+    pub async fn held(&self) -> Vec<HeldProject> {
+        let mut held = Vec::new();
+        for entry in self.ledger.entries() {
+            if entry.granted.is_none() && entry.reserved.is_none() {
+                continue;
+            }
+            match self.report(entry.project, vec![]).await {
+                Ok(report) => held.push(HeldProject { report, frozen: entry.frozen.map(|f| f.epoch) }),
+                Err(error) => {
+                    tracing::warn!(project = %entry.project, error = %error.message, "cannot tell its state");
+                }
+            }
+        }
+        held
+    }
+
+    /// Refuses an image that is not here before anything is recorded.
+    fn check_image(&self, config: &ProjectConfig) -> Result<(), CommandError> {
+        match config.image {
+            Some(digest) if (self.images)(digest).is_none() => Err(CommandError {
+                code: ErrorCode::NotFound,
+                message: format!("image {digest} is not on this host; import it there first"),
+            }),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn millis(begun: Instant) -> u64 {
+    u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,70 @@
+//! What the host tells the master of itself, and what it does about the
+//! stream's news.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use cocalc_auth::stream::Entry;
+use cocalc_auth_live::PeerHandler;
+use cocalc_core::{
+    control::{Capabilities, Register, Registered},
+    ids::{HostName, SessionId},
+    moves::host::MoveHost,
+    router::HostAddress,
+};
+
+use crate::{backends::Backends, lifecycle::Lifecycle, peers::Peers};
+
+/// Introduces this process and hears the stream.
+#[derive(Debug)]
+pub(crate) struct Registrar {
+    pub(crate) name: HostName,
+    pub(crate) session: SessionId,
+    pub(crate) address: HostAddress,
+    pub(crate) ssh_host_keys: Vec<String>,
+    pub(crate) backends: Backends,
+    pub(crate) lifecycle: Lifecycle,
+    pub(crate) moves: MoveHost,
+    pub(crate) peers: Arc<Peers>,
+}
+
+#[async_trait]
+impl PeerHandler for Registrar {
+    async fn register(&self) -> Register {
+        Register {
+            name: self.name.clone(),
+            session: self.session,
+            boot_id: boot_id(),
+            address: self.address.clone(),
+            ssh_host_keys: self.ssh_host_keys.clone(),
+            capabilities: Some(Capabilities {
+                storage: self.backends.storage.capabilities(),
+                runner: self.backends.runner.capabilities(),
+                images: self.backends.images.iter().map(|(digest, _)| *digest).collect(),
+                free_bytes: (self.backends.free_bytes)(),
+            }),
+            held: self.lifecycle.held().await,
+        }
+    }
+
+    fn registered(&self, reply: &Registered) {
+        for (project, owner, epoch) in reply.owners.clone() {
+            let (moves, address) = (self.moves.clone(), self.peers.address(owner));
+            tokio::spawn(async move {
+                if let Err(error) = moves.observe(project, owner, epoch, address).await {
+                    tracing::warn!(%project, error = %error.message, "cannot act on who owns it now");
+                }
+            });
+        }
+    }
+
+    fn entry(&self, entry: &Entry) {
+        self.peers.apply(entry);
+    }
+}
+
+fn boot_id() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .map(|id| id.trim().to_owned())
+        .unwrap_or_default()
+}

@@ -1,0 +1,46 @@
+//! A proxy's configuration.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use cocalc_core::ids::HostName;
+use serde::Deserialize;
+
+/// What a proxy is told. Every key is also `COCALC_PROXY_<KEY>`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Its name in the federation.
+    pub name: HostName,
+    /// The master's address, for instance `https://cocalc.example.org`.
+    pub master_url: String,
+    /// The file with the one-use token; needed until the proxy has joined.
+    pub join_token_file: Option<PathBuf>,
+    /// Where it keeps its keys.
+    pub data_dir: PathBuf,
+    /// Where it serves HTTP.
+    pub listen: SocketAddr,
+    /// Where it serves SSH.
+    pub ssh_listen: SocketAddr,
+    /// How users reach `listen`. Default: `http://<listen>`.
+    pub public_url: Option<String>,
+    /// How users reach `ssh_listen`, as `host:port`. Default: `ssh_listen`.
+    pub public_ssh: Option<String>,
+    /// The domain under which each project has its own origin, with the port
+    /// if it is not the scheme's own. Default: none, path routing only.
+    #[serde(default)]
+    pub domain: String,
+}
+
+impl Config {
+    /// Finds what no single value shows.
+    ///
+    /// # Errors
+    ///
+    /// Naming the key at fault and what to do.
+    pub fn validate(&self) -> Result<(), String> {
+        if !self.master_url.starts_with("http://") && !self.master_url.starts_with("https://") {
+            return Err(format!("master_url: {:?} begins with neither http:// nor https://", self.master_url));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,218 @@
+//! The parts of a proxy, put together.
+
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use cocalc_auth::identity::Identity;
+use cocalc_auth_live::{DriverConfig, Knowledge, ProxyCheck, StreamDriver};
+use cocalc_core::{
+    BoxError,
+    auth::{Denial, Secret},
+    bus::{Bus, Payload},
+    clock::SystemClock,
+    connector::{Connector, Peer},
+    control::{PeerReply, PeerRequest, api_subject},
+    ids::{HostId, ProjectId, ProxyId, SessionId},
+    memory::router::{Lookup, TableRouter},
+    router::{HostAddress, Route, Router},
+};
+use cocalc_daemon::{
+    join::{self, Joining, Kind, Membership},
+    probe::Metrics,
+};
+use cocalc_http::{ProxyIngress, Served, TokenPrecheck};
+use cocalc_sqlite::HostAcl;
+use cocalc_ssh::{HostKeys, RemoteGate, SshIngress};
+use cocalc_transfer::DirectConnector;
+use tokio::{net::TcpListener, task::JoinSet};
+use tokio_util::sync::CancellationToken;
+
+use crate::{config::Config, endpoints::ProxyEndpoints, error::Error, registrar::Registrar};
+
+/// How long the master may take to say where a project is.
+const LOOKUP_LIMIT: Duration = Duration::from_secs(2);
+/// How long what is open may take to end.
+const DRAIN_LIMIT: Duration = Duration::from_secs(5);
+
+/// A running proxy. Dropping it closes what it carries.
+#[derive(Debug)]
+pub struct Proxy {
+    id: ProxyId,
+    shutdown: CancellationToken,
+    serving: JoinSet<()>,
+    _driver: StreamDriver,
+    _lock: File,
+}
+
+impl Proxy {
+    /// Joins the federation if it has not yet, and starts to serve.
+    ///
+    /// # Errors
+    ///
+    /// As [`Error`] says. Nothing listens then.
+    pub async fn start(config: Config) -> Result<Self, Error> {
+        let data = make_dir(&config.data_dir)?;
+        let open = |part| Error::open(part);
+        let file = |error: std::io::Error| Error::File { path: data.clone(), source: error.into() };
+        let lock = cocalc_daemon::files::lock_directory(&data).map_err(file)?;
+        let identity = Identity::load_or_create(&data.join("identity.key"))
+            .map_err(|e| open("identity key")(e.into()))?;
+        let identity = Arc::new(identity);
+        let http_listener = listen("listen", config.listen).await?;
+        let ssh_listener = listen("ssh_listen", config.ssh_listen).await?;
+        let at = |listener: &TcpListener| listener.local_addr().map(|address| address.to_string());
+        let address = HostAddress {
+            url: match &config.public_url {
+                Some(url) => url.trim_end_matches('/').to_owned(),
+                None => format!("http://{}", at(&http_listener).map_err(file)?),
+            },
+            domain: config.domain.clone(),
+            ssh: config.public_ssh.clone().map_or_else(|| at(&ssh_listener), Ok).map_err(file)?,
+            peer: String::new(),
+            identity: identity.public_key().to_string(),
+        };
+        let Membership { id, issuer } = join(&config, &address, &identity).await?;
+
+        let peer = Peer::Proxy(id);
+        let connect = || cocalc_daemon::bus::connect(&config.master_url, &issuer, peer, Arc::clone(&identity));
+        let bus: Arc<dyn Bus> = Arc::new(connect().map_err(open("bus"))?);
+        let keepalive: Arc<dyn Bus> = Arc::new(connect().map_err(open("bus"))?);
+
+        let acl = HostAcl::open(&data).map_err(|e| open("cache")(e.into()))?;
+        let knowledge = Knowledge::open(Arc::new(acl), Arc::new(SystemClock), None)
+            .map_err(|e| open("cache")(e.into()))?;
+        let table = TableRouter::new(lookup(Arc::clone(&bus), peer));
+        let ssh_keys = HostKeys::load_or_create(&data.join("ssh_host_ed25519_key"))
+            .map_err(|e| open("SSH host key")(e.into()))?;
+        let registrar = Registrar {
+            name: config.name.clone(),
+            session: SessionId::random(),
+            address: address.clone(),
+            ssh_host_keys: ssh_keys.public(),
+            table: table.clone(),
+        };
+        let session = registrar.session;
+        let handler = Arc::new(registrar);
+        let driver = StreamDriver::start(
+            Arc::clone(&knowledge),
+            DriverConfig { peer, session, bus, keepalive, handler, audit: None },
+        );
+
+        let router: Arc<dyn Router> = Arc::new(table.clone());
+        let book = move |host: HostId| table.host(host);
+        let connector: Arc<dyn Connector> = Arc::new(
+            DirectConnector::new(&identity, Arc::new(book)).map_err(|e| open("peer channel")(e.into()))?,
+        );
+        let mut served = Served::new();
+        if !config.domain.is_empty() {
+            served = served.domain(&config.domain).map_err(|e| open("domain")(e.into()))?;
+        }
+        let built = Arc::new(OnceLock::new());
+        let endpoints = ProxyEndpoints {
+            knowledge: Arc::clone(&knowledge),
+            connected: driver.connected(),
+            metrics: Metrics::default(),
+            ingress: Arc::clone(&built),
+        };
+        let precheck = Arc::new(Precheck(ProxyCheck::new(knowledge)));
+        let http = ProxyIngress::builder(Arc::clone(&router), Arc::clone(&connector), precheck)
+            .served(served)
+            .https(address.url.starts_with("https://"))
+            .endpoints(Arc::new(endpoints))
+            .build();
+        // It was made a line above and is set once.
+        let _ = built.set(http.clone());
+        let ssh = SshIngress::builder(Arc::new(RemoteGate::new(router, connector)), ssh_keys).build();
+
+        let shutdown = CancellationToken::new();
+        let mut serving = JoinSet::new();
+        let stop = shutdown.clone();
+        serving.spawn(async move { http.serve(http_listener, stop.cancelled_owned()).await });
+        let stop = shutdown.clone();
+        serving.spawn(async move { ssh.serve(ssh_listener, stop.cancelled_owned()).await });
+        tracing::info!(%id, name = %config.name, url = address.url, "proxy started");
+        Ok(Self { id, shutdown, serving, _driver: driver, _lock: lock })
+    }
+
+    /// Its id in the federation.
+    pub fn id(&self) -> ProxyId {
+        self.id
+    }
+
+    /// Serves until `shutdown` resolves; then refuses what is new, lets what is
+    /// open end for a few seconds, and closes the rest.
+    pub async fn run_until(mut self, shutdown: impl Future<Output = ()>) {
+        shutdown.await;
+        self.shutdown.cancel();
+        let ended = async { while self.serving.join_next().await.is_some() {} };
+        if tokio::time::timeout(DRAIN_LIMIT, ended).await.is_err() {
+            tracing::info!("closing what is still open");
+        }
+    }
+}
+
+/// The tokens that a proxy need not carry further.
+#[derive(Debug)]
+struct Precheck(ProxyCheck);
+
+impl TokenPrecheck for Precheck {
+    fn verify(&self, token: &Secret, project: ProjectId) -> Result<(), Denial> {
+        self.0.token(token.expose(), project).map(drop)
+    }
+}
+
+/// Asks the master where a project is.
+fn lookup(bus: Arc<dyn Bus>, peer: Peer) -> Lookup {
+    Arc::new(move |project| {
+        let bus = Arc::clone(&bus);
+        Box::pin(async move { ask(&*bus, peer, project).await })
+    })
+}
+
+async fn ask(bus: &dyn Bus, peer: Peer, project: ProjectId) -> Result<Option<Route>, BoxError> {
+    let payload = Payload::json(&PeerRequest::Route { project })?;
+    let answer = bus.request(&api_subject(peer), payload, LOOKUP_LIMIT).await?;
+    match answer.payload.parse()? {
+        PeerReply::Route { route } => Ok(route),
+        PeerReply::Error { message } => Err(message.into()),
+        _ => Err("the master's answer makes no sense".into()),
+    }
+}
+
+async fn join(
+    config: &Config,
+    address: &HostAddress,
+    identity: &Arc<Identity>,
+) -> Result<Membership<ProxyId>, Error> {
+    let (config, address, identity) = (config.clone(), address.clone(), Arc::clone(identity));
+    let joined = tokio::task::spawn_blocking(move || {
+        let joining = Joining {
+            kind: Kind::Proxy,
+            name: &config.name,
+            master_url: &config.master_url,
+            join_token_file: config.join_token_file.as_deref(),
+            data_dir: &config.data_dir,
+            address: &address,
+        };
+        join::load_or_join(&joining, &identity)
+    });
+    Ok(joined.await.map_err(|error| Error::open("membership")(error.into()))??)
+}
+
+async fn listen(key: &'static str, address: std::net::SocketAddr) -> Result<TcpListener, Error> {
+    TcpListener::bind(address).await.map_err(|source| Error::Listen { key, address, source })
+}
+
+fn make_dir(path: &Path) -> Result<PathBuf, Error> {
+    use std::os::unix::fs::DirBuilderExt;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map(|()| path.to_owned())
+        .map_err(|error| Error::File { path: path.into(), source: error.into() })
+}
