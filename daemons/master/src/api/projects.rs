@@ -78,12 +78,16 @@ async fn create(
         None => None,
     };
     let needs = Needs { image: new.image, quota_bytes: new.quota_bytes, only };
-    let host = place(&candidates(&shared).await?, &needs).map_err(|reason| match reason {
+    let candidates = candidates(&shared).await?;
+    let host = place(&candidates, &needs).map_err(|reason| match reason {
         NoPlace::NoHost | NoPlace::NotAlive => Problem::unavailable("no_host", reason.to_string()),
         _ => Problem::conflict("no_host", reason.to_string()),
     })?;
+    // The host's default is pinned now: it may change, and the project's upper
+    // layer belongs to the image it was made on, wherever it moves.
+    let default = || candidates.iter().find(|one| one.host == host)?.images.first().copied();
     let config = ProjectConfig {
-        image: new.image,
+        image: new.image.or_else(default),
         limits: new.limits,
         quota_bytes: new.quota_bytes,
         ..ProjectConfig::default()
