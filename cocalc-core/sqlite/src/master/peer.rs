@@ -42,6 +42,8 @@ pub struct Proxy {
     pub name: HostName,
     /// Where it listens, with its identity key.
     pub address: HostAddress,
+    /// Its SSH host keys.
+    pub ssh_host_keys: Vec<String>,
     /// The process that registered last.
     pub session: Option<SessionId>,
     /// When it registered last.
@@ -105,6 +107,7 @@ fn read_proxy(row: &Row<'_>) -> rusqlite::Result<Proxy> {
         id: parsed(row, 0)?,
         name: parsed(row, 1)?,
         address: read_address(row)?,
+        ssh_host_keys: json(row, 4)?,
         session: parsed_opt(row, 5)?,
         last_seen: row.get::<_, Option<i64>>(6)?.map(Timestamp::from_millis),
         created: Timestamp::from_millis(row.get(8)?),

@@ -12,12 +12,10 @@ use serde_json::Value;
 use super::{
     narrator::wait_for,
     plan::{HostPlan, Plan, program},
+    slots,
     supervise::Spec,
 };
-use crate::{
-    api::Api,
-    failure::{Failure, While},
-};
+use crate::failure::{Failure, While};
 
 /// The demonstration's short leases, so that each tier can be seen.
 pub(super) const KEEPALIVE: Duration = Duration::from_millis(500);
@@ -65,7 +63,7 @@ pub(super) fn host(
     }
     if plan.podman {
         // Hosts of one machine must not share user ids or addresses.
-        keys.push(("machine_slot", host.index.into()));
+        keys.push(("machine_slot", slots::claim(&plan.dir)?.into()));
     }
     spec(plan, &host.name, "cocalc-host", host.config(), &toml(&keys))
 }
@@ -159,7 +157,12 @@ pub(super) fn ssh_key(path: &Path) -> Result<(), Failure> {
 
 /// Writes the SSH host keys that the master publishes, so that no program has
 /// to ask about a fingerprint.
-pub(super) fn known_hosts(plan: &Plan, hosts: &[Value], admin: &Api, path: &Path) -> Result<(), Failure> {
+pub(super) fn known_hosts(
+    plan: &Plan,
+    hosts: &[Value],
+    proxies: &[Value],
+    path: &Path,
+) -> Result<(), Failure> {
     let mut text = String::new();
     let mut add = |port: u16, row: &Value| {
         for key in row["ssh_host_keys"].as_array().into_iter().flatten().filter_map(Value::as_str) {
@@ -172,8 +175,7 @@ pub(super) fn known_hosts(plan: &Plan, hosts: &[Value], admin: &Api, path: &Path
             add(host.port + 1, row);
         }
     }
-    let answer = admin.get("/proxies")?;
-    for row in crate::output::items(&answer, "proxies").as_array().into_iter().flatten() {
+    for row in proxies {
         add(plan.base_port + 2, row);
     }
     if text.is_empty() {

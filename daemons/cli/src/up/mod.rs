@@ -6,6 +6,7 @@ mod federation;
 mod narrator;
 mod pidfile;
 mod plan;
+mod slots;
 mod supervise;
 mod teardown;
 mod volumes;
@@ -162,12 +163,8 @@ fn start(plan: &Plan, narrator: &Narrator) -> Result<Up, Failure> {
         wait_ready(&supervisor, "proxy", &plan.proxy_url())?;
         told((), plan.hosts.iter().map(|h| h.name.as_str()).collect::<Vec<_>>().join(", "))
     })?;
-    let hosts = wait_for("every host to register", READY_LIMIT, || {
-        let answer = admin.get("/hosts")?;
-        let hosts = crate::output::items(&answer, "hosts").as_array().cloned().unwrap_or_default();
-        let ready = hosts.iter().filter(|host| host["state"] == "connected").count();
-        Ok((ready == plan.hosts.len()).then_some(hosts))
-    })?;
+    let hosts = connected(&admin, "hosts", plan.hosts.len())?;
+    let proxies = connected(&admin, "proxies", 1)?;
 
     let key = plan.dir.join("demo_key");
     let user_token = narrator.step("account with an SSH key", || {
@@ -202,7 +199,7 @@ fn start(plan: &Plan, narrator: &Narrator) -> Result<Up, Failure> {
     })?;
 
     let known_hosts = plan.dir.join("known_hosts");
-    configure::known_hosts(plan, &hosts, &admin, &known_hosts)?;
+    configure::known_hosts(plan, &hosts, &proxies, &known_hosts)?;
     let federation = describe(plan, &supervisor, &hosts, admin_token, project)?;
     federation.write(&plan.dir)?;
     Ok(Up { plan: plan.clone(), supervisor, user, federation, key, known_hosts })
@@ -298,6 +295,16 @@ fn welcome(up: &Up) {
         println!("  {cocalc} project move {project} --to {}", other.name);
     }
     println!("\nCtrl-C stops everything and tears it down.");
+}
+
+/// Waits until so many hosts or proxies are connected, and lists them.
+fn connected(admin: &Api, kind: &str, count: usize) -> Result<Vec<Value>, Failure> {
+    wait_for(format!("{count} {kind} to connect"), READY_LIMIT, || {
+        let answer = admin.get(&format!("/{kind}"))?;
+        let rows = crate::output::items(&answer, kind).as_array().cloned().unwrap_or_default();
+        let ready = rows.iter().filter(|row| row["state"] == "connected").count();
+        Ok((ready == count).then_some(rows))
+    })
 }
 
 fn join_token(admin: &Api, kind: &str) -> Result<String, Failure> {

@@ -28,8 +28,6 @@ pub(crate) struct HostPlan {
     pub(crate) name: String,
     pub(crate) dir: PathBuf,
     pub(crate) port: u16,
-    /// Its place, from 0; user id ranges and networks follow from it.
-    pub(crate) index: u16,
 }
 
 impl HostPlan {
@@ -81,7 +79,6 @@ impl Plan {
                     dir: dir.join("hosts").join(&name),
                     name,
                     port: options.base_port + 10 * (index + 1),
-                    index,
                 }
             })
             .collect();

@@ -14,7 +14,7 @@ use super::{
     narrator::{Narrator, told},
     pidfile,
     plan::Plan,
-    volumes,
+    slots, volumes,
 };
 use crate::failure::{Exit, Failure, While};
 
@@ -49,6 +49,7 @@ pub(super) fn clear(dir: &Path) -> Result<(), Failure> {
         volumes::stop_projects(&host)?;
         volumes::unmount(&host)?;
     }
+    slots::release(dir);
     Ok(())
 }
 

@@ -239,6 +239,7 @@ struct ProxyView {
     /// `connected`, or `away`.
     state: &'static str,
     address: AddressView,
+    ssh_host_keys: Vec<String>,
     last_seen: Option<String>,
 }
 
@@ -257,6 +258,7 @@ async fn proxies(State(shared): State<Arc<Shared>>, _: Caller) -> Answer<Json<Pr
         name: proxy.name.to_string(),
         state: if shared.alive(Peer::Proxy(proxy.id)) { "connected" } else { "away" },
         address: proxy.address.into(),
+        ssh_host_keys: proxy.ssh_host_keys,
         last_seen: proxy.last_seen.map(time),
     };
     Ok(Json(Proxies { proxies: proxies.into_iter().map(view).collect() }))
