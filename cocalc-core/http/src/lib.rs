@@ -83,5 +83,5 @@ pub use host::{BusEndpoint, Endpoints, HostIngress, HostIngressBuilder, Opening,
 pub use limits::Limits;
 pub use path::{Served, ServedError};
 pub use problem::CODE_HEADER;
-pub use proxy::{ProxyIngress, ProxyIngressBuilder, TokenPrecheck};
+pub use proxy::{ProxyIngress, ProxyIngressBuilder, TokenHost, TokenPrecheck};
 pub use server::Client;

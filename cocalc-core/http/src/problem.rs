@@ -105,6 +105,8 @@ impl Problem {
             "title": self.status.canonical_reason().unwrap_or("Error"),
             "status": self.status.as_u16(),
             "code": self.code,
+            // RFC 9457 calls it detail; the contract promised a message.
+            "detail": self.message,
             "message": self.message,
         });
         if let Some(location) = &self.location {

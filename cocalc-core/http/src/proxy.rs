@@ -66,12 +66,22 @@ const NEWS_WAIT: Duration = Duration::from_secs(2);
 /// Checks what a proxy can check of a connect token: signature, time and
 /// project. It never redeems one, and does not decide.
 pub trait TokenPrecheck: fmt::Debug + Send + Sync + 'static {
-    /// Refuses a token that its host would certainly refuse.
+    /// Refuses a token that its host would certainly refuse, and says which
+    /// host it is for, if that is known.
     ///
     /// # Errors
     ///
     /// The reason, as the host would give it.
-    fn verify(&self, token: &Secret, project: ProjectId) -> Result<(), Denial>;
+    fn verify(&self, token: &Secret, project: ProjectId) -> Result<Option<TokenHost>, Denial>;
+}
+
+/// The only host that redeems a token.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct TokenHost {
+    /// Which host.
+    pub host: HostId,
+    /// As owner in which epoch.
+    pub epoch: Epoch,
 }
 
 /// Carries HTTP and WebSocket to the hosts of projects, for users who cannot
@@ -262,6 +272,7 @@ impl Inner {
         let wish = websocket::wish(&parts, !body.is_end_stream())?;
         let origin = self.served.origin(&authority).ok_or_else(crate::host::unknown_host)?;
         let uri = parts.uri.clone();
+        let mut only = None;
         let (project, path, body) =
             match self.served.target(origin, uri.path()).ok_or_else(Problem::not_found)? {
                 Target::Own(SESSION_PATH) => {
@@ -275,7 +286,7 @@ impl Inner {
                     return answer.ok_or_else(Problem::not_found);
                 }
                 Target::Project(place) => {
-                    self.precheck(&parts, place.project, place.what)?;
+                    only = self.precheck(&parts, place.project, place.what)?;
                     let path = match origin {
                         Origin::Base => uri.path().get(self.served.base().len()..).unwrap_or("/").to_owned(),
                         _ => uri.path().to_owned(),
@@ -285,12 +296,26 @@ impl Inner {
             };
         let outgoing = self.outgoing(parts, origin, &authority, path, wish, connection.client)?;
         let websocket = wish == Wish::WebSocket;
-        let (response, lease) = self.send(project, outgoing, body, websocket).await?;
+        let (response, lease) =
+            self.send(project, outgoing, body, websocket, only).await.map_err(|problem| {
+                if problem.code == wire::PROJECT_MOVED && problem.status == StatusCode::MISDIRECTED_REQUEST {
+                    // The address stays what it was; what is needed is another token.
+                    let scheme = if self.https { "https" } else { "http" };
+                    Problem { location: Some(format!("{scheme}://{authority}{}", uri.path())), ..problem }
+                } else {
+                    problem
+                }
+            })?;
         self.pass_back(response, lease, upgrade.filter(|_| websocket), connection)
     }
 
     /// Turns away what its host would certainly turn away.
-    fn precheck(&self, parts: &Parts, project: ProjectId, what: What<'_>) -> Result<(), Problem> {
+    fn precheck(
+        &self,
+        parts: &Parts,
+        project: ProjectId,
+        what: What<'_>,
+    ) -> Result<Option<TokenHost>, Problem> {
         let bearer = credential::bearer(&parts.headers).map_err(|denial| self.denied(project, &denial))?;
         let query =
             credential::query_token(parts.uri.query()).map_err(|denial| self.denied(project, &denial))?;
@@ -304,7 +329,7 @@ impl Inner {
         if bearer.is_none() && !posts && !cookies::has_session(&parts.headers) {
             return Err(self.denied(project, &Denial::Unauthenticated));
         }
-        Ok(())
+        Ok(None)
     }
 
     fn outgoing(
@@ -355,8 +380,14 @@ impl Inner {
         outgoing: Outgoing,
         body: Body,
         fresh: bool,
+        only: Option<TokenHost>,
     ) -> Result<(Response<Incoming>, Lease), Problem> {
-        let mut host = self.route(project).await?;
+        let (mut host, mut epoch) = self.route(project).await?;
+        if let Some(token) = only.filter(|token| token.epoch > epoch) {
+            // The token was made after a move that this proxy has not heard of
+            // yet. Its host decides for itself.
+            (host, epoch) = (token.host, token.epoch);
+        }
         let body = self.replayable(body).await?;
         let spare = body.replay();
         let request = |body: Body| {
@@ -370,6 +401,9 @@ impl Inner {
             || Problem::unavailable(wire::PROJECT_MOVED, "The project has just moved. Try again.", 1);
         let mut next = request(body);
         for attempt in 0..2 {
+            if only.is_some_and(|token| token.host != host) {
+                return Err(token_moved(host, epoch));
+            }
             let dial = || self.dial(host);
             let (response, lease) =
                 upstream::exchange(&self.pool, Key::Host(host), &self.limits, CODES, next, fresh, dial)
@@ -377,7 +411,7 @@ impl Inner {
             let Some(moved) = moved(&response) else { return Ok((response, lease)) };
             let Some(body) = spare.as_ref().and_then(Body::replay).filter(|_| attempt == 0) else { break };
             drop((response, lease));
-            host = self.next_host(project, moved).await;
+            (host, epoch) = self.next_host(project, moved).await;
             tracing::debug!(%project, %host, "following a move");
             next = request(body);
         }
@@ -403,9 +437,9 @@ impl Inner {
         }
     }
 
-    async fn route(&self, project: ProjectId) -> Result<HostId, Problem> {
+    async fn route(&self, project: ProjectId) -> Result<(HostId, Epoch), Problem> {
         match timeout(self.limits.connect_timeout, self.router.route(project)).await {
-            Ok(Ok(route)) => Ok(route.host),
+            Ok(Ok(route)) => Ok((route.host, route.epoch)),
             Ok(Err(router::Error::NotFound { .. })) => {
                 Err(self.denied(project, &Denial::NotHere("no route".to_owned())))
             }
@@ -419,12 +453,12 @@ impl Inner {
 
     /// The new owner: as the router says, or else as the old owner does, whose
     /// word costs nothing, because the next host decides for itself.
-    async fn next_host(&self, project: ProjectId, (told, epoch): (HostId, Epoch)) -> HostId {
+    async fn next_host(&self, project: ProjectId, told: (HostId, Epoch)) -> (HostId, Epoch) {
         let until = Instant::now() + NEWS_WAIT;
         let mut changes = self.router.changes();
         loop {
             match timeout_at(until, self.router.route(project)).await {
-                Ok(Ok(route)) if route.epoch >= epoch => return route.host,
+                Ok(Ok(route)) if route.epoch >= told.1 => return (route.host, route.epoch),
                 Ok(_) => {}
                 Err(_) => return told,
             }
@@ -483,6 +517,15 @@ impl Inner {
         tracing::info!(%project, reason = %denial, "denied");
         Problem::from(denial)
     }
+}
+
+/// The project has moved, and the token is for its former host. Only who has
+/// shown an authentic token for the project hears so.
+fn token_moved(host: HostId, epoch: Epoch) -> Problem {
+    let message = "The project is on another host now. Ask for a new token.";
+    Problem::new(StatusCode::MISDIRECTED_REQUEST, wire::PROJECT_MOVED, message)
+        .header(wire::HOST_HEADER, host.to_string())
+        .header(wire::EPOCH_HEADER, epoch.to_string())
 }
 
 fn no_route() -> Problem {

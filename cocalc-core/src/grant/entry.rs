@@ -149,10 +149,12 @@ impl Entry {
     }
 
     /// Where users find the project, seen from `host`, which has this entry.
+    /// Requests wait while it is `parked`, and, after a move, until the start
+    /// that the grant asked for has been tried.
     pub fn route(&self, host: HostId, parked: bool) -> Option<Route> {
         let project = self.project;
         if let Some(epoch) = self.may_run() {
-            let how = if parked { Reach::Parked } else { Reach::Local };
+            let how = if parked || self.start_pending { Reach::Parked } else { Reach::Local };
             return Some(Route { project, host, epoch, how });
         }
         if let Some(moved) = &self.moved_to

@@ -68,7 +68,7 @@ impl Backends {
                 Arc::new(runner)
             }
         };
-        let runner = Arc::new(Startup(runner));
+        let runner = Arc::new(Startup::new(runner));
         Ok(Self { storage, runner, images: Arc::new(images), free_bytes })
     }
 

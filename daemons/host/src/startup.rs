@@ -1,13 +1,17 @@
 //! Runs the tenant's own start-up program each time a project starts, so that
 //! their services come back after a stop, a move or a reboot.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
 
 use async_trait::async_trait;
 use cocalc_core::{
     ids::ProjectId,
     runner::{
-        Capabilities, Command, ExecRequest, Process, ProjectSpec, Result, Runner, State, Stats, Status,
+        Capabilities, Command, Error, ExecRequest, Process, ProjectSpec, Result, Runner, State, Stats, Status,
     },
     stream::BoxStream,
 };
@@ -20,26 +24,52 @@ const STARTUP: &str = "test -x ~/.cocalc/startup || exit 0; \
 /// How long the shell that detaches it may take. It is the tenant's shell.
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// A runner whose projects run their start-up program.
+/// For so long after a start, a port on which nothing listens may be that of
+/// an app that is still coming up.
+const COMING_UP: Duration = Duration::from_secs(15);
+/// How long a connection waits for such an app, and how often it tries.
+const PATIENCE: Duration = Duration::from_secs(3);
+const AGAIN: Duration = Duration::from_millis(25);
+
+/// A runner whose projects run their start-up program, and whose users don't
+/// notice that its apps take a moment.
 #[derive(Debug)]
-pub struct Startup(pub Arc<dyn Runner>);
+pub struct Startup {
+    runner: Arc<dyn Runner>,
+    /// The projects that were started a moment ago.
+    fresh: Mutex<BTreeMap<ProjectId, Instant>>,
+}
+
+impl Startup {
+    /// Wraps a runner.
+    pub fn new(runner: Arc<dyn Runner>) -> Self {
+        Self { runner, fresh: Mutex::default() }
+    }
+
+    fn fresh(&self) -> MutexGuard<'_, BTreeMap<ProjectId, Instant>> {
+        let mut fresh = self.fresh.lock().unwrap_or_else(PoisonError::into_inner);
+        fresh.retain(|_, started| started.elapsed() < COMING_UP);
+        fresh
+    }
+}
 
 #[async_trait]
 #[deny(clippy::missing_trait_methods)]
 impl Runner for Startup {
     fn capabilities(&self) -> Capabilities {
-        self.0.capabilities()
+        self.runner.capabilities()
     }
 
     async fn prepare(&self, spec: &ProjectSpec) -> Result<()> {
-        self.0.prepare(spec).await
+        self.runner.prepare(spec).await
     }
 
     async fn start(&self, spec: &ProjectSpec) -> Result<Status> {
-        let before = self.0.status(spec.project).await?;
-        let status = self.0.start(spec).await?;
+        let before = self.runner.status(spec.project).await?;
+        let status = self.runner.start(spec).await?;
         if before.state != State::Running {
-            let (runner, project) = (Arc::clone(&self.0), spec.project);
+            self.fresh().insert(spec.project, Instant::now());
+            let (runner, project) = (Arc::clone(&self.runner), spec.project);
             // Not waited for: the project runs, and its owner may be slow.
             tokio::spawn(async move {
                 if tokio::time::timeout(LIMIT, run(&*runner, project)).await.is_err() {
@@ -51,35 +81,45 @@ impl Runner for Startup {
     }
 
     async fn stop(&self, project: ProjectId, grace: Duration) -> Result<Status> {
-        self.0.stop(project, grace).await
+        self.runner.stop(project, grace).await
     }
 
     async fn remove(&self, project: ProjectId) -> Result<()> {
-        self.0.remove(project).await
+        self.runner.remove(project).await
     }
 
     async fn status(&self, project: ProjectId) -> Result<Status> {
-        self.0.status(project).await
+        self.runner.status(project).await
     }
 
     async fn list(&self) -> Result<Vec<Status>> {
-        self.0.list().await
+        self.runner.list().await
     }
 
     async fn exec(&self, project: ProjectId, request: ExecRequest) -> Result<Process> {
-        self.0.exec(project, request).await
+        self.runner.exec(project, request).await
     }
 
     async fn dial(&self, project: ProjectId, port: u16) -> Result<BoxStream> {
-        self.0.dial(project, port).await
+        let begun = Instant::now();
+        loop {
+            match self.runner.dial(project, port).await {
+                Err(Error::Refused { .. })
+                    if begun.elapsed() < PATIENCE && self.fresh().contains_key(&project) =>
+                {
+                    tokio::time::sleep(AGAIN).await;
+                }
+                dialed => return dialed,
+            }
+        }
     }
 
     async fn stats(&self, project: ProjectId) -> Result<Stats> {
-        self.0.stats(project).await
+        self.runner.stats(project).await
     }
 
     async fn logs(&self, project: ProjectId, lines: usize) -> Result<String> {
-        self.0.logs(project, lines).await
+        self.runner.logs(project, lines).await
     }
 }
 

@@ -24,7 +24,7 @@ use cocalc_daemon::{
     join::{self, Joining, Kind, Membership},
     probe::Metrics,
 };
-use cocalc_http::{ProxyIngress, Served, TokenPrecheck};
+use cocalc_http::{ProxyIngress, Served, TokenHost, TokenPrecheck};
 use cocalc_sqlite::HostAcl;
 use cocalc_ssh::{HostKeys, RemoteGate, SshIngress};
 use cocalc_transfer::DirectConnector;
@@ -160,8 +160,9 @@ impl Proxy {
 struct Precheck(ProxyCheck);
 
 impl TokenPrecheck for Precheck {
-    fn verify(&self, token: &Secret, project: ProjectId) -> Result<(), Denial> {
-        self.0.token(token.expose(), project).map(drop)
+    fn verify(&self, token: &Secret, project: ProjectId) -> Result<Option<TokenHost>, Denial> {
+        let claims = self.0.token(token.expose(), project)?;
+        Ok(Some(TokenHost { host: claims.aud.0, epoch: claims.epoch }))
     }
 }
 

@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use cocalc_core::{
-    ids::HostId,
+    ids::{Epoch, HostId},
     router::{HostAddress, Reach},
 };
-use cocalc_http::{HostIngress, Served};
+use cocalc_http::{HostIngress, Served, TokenHost};
 use tokio::time::timeout;
 
 use crate::support::*;
@@ -184,6 +184,29 @@ async fn a_moved_project_is_followed() {
         curl(&[&CODE[..], &["-H", &bearer, "--data-binary", &big, &format!("{proxied}/upload")]].concat())
             .await;
     assert_eq!(again, "503 project_moved");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_for_the_former_host_is_told_so_at_the_proxy() {
+    let world = World::new().await;
+    let (id, next) = (world.project, HostId::random());
+    let epoch = |number| Epoch::new(number).unwrap();
+    let bearer = format!("Authorization: Bearer {}", world.token());
+    let proxied = format!("http://localhost:{}/some/base{}/x", world.proxy_address.port(), world.mount());
+    let only = |host, number| {
+        *world.auth.only_host.lock().unwrap() = Some(TokenHost { host, epoch: epoch(number) });
+    };
+    only(world.host, 1);
+    assert!(curl(&["-H", &bearer, &proxied]).await.starts_with("GET /x "));
+    // It has moved: the address stays, and another token is needed.
+    world.proxy_table.set(id, next, 2, Reach::Remote(HostAddress::default()));
+    let answer = curl(&["-H", &bearer, &proxied]).await;
+    let problem: serde_json::Value = serde_json::from_str(&answer).unwrap();
+    assert_eq!((&problem["status"], &problem["code"]), (&421.into(), &"project_moved".into()), "{answer}");
+    assert_eq!(problem["location"], proxied, "{answer}");
+    // A token of a later epoch than the proxy has heard of goes to its host.
+    only(world.host, 3);
+    assert!(curl(&["-H", &bearer, &proxied]).await.starts_with("GET /x "));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -23,7 +23,8 @@ use cocalc_core::{
     wake::{Awake, Wake},
 };
 use cocalc_http::{
-    Body, BusEndpoint, Client, Endpoints, HostIngress, Limits, Opening, ProxyIngress, Served, TokenPrecheck,
+    Body, BusEndpoint, Client, Endpoints, HostIngress, Limits, Opening, ProxyIngress, Served, TokenHost,
+    TokenPrecheck,
 };
 use serde_json::json;
 use tokio::{
@@ -43,6 +44,8 @@ pub(crate) struct FakeAuth {
     used: Mutex<HashSet<String>>,
     revoked: watch::Sender<Option<Denial>>,
     pub(crate) tier: Mutex<Tier>,
+    /// The host that every token is for, as the proxy's check says.
+    pub(crate) only_host: Mutex<Option<TokenHost>>,
 }
 
 pub(crate) fn token(project: ProjectId, claims: serde_json::Value) -> String {
@@ -92,6 +95,7 @@ impl FakeAuth {
             used: Mutex::default(),
             revoked: watch::Sender::new(None),
             tier: Mutex::new(Tier::Fresh),
+            only_host: Mutex::default(),
         })
     }
 
@@ -145,8 +149,9 @@ impl Auth for FakeAuth {
 }
 
 impl TokenPrecheck for FakeAuth {
-    fn verify(&self, token: &Secret, project: ProjectId) -> Result<(), Denial> {
-        check(token.expose(), project).map(drop)
+    fn verify(&self, token: &Secret, project: ProjectId) -> Result<Option<TokenHost>, Denial> {
+        check(token.expose(), project)?;
+        Ok(*self.only_host.lock().unwrap())
     }
 }
 

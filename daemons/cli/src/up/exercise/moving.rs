@@ -12,9 +12,10 @@ use serde_json::{Value, json};
 
 use super::{
     access::answers,
-    reach::{Connect, Echo, Way, agent, ensure, get_with, ssh},
+    reach::{Answer, Connect, Echo, Way, agent, ensure, get_with, ssh},
 };
 use crate::{
+    api::Api,
     failure::Failure,
     up::{
         OPERATION_LIMIT, Up,
@@ -39,6 +40,9 @@ Description: shows that packages move\\n' > $d/DEBIAN/control; \
 #[derive(Debug, Default)]
 struct Polled {
     asked: u32,
+    /// Told that the project has moved and a new token is needed, which was
+    /// got; the same poll then went on.
+    renewed: u32,
     failed: u32,
     longest: Duration,
     first_failure: Option<String>,
@@ -93,7 +97,11 @@ pub(super) fn run(up: &Up, narrator: &Narrator) -> Result<(), Failure> {
         Some(first) => format!("{} of {} polls failed (first: {first})", polled.failed, polled.asked),
         None => format!("{} polls, none failed", polled.asked),
     };
-    println!("           {failures}; longest time without an answer {:.2} s", polled.longest.as_secs_f64());
+    println!(
+        "           {failures}, {} got a new token on the way; longest time without an answer {:.2} s",
+        polled.renewed,
+        polled.longest.as_secs_f64()
+    );
 
     narrator.step("everything is equal after the move", || {
         let after = manifest(up, trees)?;
@@ -152,31 +160,40 @@ fn difference(before: &Value, after: &Value) -> String {
     lines.join("\n  ")
 }
 
-/// Asks for the same page over and over, as a user's browser does through the
-/// proxy, whose address does not change.
+/// Asks for the same page over and over, as a program does through the proxy,
+/// whose address does not change. A token is for one host: after the move the
+/// proxy says so, and the program asks the master for another.
 struct Poller {
-    url: String,
-    bearer: String,
+    api: Api,
+    project: String,
+    connect: Connect,
     agent: ureq::Agent,
 }
 
 impl Poller {
     fn new(up: &Up) -> Result<Self, Failure> {
-        // A session outlives the token and the move, as a browser's does.
-        let connect = Connect::long(up)?;
         Ok(Self {
-            url: connect.url(Way::Proxy, "poll")?,
-            bearer: format!("Bearer {}", connect.token()?),
+            api: up.user.clone(),
+            project: up.federation.project.id.clone(),
+            connect: Connect::long(up)?,
             agent: agent(Duration::from_secs(20)),
         })
     }
 
-    fn run(self, stop: &AtomicBool) -> Polled {
+    fn run(mut self, stop: &AtomicBool) -> Polled {
         let mut polled = Polled::default();
         let mut last_good = Instant::now();
         while !stop.load(Ordering::Relaxed) {
             polled.asked += 1;
-            let problem = match get_with(&self.agent, &self.url, &[("authorization", &self.bearer)]) {
+            let mut outcome = self.poll();
+            if matches!(&outcome, Ok(answer) if answer.json()["code"] == "project_moved") {
+                polled.renewed += 1;
+                outcome = Connect::with(&self.api, &self.project).and_then(|connect| {
+                    self.connect = connect;
+                    self.poll()
+                });
+            }
+            let problem = match outcome {
                 Ok(answer) if answer.status == 200 => None,
                 Ok(answer) => Some(format!("{} {}", answer.status, answer.body.trim())),
                 Err(failure) => Some(failure.to_string()),
@@ -193,6 +210,12 @@ impl Poller {
             }
             std::thread::sleep(POLL);
         }
+        polled.longest = polled.longest.max(last_good.elapsed());
         polled
+    }
+
+    fn poll(&self) -> Result<Answer, Failure> {
+        let bearer = format!("Bearer {}", self.connect.token()?);
+        get_with(&self.agent, &self.connect.url(Way::Proxy, "poll")?, &[("authorization", &bearer)])
     }
 }

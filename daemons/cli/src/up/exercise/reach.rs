@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use tungstenite::{Message, WebSocket, client::IntoClientRequest};
 
 use crate::{
+    api::Api,
     failure::{Exit, Failure, While},
     up::{Up, string},
 };
@@ -52,7 +53,12 @@ impl Connect {
 
     /// A token for everything, for five minutes.
     pub(super) fn long(up: &Up) -> Result<Self, Failure> {
-        Self::new(up, &up.federation.project.id, &json!({ "ttl_secs": 300 }))
+        Self::with(&up.user, &up.federation.project.id)
+    }
+
+    /// As [`long`](Self::long), asked for with this API.
+    pub(super) fn with(api: &Api, project: &str) -> Result<Self, Failure> {
+        api.post(&format!("/projects/{project}/connect"), &json!({ "ttl_secs": 300 })).map(Self)
     }
 
     pub(super) fn token(&self) -> Result<String, Failure> {
