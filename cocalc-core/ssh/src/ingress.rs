@@ -309,10 +309,13 @@ impl Inner {
             let _ = handle.disconnect(Disconnect::ByApplication, reason, String::new()).await;
             let _ = (&mut session).await;
         };
-        let _ = timeout(FAREWELL_MAX, farewell).await;
+        let gone = timeout(FAREWELL_MAX, farewell).await.is_ok();
         grip.cut();
-        // The cut line makes the library's task end.
-        let _ = timeout(FAREWELL_MAX, &mut session).await;
+        // The cut line makes the library's task end, if it has not; a session
+        // that has ended must not be awaited again.
+        if !gone {
+            let _ = timeout(FAREWELL_MAX, &mut session).await;
+        }
     }
 }
 

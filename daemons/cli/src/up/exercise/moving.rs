@@ -54,13 +54,13 @@ pub(super) fn run(up: &Up, narrator: &Narrator) -> Result<(), Failure> {
         return Ok(());
     };
     let trees = if up.plan.podman {
-        "~/tree /usr/local/bin/cocalc-moved /var/lib/dpkg/info/cocalc-moved.list"
+        "tree /usr/local/bin/cocalc-moved /var/lib/dpkg/info/cocalc-moved.list"
     } else {
-        "~/tree"
+        "tree"
     };
     let before = narrator.step("files of every kind, and a package installed inside", || {
         let connect = Connect::long(up)?;
-        ssh(up, &connect, Way::Direct, "python3 ~/tree.py make ~/tree >/dev/null")?;
+        ssh(up, &connect, Way::Direct, "cd ~ && python3 tree.py make tree >/dev/null")?;
         if up.plan.podman {
             let said = ssh(up, &connect, Way::Direct, INSTALL)?;
             ensure(said.contains("moved along"), format!("the package says {said:?}"))?;
@@ -136,7 +136,7 @@ pub(super) fn run(up: &Up, narrator: &Narrator) -> Result<(), Failure> {
 /// The manifest of trees inside the project.
 fn manifest(up: &Up, trees: &str) -> Result<Value, Failure> {
     let connect = Connect::long(up)?;
-    let text = ssh(up, &connect, Way::Direct, &format!("python3 ~/tree.py show {trees}"))?;
+    let text = ssh(up, &connect, Way::Direct, &format!("cd ~ && python3 tree.py show {trees}"))?;
     serde_json::from_str(&text).map_err(|e| Failure::failed(format!("no manifest: {e}")))
 }
 
