@@ -44,3 +44,35 @@ fn the_embedded_default_works_without_btrfs_and_podman() {
     let said = once(dir.path(), 18200, &["--storage", "directory", "--runner", "process"]);
     assert!(said.contains("without isolation"), "it does not say what is weaker:\n{said}");
 }
+
+#[test]
+fn an_ordinary_user_gets_the_embedded_default() {
+    use std::os::unix::{fs::chown, process::CommandExt};
+    /// Debian's `nobody`.
+    const NOBODY: u32 = 65534;
+
+    let dir = tempfile::Builder::new().prefix("cocalc-user-").tempdir().unwrap();
+    // The build directory may be where this user cannot look.
+    let built = Path::new(federation::COCALC).parent().unwrap();
+    for name in ["cocalc", "cocalc-master", "cocalc-host", "cocalc-proxy"] {
+        std::fs::copy(built.join(name), dir.path().join(name)).unwrap();
+    }
+    chown(dir.path(), Some(NOBODY), Some(NOBODY)).unwrap();
+    let data = dir.path().join("data");
+    let output = Command::new(dir.path().join("cocalc"))
+        .args(["up", "--once", "--base-port", "18900", "--dir"])
+        .arg(&data)
+        .env("HOME", dir.path())
+        .current_dir(dir.path())
+        .stdin(Stdio::null())
+        .uid(NOBODY)
+        .gid(NOBODY)
+        .output()
+        .unwrap();
+    let text =
+        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    federation::down(&data);
+    assert!(output.status.success(), "{}\n{text}", output.status);
+    assert!(text.contains("need root"), "it does not say why:\n{text}");
+    assert!(federation::leftovers(&data).is_empty(), "{text}");
+}

@@ -17,18 +17,18 @@ use std::{
 use serde_json::Value;
 
 /// The program under test.
-pub const COCALC: &str = env!("CARGO_BIN_EXE_cocalc");
+pub(crate) const COCALC: &str = env!("CARGO_BIN_EXE_cocalc");
 
 /// A running federation, which ends with the value.
-pub struct Federation {
-    pub dir: tempfile::TempDir,
-    pub child: Child,
-    pub json: Value,
+pub(crate) struct Federation {
+    pub(crate) dir: tempfile::TempDir,
+    pub(crate) child: Child,
+    pub(crate) json: Value,
 }
 
 impl Federation {
     /// Starts one with its own ports, and waits until its project runs.
-    pub fn up(base_port: u16, arguments: &[&str]) -> Self {
+    pub(crate) fn up(base_port: u16, arguments: &[&str]) -> Self {
         require_daemons();
         let dir = tempfile::Builder::new().prefix("cocalc-test-").tempdir().unwrap();
         let log = std::fs::File::create(dir.path().join("up.log")).unwrap();
@@ -55,11 +55,11 @@ impl Federation {
         federation
     }
 
-    pub fn data(&self) -> PathBuf {
+    pub(crate) fn data(&self) -> PathBuf {
         self.dir.path().join("data")
     }
 
-    pub fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         let mut text = std::fs::read_to_string(self.dir.path().join("up.log")).unwrap_or_default();
         for entry in std::fs::read_dir(self.data().join("log")).into_iter().flatten().flatten() {
             let log = std::fs::read_to_string(entry.path()).unwrap_or_default();
@@ -70,17 +70,17 @@ impl Federation {
         text
     }
 
-    pub fn reload(&mut self) {
+    pub(crate) fn reload(&mut self) {
         let text = std::fs::read_to_string(self.data().join("federation.json")).unwrap();
         self.json = serde_json::from_str(&text).unwrap();
     }
 
-    pub fn project(&self) -> String {
+    pub(crate) fn project(&self) -> String {
         self.json["project"]["id"].as_str().unwrap().to_owned()
     }
 
     /// Runs the command line as the administrator.
-    pub fn cocalc(&self, arguments: &[&str]) -> Output {
+    pub(crate) fn cocalc(&self, arguments: &[&str]) -> Output {
         Command::new(COCALC)
             .args(arguments)
             .env("COCALC_URL", self.json["master"]["url"].as_str().unwrap())
@@ -91,20 +91,20 @@ impl Federation {
     }
 
     /// As [`cocalc`](Self::cocalc), insisting on success and JSON.
-    pub fn json(&self, arguments: &[&str]) -> Value {
+    pub(crate) fn json(&self, arguments: &[&str]) -> Value {
         let output = self.cocalc(&[arguments, &["--output", "json"]].concat());
         assert!(output.status.success(), "{arguments:?}: {output:?}\n{}", self.log());
         serde_json::from_slice(&output.stdout).unwrap_or(Value::Null)
     }
 
     /// Runs a command in the sample project.
-    pub fn exec(&self, line: &str) -> Output {
+    pub(crate) fn exec(&self, line: &str) -> Output {
         let project = self.project();
         self.cocalc(&["project", "exec", &project, "--", "sh", "-c", line])
     }
 
     /// Waits until `look` holds.
-    pub fn wait_for(&self, what: &str, limit: Duration, mut look: impl FnMut() -> bool) {
+    pub(crate) fn wait_for(&self, what: &str, limit: Duration, mut look: impl FnMut() -> bool) {
         let deadline = Instant::now() + limit;
         while !look() {
             assert!(Instant::now() < deadline, "waited {limit:?} for {what}\n{}", self.log());
@@ -130,7 +130,7 @@ impl Drop for Federation {
 }
 
 /// Cleans up after a federation.
-pub fn down(data: &Path) {
+pub(crate) fn down(data: &Path) {
     let _ = Command::new(COCALC).args(["down", "--dir"]).arg(data).status();
 }
 
@@ -149,7 +149,7 @@ fn require_daemons() {
 
 /// What a federation must not leave behind: mounts and loop devices below
 /// `dir`, containers and network namespaces of ours.
-pub fn leftovers(dir: &Path) -> Vec<String> {
+pub(crate) fn leftovers(dir: &Path) -> Vec<String> {
     let dir = dir.to_string_lossy().into_owned();
     let mut found = Vec::new();
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
@@ -168,7 +168,7 @@ fn run(program: &str, arguments: &[&str]) -> String {
 }
 
 /// Sends bytes to a listener, and reads what comes until it closes or `limit`.
-pub fn throw(address: &str, bytes: &[u8], limit: Duration) -> Vec<u8> {
+pub(crate) fn throw(address: &str, bytes: &[u8], limit: Duration) -> Vec<u8> {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(limit)).unwrap();
     stream.set_write_timeout(Some(limit)).unwrap();

@@ -58,7 +58,12 @@ pub(super) fn run(up: &Up, narrator: &Narrator) -> Result<(), Failure> {
     } else {
         "tree"
     };
-    let before = narrator.step("files of every kind, and a package installed inside", || {
+    let prepared = if up.plan.podman {
+        "files of every kind, and a package installed inside"
+    } else {
+        "files of every kind"
+    };
+    let before = narrator.step(prepared, || {
         let connect = Connect::long(up)?;
         ssh(up, &connect, Way::Direct, "cd ~ && python3 tree.py make tree >/dev/null")?;
         if up.plan.podman {
