@@ -34,7 +34,7 @@ mod server;
 mod shared;
 mod signing;
 
-use std::{net::SocketAddr, path::PathBuf, sync::Arc};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use cocalc_conat::{Broker, BrokerConfig};
 use cocalc_core::{
@@ -52,6 +52,9 @@ use self::{
     shared::Shared,
     signing::Signing,
 };
+
+/// How long a connection to the bus may take to sign in.
+const SIGN_IN_LIMIT: Duration = Duration::from_secs(10);
 
 /// Why a master did not start, or stopped.
 #[derive(Debug, thiserror::Error)]
@@ -129,7 +132,9 @@ impl Master {
         let issuer = config.public_url.clone().unwrap_or_else(|| format!("http://{address}"));
 
         let gate = gate::Gate::new(issuer.clone(), store.clone(), clock.clone());
-        let broker = Broker::start(BrokerConfig::default(), Arc::new(gate));
+        // Hosts and proxies sign in at once; others have no business here.
+        let limits = BrokerConfig { connect_limit: SIGN_IN_LIMIT, ..BrokerConfig::default() };
+        let broker = Broker::start(limits, Arc::new(gate));
         let bus = broker.local_bus(gate::master());
         let shared = Arc::new(Shared {
             streams: Streams::new(stream, bus.clone(), store.clone()),
@@ -181,7 +186,7 @@ impl Master {
     pub async fn stop(mut self) {
         self.closing.cancel();
         self.shared.operations.stop().await;
-        let _ = tokio::time::timeout(std::time::Duration::from_secs(5), &mut self.server).await;
+        let _ = tokio::time::timeout(Duration::from_secs(5), &mut self.server).await;
         self.tasks.shutdown().await;
     }
 }

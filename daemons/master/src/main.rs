@@ -10,9 +10,13 @@ fn main() -> ExitCode {
 
 #[tokio::main]
 async fn run(config: Config) -> Result<(), Error> {
-    // Registered before anything is opened, so that no signal is missed.
-    let shutdown = cocalc_daemon::shutdown_signal();
-    let master = Master::start(config).await?;
+    // Looked at first, which registers it, so that no signal is missed.
+    let mut shutdown = std::pin::pin!(cocalc_daemon::shutdown_signal());
+    let master = tokio::select! {
+        biased;
+        () = &mut shutdown => return Ok(()),
+        started = Master::start(config) => started?,
+    };
     master.run_until(shutdown).await;
     Ok(())
 }

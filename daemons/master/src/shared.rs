@@ -71,6 +71,20 @@ impl Shared {
         self.peers.alive(peer, self.clock.boot(), self.lease())
     }
 
+    /// Waits for a peer that has not come back since this process began, until
+    /// `limit` after that. It is there or not then.
+    pub(crate) async fn returned(&self, peer: Peer, limit: Duration) {
+        let mut registrations = self.peers.registrations();
+        while self.peers.session(peer).is_none() {
+            let until = self.peers.heard(peer).saturating_add(limit);
+            let rest = until.saturating_sub(self.clock.boot());
+            match tokio::time::timeout(rest, registrations.changed()).await {
+                Ok(Ok(())) => {}
+                _ => return,
+            }
+        }
+    }
+
     /// Sends a command to a host, and waits for its answer. A host that is not
     /// connected, or that goes away meanwhile, is not waited for.
     pub(crate) async fn command(

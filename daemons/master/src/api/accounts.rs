@@ -44,6 +44,7 @@ struct NewAccount {
 
 /// Makes an account. Administrators.
 #[utoipa::path(post, path = "/accounts", tag = "accounts",
+    request_body = NewAccount,
     responses((status = 201, body = AccountView), (status = "default", body = Problem)))]
 async fn create(
     State(shared): State<Arc<Shared>>,
@@ -63,6 +64,7 @@ struct Accounts {
 }
 
 #[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 struct Page {
     /// The id after which to go on.
     after: Option<String>,
@@ -123,6 +125,7 @@ struct TokenAnswer {
 
 /// Makes an API token.
 #[utoipa::path(post, path = "/accounts/{id}/tokens", tag = "accounts", params(("id" = String, Path)),
+    request_body = NewToken,
     responses((status = 201, body = TokenAnswer), (status = "default", body = Problem)))]
 async fn add_token(
     State(shared): State<Arc<Shared>>,
@@ -189,6 +192,7 @@ async fn remove_token(
 
 /// Whether to wait until a revocation is in force.
 #[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub(super) struct Wait {
     /// Wait for the receipt.
     #[serde(default)]

@@ -15,7 +15,7 @@ use http_body_util::BodyExt;
 use sha2::{Digest, Sha256};
 
 use super::{
-    BODY_BYTES_MAX,
+    input::whole,
     problem::{Answer, Problem},
 };
 use crate::{secret, shared::Shared};
@@ -152,11 +152,7 @@ async fn once(
     next: Next,
 ) -> Answer<Response> {
     let (parts, body) = request.into_parts();
-    let body = http_body_util::Limited::new(body, BODY_BYTES_MAX)
-        .collect()
-        .await
-        .map_err(|_| Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "too_large", "the body is too large"))?
-        .to_bytes();
+    let body = whole(body).await?;
     let fingerprint: [u8; 32] = Sha256::new()
         .chain_update(parts.method.as_str())
         .chain_update([0])
@@ -166,7 +162,8 @@ async fn once(
         .finalize()
         .into();
     let (now, name) = (shared.now(), key.clone());
-    match shared.db(move |store| store.recall(account, &name, &fingerprint, now)).await? {
+    let sought = key.clone();
+    match shared.db(move |store| store.recall(account, &sought, &fingerprint, now)).await? {
         Remembered::New => {}
         Remembered::Answered { status, body } => return Ok(replay(status, body)),
         Remembered::UnderWay => {
@@ -204,7 +201,11 @@ async fn once(
     });
     match work.await {
         Ok(answer) => answer,
-        Err(error) => Err(Problem::internal(&error)),
+        Err(error) => {
+            // It panicked: a repeated call finds what it made by its name.
+            shared.db(move |store| store.forget(account, &name)).await?;
+            Err(Problem::internal(&error))
+        }
     }
 }
 

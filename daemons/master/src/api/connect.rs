@@ -73,6 +73,7 @@ pub(super) struct Connected {
 
 /// Mints a connect token, and says where to show it.
 #[utoipa::path(post, path = "/projects/{id}/connect", tag = "projects", params(("id" = String, Path)),
+    request_body = Connect,
     responses((status = 200, body = Connected), (status = "default", body = Problem)))]
 async fn connect(
     State(shared): State<Arc<Shared>>,

@@ -55,6 +55,7 @@ struct JoinTokenAnswer {
 
 /// Makes a one-use token, with which a host or proxy joins. Administrators.
 #[utoipa::path(post, path = "/join-tokens", tag = "hosts",
+    request_body = NewJoinToken,
     responses((status = 201, body = JoinTokenAnswer), (status = "default", body = Problem)))]
 async fn join_token(
     State(shared): State<Arc<Shared>>,
@@ -107,6 +108,7 @@ struct Joined {
 
 /// Enrolls a host with a join token.
 #[utoipa::path(post, path = "/hosts/join", tag = "hosts",
+    request_body = Join,
     responses((status = 200, body = Joined), (status = "default", body = Problem)))]
 async fn join_host(State(shared): State<Arc<Shared>>, Body(body): Body<Join>) -> Answer<Json<Joined>> {
     join(&shared, JoinKind::Host, body).await
@@ -114,6 +116,7 @@ async fn join_host(State(shared): State<Arc<Shared>>, Body(body): Body<Join>) ->
 
 /// Enrolls a proxy with a join token.
 #[utoipa::path(post, path = "/proxies/join", tag = "hosts",
+    request_body = Join,
     responses((status = 200, body = Joined), (status = "default", body = Problem)))]
 async fn join_proxy(State(shared): State<Arc<Shared>>, Body(body): Body<Join>) -> Answer<Json<Joined>> {
     join(&shared, JoinKind::Proxy, body).await

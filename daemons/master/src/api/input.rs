@@ -1,13 +1,30 @@
 //! What requests carry, and how it is refused.
 
-use std::str::FromStr;
+use std::{str::FromStr, time::Duration};
 
 use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
+use bytes::Bytes;
 use http::{StatusCode, request::Parts};
 use http_body_util::BodyExt;
 use serde::de::DeserializeOwned;
 
 use super::{BODY_BYTES_MAX, problem::Problem};
+
+/// How long a client may take to send a body.
+const BODY_LIMIT: Duration = Duration::from_secs(20);
+
+/// The whole body, unless it is too large or too slow.
+pub(crate) async fn whole(body: axum::body::Body) -> Result<Bytes, Problem> {
+    let body = http_body_util::Limited::new(body, BODY_BYTES_MAX).collect();
+    match tokio::time::timeout(BODY_LIMIT, body).await {
+        Ok(Ok(body)) => Ok(body.to_bytes()),
+        Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => {
+            Err(Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "too_large", "the body is too large"))
+        }
+        Ok(Err(_)) => Err(Problem::invalid("the body ended too early")),
+        Err(_) => Err(Problem::new(StatusCode::REQUEST_TIMEOUT, "too_slow", "the body took too long")),
+    }
+}
 
 /// A JSON body; an empty one is `{}`.
 pub(crate) struct Body<T>(pub(crate) T);
@@ -16,12 +33,12 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
     type Rejection = Problem;
 
     async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
-        let bytes = http_body_util::Limited::new(request.into_body(), BODY_BYTES_MAX)
-            .collect()
-            .await
-            .map_err(|_| Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "too_large", "the body is too large"))?
-            .to_bytes();
+        let bytes = whole(request.into_body()).await?;
         let text: &[u8] = if bytes.is_empty() { b"{}" } else { &bytes };
+        // Fields by name only: a list would do for serde.
+        if !text.trim_ascii_start().starts_with(b"{") {
+            return Err(Problem::invalid("expected a JSON object"));
+        }
         serde_json::from_slice(text).map(Self).map_err(|error| Problem::invalid(error.to_string()))
     }
 }

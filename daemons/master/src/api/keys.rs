@@ -46,6 +46,7 @@ impl Ring {
 }
 
 #[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 struct Force {
     /// Even if hosts may not know the next key yet.
     #[serde(default)]

@@ -56,6 +56,7 @@ struct Changed {
 
 /// Adds a member, or changes its role.
 #[utoipa::path(post, path = "/projects/{id}/members", tag = "members", params(("id" = String, Path), Wait),
+    request_body = NewMember,
     responses((status = 200, body = Changed), (status = "default", body = Problem)))]
 async fn add(
     State(shared): State<Arc<Shared>>,

@@ -3,6 +3,7 @@
 mod accounts;
 mod caller;
 mod connect;
+mod document;
 mod health;
 mod hosts;
 mod input;
@@ -22,7 +23,7 @@ use axum::{Json, Router, middleware, routing::get};
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 
-use self::problem::Problem;
+use self::{document::Access, problem::Problem};
 use crate::shared::Shared;
 
 /// No request's body is larger.
@@ -49,8 +50,10 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
         .merge(operations::routes())
         .merge(keys::routes())
         .split_for_parts();
-    let (open, rest) =
+    let (open, mut rest) =
         OpenApiRouter::with_openapi(Document::openapi()).merge(hosts::open_routes()).split_for_parts();
+    document::complete(&mut document, Access::Bearer);
+    document::complete(&mut rest, Access::Anybody);
     document.merge(rest);
     let document = Arc::new(document);
     let closed = closed.layer(middleware::from_fn_with_state(shared.clone(), caller::authenticate));
@@ -67,6 +70,7 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
         .route("/readyz", get(health::ready))
         .route("/metrics", get(health::metrics))
         .fallback(nothing)
+        .method_not_allowed_fallback(wrong_method)
         .with_state(shared)
 }
 

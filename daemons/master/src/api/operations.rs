@@ -42,6 +42,7 @@ struct Operations {
 }
 
 #[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 struct Page {
     /// Also those of others. Administrators.
     #[serde(default)]
@@ -94,6 +95,7 @@ async fn show(
 }
 
 #[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 struct Timeout {
     /// How long to wait; 1 to 600, default 30.
     timeout_secs: Option<u64>,
@@ -142,17 +144,20 @@ async fn changed(
 }
 
 /// Shows an operation's events as they come, as server-sent events: `phase`
-/// for each, `end` with the operation at the end.
+/// for each, `end` with the operation at the end. `Last-Event-ID` goes on where
+/// a lost connection ended.
 #[utoipa::path(get, path = "/operations/{id}/events", tag = "operations", params(("id" = String, Path)),
     responses((status = 200, content_type = "text/event-stream"), (status = "default", body = Problem)))]
 async fn events(
     State(shared): State<Arc<Shared>>,
     caller: Caller,
     Id(id): Id<OperationId>,
+    headers: http::HeaderMap,
 ) -> Answer<Sse<impl Stream<Item = Result<Event, Infallible>>>> {
     find(&shared, &caller, id).await?;
     let changes = shared.operations.changes();
-    let follow = Follow { shared, id, changes, after: 0, ended: false };
+    let last = headers.get("last-event-id").and_then(|value| value.to_str().ok()?.parse().ok());
+    let follow = Follow { shared, id, changes, after: last.unwrap_or(0), ended: false };
     let batches = stream::unfold(follow, async |mut follow| follow.next().await.map(|batch| (batch, follow)));
     Ok(Sse::new(batches.flat_map(stream::iter))
         .keep_alive(KeepAlive::new().interval(Duration::from_secs(15))))

@@ -64,6 +64,7 @@ struct NewProject {
 
 /// Makes a project, and begins to create it on a host.
 #[utoipa::path(post, path = "/projects", tag = "projects",
+    request_body = NewProject,
     responses((status = 202, body = Begun), (status = "default", body = Problem)))]
 async fn create(
     State(shared): State<Arc<Shared>>,
@@ -120,6 +121,7 @@ struct Projects {
 }
 
 #[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 struct Page {
     /// Also those of others. Administrators.
     #[serde(default)]
@@ -205,6 +207,7 @@ struct Stop {
 
 /// Stops a project.
 #[utoipa::path(post, path = "/projects/{id}/stop", tag = "projects", params(("id" = String, Path)),
+    request_body = Stop,
     responses((status = 202, body = Begun), (status = "default", body = Problem)))]
 async fn stop(
     State(shared): State<Arc<Shared>>,
@@ -249,6 +252,7 @@ struct MoveTo {
 
 /// Moves a project to another host.
 #[utoipa::path(post, path = "/projects/{id}/move", tag = "projects", params(("id" = String, Path)),
+    request_body = MoveTo,
     responses((status = 202, body = Begun), (status = "default", body = Problem)))]
 async fn move_to(
     State(shared): State<Arc<Shared>>,

@@ -39,6 +39,7 @@ fn time_name(prefix: &str, now: Timestamp) -> Answer<SnapshotName> {
 
 /// Takes a snapshot.
 #[utoipa::path(post, path = "/projects/{id}/snapshots", tag = "snapshots", params(("id" = String, Path)),
+    request_body = NewSnapshot,
     responses((status = 202, body = Begun), (status = "default", body = Problem)))]
 async fn create(
     State(shared): State<Arc<Shared>>,

@@ -92,6 +92,7 @@ fn parse_key(line: &str) -> Option<(String, String)> {
 
 /// Adds a public SSH key to the caller's account.
 #[utoipa::path(post, path = "/ssh-keys", tag = "ssh-keys",
+    request_body = NewKey,
     responses((status = 201, body = KeyView), (status = "default", body = Problem)))]
 async fn add(
     State(shared): State<Arc<Shared>>,

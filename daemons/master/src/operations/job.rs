@@ -13,7 +13,7 @@ use crate::shared::Shared;
 
 /// How long a host may be away before an operation on it fails. Its daemon may
 /// just be restarting.
-const AWAY_MAX: Duration = Duration::from_secs(20);
+pub(super) const AWAY_MAX: Duration = Duration::from_secs(20);
 /// How often a command is repeated that a host could not do right now.
 const BUSY_RETRIES: u32 = 5;
 

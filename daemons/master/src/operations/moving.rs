@@ -18,6 +18,7 @@ use cocalc_sqlite::master::{
 };
 use tokio::sync::watch;
 
+use super::job::AWAY_MAX;
 use crate::shared::Shared;
 
 /// Why no move was begun.
@@ -163,7 +164,12 @@ async fn load(shared: &Shared, id: MoveId) -> Result<MoveState, BoxError> {
 }
 
 async fn finish(shared: &Shared, operation: &Operation, id: MoveId, outcome: MoveOutcome) {
-    let failure = load(shared, id).await.ok().and_then(|state| state.failure);
+    let state = load(shared, id).await.ok();
+    if let Some(state) = &state {
+        // The last of it may not have been shown.
+        shared.note(operation.id, "finishing", shown(state)).await;
+    }
+    let failure = state.and_then(|state| state.failure);
     let outcome = match outcome {
         MoveOutcome::Moved => Outcome::Done,
         MoveOutcome::Aborted => {
@@ -204,6 +210,7 @@ impl MoveEffects for Effects {
         command: HostCommand,
         timeout: Duration,
     ) -> Result<HostReply, NoAnswer> {
+        self.shared.returned(Peer::Host(host), AWAY_MAX).await;
         let reply = self.shared.command(host, &command, timeout).await?;
         if let HostReply::Move { receipt: MoveReply::Activated { report, .. }, .. } = &reply {
             let state = ProjectState::from(report.status.state);
@@ -260,14 +267,7 @@ impl MoveEffects for Effects {
     }
 
     fn progress(&self, state: &MoveState) {
-        let progress = state.progress();
-        let json = serde_json::json!({
-            "bytes": progress.bytes_sent,
-            "rounds": progress.rounds,
-            "cancellable": progress.cancellable,
-            "held_up_by": progress.failure.map(|failure| failure.message),
-        });
-        self.shown.send_replace(Some((step_name(progress.step), json)));
+        self.shown.send_replace(Some((step_name(state.step), shown(state))));
     }
 }
 
@@ -288,6 +288,31 @@ impl Effects {
     }
 }
 
+/// What people are shown of a move: bytes on the wire so far, the rate of the
+/// last stream, and how long the rest takes, where that is known: of a first
+/// stream whose size is known, and of a delta after another, which has about
+/// as much to send.
+fn shown(state: &MoveState) -> serde_json::Value {
+    let progress = state.progress();
+    let mut shown = serde_json::json!({
+        "bytes": progress.bytes_sent,
+        "rounds": progress.rounds,
+        "cancellable": progress.cancellable,
+        "held_up_by": progress.failure.map(|failure| failure.message),
+    });
+    let Some(last) = state.rounds.last() else { return shown };
+    // What takes no time has no rate.
+    let rate = (u128::from(last.bytes) * 1000).checked_div(last.millis.into());
+    if let Some(rate) = rate.and_then(|rate| u64::try_from(rate).ok()) {
+        shown["bytes_per_sec"] = rate.into();
+    }
+    let sending = state.step <= Step::CatchingUp;
+    if sending && state.rounds.len() > 1 {
+        shown["remaining_secs"] = last.millis.div_ceil(1000).into();
+    }
+    shown
+}
+
 fn step_name(step: Step) -> &'static str {
     match step {
         Step::Reserving => "reserving",
@@ -304,5 +329,63 @@ fn step_name(step: Step) -> &'static str {
         Step::Discarding => "discarding",
         Step::Aborted => "aborted",
         _ => "moving",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use cocalc_core::{moves::Event, router::HostAddress};
+    use cocalc_ids::{Epoch, VolumeUuid};
+
+    use super::*;
+
+    #[test]
+    fn rate_and_estimate_follow_from_the_streams_so_far() {
+        let move_id = MoveId::random();
+        let mut state = MoveState::new(MoveSpec {
+            move_id,
+            project: ProjectId::random(),
+            source: HostId::random(),
+            destination: HostId::random(),
+            destination_address: HostAddress::default(),
+            epoch: Epoch::FIRST,
+            config: Default::default(),
+            bytes: 0,
+            deltas: true,
+            tuning: Tuning::default(),
+        });
+        assert_eq!(shown(&state)["bytes"], 0);
+        let answer = |state: &mut MoveState, receipt| {
+            *state = state.after(Event::Receipt(receipt)).unwrap().0;
+            (step_name(state.step), shown(state))
+        };
+        // The stream that is under way.
+        let sent = |state: &MoveState, bytes, millis| MoveReply::Sent {
+            name: state.snapshot_names()[state.rounds.len()].clone(),
+            origin: VolumeUuid::from_bytes([1; 16]),
+            bytes,
+            millis,
+        };
+        let (phase, progress) = answer(&mut state, MoveReply::Reserved);
+        assert_eq!((phase, &progress["bytes_per_sec"]), ("seeding", &serde_json::Value::Null));
+        let receipt = sent(&state, 1_000_000_000, 20_000);
+        let (phase, progress) = answer(&mut state, receipt);
+        assert_eq!(
+            (phase, &progress["bytes"], &progress["bytes_per_sec"]),
+            ("seeding", &1_000_000_000_u64.into(), &50_000_000.into())
+        );
+        assert!(progress.get("remaining_secs").is_none(), "nobody knows how large the first delta is");
+        let receipt = sent(&state, 100_000_000, 2_500);
+        let (phase, progress) = answer(&mut state, receipt);
+        assert_eq!(
+            (phase, &progress["bytes"], &progress["bytes_per_sec"], &progress["remaining_secs"]),
+            ("seeding", &1_100_000_000_u64.into(), &40_000_000.into(), &3.into())
+        );
+        let receipt = sent(&state, 10, 0);
+        let (phase, progress) = answer(&mut state, receipt);
+        assert_eq!(
+            (phase, progress.get("bytes_per_sec"), &progress["remaining_secs"]),
+            ("parking", None, &0.into())
+        );
     }
 }

@@ -51,26 +51,58 @@ pub(crate) struct World {
     pub(crate) master: Option<Master>,
     pub(crate) url: String,
     pub(crate) admin: String,
+    pub(crate) running: Running,
+}
+
+/// Where each project runs. It never runs twice.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Running {
+    hosts: Arc<Mutex<BTreeMap<ProjectId, HostId>>>,
+    twice: Arc<Mutex<Vec<String>>>,
+}
+
+impl Running {
+    fn set(&self, project: ProjectId, host: HostId, runs: bool) {
+        let mut hosts = self.hosts.lock().unwrap();
+        match hosts.get(&project) {
+            Some(other) if *other != host && runs => {
+                self.twice.lock().unwrap().push(format!("{project} on {other} and {host}"));
+            }
+            Some(other) if *other == host && !runs => {
+                hosts.remove(&project);
+            }
+            None if runs => {
+                hosts.insert(project, host);
+            }
+            _ => {}
+        }
+    }
+
+    /// Fails if a project ever ran on two hosts, and says where it runs.
+    pub(crate) fn once(&self, project: ProjectId) -> Option<HostId> {
+        assert_eq!(*self.twice.lock().unwrap(), Vec::<String>::new());
+        self.hosts.lock().unwrap().get(&project).copied()
+    }
 }
 
 impl World {
     pub(crate) async fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let mut config = config(dir.path().join("data"), 0);
-        // The port has to be known, because the issuer must outlive a restart.
-        let probe = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        config.listen = probe.local_addr().unwrap();
-        drop(probe);
-        let master = Master::start(config).await.unwrap();
+        let master = Master::start(config(dir.path().join("data"), 0)).await.unwrap();
         let url = master.url().to_owned();
         let admin = std::fs::read_to_string(dir.path().join("data/admin-token")).unwrap().trim().to_owned();
-        Self { dir, master: Some(master), url, admin }
+        Self { dir, master: Some(master), url, admin, running: Running::default() }
     }
 
     /// Ends the master as a crash would, and starts another on its data.
     pub(crate) async fn restart(&mut self) {
         let port = self.master.as_ref().unwrap().address().port();
         drop(self.master.take());
+        self.start(port).await;
+    }
+
+    /// Starts a master on the data.
+    pub(crate) async fn start(&mut self, port: u16) {
         let data = self.dir.path().join("data");
         // The lock and the port are free a moment after the old one is gone.
         let master = until("a second start", async || {
@@ -166,7 +198,7 @@ impl World {
         assert_eq!(status, 200, "{joined}");
         assert_eq!(joined["issuer"], self.url);
         let id: HostId = joined["host_id"].as_str().unwrap().parse().unwrap();
-        Host::start(id, name, identity, address, &self.url).await
+        Host::start(id, name, identity, address, &self.url, self.running.clone()).await
     }
 }
 
@@ -200,11 +232,43 @@ pub(crate) fn client(url: &str, credentials: Assertions) -> Client {
     Client::connect(&format!("{}/", url.replacen("http:", "ws:", 1)), Arc::new(credentials), options).unwrap()
 }
 
+/// When a host falls silent.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Fall {
+    Before,
+    After,
+}
+
+/// A move's step, as tests name it.
+pub(crate) fn label(step: &MoveCommand) -> &'static str {
+    match step {
+        MoveCommand::Reserve { .. } => "reserve",
+        MoveCommand::Send { name, .. } if name.as_str().ends_with("final") => "send the rest",
+        MoveCommand::Send { .. } => "send",
+        MoveCommand::Park { .. } => "park",
+        MoveCommand::Freeze { .. } => "freeze",
+        MoveCommand::Stage { .. } => "stage",
+        MoveCommand::Activate { .. } => "activate",
+        MoveCommand::Retire { .. } => "retire",
+        MoveCommand::Thaw { .. } => "thaw",
+        MoveCommand::Discard => "discard",
+        MoveCommand::Clean { .. } => "clean",
+    }
+}
+
 /// What a scripted host has and does.
 #[derive(Debug, Default)]
 pub(crate) struct Script {
     /// The projects, with the epoch that it was granted, and whether they run.
     pub(crate) projects: BTreeMap<ProjectId, (Epoch, bool)>,
+    /// Where projects run, for all hosts.
+    running: Running,
+    /// Those that a move has frozen, and whether they ran then.
+    frozen: BTreeMap<ProjectId, bool>,
+    /// The step of a move at which it falls silent, before it does it or after.
+    pub(crate) fall: Option<(&'static str, Fall)>,
+    /// How many bytes each stream has, and how long it takes.
+    pub(crate) streams: Vec<(u64, u64)>,
     /// Every command that came.
     pub(crate) commands: Vec<HostCommand>,
     /// Every frame that came.
@@ -222,15 +286,23 @@ pub(crate) struct Host {
     pub(crate) id: HostId,
     pub(crate) script: Arc<Mutex<Script>>,
     pub(crate) client: Client,
+    session: Arc<Mutex<SessionId>>,
     _tasks: JoinSet<()>,
 }
 
 impl Host {
-    async fn start(id: HostId, name: &str, identity: Arc<Identity>, address: HostAddress, url: &str) -> Self {
+    async fn start(
+        id: HostId,
+        name: &str,
+        identity: Arc<Identity>,
+        address: HostAddress,
+        url: &str,
+        running: Running,
+    ) -> Self {
         let credentials = Assertions { identity, peer: PeerId::Host(id), audience: url.to_owned() };
         let client = client(url, credentials);
         client.ready(LIMIT).await.unwrap();
-        let script = Arc::new(Mutex::new(Script::default()));
+        let script = Arc::new(Mutex::new(Script { running, ..Script::default() }));
         let register = Register {
             name: name.parse().unwrap(),
             session: SessionId::random(),
@@ -258,13 +330,19 @@ impl Host {
         let mut tasks = JoinSet::new();
         tasks.spawn(inbox(client.clone(), id, script.clone()));
         tasks.spawn(stream(client.clone(), id, script.clone()));
-        tasks.spawn(lease(client.clone(), id, register, script.clone()));
+        let session = Arc::new(Mutex::new(register.session));
+        tasks.spawn(lease(client.clone(), id, register, session.clone(), script.clone()));
         let live = script.clone();
         until("the first state", async || {
             live.lock().unwrap().frames.iter().any(|frame| frame.entry == Entry::Live).then_some(())
         })
         .await;
-        Self { id, script, client, _tasks: tasks }
+        Self { id, script, client, session, _tasks: tasks }
+    }
+
+    /// Comes as another process.
+    pub(crate) fn again(&self) {
+        *self.session.lock().unwrap() = SessionId::random();
     }
 
     pub(crate) async fn ask(&self, request: &PeerRequest) -> PeerReply {
@@ -279,13 +357,20 @@ pub(crate) async fn ask(client: &Client, id: HostId, request: &PeerRequest) -> O
 }
 
 /// Registers, asks for the stream, and renews the lease.
-async fn lease(client: Client, id: HostId, register: Register, script: Arc<Mutex<Script>>) {
+async fn lease(
+    client: Client,
+    id: HostId,
+    mut register: Register,
+    session: Arc<Mutex<SessionId>>,
+    script: Arc<Mutex<Script>>,
+) {
     let subject = keepalive_subject(Peer::Host(id));
     loop {
+        register.session = *session.lock().unwrap();
         let position = script.lock().unwrap().frames.last().map(|frame| (frame.stream, frame.seq));
         let keepalive = Keepalive { session: register.session, position: None };
         let payload = Payload::json(&keepalive).unwrap();
-        let reply = client.request(&subject, payload, Duration::from_secs(2)).await;
+        let reply = client.request(&subject, payload, Duration::from_millis(500)).await;
         let reply = reply.ok().and_then(|message| message.payload.parse::<KeepaliveReply>().ok());
         match reply {
             Some(reply) if reply.lease_ms == 0 => {
@@ -313,7 +398,11 @@ async fn stream(client: Client, id: HostId, script: Arc<Mutex<Script>>) {
             let (stream, seq) = (frame.stream, frame.seq);
             let silent = {
                 let mut script = script.lock().unwrap();
-                script.frames.push(frame);
+                // Who asks for what it missed may get it twice.
+                let last = script.frames.last().map(|last| (last.stream, last.seq));
+                if last < Some((stream, seq)) {
+                    script.frames.push(frame);
+                }
                 script.silent
             };
             if !silent {
@@ -331,7 +420,7 @@ async fn inbox(client: Client, id: HostId, script: Arc<Mutex<Script>>) {
         };
         while let Some(message) = commands.next().await {
             let command: HostCommand = message.payload.parse().unwrap();
-            let answer = script.lock().unwrap().answer(command);
+            let answer = script.lock().unwrap().answer(id, command);
             if let Some(answer) = answer {
                 let payload = Payload::json(&answer).unwrap();
                 let _ = client.publish(&message.reply.unwrap(), payload).await;
@@ -349,67 +438,104 @@ impl Script {
         ProjectReport { project, epoch, status, phases: vec![("mount".into(), 3)] }
     }
 
-    fn answer(&mut self, command: HostCommand) -> Option<HostReply> {
+    /// The project holds the grant of `epoch` here, and runs or not.
+    fn hold(&mut self, host: HostId, project: ProjectId, epoch: Epoch, runs: bool) {
+        self.projects.insert(project, (epoch, runs));
+        self.running.set(project, host, runs);
+    }
+
+    fn answer(&mut self, host: HostId, command: HostCommand) -> Option<HostReply> {
         self.commands.push(command.clone());
-        if self.mute {
+        let fall = match &command {
+            HostCommand::Move { step, .. } => {
+                self.fall.filter(|(at, _)| *at == label(step)).map(|(_, fall)| fall)
+            }
+            _ => None,
+        };
+        if self.mute || fall == Some(Fall::Before) {
+            self.mute = true;
             return None;
         }
+        let answer = self.act(host, command);
+        self.mute = fall.is_some();
+        (!self.mute).then_some(answer)
+    }
+
+    fn act(&mut self, host: HostId, command: HostCommand) -> HostReply {
         if let Some(code) = self.refuse {
-            return Some(HostReply::Error(CommandError { code, message: "on purpose".into() }));
+            return HostReply::Error(CommandError { code, message: "on purpose".into() });
         }
         let project = command.project();
         let stale =
             || HostReply::Error(CommandError { code: ErrorCode::StaleEpoch, message: "stale".into() });
         let held = self.projects.get(&project).map(|(epoch, _)| *epoch);
-        Some(match command {
+        match command {
             HostCommand::Create { epoch, .. } => {
                 self.projects.entry(project).or_insert((epoch, false));
                 HostReply::Project(self.report(project))
             }
-            HostCommand::Start { epoch, .. } | HostCommand::Stop { epoch, .. } if held != Some(epoch) => {
+            HostCommand::Start { epoch, .. } | HostCommand::Stop { epoch, .. }
+                if held != Some(epoch) || self.frozen.contains_key(&project) =>
+            {
                 stale()
             }
             HostCommand::Start { epoch, .. } => {
-                self.projects.insert(project, (epoch, true));
+                self.hold(host, project, epoch, true);
                 HostReply::Project(self.report(project))
             }
             HostCommand::Stop { epoch, .. } => {
-                self.projects.insert(project, (epoch, false));
+                self.hold(host, project, epoch, false);
                 HostReply::Project(self.report(project))
             }
             HostCommand::Delete { epoch, .. } => {
+                self.running.set(project, host, false);
                 self.projects.remove(&project);
                 HostReply::Deleted { project, epoch }
             }
             HostCommand::Move { move_id, step, .. } => {
-                HostReply::Move { move_id, receipt: self.step(project, step) }
+                HostReply::Move { move_id, receipt: self.step(host, project, step) }
             }
             HostCommand::Snapshots { .. } => HostReply::Snapshots { project, snapshots: vec![] },
             _ => HostReply::Project(self.report(project)),
-        })
+        }
     }
 
-    fn step(&mut self, project: ProjectId, step: MoveCommand) -> MoveReply {
+    fn step(&mut self, host: HostId, project: ProjectId, step: MoveCommand) -> MoveReply {
         let origin = VolumeUuid::from_bytes([7; 16]);
         match step {
             MoveCommand::Reserve { .. } => MoveReply::Reserved,
-            MoveCommand::Send { name, .. } => MoveReply::Sent { name, origin, bytes: 10, millis: 1 },
+            MoveCommand::Send { name, .. } => {
+                let sent = match self.streams.len() {
+                    0 => (10, 1),
+                    _ => self.streams.remove(0),
+                };
+                MoveReply::Sent { name, origin, bytes: sent.0, millis: sent.1 }
+            }
             MoveCommand::Park { .. } => MoveReply::Parked,
             MoveCommand::Freeze { epoch, name, .. } => {
-                let was_running = self.projects.get(&project).is_some_and(|(_, runs)| *runs);
+                let runs = self.projects.get(&project).is_some_and(|(_, runs)| *runs);
+                let was_running = *self.frozen.entry(project).or_insert(runs);
+                self.hold(host, project, epoch, false);
                 MoveReply::Frozen { epoch, name, origin, was_running }
             }
             MoveCommand::Stage { origin, .. } => MoveReply::Staged { origin },
             MoveCommand::Activate { epoch, start, .. } => {
-                self.projects.insert(project, (epoch, start));
+                // A repeated one finds it running.
+                let runs = self.projects.get(&project).is_some_and(|held| *held == (epoch, true));
+                self.hold(host, project, epoch, start || runs);
                 MoveReply::Activated { epoch, report: self.report(project) }
             }
             MoveCommand::Retire { .. } => {
+                self.running.set(project, host, false);
+                self.frozen.remove(&project);
                 self.projects.remove(&project);
                 MoveReply::Retired
             }
             MoveCommand::Thaw { epoch, start, .. } => {
-                self.projects.insert(project, (epoch, start));
+                // What was never frozen goes on.
+                let runs = self.projects.get(&project).is_some_and(|(_, runs)| *runs);
+                self.frozen.remove(&project);
+                self.hold(host, project, epoch, start || runs);
                 MoveReply::Thawed { epoch }
             }
             MoveCommand::Discard => MoveReply::Discarded,

@@ -1,0 +1,244 @@
+//! The OpenAPI document, and the codes of errors.
+
+use std::collections::BTreeSet;
+
+use serde_json::{Value, json};
+
+use crate::world::World;
+
+/// Every call; `!` those without a bearer token. Programs rely on them: the
+/// list only grows.
+const CALLS: &[&str] = &[
+    "GET /account",
+    "GET /accounts",
+    "POST /accounts",
+    "GET /accounts/{id}",
+    "POST /accounts/{id}/ban",
+    "POST /accounts/{id}/sign-out",
+    "GET /accounts/{id}/tokens",
+    "POST /accounts/{id}/tokens",
+    "DELETE /accounts/{id}/tokens/{token}",
+    "POST /accounts/{id}/unban",
+    "GET /hosts",
+    "!POST /hosts/join",
+    "GET /hosts/{id}",
+    "POST /hosts/{id}/cordon",
+    "POST /hosts/{id}/uncordon",
+    "POST /join-tokens",
+    "POST /keys/rotate",
+    "POST /keys/{kid}/withdraw",
+    "GET /operations",
+    "GET /operations/{id}",
+    "POST /operations/{id}/cancel",
+    "GET /operations/{id}/events",
+    "GET /operations/{id}/wait",
+    "GET /projects",
+    "POST /projects",
+    "DELETE /projects/{id}",
+    "GET /projects/{id}",
+    "POST /projects/{id}/connect",
+    "GET /projects/{id}/members",
+    "POST /projects/{id}/members",
+    "DELETE /projects/{id}/members/{account}",
+    "POST /projects/{id}/move",
+    "GET /projects/{id}/snapshots",
+    "POST /projects/{id}/snapshots",
+    "DELETE /projects/{id}/snapshots/{name}",
+    "POST /projects/{id}/snapshots/{name}/restore",
+    "POST /projects/{id}/start",
+    "POST /projects/{id}/stop",
+    "GET /projects/{id}/why",
+    "GET /proxies",
+    "!POST /proxies/join",
+    "GET /ssh-keys",
+    "POST /ssh-keys",
+    "DELETE /ssh-keys/{id}",
+];
+
+/// All references in a document.
+fn references(value: &Value, found: &mut BTreeSet<String>) {
+    match value {
+        Value::Object(fields) => {
+            if let Some(Value::String(reference)) = fields.get("$ref") {
+                found.insert(reference.clone());
+            }
+            fields.values().for_each(|value| references(value, found));
+        }
+        Value::Array(list) => list.iter().for_each(|value| references(value, found)),
+        _ => {}
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_document_is_what_is_served() {
+    let world = World::new().await;
+    let (status, document) = world.call("GET", "/openapi.json", "", Value::Null).await;
+    assert_eq!(status, 200);
+    assert!(document["openapi"].as_str().unwrap().starts_with("3."), "{}", document["openapi"]);
+    assert_eq!(document["servers"][0]["url"], "/api/v1");
+    let mut found = BTreeSet::new();
+    references(&document, &mut found);
+    for reference in found {
+        let pointer = reference.strip_prefix('#').unwrap();
+        assert!(document.pointer(pointer).is_some(), "{reference} leads nowhere");
+    }
+
+    let (mut calls, mut ids) = (Vec::new(), BTreeSet::new());
+    for (path, methods) in document["paths"].as_object().unwrap() {
+        for (method, operation) in methods.as_object().unwrap() {
+            let (method, call) = (method.to_uppercase(), format!("{method} {path}"));
+            let open = operation["security"].is_null();
+            calls.push(format!("{}{method} {path}", if open { "!" } else { "" }));
+            let id = operation["operationId"].as_str().unwrap();
+            assert!(ids.insert(id.to_owned()), "{id} names two calls");
+            assert!(operation["summary"].is_string() || operation["description"].is_string(), "{call}");
+            let content = &operation["responses"]["default"]["content"];
+            let problem = &content["application/problem+json"]["schema"]["$ref"];
+            assert_eq!(problem, "#/components/schemas/Problem", "{call}");
+            let parameters = operation["parameters"].as_array().cloned().unwrap_or_default();
+            let named = |place: &str| -> BTreeSet<String> {
+                let of = parameters.iter().filter(|parameter| parameter["in"] == place);
+                of.map(|parameter| parameter["name"].as_str().unwrap().to_owned()).collect()
+            };
+            let braces = path.split('/').filter_map(|part| part.strip_prefix('{')?.strip_suffix('}'));
+            assert_eq!(named("path"), braces.map(str::to_owned).collect(), "{call}");
+            assert_eq!(named("header").contains("Idempotency-Key"), !open && method != "GET", "{call}");
+
+            // It is served: whoever has no token is told so, and nothing else.
+            let place = path.replace("{id}", "x").replace("{token}", "x").replace("{account}", "x");
+            let (status, answer) = world.call(&method, &place, "", Value::Null).await;
+            let expected = if open { (400, "invalid_request") } else { (401, "unauthenticated") };
+            assert_eq!((status, answer["code"].as_str().unwrap()), expected, "{call}: {answer}");
+        }
+    }
+    let sorted = |list: &[&str]| list.iter().map(|call| (*call).to_owned()).collect::<BTreeSet<_>>();
+    assert_eq!(calls.into_iter().collect::<BTreeSet<_>>(), sorted(CALLS));
+
+    let create = &document["paths"]["/projects"]["post"];
+    let body = &create["requestBody"]["content"]["application/json"]["schema"]["$ref"];
+    assert_eq!(body, "#/components/schemas/NewProject");
+    let fields = document["components"]["schemas"]["NewProject"]["properties"].as_object().unwrap();
+    assert!(["name", "image", "host"].iter().all(|field| fields.contains_key(*field)), "{fields:?}");
+    assert_eq!(document["components"]["securitySchemes"]["bearer"]["scheme"], "bearer");
+}
+
+/// Status, media type, `WWW-Authenticate`, `Retry-After` and body.
+async fn raw(world: &World, method: &str, path: &str, body: String) -> (u16, [Option<String>; 3], Value) {
+    let request = http::Request::builder()
+        .method(method)
+        .uri(format!("{}{path}", world.url))
+        .header("authorization", format!("Bearer {}", world.admin))
+        .body(body)
+        .unwrap();
+    tokio::task::spawn_blocking(move || {
+        let config = ureq::Agent::config_builder()
+            .http_status_as_error(false)
+            .allow_non_standard_methods(true)
+            .timeout_global(Some(crate::world::LIMIT))
+            .build();
+        let mut response = ureq::Agent::from(config).run(request).unwrap();
+        let header = |name: &str| Some(response.headers().get(name)?.to_str().ok()?.to_owned());
+        let headers = [header("content-type"), header("www-authenticate"), header("retry-after")];
+        let text = response.body_mut().read_to_string().unwrap();
+        let value = serde_json::from_str(&text).unwrap_or(Value::String(text));
+        (response.status().as_u16(), headers, value)
+    })
+    .await
+    .unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_error_is_a_problem_with_its_code() {
+    let mut world = World::new().await;
+    let host = world.host("alpha").await;
+    let id = world.project("alpha").await;
+    let (project, huge) = (format!("/api/v1/projects/{id}"), format!("\"{}\"", "x".repeat(70_000)));
+    let connect = format!("{project}/connect");
+    let admin = world.ok("GET", "/account", Value::Null).await["id"].as_str().unwrap().to_owned();
+    let text = |value: Value| value.to_string();
+    for (method, path, body, status, code) in [
+        ("GET", "/api/v1/nothing".to_owned(), String::new(), 404, "not_found"),
+        ("GET", "/nothing".into(), String::new(), 404, "not_found"),
+        ("PUT", "/api/v1/projects".into(), String::new(), 405, "method_not_allowed"),
+        ("POST", "/healthz".into(), String::new(), 405, "method_not_allowed"),
+        ("GET", "/projects/x".into(), String::new(), 404, "not_found"),
+        ("POST", "/api/v1/projects".into(), "{".into(), 400, "invalid_request"),
+        ("POST", "/api/v1/projects".into(), huge, 413, "too_large"),
+        ("GET", "/api/v1/projects?limit=x".into(), String::new(), 400, "invalid_request"),
+        ("POST", "/api/v1/projects".into(), text(json!({ "name": "p", "host": "nobody" })), 404, "not_found"),
+        ("POST", connect.clone(), text(json!({ "ttl_secs": 301 })), 400, "invalid_request"),
+        ("POST", connect.clone(), text(json!({ "scopes": [] })), 400, "invalid_request"),
+        ("POST", connect, text(json!({ "embed_origin": "x" })), 400, "invalid_request"),
+        ("POST", format!("{project}/move"), text(json!({ "to": "alpha" })), 409, "already_there"),
+        ("POST", format!("{project}/snapshots/x/restore"), "[]".into(), 400, "invalid_request"),
+        ("POST", format!("/api/v1/accounts/{admin}/ban"), String::new(), 409, "own_account"),
+        ("POST", "/api/v1/keys/rotate".into(), String::new(), 409, "too_early"),
+        ("POST", "/api/v1/keys/x/withdraw".into(), String::new(), 404, "not_found"),
+        ("POST", "/api/v1/hosts/join".into(), "{}".into(), 400, "invalid_request"),
+    ] {
+        let (got, [media, challenge, _], answer) = raw(&world, method, &path, body).await;
+        let call = format!("{method} {path}: {answer}");
+        assert_eq!((got, &answer["code"]), (status, &json!(code)), "{call}");
+        assert_eq!((media.as_deref(), challenge), (Some("application/problem+json"), None), "{call}");
+        assert_eq!(answer["status"], status, "{call}");
+        assert!(answer["title"].is_string() && answer["detail"].is_string(), "{call}");
+    }
+    let admin = std::mem::take(&mut world.admin);
+    let (status, [_, challenge, _], _) = raw(&world, "GET", "/api/v1/projects", String::new()).await;
+    assert_eq!((status, challenge.as_deref()), (401, Some("Bearer")));
+    world.admin = admin;
+
+    // No host within its lease.
+    drop(host);
+    let away = crate::world::until("the lease is over", async || {
+        let body = json!({ "name": "second" }).to_string();
+        let answer = raw(&world, "POST", "/api/v1/projects", body).await;
+        (answer.0 == 503).then_some(answer)
+    })
+    .await;
+    assert_eq!((&away.2["code"], away.1[2].as_deref()), (&json!("no_host"), Some("2")));
+}
+
+/// The page lists what the sources can answer, and nothing else.
+#[test]
+fn every_code_is_in_the_contract() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let contract = std::fs::read_to_string(root.join("../../docs/contract.md")).unwrap();
+    let section = contract.split("\n## Codes of the master's API\n").nth(1).expect("the section");
+    let section = section.split("\n## ").next().unwrap();
+    let listed: BTreeSet<String> = section
+        .lines()
+        .filter_map(|line| Some(line.strip_prefix("| `")?.split_once('`')?.0.to_owned()))
+        .collect();
+
+    let word = |text: &str| -> Option<String> {
+        let (code, _) = text.trim_start().strip_prefix('"')?.split_once('"')?;
+        let plain = !code.is_empty() && code.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_');
+        plain.then(|| code.to_owned())
+    };
+    let mut used = BTreeSet::new();
+    let mut folders = vec![root.join("src")];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+                continue;
+            }
+            let source = std::fs::read_to_string(&path).unwrap();
+            let source = source.split("#[cfg(test)]").next().unwrap();
+            for call in ["::conflict(", "::unavailable("] {
+                used.extend(source.split(call).skip(1).filter_map(word));
+            }
+            for (call, arguments) in [("Problem::new(", 1), ("Self::new(", 1)] {
+                let after = |text: &str| text.splitn(arguments + 1, ',').nth(arguments).and_then(word);
+                used.extend(source.split(call).skip(1).filter_map(after));
+            }
+        }
+    }
+    // Those of operations, which the API shows in `error`.
+    let job = std::fs::read_to_string(root.join("src/operations/job.rs")).unwrap();
+    used.extend(job.split("ErrorCode::").skip(1).filter_map(|text| word(text.split_once("=> ")?.1)));
+    used.extend(["host_failed", "internal", "start_failed", "move_aborted"].map(str::to_owned));
+    assert_eq!(listed, used, "listed on the left, used on the right");
+}
