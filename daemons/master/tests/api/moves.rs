@@ -1,13 +1,16 @@
 //! Moves whose master dies at every step, that are cancelled, and that people
 //! follow.
 
-use std::io::{BufRead, BufReader};
+use std::{
+    io::{BufRead, BufReader},
+    time::Duration,
+};
 
 use cocalc_core::control::HostCommand;
 use cocalc_ids::ProjectId;
 use serde_json::{Value, json};
 
-use crate::world::{Fall, Host, World, label, until};
+use crate::world::{Fall, Host, World, label, until, until_within};
 
 /// A project that runs on `alpha`.
 async fn running(world: &World) -> (String, ProjectId) {
@@ -123,6 +126,39 @@ async fn a_master_that_dies_while_it_undoes_a_move_undoes_it() {
             assert_eq!(owner(&world, &id, hosts).await, 0, "{step} {fall:?}");
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_destination_that_never_comes_back_gives_the_project_back() {
+    let mut world = World::new().await;
+    let (alpha, beta) = (world.host("alpha").await, world.host("beta").await);
+    let (id, project) = running(&world).await;
+    set([&alpha, &beta], Some(("stage", Fall::Before)));
+    let begun = begin(&world, &id, "beta").await;
+    silent("stage", [&alpha, &beta]).await;
+    drop(beta);
+    world.restart().await;
+    alpha.script.lock().unwrap().fall = None;
+    // The master waits for it a while; the promise is 60 s.
+    let shown = until_within(Duration::from_secs(60), "the source has it again", async || {
+        let shown = world.ok("GET", &format!("/projects/{id}"), Value::Null).await;
+        (shown["operation_id"].is_null() && shown["state"] == "running").then_some(shown)
+    })
+    .await;
+    // It had been frozen, so that the source was granted it anew.
+    assert_eq!((&shown["host_id"], &shown["epoch"]), (&json!(alpha.id.to_string()), &json!(2)));
+    assert_eq!(world.running.once(project), Some(alpha.id));
+    let held = alpha.script.lock().unwrap().projects.get(&project).map(|(epoch, _)| epoch.number());
+    assert_eq!(held, Some(2));
+    // What the destination received is still to be deleted; that holds up nobody.
+    let path = format!("/operations/{}", begun["operation_id"].as_str().unwrap());
+    let operation = world.ok("GET", &path, Value::Null).await;
+    assert_eq!(
+        (&operation["state"], &operation["progress"]["cancellable"]),
+        (&json!("running"), &json!(false))
+    );
+    let stopped = world.settled(&world.ok("POST", &format!("/projects/{id}/stop"), json!({})).await).await;
+    assert_eq!(stopped["state"], "done");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -35,13 +35,21 @@ use tokio::task::JoinSet;
 pub(crate) const LIMIT: Duration = Duration::from_secs(20);
 
 /// Waits until `done` says so.
-pub(crate) async fn until<T>(what: &str, mut done: impl AsyncFnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + LIMIT;
+pub(crate) async fn until<T>(what: &str, done: impl AsyncFnMut() -> Option<T>) -> T {
+    until_within(LIMIT, what, done).await
+}
+
+pub(crate) async fn until_within<T>(
+    limit: Duration,
+    what: &str,
+    mut done: impl AsyncFnMut() -> Option<T>,
+) -> T {
+    let deadline = Instant::now() + limit;
     loop {
         if let Some(value) = done().await {
             return value;
         }
-        assert!(Instant::now() < deadline, "not within {LIMIT:?}: {what}");
+        assert!(Instant::now() < deadline, "not within {limit:?}: {what}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
