@@ -160,6 +160,79 @@ async fn a_repeated_call_is_the_same_call() {
     assert_eq!((other.0, &other.1["code"]), (422, &json!("idempotency_key_reused")));
     let listed = world.ok("GET", "/projects", Value::Null).await;
     assert_eq!(listed["projects"].as_array().unwrap().len(), 1);
+
+    // Another's key is another key.
+    let (_, token) = world.account("other").await;
+    let body = json!({ "name": "two" });
+    let theirs = world.call_with("POST", "/projects", &token, body.clone(), Some("key-1")).await;
+    assert_eq!((theirs.0, &theirs.1["project"]["name"]), (202, &json!("two")));
+    assert_ne!(theirs.1["project"]["id"], third.1["project"]["id"]);
+    world.settled(&theirs.1).await;
+    // What came to nothing is not remembered: it may be mended and repeated.
+    let path = format!("/projects/{}/move", theirs.1["project"]["id"].as_str().unwrap());
+    let to = json!({ "to": "beta" });
+    let failed = world.call_with("POST", &path, &token, to.clone(), Some("key-2")).await;
+    assert_eq!((failed.0, &failed.1["code"]), (404, &json!("not_found")));
+    let _beta = world.host("beta").await;
+    let mended = world.call_with("POST", &path, &token, to, Some("key-2")).await;
+    assert_eq!(mended.0, 202, "{mended:?}");
+    assert_eq!(world.settled(&mended.1).await["state"], "done");
+    // Not for everybody else's calls, and not of any form.
+    for key in ["", &"k".repeat(201)] {
+        let refused = world.call_with("POST", "/projects", &token, body.clone(), Some(key)).await;
+        assert_eq!((refused.0, &refused.1["code"]), (400, &json!("invalid_request")), "{key:?}");
+    }
+    let anonymous = world.call_with("POST", "/projects", "", body, Some("key-1")).await;
+    assert_eq!(anonymous.0, 401);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_each_role_may_do() {
+    let world = World::new().await;
+    let (_alpha, _beta) = (world.host("alpha").await, world.host("beta").await);
+    let id = world.project("alpha").await;
+    let members = format!("/projects/{id}/members");
+    let mut tokens = Vec::new();
+    for role in ["viewer", "collaborator", "owner"] {
+        let (account, token) = world.account(role).await;
+        world.ok("POST", &members, json!({ "account_id": account, "role": role })).await;
+        tokens.push(token);
+    }
+    tokens.insert(0, world.account("stranger").await.1);
+    let (guest, _) = world.account("guest").await;
+    let unknown = ProjectId::random();
+    // Of a stranger, a viewer, a collaborator, an owner.
+    for (method, path, body, expected) in [
+        ("GET", String::new(), Value::Null, [404, 200, 200, 200]),
+        ("GET", "/why".into(), Value::Null, [404, 200, 200, 200]),
+        ("GET", "/members".into(), Value::Null, [404, 200, 200, 200]),
+        ("GET", "/snapshots".into(), Value::Null, [404, 200, 200, 200]),
+        ("POST", "/connect".into(), json!({ "scopes": ["files"] }), [404, 200, 200, 200]),
+        ("POST", "/connect".into(), json!({ "scopes": ["ssh"] }), [404, 403, 200, 200]),
+        ("POST", "/members".into(), json!({ "account_id": guest, "role": "owner" }), [404, 403, 403, 200]),
+        ("DELETE", format!("/members/{guest}"), Value::Null, [404, 403, 403, 200]),
+        ("POST", "/start".into(), json!({}), [404, 403, 202, 202]),
+        ("POST", "/snapshots".into(), json!({}), [404, 403, 202, 202]),
+        ("DELETE", "/snapshots/x".into(), Value::Null, [404, 403, 403, 202]),
+        ("POST", "/move".into(), json!({ "to": "beta" }), [404, 403, 403, 202]),
+        ("POST", "/stop".into(), json!({}), [404, 403, 202, 202]),
+        ("POST", "/snapshots/x/restore".into(), json!({}), [404, 403, 403, 202]),
+        ("DELETE", String::new(), Value::Null, [404, 403, 403, 202]),
+    ] {
+        for (token, expected) in tokens.iter().zip(expected) {
+            let (status, answer) =
+                world.call(method, &format!("/projects/{id}{path}"), token, body.clone()).await;
+            let call = format!("{method} {path}: {answer}");
+            assert_eq!(status, expected, "{call}");
+            if status == 404 {
+                // Nobody learns whether there is such a project.
+                let path = format!("/projects/{unknown}{path}");
+                assert_eq!(world.call(method, &path, token, body.clone()).await, (404, answer), "{call}");
+            } else if status == 202 {
+                assert_eq!(world.settled(&answer).await["state"], "done", "{call}");
+            }
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
