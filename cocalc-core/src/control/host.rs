@@ -49,6 +49,14 @@ pub enum HostCommand {
         /// Under which grant.
         epoch: Epoch,
     },
+    /// Delete what is left of a project that this host once had. It was deleted
+    /// at its owner, in this epoch; refused while this host holds a grant.
+    Forget {
+        /// Which project.
+        project: ProjectId,
+        /// The last epoch it had.
+        epoch: Epoch,
+    },
     /// Report what it is doing.
     Report {
         /// Which project.
@@ -109,6 +117,7 @@ impl HostCommand {
             | Self::Start { project, .. }
             | Self::Stop { project, .. }
             | Self::Delete { project, .. }
+            | Self::Forget { project, .. }
             | Self::Report { project }
             | Self::Snapshot { project, .. }
             | Self::Snapshots { project, .. }

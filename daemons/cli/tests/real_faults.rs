@@ -23,6 +23,8 @@ fn faults_are_survived() {
     garbage(&federation);
     works(&federation, "after garbage at every listener");
 
+    startup(&federation);
+
     full_volume(&federation);
     works(&federation, "after a full volume");
 
@@ -34,14 +36,38 @@ fn faults_are_survived() {
     move_under_kill(&mut federation);
     works(&federation, "after kill -9 of the master in the middle of a move");
 
-    let left = end(federation);
-    assert!(left.is_empty(), "left behind: {left:#?}");
+    let started = federation.exec("cat ~/started").stdout;
+    assert_eq!(started.iter().filter(|b| **b == b'\n').count(), 2, "once at each start: {started:?}");
+    down_beside(&mut federation);
 }
 
-fn end(federation: Federation) -> Vec<String> {
-    let data = federation.data();
-    drop(federation);
-    federation::leftovers(&data)
+/// The tenant's start-up program runs once when the project starts; here and,
+/// later, at the destination of the move.
+fn startup(federation: &Federation) {
+    let line = "mkdir -p ~/.cocalc; printf '#!/bin/sh\\necho started >>~/started\\n' >~/.cocalc/startup; \
+        chmod +x ~/.cocalc/startup";
+    assert!(federation.exec(line).status.success());
+    let project = federation.project();
+    federation.json(&["project", "stop", &project]);
+    federation.json(&["project", "start", &project]);
+    federation.wait_for("the start-up program", Duration::from_secs(30), || {
+        federation.exec("cat ~/started").stdout == b"started\n"
+    });
+}
+
+/// `cocalc down` while `cocalc up` runs ends that first, so that nothing is
+/// started again behind its back.
+fn down_beside(federation: &mut Federation) {
+    let output =
+        Command::new(federation::COCALC).args(["down", "--dir"]).arg(federation.data()).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while matches!(federation.child.try_wait(), Ok(None)) {
+        assert!(Instant::now() < deadline, "cocalc up does not end: {}", federation.log());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let left = federation::leftovers(&federation.data());
+    assert!(left.is_empty(), "left behind: {left:#?}");
 }
 
 /// The project answers a command, over SSH, within a deadline.

@@ -1,9 +1,10 @@
 //! Carries out the master's commands, each under the grant it names.
 
 use std::{
+    collections::BTreeMap,
     fmt,
     path::PathBuf,
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -27,6 +28,8 @@ pub struct Lifecycle {
     runner: Arc<dyn Runner>,
     moves: MoveHost,
     images: Arc<dyn Fn(ImageDigest) -> Option<PathBuf> + Send + Sync>,
+    /// Why the last start of a project failed, until one succeeds.
+    failures: Arc<Mutex<BTreeMap<ProjectId, String>>>,
 }
 
 impl fmt::Debug for Lifecycle {
@@ -44,7 +47,7 @@ impl Lifecycle {
         moves: MoveHost,
         images: Arc<dyn Fn(ImageDigest) -> Option<PathBuf> + Send + Sync>,
     ) -> Self {
-        Self { ledger, storage, runner, moves, images }
+        Self { ledger, storage, runner, moves, images, failures: Arc::default() }
     }
 
     /// Carries out one command. Repeating it is harmless.
@@ -62,6 +65,7 @@ impl Lifecycle {
                 self.stop(project, epoch, Duration::from_millis(grace_ms).min(GRACE_MAX)).await
             }
             HostCommand::Delete { project, epoch } => self.delete(project, epoch).await,
+            HostCommand::Forget { project, epoch } => self.forget(project, epoch).await,
             HostCommand::Report { project } => self.report(project, vec![]).await.map(HostReply::Project),
             HostCommand::Snapshot { project, epoch, name } => self.snapshot(project, epoch, &name).await,
             HostCommand::Snapshots { project, epoch } => self.snapshots(project, epoch).await,
@@ -112,10 +116,36 @@ impl Lifecycle {
         config: ProjectConfig,
     ) -> Result<HostReply, CommandError> {
         let _turn = self.ledger.turn(project).await;
-        self.check_image(&config)?;
-        let entry = self.ledger.configure(project, epoch, config).await?;
-        let phases = self.bring_up(&entry).await?;
+        let started = async {
+            self.check_image(&config)?;
+            let entry = self.ledger.configure(project, epoch, config).await?;
+            self.bring_up(&entry).await
+        };
+        let phases = self.remember(project, started.await)?;
         self.report(project, phases).await.map(HostReply::Project)
+    }
+
+    /// Why the last start of a project failed; `None` if it succeeded, or a new
+    /// one has begun since [`forget_failure`](Self::forget_failure).
+    pub fn start_failure(&self, project: ProjectId) -> Option<String> {
+        self.failures().get(&project).cloned()
+    }
+
+    /// A new start is about to be asked for.
+    pub fn forget_failure(&self, project: ProjectId) {
+        self.failures().remove(&project);
+    }
+
+    fn failures(&self) -> MutexGuard<'_, BTreeMap<ProjectId, String>> {
+        self.failures.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn remember<T>(&self, project: ProjectId, outcome: Result<T, CommandError>) -> Result<T, CommandError> {
+        match &outcome {
+            Ok(_) => drop(self.failures().remove(&project)),
+            Err(error) => drop(self.failures().insert(project, error.message.clone())),
+        }
+        outcome
     }
 
     /// Starts a project by itself, under the grant that is held; the master
@@ -166,6 +196,22 @@ impl Lifecycle {
         let _turn = self.ledger.turn(project).await;
         // The grant goes first: from here on nothing starts it again.
         self.ledger.delete(project, epoch).await?;
+        self.runner.remove(project).await.map_err(runner_error)?;
+        self.storage.delete(project).await.map_err(storage_error)?;
+        self.ledger.free_slot(project).await?;
+        self.forget_failure(project);
+        Ok(HostReply::Deleted { project, epoch })
+    }
+
+    /// Deletes what is left of a project that was deleted elsewhere.
+    async fn forget(&self, project: ProjectId, epoch: Epoch) -> Result<HostReply, CommandError> {
+        let _turn = self.ledger.turn(project).await;
+        if let Some(entry) = self.ledger.entry(project)
+            && (entry.granted.is_some() || entry.reserved.is_some())
+        {
+            let message = format!("this host holds project {project}, or expects it; it does not forget it");
+            return Err(CommandError { code: ErrorCode::StaleEpoch, message });
+        }
         self.runner.remove(project).await.map_err(runner_error)?;
         self.storage.delete(project).await.map_err(storage_error)?;
         self.ledger.free_slot(project).await?;

@@ -21,6 +21,10 @@ use cocalc_core::{
 const STARTUP: &str = "test -x ~/.cocalc/startup || exit 0; \
     setsid -f ~/.cocalc/startup >~/.cocalc/startup.log 2>&1 </dev/null";
 
+/// Goes before it in a container, whose memory file system goes with it: a host
+/// that dies in the middle of a start runs it when it is back, and once.
+const ONCE: &str = "mkdir /dev/shm/.cocalc-started 2>/dev/null || exit 0; ";
+
 /// How long the shell that detaches it may take. It is the tenant's shell.
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -67,12 +71,17 @@ impl Runner for Startup {
     async fn start(&self, spec: &ProjectSpec) -> Result<Status> {
         let before = self.runner.status(spec.project).await?;
         let status = self.runner.start(spec).await?;
-        if before.state != State::Running {
+        let contained = self.runner.capabilities().isolation;
+        let was_down = before.state != State::Running;
+        if was_down {
             self.fresh().insert(spec.project, Instant::now());
+        }
+        if was_down || contained {
+            let line = if contained { format!("{ONCE}{STARTUP}") } else { STARTUP.to_owned() };
             let (runner, project) = (Arc::clone(&self.runner), spec.project);
             // Not waited for: the project runs, and its owner may be slow.
             tokio::spawn(async move {
-                if tokio::time::timeout(LIMIT, run(&*runner, project)).await.is_err() {
+                if tokio::time::timeout(LIMIT, run(&*runner, project, line)).await.is_err() {
                     tracing::info!(%project, "the start-up program was not detached in time");
                 }
             });
@@ -123,8 +132,8 @@ impl Runner for Startup {
     }
 }
 
-async fn run(runner: &dyn Runner, project: ProjectId) {
-    let request = ExecRequest { command: Command::Line(STARTUP.to_owned()), ..ExecRequest::default() };
+async fn run(runner: &dyn Runner, project: ProjectId, line: String) {
+    let request = ExecRequest { command: Command::Line(line), ..ExecRequest::default() };
     let outcome = async {
         let mut process = runner.exec(project, request).await?;
         process.handle.wait().await

@@ -100,8 +100,9 @@ impl Wake for HostWake {
         tokio::spawn(async move {
             // The master knows of moves that this host has not heard of yet,
             // so it is asked first. Without it the grant decides.
+            lifecycle.forget_failure(project);
             let outcome = match ask(&*bus, peer, PeerRequest::Wake { project, epoch }).await {
-                Some(PeerReply::Done) => wait_running(&*runner, project).await,
+                Some(PeerReply::Done) => wait_running(&*runner, &lifecycle, project).await,
                 Some(PeerReply::Error { message }) => Err(message),
                 Some(_) => Err("the master's answer makes no sense".to_owned()),
                 None => lifecycle.start_held(project).await.map(drop).map_err(|e| e.message),
@@ -116,12 +117,15 @@ impl Wake for HostWake {
 }
 
 /// Waits until the master's start has had its effect here.
-async fn wait_running(runner: &dyn Runner, project: ProjectId) -> Result<(), String> {
+async fn wait_running(runner: &dyn Runner, lifecycle: &Lifecycle, project: ProjectId) -> Result<(), String> {
     let deadline = tokio::time::Instant::now() + START_LIMIT;
     while tokio::time::Instant::now() < deadline {
         match runner.status(project).await {
             Ok(status) if status.state == State::Running => return Ok(()),
-            Ok(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+            Ok(_) => match lifecycle.start_failure(project) {
+                Some(reason) => return Err(reason),
+                None => tokio::time::sleep(Duration::from_millis(50)).await,
+            },
             Err(error) => return Err(cocalc_core::chain(&error)),
         }
     }

@@ -64,6 +64,10 @@ pub(crate) fn run(options: &UpOptions) -> Result<ExitCode, Failure> {
     })?;
     // What an earlier run left after a kill -9 is in the way.
     teardown::clear(&dir)?;
+    // So that `cocalc down` ends this process first.
+    configure::private_dir(&dir.join("up"))?;
+    let own = dir.join("up").join("up.pid");
+    pidfile::write(&own, std::process::id())?;
     let plan = Plan::new(options, dir.clone())?;
     check_ports(&plan)?;
 
@@ -85,6 +89,7 @@ pub(crate) fn run(options: &UpOptions) -> Result<ExitCode, Failure> {
     // `up` has been dropped: its daemons have drained and stopped.
     narrator.heading("Tearing down");
     let clean = teardown::verify(&plan, &narrator, options.once);
+    pidfile::remove(&own);
     println!("{:.1} s in all", narrator.elapsed().as_secs_f64());
     match result.and(clean) {
         Ok(()) => Ok(ExitCode::SUCCESS),
@@ -212,7 +217,7 @@ fn describe(
     admin_token: String,
     project: String,
 ) -> Result<Federation, Failure> {
-    let pid = |name: &str| supervisor.pid(name).unwrap_or_default();
+    let pid = |name: &str| wait_for(format!("{name} to run"), READY_LIMIT, || Ok(supervisor.pid(name)));
     let hosts = plan
         .hosts
         .iter()
@@ -228,13 +233,13 @@ fn describe(
                 ssh: format!("127.0.0.1:{}", host.port + 1),
                 storage: if plan.btrfs { "btrfs" } else { "directory" }.to_owned(),
                 volume: host.volume(),
-                pid: pid(&host.name),
+                pid: pid(&host.name)?,
             })
         })
         .collect::<Result<_, Failure>>()?;
     Ok(Federation {
-        master: federation::Master { url: plan.master_url(), admin_token, pid: pid("master") },
-        proxy: federation::Proxy { url: plan.proxy_url(), ssh: plan.proxy_ssh(), pid: pid("proxy") },
+        master: federation::Master { url: plan.master_url(), admin_token, pid: pid("master")? },
+        proxy: federation::Proxy { url: plan.proxy_url(), ssh: plan.proxy_ssh(), pid: pid("proxy")? },
         hosts,
         project: federation::Project { id: project },
     })
@@ -257,13 +262,14 @@ impl Up {
         Ok(())
     }
 
-    /// Writes the process ids anew, after a daemon was started again.
+    /// Writes the process ids anew, after a daemon was started again. One that
+    /// is down at this moment keeps its old id until it has a new one.
     pub(crate) fn refresh(&mut self) -> Result<(), Failure> {
-        let pid = |name: &str| self.supervisor.pid(name).unwrap_or_default();
-        self.federation.master.pid = pid("master");
-        self.federation.proxy.pid = pid("proxy");
+        let renew = |pid: &mut u32, name: &str| *pid = self.supervisor.pid(name).unwrap_or(*pid);
+        renew(&mut self.federation.master.pid, "master");
+        renew(&mut self.federation.proxy.pid, "proxy");
         for host in &mut self.federation.hosts {
-            host.pid = pid(&host.name);
+            renew(&mut host.pid, &host.name);
         }
         self.federation.write(&self.plan.dir)
     }

@@ -215,7 +215,7 @@ fn spawn(spec: &Spec) -> Result<Child, Failure> {
         .append(true)
         .open(&spec.log)
         .during(format!("cannot write {}", spec.log.display()))?;
-    let child = Command::new(&spec.program)
+    let mut child = Command::new(&spec.program)
         .arg("--config")
         .arg(&spec.config)
         .stdin(Stdio::null())
@@ -225,7 +225,12 @@ fn spawn(spec: &Spec) -> Result<Child, Failure> {
         .process_group(0)
         .spawn()
         .during(format!("cannot start {}", spec.program.display()))?;
-    pidfile::write(&spec.pidfile, child.id())?;
+    if let Err(failure) = pidfile::write(&spec.pidfile, child.id()) {
+        // A process that nobody could find later must not be left.
+        let _ = child.kill();
+        let _ = child.wait();
+        return Err(failure);
+    }
     Ok(child)
 }
 

@@ -31,6 +31,8 @@ pub(crate) fn down(dir: &Path) -> Result<(), Failure> {
         println!("{} does not exist: nothing to clean up", dir.display());
         return Ok(());
     };
+    // A `cocalc up` that still runs would start everything again.
+    end_processes(&dir.join("up"))?;
     clear(&dir)?;
     let left = leftovers(&dir);
     if left.is_empty() {
@@ -45,12 +47,14 @@ pub(crate) fn down(dir: &Path) -> Result<(), Failure> {
 pub(super) fn clear(dir: &Path) -> Result<(), Failure> {
     end_processes(&dir.join("run"))?;
     Federation::remove(dir);
+    // One host that cannot be cleaned up must not keep the others from it.
+    let mut first = Ok(());
     for host in hosts(dir) {
-        volumes::stop_projects(&host)?;
-        volumes::unmount(&host)?;
+        first = first.and(volumes::stop_projects(&host).and_then(|()| volumes::unmount(&host)));
+        volumes::forget(&host);
     }
     slots::release(dir);
-    Ok(())
+    first
 }
 
 /// The directories of the federation's hosts.
@@ -138,11 +142,31 @@ fn leftovers(dir: &Path) -> Vec<String> {
     if let Ok(output) = Command::new("losetup").args(["-l", "-n", "-O", "NAME,BACK-FILE"]).output() {
         let devices = String::from_utf8_lossy(&output.stdout);
         left.extend(
-            devices.lines().filter(|line| line.contains(&*text)).map(|line| format!("loop device {line}")),
+            devices
+                .lines()
+                .filter(|line| line.contains(&format!("{text}/")))
+                .map(|line| format!("loop device {line}")),
         );
     }
+    left.extend(orphans(&text));
     for host in hosts(dir) {
         left.extend(volumes::project_leftovers(&host));
     }
     left
+}
+
+/// Daemons of the federation in `dir`, by their command lines: also those that
+/// no file names.
+fn orphans(dir: &str) -> Vec<String> {
+    let config = format!("{dir}/");
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    processes
+        .filter_map(|entry| {
+            let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
+            let line = std::fs::read_to_string(entry.path().join("cmdline")).ok()?;
+            let mut words = line.split('\0');
+            let ours = words.any(|word| word == "--config") && words.next()?.starts_with(&config);
+            ours.then(|| format!("daemon {pid}"))
+        })
+        .collect()
 }

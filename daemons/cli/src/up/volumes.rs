@@ -90,6 +90,14 @@ pub(super) fn unmount(dir: &Path) -> Result<(), Failure> {
     loopback::release(&image).during(format!("cannot release {}", image.display()))
 }
 
+/// Removes the little that a host notes outside its directory.
+pub(super) fn forget(dir: &Path) {
+    if let Some(host) = host_id(dir) {
+        // Ordinary users have none.
+        let _ = std::fs::remove_file(format!("/run/cocalc/{host}.position"));
+    }
+}
+
 /// What of the host's projects is still there: containers, network
 /// namespaces, mounts.
 pub(super) fn project_leftovers(dir: &Path) -> Vec<String> {
