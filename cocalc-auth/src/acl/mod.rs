@@ -8,9 +8,9 @@
 mod connections;
 mod lease;
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{cmp::Reverse, collections::BTreeMap, time::Duration};
 
-use cocalc_ids::{AccountId, Action, Epoch, KeyId, ProjectId, ProxyId};
+use cocalc_ids::{AccountId, Action, Epoch, KeyId, ProjectId, ProxyId, Role, Scope};
 
 pub use self::{
     connections::ConnectionId,
@@ -447,19 +447,44 @@ impl AclCache {
 
     /// As whom an SSH key (`algorithm base64`) acts in a project.
     ///
+    /// Lists are not proof that their account has the key, so several may name
+    /// it. One counts only if its account may use SSH here: nobody shuts out the
+    /// key's holder by listing it too. Of those that count, the project's own
+    /// list comes first, then the highest role, then the lowest account.
+    ///
     /// # Errors
     ///
     /// [`Refusal::Unknown`] if the project is not known here.
     pub fn find_key(&self, project: ProjectId, key: &str) -> Result<Option<(AccountId, KeyId)>, Refusal> {
         let acl = self.projects.get(&project).ok_or(Refusal::Unknown)?;
+        let of_project = acl.keys.iter().map(|listed| (true, listed));
         let of_members = acl
             .members
             .iter()
             .filter_map(|(account, _)| self.accounts.get(account))
             // A list names its own account only, whatever its entries say.
-            .flat_map(|account| account.keys.iter().filter(|key| key.account == account.account));
-        let found = acl.keys.iter().chain(of_members).find(|listed| listed.key == key);
-        Ok(found.map(|listed| (listed.account, listed.id)))
+            .flat_map(|account| account.keys.iter().filter(|key| key.account == account.account))
+            .map(|listed| (false, listed));
+        let found = of_project
+            .chain(of_members)
+            .filter(|(_, listed)| listed.key == key)
+            .filter_map(|(own, listed)| {
+                let role = self.ssh_role(acl, listed.account)?;
+                let id = (listed.account, listed.id);
+                Some(((own, role, Reverse(id)), id))
+            })
+            .max();
+        Ok(found.map(|(_, id)| id))
+    }
+
+    /// The role of a member who may use SSH, as far as is known.
+    fn ssh_role(&self, acl: &ProjectAcl, account: AccountId) -> Option<Role> {
+        // The decision waits for what is not known of an account.
+        if self.accounts.get(&account).is_some_and(|account| account.banned) {
+            return None;
+        }
+        let (_, role) = acl.members.iter().find(|(member, _)| *member == account)?;
+        role.permits(Action::Use(Scope::Ssh)).then_some(*role)
     }
 
     /// The identity key of an enrolled proxy, if `project` lets proxies attest

@@ -1,6 +1,6 @@
 use std::collections::BTreeSet;
 
-use cocalc_ids::{HostId, Role, Scope};
+use cocalc_ids::HostId;
 
 use super::*;
 use crate::{
@@ -252,6 +252,43 @@ fn ssh_keys_are_found_for_members_only() {
         assert_eq!(find(other), None, "{other}");
     }
     assert_eq!(cache.find_key(project(2), "ssh-ed25519 KEY1"), Err(Refusal::Unknown));
+}
+
+#[test]
+fn who_lists_the_key_of_somebody_else_does_not_shut_them_out() {
+    let (mut cache, mut sender) = live();
+    let text = "ssh-ed25519 SHARED";
+    // Key ids are those of the accounts, or 10 more in the project's own list.
+    let shared = |id, of| SshKey { key: text.to_owned(), ..key(id, of) };
+    let listing = |of| AccountState { keys: vec![shared(of, of)], ..state(of, 0) };
+    let roles = [(1, Role::Viewer), (2, Role::Collaborator), (3, Role::Owner), (4, Role::Owner)];
+    let found = |cache: &AclCache| cache.find_key(project(1), text).unwrap();
+    let key_of = |id: u8, of: u8| Some((account(of), KeyId::from_bytes([id; 16])));
+    sender.send(&mut cache, Entry::Project(acl(1, 2, &roles)));
+
+    sender.send(&mut cache, Entry::Account(listing(1)));
+    assert_eq!(found(&cache), None, "a viewer has no shell");
+    for (of, counts) in [(2, 2), (4, 4), (3, 3)] {
+        sender.send(&mut cache, Entry::Account(listing(of)));
+        assert_eq!(found(&cache), key_of(counts, counts));
+    }
+    let ssh = Ask {
+        action: Action::Use(Scope::Ssh),
+        session_epoch: None,
+        proof: Proof::Key(KeyId::from_bytes([3; 16])),
+        ..ask(3, 1)
+    };
+    assert_eq!(outcome(&cache, &ssh, START), Ok(()));
+    sender.send(&mut cache, Entry::Account(AccountState { banned: true, ..listing(3) }));
+    assert_eq!(found(&cache), key_of(4, 4));
+
+    // The project's own list comes first, if its account may.
+    let keys = vec![shared(11, 1), shared(13, 3), shared(19, 9)];
+    sender.send(&mut cache, Entry::Project(ProjectAcl { keys: keys.clone(), ..acl(1, 3, &roles) }));
+    assert_eq!(found(&cache), key_of(4, 4));
+    let keys = [keys, vec![shared(12, 2), shared(10, 2)]].concat();
+    sender.send(&mut cache, Entry::Project(ProjectAcl { keys, ..acl(1, 4, &roles) }));
+    assert_eq!(found(&cache), key_of(10, 2));
 }
 
 #[test]
