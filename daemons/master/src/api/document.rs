@@ -25,7 +25,7 @@ pub(super) fn complete(document: &mut OpenApi, access: Access) {
         let changing = [&mut item.post, &mut item.put, &mut item.patch, &mut item.delete];
         for operation in changing.into_iter().flatten() {
             name(operation);
-            problems(operation);
+            responses(operation);
             if access == Access::Bearer {
                 operation.security = Some(vec![bearer()]);
                 operation.parameters.get_or_insert_default().push(idempotency_key());
@@ -33,7 +33,7 @@ pub(super) fn complete(document: &mut OpenApi, access: Access) {
         }
         if let Some(operation) = &mut item.get {
             name(operation);
-            problems(operation);
+            responses(operation);
             if access == Access::Bearer {
                 operation.security = Some(vec![bearer()]);
             }
@@ -53,8 +53,18 @@ fn name(operation: &mut Operation) {
     }
 }
 
-/// Errors are problem documents, which have a media type of their own.
-fn problems(operation: &mut Operation) {
+/// Answers are described, and errors are problem documents, which have a media
+/// type of their own.
+fn responses(operation: &mut Operation) {
+    for (status, response) in &mut operation.responses.responses {
+        // The format requires one of each.
+        if let RefOr::T(response) = response
+            && response.description.is_empty()
+        {
+            let reason = status.parse::<http::StatusCode>().ok().and_then(|status| status.canonical_reason());
+            reason.unwrap_or("Answer").clone_into(&mut response.description);
+        }
+    }
     if let Some(RefOr::T(response)) = operation.responses.responses.get_mut("default") {
         response.description = "what went wrong; `code` says it to programs".to_owned();
         if let Some(content) = response.content.shift_remove("application/json") {

@@ -92,6 +92,9 @@ async fn the_document_is_what_is_served() {
             let id = operation["operationId"].as_str().unwrap();
             assert!(ids.insert(id.to_owned()), "{id} names two calls");
             assert!(operation["summary"].is_string() || operation["description"].is_string(), "{call}");
+            for (status, response) in operation["responses"].as_object().unwrap() {
+                assert_ne!(response["description"].as_str().unwrap_or(""), "", "{call}: {status}");
+            }
             let content = &operation["responses"]["default"]["content"];
             let problem = &content["application/problem+json"]["schema"]["$ref"];
             assert_eq!(problem, "#/components/schemas/Problem", "{call}");
