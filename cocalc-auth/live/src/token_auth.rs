@@ -119,11 +119,16 @@ impl TokenAuth {
     }
 
     async fn key(&self, key: &str, project: ProjectId) -> Result<Principal, Denial> {
-        if self.grants.held(project).is_none() {
-            // Before anything is fetched: nobody has proved anything yet.
-            return Err(denial(Refusal::NotHeld));
-        }
         let find = || self.knowledge.with(|cache| cache.find_key(project, key));
+        if self.grants.held(project).is_none() {
+            // What is still known of a project that has left proves who may
+            // hear where it is; every use is refused. Nothing is fetched for
+            // somebody who has proved nothing yet.
+            return match find() {
+                Ok(Some((account, key))) => Ok(by_key(account, key, project)),
+                _ => Err(denial(Refusal::NotHeld)),
+            };
+        }
         let mut found = find();
         if found.is_err() && self.knowledge.fetch(project, || find().is_ok()).await {
             found = find();
@@ -251,6 +256,8 @@ impl Auth for TokenAuth {
             Credential::SshKey(key) => self.key(key, context.project).await,
             Credential::AttestedSshKey { key, proxy } => match self.key(key, context.project).await {
                 Ok(principal) if self.may_attest(proxy, context.project) => Ok(principal),
+                // The owner may have allowed it since; its host knows.
+                Ok(_) if self.grants.held(context.project).is_none() => Err(denial(Refusal::NotHeld)),
                 Ok(_) => Err(Denial::Forbidden("this proxy may not attest for the project".to_owned())),
                 Err(denial) => Err(denial),
             },

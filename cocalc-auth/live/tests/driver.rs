@@ -487,6 +487,34 @@ async fn an_enrolled_proxy_attests_where_it_is_allowed() {
 }
 
 #[tokio::test]
+async fn who_holds_a_key_of_a_project_that_left_is_known_but_opens_nothing() {
+    let rig = Rig::new(relaxed()).await;
+    // Another host has it; what was cached has not been withdrawn yet.
+    let left = project(200);
+    let known = || rig.knowledge.with(|acl| acl.project(left).is_some());
+    rig.master.send(Entry::Project(acl(200, 1, &[1]))).await;
+    rig.until("the project", known).await;
+    let context = Context { project: left, source: None };
+    let key = |n: u8| format!("ssh-ed25519 KEY{n}");
+    let verify = async |credential| rig.auth.verify(&credential, &context).await;
+    let principal = verify(Credential::SshKey(key(1))).await.unwrap();
+    assert_eq!(principal.account, account(1));
+    let ssh = Action::Use(Scope::Ssh);
+    let outcome = rig.auth.authorize(&principal, left, ssh).await.outcome;
+    assert!(matches!(outcome, Err(Denial::NotHere(_))), "{outcome:?}");
+    assert!(matches!(rig.auth.admit(&principal, left, ssh).await, Err(Denial::NotHere(_))));
+    // No member, and a proxy that may not attest as far as is known here.
+    let proxy = ProxyId::from_bytes([5; 16]).to_string();
+    for other in [Credential::SshKey(key(2)), Credential::AttestedSshKey { key: key(1), proxy }] {
+        assert!(matches!(verify(other).await, Err(Denial::NotHere(_))));
+    }
+    rig.master.send(Entry::ProjectGone { project: left }).await;
+    rig.until("the withdrawal", || !known()).await;
+    assert!(matches!(verify(Credential::SshKey(key(1))).await, Err(Denial::NotHere(_))));
+    assert_eq!(rig.master.lock().fetches, 0);
+}
+
+#[tokio::test]
 async fn sessions_move_with_their_project() {
     let (from, to) = (Rig::new(relaxed()).await, Rig::new(relaxed()).await);
     let principal = from.verify(&from.master.token(|new| new)).await.unwrap();
