@@ -10,7 +10,7 @@ use cocalc_conat::BrokerConfig;
 use cocalc_core::bus::Bus;
 use common::{
     LIMIT, Server, body, client, next,
-    raw::{Raw, expect, raw, signed_in},
+    raw::{Raw, expect, raw, signed_in, with_bearer},
     text, until,
 };
 use futures_util::{SinkExt, StreamExt};
@@ -185,6 +185,76 @@ async fn who_cannot_sign_in_is_told_why() {
     drop(second);
     until("a place is free again", async || server.broker.connections() == 2).await;
     signed_in(&server, "all-1").await;
+}
+
+#[tokio::test]
+async fn who_says_nothing_keeps_out_nobody_with_a_token() {
+    for (signing_in_max, signing_in_per_address_max) in [(3, 64), (1000, 3)] {
+        let config = BrokerConfig { signing_in_max, signing_in_per_address_max, ..BrokerConfig::default() };
+        let server = Server::with(config).await;
+        let mut idle = Vec::new();
+        for _ in 0..3 {
+            let mut ws = raw(&server).await;
+            expect(&mut ws, "0{").await;
+            idle.push(ws);
+        }
+        let mut one_more = raw(&server).await;
+        ends(&mut one_more).await;
+        // A client sends its token with the upgrade; the wrong one is no help.
+        let known = client(&server, "all-1").await;
+        assert_eq!(known.publish("a", text("here")).await.unwrap(), 0);
+        let mut stranger = with_bearer(&server, "stranger").await;
+        ends(&mut stranger).await;
+        // Who leaves makes room, and so does who signs in.
+        drop(idle.pop());
+        until("a place is free", async || {
+            let mut ws = raw(&server).await;
+            matches!(ws.next().await, Some(Ok(Message::Text(_))))
+        })
+        .await;
+        let mut ws = idle.pop().unwrap();
+        ws.send(Message::text(r#"40{"bearer":"all-2"}"#)).await.unwrap();
+        expect(&mut ws, "40{").await;
+        let _signed_in = ws;
+        until("two places are free", async || {
+            let (mut one, mut two) = (raw(&server).await, raw(&server).await);
+            let (one, two) = (one.next().await, two.next().await);
+            matches!((one, two), (Some(Ok(Message::Text(_))), Some(Ok(Message::Text(_)))))
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn an_answer_goes_to_an_inbox_of_who_asked_only() {
+    let server = Server::start().await;
+    let service = client(&server, "all-service").await;
+    let mut requests = service.subscribe("open.service", None).await.unwrap();
+    let mut ws = signed_in(&server, "open-1").await;
+    let ask = async |ws: &mut Raw, ack: u32, headers: &str| {
+        let place = r#"{"_placeholder":true,"num":0}"#;
+        let request = format!(r#"451-{ack}["publish",["open.service","id{ack}",0,1,1,{place},{headers}]]"#);
+        ws.send(Message::text(request)).await.unwrap();
+        ws.send(Message::binary(b"1".to_vec())).await.unwrap();
+        expect(ws, &format!("43{ack}[")).await
+    };
+    for (ack, headers) in [
+        r#"{"CN-Reply":"secret.stream"}"#,
+        r#"{"CN-Reply":"_INBOX.all-2.x"}"#,
+        r#"{"CN-Reply":"_INBOX.open-1"}"#,
+        r#"{"CN-Reply":"_INBOX.open-12.x"}"#,
+        r#"{"CN-Reply":"_INBOX.open-1.x","CN-Reply":"secret.stream"}"#,
+        r#"{"CN\u002dReply":"secret.stream"}"#,
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let answer = ask(&mut ws, u32::try_from(ack).unwrap(), headers).await;
+        assert!(answer.contains("permission denied") && answer.contains("403"), "{headers}: {answer}");
+    }
+    let answer = ask(&mut ws, 50, r#"{"CN-Reply":"_INBOX.open-1.x","other":"secret.stream"}"#).await;
+    assert!(answer.contains("\"count\":1"), "{answer}");
+    assert_eq!(next(&mut requests).await.reply.as_deref(), Some("_INBOX.open-1.x"), "the only one");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

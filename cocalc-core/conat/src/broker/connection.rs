@@ -23,6 +23,7 @@ use super::{
     Ended, Handshake, Identity, Shared,
     core::{CloseSignal, Command, Control, Outbox},
     info,
+    signing_in::Newcomer,
 };
 use crate::{
     router::{Closed, Failure, Outgoing, RawMessage, Received, Request, SocketId},
@@ -56,7 +57,16 @@ pub(super) async fn run(
     handshake: Handshake,
 ) -> Ended {
     let socket = shared.socket();
-    let Some(signing_in) = SigningIn::enter(&shared, socket) else { return Ended::Busy };
+    let newcomer = Newcomer::enter(&shared, socket, &handshake);
+    // Those that say nothing don't keep out who shows at once who it is.
+    let known = match (newcomer.has_place(), &handshake.bearer) {
+        (true, _) => None,
+        (false, Some(_)) => match sign_in(&shared, &handshake, &Value::Null).await {
+            Ok(signed_in) => Some(signed_in),
+            Err(_) => return Ended::Busy,
+        },
+        (false, None) => return Ended::Busy,
+    };
     let ws = WebSocketStream::from_partially_read(io, part, Role::Server, Some(ws_config())).await;
     let (sink, stream) = ws.split();
     let (queue, outbox) = mpsc::unbounded_channel();
@@ -75,7 +85,7 @@ pub(super) async fn run(
         // Whatever the two are in the middle of, it ends there.
         reason = closed.closed() => Ended::Closed(reason),
         () = write(&shared, socket, outbox, sink) => Ended::ByPeer,
-        ended = reader.run(&handshake, signing_in) => ended,
+        ended = reader.run(&handshake, newcomer, known) => ended,
     };
     if !matches!(ended, Ended::Closed(_)) {
         // In order behind the last request. The guard does it otherwise.
@@ -96,37 +106,6 @@ struct Forget {
 impl Drop for Forget {
     fn drop(&mut self) {
         let _ = self.shared.control.send(Control::Close { socket: self.socket });
-    }
-}
-
-/// A connection that has not signed in: counted, and told of revocations that
-/// the core cannot apply to it yet.
-struct SigningIn {
-    shared: Arc<Shared>,
-    socket: SocketId,
-}
-
-impl SigningIn {
-    fn enter(shared: &Arc<Shared>, socket: SocketId) -> Option<Self> {
-        let mut signing_in = shared.signing_in();
-        if signing_in.len() >= shared.config.signing_in_max {
-            return None;
-        }
-        signing_in.insert(socket, Vec::new());
-        Some(Self { shared: shared.clone(), socket })
-    }
-
-    /// Ends it, when the core knows the socket; `false` if `identity` was
-    /// revoked before that.
-    fn finish(self, identity: &Identity) -> bool {
-        let revoked = self.shared.signing_in().remove(&self.socket);
-        revoked.is_none_or(|revoked| !revoked.iter().any(|name| **name == *identity.name()))
-    }
-}
-
-impl Drop for SigningIn {
-    fn drop(&mut self) {
-        self.shared.signing_in().remove(&self.socket);
     }
 }
 
@@ -160,6 +139,22 @@ async fn write(
         }
     }
     let _ = sink.close().await;
+}
+
+/// Who it is, and its place among the connections.
+type SignedIn = (Identity, super::Admitted);
+
+async fn sign_in(shared: &Arc<Shared>, handshake: &Handshake, auth: &Value) -> Result<SignedIn, Failure> {
+    let answer = shared.authorizer.sign_in(handshake, auth);
+    let identity = match tokio::time::timeout(shared.config.authorize_limit, answer).await {
+        Ok(Ok(identity)) => identity,
+        Ok(Err(message)) => return Err(Failure { code: 401, message }),
+        Err(_) => return Err(Failure { code: 503, message: "signing in took too long".to_owned() }),
+    };
+    let admitted = shared
+        .admit(&identity)
+        .ok_or_else(|| Failure { code: 429, message: "too many connections".to_owned() })?;
+    Ok((identity, admitted))
 }
 
 struct Reader<S> {
@@ -197,7 +192,8 @@ enum Next {
 }
 
 impl<S: Stream<Item = Result<Message, WsError>> + Unpin> Reader<S> {
-    async fn run(mut self, handshake: &Handshake, signing_in: SigningIn) -> Ended {
+    /// `known` has signed in by its upgrade request.
+    async fn run(mut self, handshake: &Handshake, newcomer: Newcomer, known: Option<SignedIn>) -> Ended {
         let config = &self.shared.config;
         let open = serde_json::json!({
             "sid": crate::random::name(20),
@@ -215,7 +211,11 @@ impl<S: Stream<Item = Result<Message, WsError>> + Unpin> Reader<S> {
         let id = crate::random::name(20);
         self.send(Frame::text(format!("40{}", serde_json::json!({ "sid": id }))));
 
-        let (identity, admitted) = match self.sign_in(handshake, &auth).await {
+        let signed_in = match known {
+            Some(signed_in) => Ok(signed_in),
+            None => sign_in(&self.shared, handshake, &auth).await,
+        };
+        let (identity, admitted) = match signed_in {
             Ok(signed_in) => signed_in,
             Err(failure) => return self.refuse(&id, failure).await,
         };
@@ -223,7 +223,7 @@ impl<S: Stream<Item = Result<Message, WsError>> + Unpin> Reader<S> {
         if !self.shared.open(self.socket, &identity, outbox).await {
             return Ended::Closed(Closed::Shutdown);
         }
-        if !signing_in.finish(&identity) {
+        if !newcomer.finish(&identity) {
             return Ended::Closed(Closed::Revoked);
         }
         let ended = self.serve(&identity, &id).await;
@@ -247,28 +247,6 @@ impl<S: Stream<Item = Result<Message, WsError>> + Unpin> Reader<S> {
             Next::Packet(_) => Err(Ended::Protocol("a packet before CONNECT".to_owned())),
             Next::Time => Err(Ended::Silent),
             Next::Ended(ended) => Err(ended),
-        }
-    }
-
-    async fn sign_in(
-        &self,
-        handshake: &Handshake,
-        auth: &Value,
-    ) -> Result<(Identity, super::Admitted), Failure> {
-        let identity = self.ask(handshake, auth).await?;
-        let admitted = self
-            .shared
-            .admit(&identity)
-            .ok_or_else(|| Failure { code: 429, message: "too many connections".to_owned() })?;
-        Ok((identity, admitted))
-    }
-
-    async fn ask(&self, handshake: &Handshake, auth: &Value) -> Result<Identity, Failure> {
-        let answer = self.shared.authorizer.sign_in(handshake, auth);
-        match tokio::time::timeout(self.shared.config.authorize_limit, answer).await {
-            Ok(Ok(identity)) => Ok(identity),
-            Ok(Err(message)) => Err(Failure { code: 401, message }),
-            Err(_) => Err(Failure { code: 503, message: "signing in took too long".to_owned() }),
         }
     }
 

@@ -5,6 +5,7 @@ mod connection;
 mod core;
 mod local;
 mod serve;
+mod signing_in;
 
 use std::{
     collections::HashMap,
@@ -25,7 +26,10 @@ use tokio::{
     time::Instant,
 };
 
-use self::core::{Command, Control, Outbox};
+use self::{
+    core::{Command, Control, Outbox},
+    signing_in::SigningIn,
+};
 use crate::{
     router::{Closed, Failure, Limits, Received, Request, Router, SocketId},
     upgrade::OriginPolicy,
@@ -44,9 +48,14 @@ pub struct BrokerConfig {
     pub connections_max: usize,
     /// How many of them may belong to one identity. Default: 100.
     pub connections_per_identity_max: usize,
-    /// How many may not have signed in yet; more are dropped at once.
-    /// Default: 1,000.
+    /// How many may not have signed in yet. Default: 1,000.
     pub signing_in_max: usize,
+    /// How many of them may come from one address (of IPv6: one /64 network).
+    /// Default: 64.
+    ///
+    /// Beyond these two, connections are dropped at once, except for those
+    /// whose upgrade request carries a token that the authorizer accepts.
+    pub signing_in_per_address_max: usize,
     /// How long a connection may take to send its first packet. Default: 45 s.
     pub connect_limit: Duration,
     /// How long the authorizer may take for one answer. Default: 10 s.
@@ -76,6 +85,7 @@ impl Default for BrokerConfig {
             connections_max: 10_000,
             connections_per_identity_max: 100,
             signing_in_max: 1000,
+            signing_in_per_address_max: 64,
             connect_limit: Duration::from_secs(45),
             authorize_limit: Duration::from_secs(10),
             ping_interval: Duration::from_secs(25),
@@ -119,8 +129,7 @@ struct Shared {
     next_socket: AtomicU64,
     connected: AtomicUsize,
     by_identity: Mutex<HashMap<Arc<str>, usize>>,
-    /// Who is signing in, and which names have been revoked since.
-    signing_in: Mutex<HashMap<SocketId, Vec<Arc<str>>>>,
+    signing_in: Mutex<SigningIn>,
 }
 
 impl Broker {
@@ -181,11 +190,7 @@ impl Broker {
         let name: Arc<str> = name.into();
         // First who is on the way in: once they are no longer on this list,
         // the core knows them.
-        for revoked in self.0.shared.signing_in().values_mut() {
-            if !revoked.contains(&name) {
-                revoked.push(name.clone());
-            }
-        }
+        self.0.shared.signing_in().revoke(&name);
         if self.0.shared.control.send(Control::Revoke { name, done }).is_err() {
             return 0;
         }
@@ -276,6 +281,13 @@ impl Shared {
             Request::Publish(publication) => {
                 let subject = &publication.subject;
                 self.check_one(identity, subject, &mut refused).await;
+                // Whoever answers does so with rights of its own, so nobody
+                // may send the answer to a subject that is not its own.
+                if let Some(reply) = publication.reply()
+                    && identity.may_use_inbox(&reply, Access::Subscribe) != Some(true)
+                {
+                    refused.push((reply, Access::Publish));
+                }
             }
             Request::WaitForInterest { subject, .. } => self.check_one(identity, subject, &mut refused).await,
             Request::Call(call) => self.check_one(identity, &call.subject, &mut refused).await,
@@ -314,7 +326,7 @@ impl Shared {
         }
     }
 
-    fn signing_in(&self) -> MutexGuard<'_, HashMap<SocketId, Vec<Arc<str>>>> {
+    fn signing_in(&self) -> MutexGuard<'_, SigningIn> {
         self.signing_in.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

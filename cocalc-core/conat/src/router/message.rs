@@ -32,6 +32,18 @@ pub struct Publication {
 }
 
 impl Publication {
+    /// Where the publisher wants an answer.
+    pub fn reply(&self) -> Option<String> {
+        let text = self.headers.as_ref()?.get();
+        // Most have none. Only with a backslash can the name be there in
+        // another spelling.
+        if !text.contains("CN-Reply") && !text.contains('\\') {
+            return None;
+        }
+        let headers: serde_json::Map<String, serde_json::Value> = serde_json::from_str(text).ok()?;
+        headers.get("CN-Reply")?.as_str().map(str::to_owned)
+    }
+
     /// What it counts for in queues.
     pub fn bytes(&self) -> usize {
         self.blob.len() + self.subject.len() + self.headers.as_ref().map_or(0, |headers| headers.get().len())

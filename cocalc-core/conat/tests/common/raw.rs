@@ -2,7 +2,10 @@
 
 use futures_util::{SinkExt, StreamExt};
 use tokio::net::TcpStream;
-use tokio_tungstenite::{WebSocketStream, client_async, tungstenite::Message};
+use tokio_tungstenite::{
+    WebSocketStream, client_async,
+    tungstenite::{Message, client::IntoClientRequest},
+};
 
 use super::{LIMIT, Server};
 
@@ -12,6 +15,15 @@ pub(crate) async fn raw(server: &Server) -> Raw {
     let stream = TcpStream::connect(server.address).await.unwrap();
     let url = format!("ws://{}/conat/?EIO=4&transport=websocket", server.address);
     client_async(url, stream).await.unwrap().0
+}
+
+/// With a token in the upgrade request.
+pub(crate) async fn with_bearer(server: &Server, token: &str) -> Raw {
+    let stream = TcpStream::connect(server.address).await.unwrap();
+    let url = format!("ws://{}/conat/?EIO=4&transport=websocket", server.address);
+    let mut request = url.into_client_request().unwrap();
+    request.headers_mut().insert("authorization", format!("Bearer {token}").parse().unwrap());
+    client_async(request, stream).await.unwrap().0
 }
 
 /// The next text frame that begins with `prefix`; pings are not of interest.

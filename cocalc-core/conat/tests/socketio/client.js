@@ -73,7 +73,7 @@ await step("subscribe", async () => {
 
 await step("publish and receive", async () => {
   const delivery = once(b.socket, "open.*");
-  const sent = message("open.hello", { text: "ü", list: [1, null] }, { "CN-Reply": "_INBOX.x.y", n: { deep: [1] } });
+  const sent = message("open.hello", { text: "ü", list: [1, null] }, { "CN-Reply": "_INBOX.all-a.y", n: { deep: [1] } });
   const ack = await ask(a.socket, "publish", sent);
   assert.equal(ack.count, 1);
   assert.equal(typeof ack.serverAuthMs, "number");
