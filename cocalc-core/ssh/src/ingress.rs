@@ -53,6 +53,8 @@ struct Limits {
     connections_max: usize,
     connections_per_address_max: usize,
     logins_max: usize,
+    /// `None`: a tenth of `logins_max`.
+    logins_per_address_max: Option<usize>,
     channels_max: usize,
 }
 
@@ -61,7 +63,14 @@ struct Limits {
 struct Counts {
     connections: usize,
     logins: usize,
-    addresses: HashMap<IpAddr, usize>,
+    addresses: HashMap<IpAddr, Share>,
+}
+
+/// What one address has of them.
+#[derive(Clone, Copy, Debug, Default)]
+struct Share {
+    connections: usize,
+    logins: usize,
 }
 
 impl fmt::Debug for SshIngress {
@@ -91,6 +100,7 @@ impl SshIngress {
                 connections_max: 10_000,
                 connections_per_address_max: 256,
                 logins_max: 100,
+                logins_per_address_max: None,
                 channels_max: 128,
             },
             keepalive: Duration::from_secs(30),
@@ -142,7 +152,9 @@ impl SshIngress {
     }
 
     /// Serves one connection that arrived some other way, for instance
-    /// through a tunnel, until it ends.
+    /// through a tunnel, until it ends. `source` is the user's own address; an
+    /// address that many users share would limit them together, `None` does
+    /// not.
     ///
     /// # Cancel safety
     ///
@@ -181,6 +193,15 @@ impl SshIngressBuilder {
     /// Default: 100.
     pub fn logins_max(mut self, limit: usize) -> Self {
         self.limits.logins_max = limit;
+        self
+    }
+
+    /// Refuses a connection when this many of its address (IPv6: one /64
+    /// network) are logging in, so that idle ones from one place leave room
+    /// for everybody else. Raise it where many users come from one address.
+    /// Default: a tenth of [`logins_max`](Self::logins_max), at least one.
+    pub fn logins_per_address_max(mut self, limit: usize) -> Self {
+        self.limits.logins_per_address_max = Some(limit);
         self
     }
 
@@ -339,9 +360,11 @@ impl Place {
         let limits = &inner.limits;
         let mut counts = inner.counts.lock().unwrap_or_else(PoisonError::into_inner);
         let network = source.map(network);
-        let same = network.and_then(|address| counts.addresses.get(&address)).copied().unwrap_or(0);
+        let same = network.and_then(|address| counts.addresses.get(&address)).copied().unwrap_or_default();
+        let logins_of_one = limits.logins_per_address_max.unwrap_or((limits.logins_max / 10).max(1));
         if counts.connections >= limits.connections_max
-            || same >= limits.connections_per_address_max
+            || same.connections >= limits.connections_per_address_max
+            || same.logins >= logins_of_one
             || refuses(counts.logins, limits.logins_max, random_percent())
         {
             return None;
@@ -349,14 +372,20 @@ impl Place {
         counts.connections += 1;
         counts.logins += 1;
         if let Some(address) = network {
-            *counts.addresses.entry(address).or_default() += 1;
+            let share = counts.addresses.entry(address).or_default();
+            share.connections += 1;
+            share.logins += 1;
         }
         Some(Self { inner: inner.clone(), source, logging_in: true })
     }
 
     fn logged_in(&mut self) {
         if std::mem::take(&mut self.logging_in) {
-            self.inner.counts.lock().unwrap_or_else(PoisonError::into_inner).logins -= 1;
+            let mut counts = self.inner.counts.lock().unwrap_or_else(PoisonError::into_inner);
+            counts.logins -= 1;
+            if let Some(share) = self.source.and_then(|source| counts.addresses.get_mut(&network(source))) {
+                share.logins -= 1;
+            }
         }
     }
 }
@@ -367,10 +396,10 @@ impl Drop for Place {
         let mut counts = self.inner.counts.lock().unwrap_or_else(PoisonError::into_inner);
         counts.connections -= 1;
         if let Some(address) = self.source.map(network)
-            && let Some(count) = counts.addresses.get_mut(&address)
+            && let Some(share) = counts.addresses.get_mut(&address)
         {
-            *count -= 1;
-            if *count == 0 {
+            share.connections -= 1;
+            if share.connections == 0 {
                 counts.addresses.remove(&address);
             }
         }

@@ -15,7 +15,7 @@ use cocalc_ssh::client::{Client, ClientError, HostKeyCheck, Identity};
 use common::{EXPIRED, TOKEN, World, text, within};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
+    net::{TcpSocket, TcpStream},
 };
 
 fn token(token: &str) -> Identity {
@@ -173,6 +173,44 @@ async fn one_address_cannot_take_every_place() {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     panic!("no place was given back");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_address_cannot_keep_others_from_logging_in() {
+    let world = World::new().await;
+    // It has logged in, and no longer counts.
+    let client = connect(&world, world.direct, &token(TOKEN)).await.unwrap();
+    let mut idle = Vec::new();
+    for _ in 0..100 {
+        // It says nothing, and is either greeted or hung up on.
+        let mut stream = TcpStream::connect(("127.0.0.1", world.direct)).await.unwrap();
+        let mut banner = [0; 4];
+        match within(20, stream.read_exact(&mut banner)).await {
+            Ok(_) => idle.push(stream),
+            Err(_) => assert_eq!(idle.len(), 10, "a tenth of all logins"),
+        }
+    }
+    assert_eq!(idle.len(), 10);
+    for _ in 0..10 {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.2:0".parse().unwrap()).unwrap();
+        let mut stream = socket.connect(([127, 0, 0, 1], world.direct).into()).await.unwrap();
+        let mut banner = [0; 4];
+        within(20, stream.read_exact(&mut banner)).await.unwrap();
+        assert_eq!(&banner, b"SSH-");
+    }
+    client.close().await;
+    // Who gives up makes room.
+    drop(idle);
+    let again = async {
+        loop {
+            match connect(&world, world.direct, &token(TOKEN)).await {
+                Ok(client) => return client,
+                Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+            }
+        }
+    };
+    within(20, again).await.close().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
