@@ -3,6 +3,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+# One image for all tests that run projects, kept between runs.
+if [ "$(id -u)" -eq 0 ]; then
+  export COCALC_IMAGE_CACHE=${COCALC_IMAGE_CACHE:-/var/cache/cocalc}
+fi
 # The daemons that the end-to-end tests start are built first, so that every
 # test finds them, and nothing is compiled twice.
 cargo build --workspace --bins
