@@ -46,11 +46,13 @@ pub(crate) enum Found {
     Conflict,
 }
 
-pub(crate) fn find_session(headers: &HeaderMap, host: HostId, own_origin: bool) -> Found {
+/// `own_origin` and `https` say where and how the user has come.
+pub(crate) fn find_session(headers: &HeaderMap, host: HostId, own_origin: bool, https: bool) -> Found {
     // On an own origin, only the prefix proves that no sibling set the cookie.
     let secure = if own_origin { format!("__Host-{MARK}{host}") } else { format!("{MARK}{host}") };
-    let plain = format!("{MARK}http-{host}");
-    for wanted in [secure, plain] {
+    // It was not set over HTTPS: there, it is another origin's plant.
+    let plain = (!https).then(|| format!("{MARK}http-{host}"));
+    for wanted in std::iter::once(secure).chain(plain) {
         let mut found: Option<&str> = None;
         for (name, value) in pairs(headers) {
             if name == wanted {
@@ -186,7 +188,7 @@ mod tests {
         let host = HostId::random();
         let other = HostId::random();
         let name = format!("cocalc-session-{host}");
-        let find = |fields: &[&str], own| match find_session(&cookies(fields), host, own) {
+        let find = |fields: &[&str], own| match find_session(&cookies(fields), host, own, false) {
             Found::None => "none".to_owned(),
             Found::One(value) => value.expose().to_owned(),
             Found::Conflict => "conflict".to_owned(),
@@ -200,6 +202,10 @@ mod tests {
         assert_eq!(find(&[&format!("__Host-{name}=z; {name}=x")], true), "z");
         assert_eq!(find(&[&format!("cocalc-session-http-{host}=p")], true), "p");
         assert_eq!(find(&[&format!("cocalc-session-{other}=x")], false), "none");
+        let plain = cookies(&[&format!("cocalc-session-http-{host}=p")]);
+        for own in [false, true] {
+            assert!(matches!(find_session(&plain, host, own, true), Found::None));
+        }
     }
 
     #[test]

@@ -33,6 +33,7 @@ pub(crate) fn find(
     query: Option<&str>,
     host: HostId,
     own_origin: bool,
+    https: bool,
 ) -> Result<Shown, Denial> {
     let bearer = bearer(headers)?;
     if let Some(token) = bearer
@@ -43,7 +44,7 @@ pub(crate) fn find(
     if let Some(token) = query_token(query)? {
         return Ok(Shown::Query(Secret::new(token)));
     }
-    match cookies::find_session(headers, host, own_origin) {
+    match cookies::find_session(headers, host, own_origin, https) {
         Found::One(value) => Ok(Shown::Cookie(value)),
         Found::Conflict => Err(Denial::BadCredential("several different session cookies".to_owned())),
         Found::None => Ok(bearer.map_or(Shown::Nothing, |token| Shown::Bearer(Secret::new(token)))),
@@ -162,8 +163,13 @@ mod tests {
         let host = HostId::random();
         let cookie = format!("cocalc-session-{host}=s");
         let ours = format!("Bearer {}", token());
-        let shown = |fields: &[(&'static str, &str)], query| match find(&headers(fields), query, host, false)
-        {
+        let shown = |fields: &[(&'static str, &str)], query| match find(
+            &headers(fields),
+            query,
+            host,
+            false,
+            false,
+        ) {
             Ok(Shown::Nothing) => "nothing",
             Ok(Shown::Bearer(_)) => "bearer",
             Ok(Shown::Query(_)) => "query",

@@ -50,8 +50,8 @@
 //!   HTTPS, and over plain HTTP on `localhost`, `*.localhost` and loopback
 //!   addresses, also in frames.
 //! - `cocalc-session-http-<host id>`, with `HttpOnly; SameSite=Lax` and the same
-//!   value, is set only over plain HTTP. curl and most HTTP libraries would not
-//!   send the other one there.
+//!   value, is set, and believed, only over plain HTTP. curl and most HTTP
+//!   libraries would not send the other one there.
 //!
 //! Both hold the same session; apps never see either, and cannot set them.
 //!

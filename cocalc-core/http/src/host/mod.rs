@@ -321,7 +321,8 @@ impl Inner {
     async fn project(&self, mut asked: Asked<'_>, rest: Rest) -> Result<Response<Body>, Problem> {
         let project = asked.place.project;
         let own_origin = asked.place.mount.is_empty();
-        let shown = credential::find(&asked.parts.headers, asked.parts.uri.query(), self.host, own_origin);
+        let (headers, query) = (&asked.parts.headers, asked.parts.uri.query());
+        let shown = credential::find(headers, query, self.host, own_origin, asked.view.https);
         let shown = shown.map_err(|denial| self.denied(project, &denial))?;
         self.check_origin(&asked, &shown)?;
         let principal = self.verify(&shown, project, &asked.view).await?;

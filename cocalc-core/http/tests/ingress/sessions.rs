@@ -1,6 +1,7 @@
 //! Tokens, sessions, denials: with real curl, directly and through a proxy.
 
 use cocalc_core::{auth::Tier, ids::ProjectId};
+use cocalc_http::{Body, Client};
 use serde_json::json;
 
 use crate::support::*;
@@ -267,4 +268,33 @@ async fn planted_cookies_and_grace_are_noticed() {
     let bearer = format!("Authorization: Bearer {}", world.token());
     let tier = ["-o", "/dev/null", "-w", "%{http_code} %header{cocalc-tier}", "-H", &bearer, &url];
     assert_eq!(curl(&tier).await, "200 grace");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn over_https_a_cookie_that_any_sibling_can_set_opens_nothing() {
+    let world = World::new().await;
+    let id = world.project;
+    let own = format!("{id}.alpha.localhost:{}", world.host_address.port());
+    let path = format!("/port/{}/", world.app.port);
+    let posted = format!("http://{own}/.cocalc/session");
+    let bearer = format!("Authorization: Bearer {}", world.token());
+    let opened = curl(&["-i", "-X", "POST", "-H", &bearer, &posted]).await;
+    let session = |name: &str| {
+        let field = opened.lines().find(|line| line.contains(name)).unwrap();
+        field.split_once(": ").unwrap().1.split(';').next().unwrap().to_owned()
+    };
+    let (plain, secure) = (session("cocalc-session-http-"), session("__Host-"));
+    let front = Client { address: Some([192, 0, 2, 1].into()), trusted: true };
+    for (cookie, scheme, expected) in
+        [(&plain, "http", 200), (&plain, "https", 401), (&secure, "http", 200), (&secure, "https", 200)]
+    {
+        let request = http::Request::get(&path)
+            .header("host", &own)
+            .header("x-forwarded-proto", scheme)
+            .header("cookie", cookie)
+            .body(Body::empty())
+            .unwrap();
+        let status = world.ingress.handle(request, front).await.status();
+        assert_eq!(status, expected, "{cookie} over {scheme}");
+    }
 }
