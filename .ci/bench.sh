@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Prints the performance table: a federation of release programs on this
+# machine, each number beside a peer's from the same run. As root.
+#
+#   .ci/bench.sh [--quick] [--only start,tokens,http,ssh,moves] [--runs N] [--json]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+if [ "$(id -u)" -ne 0 ]; then
+  echo "bench.sh: Btrfs volumes and containers of their own need root" >&2
+  exit 1
+fi
+target=${CARGO_TARGET_DIR:-target}
+dir=$(mktemp -d "${TMPDIR:-/tmp}/cocalc-bench-XXXXXX")
+
+# The program cleans up after itself; this is for when it was killed.
+clean_up() {
+  local status=$?
+  trap - EXIT
+  if [ -e "$dir/data" ]; then
+    timeout 120 "$target/release/cocalc" down --dir "$dir/data" >/dev/null || status=1
+  fi
+  timeout 60 podman rm --force --ignore --time 0 cocalc-bench >/dev/null 2>&1 || true
+  timeout 60 podman rmi --force localhost/cocalc-bench >/dev/null 2>&1 || true
+  [ "$status" -eq 0 ] || tail -n 5 "$dir"/data/log/*.log "$dir"/nginx/error.log 2>/dev/null >&2 || true
+  rm -rf "$dir"
+  exit "$status"
+}
+trap clean_up EXIT
+trap 'exit 130' INT TERM
+
+mkdir -p target
+timeout --foreground --kill-after=150 3600 \
+  "$target/release/cocalc-bench" --dir "$dir" --out target/bench.json "$@"
