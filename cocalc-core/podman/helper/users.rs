@@ -14,7 +14,8 @@ pub(crate) struct User {
 /// The ordinary user's id.
 const ORDINARY: u32 = 1000;
 
-/// Finds `name`; without one the ordinary user, or root if there is none.
+/// Finds `name`; without one the ordinary user, who is known by number even where
+/// the tenant removed the files or the line.
 pub(crate) fn find(name: Option<&str>) -> Option<User> {
     // Files of the tenant: huge ones must not fill the memory.
     let passwd = read("/etc/passwd");
@@ -47,12 +48,12 @@ fn lookup(passwd: &str, group: &str, name: Option<&str>) -> Option<User> {
     };
     match name {
         Some(name) => by(&|other, _| other == name),
-        None => by(&|_, uid| uid == ORDINARY).or_else(|| by(&|_, uid| uid == 0)).or_else(|| {
+        None => by(&|_, uid| uid == ORDINARY).or_else(|| {
             Some(User {
-                name: "root".into(),
-                home: "/root".into(),
+                name: "user".into(),
+                home: "/home/user".into(),
                 shell: "/bin/sh".into(),
-                identity: Identity { uid: 0, gid: 0, groups: vec![0] },
+                identity: Identity { uid: ORDINARY, gid: ORDINARY, groups: vec![ORDINARY] },
             })
         }),
     }
@@ -87,7 +88,10 @@ mod tests {
         assert_eq!(user.identity.groups, [1000, 27]);
         assert_eq!(lookup(PASSWD, GROUP, Some("root")).unwrap().identity.uid, 0);
         assert!(lookup(PASSWD, GROUP, Some("nobody")).is_none());
-        assert_eq!(lookup("root:x:0:0:root:/root:/bin/bash", "", None).unwrap().name, "root");
-        assert_eq!(lookup("", "", None).unwrap().identity.uid, 0);
+        for passwd in ["", "root:x:0:0:root:/root:/bin/bash"] {
+            let user = lookup(passwd, "user:x:1000:\n", None).unwrap();
+            assert_eq!((user.identity.uid, user.identity.gid), (1000, 1000));
+            assert_eq!(user.identity.groups, [1000], "never more than the ordinary user");
+        }
     }
 }

@@ -46,8 +46,11 @@
 //!
 //! - 65,536 host uids from [`UID_BASE`]` + slot * 65536`; root inside is none of
 //!   the host's users.
-//! - Twelve capabilities over its own files and processes, podman's default
-//!   seccomp filter, and limits of processes, memory, CPU and open files.
+//! - Twelve capabilities over its own files and processes, and limits of
+//!   processes, memory, CPU and open files. It sees no control groups.
+//! - podman's default seccomp filter, which also refuses making Btrfs subvolumes,
+//!   sockets to the hypervisor, and with those `socketcall`: 32-bit programs that
+//!   need it have no network.
 //! - A network namespace with one address. It reaches what is outside, but no
 //!   address of the host, no other project and nothing link-local ([`Outbound`]).
 //!   The kernel's IPv4 forwarding is turned on for this. A firewall of the host
@@ -58,7 +61,7 @@
 //!
 //! Several hosts can run on one machine: each has its own
 //! [`machine_index`](PodmanBuilder::machine_index). [`cleanup_instance`] removes
-//! whatever one of them left.
+//! whatever one of them left, and [`leftovers`] lists it.
 
 mod agent;
 mod cgroup;
@@ -76,7 +79,8 @@ mod signals;
 pub use cgroup::CgroupKind;
 pub use net::Outbound;
 pub use podman::{
-    BuildError, Images, ParseTimeError, Podman, PodmanBuilder, SLOTS, UID_BASE, cleanup_instance, parse_time,
+    BuildError, Images, ParseTimeError, Podman, PodmanBuilder, SLOTS, UID_BASE, cleanup_instance, leftovers,
+    parse_time,
 };
 pub use probe::{Lack, RunnerProbe, probe};
 pub use process::ProcessRunner;

@@ -110,7 +110,7 @@ impl Network {
         if is_namespace(&path) && (self.outbound == Outbound::Off || self.cable_exists(slot)) {
             return Ok(());
         }
-        self.remove(project, slot)?;
+        self.remove(project, Some(slot))?;
         fs::File::create(&path).map_err(io("hold a network namespace"))?;
         let made = std::thread::scope(|scope| {
             std::thread::Builder::new()
@@ -122,7 +122,7 @@ impl Network {
         })
         .and_then(|()| self.connect_host(slot));
         if made.is_err() {
-            let _ = self.remove(project, slot);
+            let _ = self.remove(project, Some(slot));
         }
         made
     }
@@ -181,11 +181,11 @@ impl Network {
     }
 
     /// Removes the namespace and the cable; harmless if they are not there.
-    /// Blocks.
-    pub(crate) fn remove(&self, project: ProjectId, slot: u32) -> Result<(), NetError> {
+    /// Where the slot is forgotten, the cable goes with its namespace. Blocks.
+    pub(crate) fn remove(&self, project: ProjectId, slot: Option<u32>) -> Result<(), NetError> {
         let path = self.path(project);
         let io = |what| move |source| NetError::Io { what, source };
-        if self.cable_exists(slot) {
+        if let Some(slot) = slot.filter(|slot| self.cable_exists(*slot)) {
             // At once: a namespace takes its cables along only when the kernel
             // gets to it.
             let _ = ip(&format!("link del {}\n", self.cable(slot)), "remove a cable");
@@ -212,17 +212,30 @@ impl Network {
     }
 }
 
+/// The cables of the runner with this tag.
+pub(crate) fn cables(tag: &str) -> Vec<String> {
+    let prefix = format!("{CABLE}{tag}");
+    let all = fs::read_dir("/sys/class/net").into_iter().flatten().filter_map(Result::ok);
+    all.filter_map(|cable| cable.file_name().into_string().ok())
+        .filter(|name| name.starts_with(&prefix))
+        .collect()
+}
+
+/// The table of the runner with this tag, as the firewall's tool calls it, if it
+/// is there. Blocks.
+pub(crate) fn table(tag: &str) -> Option<String> {
+    let name = format!("table inet cocalc_{tag}");
+    let mut nft = Command::new("nft");
+    nft.args(["list", "tables"]);
+    let all = run_blocking(nft, "").unwrap_or_default();
+    all.lines().any(|line| line.trim() == name).then_some(name)
+}
+
 /// Removes every cable and the table of the runner with this tag. Blocks.
 pub(crate) fn remove_all(tag: &str) -> Result<(), NetError> {
-    let prefix = format!("{CABLE}{tag}");
-    let cables = fs::read_dir("/sys/class/net").into_iter().flatten().filter_map(Result::ok);
-    for cable in cables {
-        if let Some(name) = cable.file_name().to_str()
-            && name.starts_with(&prefix)
-        {
-            // One that went away meanwhile is not missed.
-            let _ = ip(&format!("link del {name}\n"), "remove a cable");
-        }
+    for name in cables(tag) {
+        // One that went away meanwhile is not missed.
+        let _ = ip(&format!("link del {name}\n"), "remove a cable");
     }
     let mut nft = Command::new("nft");
     nft.args(["-f", "-"]);

@@ -228,6 +228,195 @@ async fn limits_hold_and_the_host_goes_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn limits_have_defaults_a_minimum_and_the_machine_as_maximum() {
+    let world = World::new().await;
+    let mut spec = world.project(14);
+    for (wrong, what) in [
+        (Limits { memory_bytes: Some(1 << 20), ..Limits::default() }, "memory"),
+        (Limits { memory_bytes: Some(1 << 50), ..Limits::default() }, "memory"),
+        (Limits { cpu_millis: Some(1), ..Limits::default() }, "core"),
+        (Limits { pids: Some(1), ..Limits::default() }, "processes"),
+        (Limits { nofile: Some(u32::MAX), ..Limits::default() }, "open files"),
+    ] {
+        spec.limits = wrong;
+        let Err(Error::Invalid { reason, .. }) = world.podman.start(&spec).await else {
+            panic!("{:?} is refused", spec.limits)
+        };
+        assert!(reason.contains(what), "{reason}");
+    }
+    spec.limits = Limits::default();
+    world.podman.start(&spec).await.unwrap();
+    assert_eq!(world.run(spec.project, "ulimit -n").await, "8192\n");
+    let pids = limit(&world, spec.project, "pids/pids.max", "pids.max");
+    assert_eq!(pids, 4096);
+    let memory = limit(&world, spec.project, "memory/memory.limit_in_bytes", "memory.max");
+    let about = std::fs::read_to_string("/proc/meminfo").unwrap();
+    let total: u64 = about.split_whitespace().nth(1).unwrap().parse().unwrap();
+    let quarter = (total * 1024 / 4).max(512 << 20);
+    // In whole pages.
+    assert!(memory <= quarter && memory + 65_536 > quarter, "{memory} of {quarter}");
+}
+
+/// A limit of a project's control group, by its name in either version.
+fn limit(world: &World, project: ProjectId, v1: &str, v2: &str) -> u64 {
+    let pid = first_process(world, project);
+    let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+    let (controller, name) = v1.split_once('/').unwrap();
+    let find = |key: &str| groups.lines().find_map(|line| line.split_once(':')?.1.strip_prefix(key));
+    let path = match find(&format!("{controller}:")) {
+        Some(group) => format!("/sys/fs/cgroup/{controller}{group}/{name}"),
+        None => format!("/sys/fs/cgroup{}/{v2}", find(":").unwrap()),
+    };
+    std::fs::read_to_string(path).unwrap().trim().parse().unwrap()
+}
+
+/// The host's number of a project's first process.
+fn first_process(world: &World, project: ProjectId) -> String {
+    let container = format!("cocalc-{}-{project}", world.instance);
+    let mut podman = std::process::Command::new("podman");
+    world::must(podman.args(["inspect", "--format", "{{.State.Pid}}", &container])).trim().to_owned()
+}
+
+/// Tries the calls that are refused and their neighbours that are not, and
+/// prints the number of each error.
+const CALLS: &str = r#"
+import ctypes, os, socket, termios
+intel = os.uname().machine == "x86_64"
+home = os.open(os.path.expanduser("~"), os.O_RDONLY | os.O_DIRECTORY)
+libc = ctypes.CDLL(None, use_errno=True)
+def error(number, *args):
+    ctypes.set_errno(0)
+    libc.syscall(number, *(ctypes.c_ulong(arg) if isinstance(arg, int) else arg for arg in args))
+    return ctypes.get_errno()
+def body(request):
+    begins = home.to_bytes(8, "little") + (bytes(48) if request & 0xff in (0x17, 0x18) else b"")
+    return (begins + b"made-%x" % request).ljust(4096, b"\0")
+for request in (0x5000940e, 0x50009401, 0x50009417, 0x50009418):
+    wide = request | 1 << 32
+    print(hex(request), error(16 if intel else 29, home, request, body(request)),
+          error(16 if intel else 29, home, wide, body(request)))
+# The flags of a directory; the size of what is no terminal.
+for request in (0x80086601, termios.TIOCGWINSZ):
+    print(hex(request), error(16 if intel else 29, home, request, bytes(4096)))
+for family in (40, 40 | 1 << 32, socket.AF_INET, socket.AF_UNIX):
+    print(hex(family), error(41 if intel else 198, family, 1, 0))
+"#;
+
+/// `socketcall(SYS_SOCKET, {FAMILY, 1, 0})` as a 32-bit program makes it: ends
+/// well only if there is a socket then.
+const OLD_CALL: &str = r#"
+import ctypes, mmap, struct
+page = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x40, prot=7)
+start = ctypes.addressof(ctypes.c_char.from_buffer(page))
+page[256:268] = struct.pack("III", FAMILY, 1, 0)
+# push rbx; mov eax, 102; mov ebx, 1; mov ecx, start + 256; int 0x80; pop rbx; ret
+code = b"\x53\xb8\x66\0\0\0\xbb\x01\0\0\0\xb9" + struct.pack("I", start + 256) + b"\xcd\x80\x5b\xc3"
+page[:len(code)] = code
+got = ctypes.CFUNCTYPE(ctypes.c_int)(start)()
+print(got)
+raise SystemExit(0 if got >= 0 else 1)
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn subvolumes_and_sockets_to_the_hypervisor_are_refused() {
+    let world = World::new().await;
+    let spec = world.started(15).await;
+    let project = spec.project;
+    std::fs::write(spec.volume.join("home/calls.py"), CALLS).unwrap();
+    for user in [None, Some("root")] {
+        let (_, said) = world.run_as(project, user, "HOME=/home/user python3 /home/user/calls.py").await;
+        let expected = "0x5000940e 1 1\n0x50009401 1 1\n0x50009417 1 1\n0x50009418 1 1\n\
+            0x80086601 0\n0x5413 25\n0x28 97\n0x100000028 97\n0x2 0\n0x1 0\n";
+        assert_eq!(said, expected, "as {user:?}");
+    }
+    if cfg!(target_arch = "x86_64") {
+        for family in ["40", "2"] {
+            let script = OLD_CALL.replace("FAMILY", family);
+            std::fs::write(spec.volume.join("home/old.py"), script).unwrap();
+            let (exit, said) = world.run_as(project, None, "python3 ~/old.py").await;
+            assert_ne!(exit, Exit::Code(0), "{family}: {said}");
+        }
+    }
+    // What people do all day still works.
+    world.run(project, "mkdir ~/made && python3 -c 'import pty; pty.spawn([\"stty\", \"size\"])'").await;
+    world
+        .root(
+            project,
+            "set -e; mkdir -p /tmp/p/DEBIAN; cd /tmp
+             printf 'Package: p\\nVersion: 1\\nArchitecture: all\\nMaintainer: p\\nDescription: p\\n' > p/DEBIAN/control
+             dpkg-deb -b p p.deb; apt-get install -y ./p.deb; dpkg -s p; ssh -V",
+        )
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_project_sees_no_other_control_groups() {
+    let world = World::new().await;
+    let (one, _other) = (world.started(16).await, world.started(17).await);
+    assert_eq!(world.root(one.project, "find /sys/fs/cgroup").await, "/sys/fs/cgroup\n");
+    let named = world.root(one.project, "cat /proc/self/cgroup /proc/1/cgroup").await;
+    assert!(named.lines().all(|line| line.ends_with(":/")), "{named}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_user_it_is_the_ordinary_one_whatever_the_tenant_removed() {
+    let world = World::new().await;
+    let spec = world.started(18).await;
+    world.root(spec.project, "rm /etc/passwd /etc/group").await;
+    assert_eq!(
+        world.run(spec.project, "id -u; id -g; id -G; echo $HOME").await,
+        "1000\n1000\n1000\n/home/user\n"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_removal_that_was_cut_off_is_finished_by_another_process() {
+    let world = World::new().await;
+    let spec = world.started(19).await;
+    let project = spec.project;
+    let container = format!("cocalc-{}-{project}", world.instance);
+    // As if the daemon was killed right after the container went.
+    world::must(std::process::Command::new("podman").args(["rm", "-f", "-t", "0", &container]));
+    let again = world::builder(world.instance, world.state.path(), world.index, &world.volume);
+    let again = again.build().await.unwrap();
+    assert!(again.list().await.unwrap().is_empty(), "nothing says that it was here");
+    let runtime = std::path::Path::new("/run/cocalc").join(world.instance.to_string());
+    let named = || {
+        let name = project.to_string();
+        [runtime.as_path(), world.state.path()]
+            .into_iter()
+            .flat_map(|dir| {
+                world::must(std::process::Command::new("find").arg(dir).args([
+                    "-xdev",
+                    "-name",
+                    &format!("*{name}*"),
+                ]))
+                .lines()
+                .map(str::to_owned)
+                .collect::<Vec<_>>()
+            })
+            .chain(
+                std::fs::read_to_string("/proc/self/mountinfo")
+                    .unwrap()
+                    .lines()
+                    .filter(|line| line.contains(&name))
+                    .map(str::to_owned),
+            )
+            .collect::<Vec<_>>()
+    };
+    assert!(!named().is_empty());
+    again.remove(project).await.unwrap();
+    assert_eq!(named(), [""; 0]);
+    assert!(again.list().await.unwrap().is_empty());
+    world::until("its cable is gone", async || {
+        !cocalc_podman::leftovers(world.instance).iter().any(|left| left.starts_with("network interface"))
+    })
+    .await;
+    again.remove(project).await.unwrap();
+    assert!(spec.volume.join("home").is_dir(), "files stay");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn links_planted_in_a_volume_lead_nowhere() {
     let world = World::new().await;
     let secret = tempfile::tempdir().unwrap();
@@ -266,14 +455,8 @@ async fn links_planted_in_a_volume_lead_nowhere() {
 async fn a_killed_project_says_why_and_cleanup_leaves_nothing() {
     let world = World::new().await;
     let spec = world.started(20).await;
-    let container = format!("cocalc-{}-{}", world.instance, spec.project);
-    let pid = world::must(std::process::Command::new("podman").args([
-        "inspect",
-        "--format",
-        "{{.State.Pid}}",
-        &container,
-    ]));
-    world::must(std::process::Command::new("kill").args(["-9", pid.trim()]));
+    let pid = first_process(&world, spec.project);
+    world::must(std::process::Command::new("kill").args(["-9", &pid]));
     world::until("its end is noticed", async || {
         world.podman.status(spec.project).await.unwrap().state == State::Stopped
     })
@@ -285,7 +468,12 @@ async fn a_killed_project_says_why_and_cleanup_leaves_nothing() {
     assert_eq!(world.run(spec.project, "echo again").await, "again\n");
 
     // As after kill -9 of the daemon: only the instance is known.
+    let left = cocalc_podman::leftovers(world.instance);
+    for kind in ["container ", "mount ", "directory ", "network interface ", "firewall table "] {
+        assert!(left.iter().any(|one| one.starts_with(kind)), "{kind}: {left:?}");
+    }
     cocalc_podman::cleanup_instance(world.instance, None).await.unwrap();
+    assert_eq!(cocalc_podman::leftovers(world.instance), [""; 0]);
     let runtime = std::path::Path::new("/run/cocalc").join(world.instance.to_string());
     assert!(!runtime.exists());
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();

@@ -20,6 +20,8 @@ use sha2::{Digest, Sha256};
 use super::{
     Podman, Shared,
     cli::{CONTAINERS_CONF, Cli, find_program},
+    limits::Machine,
+    seccomp,
 };
 use crate::{
     agent::HELPER,
@@ -67,7 +69,7 @@ pub struct PodmanBuilder {
     nameservers: Option<Vec<IpAddr>>,
     podman: Option<PathBuf>,
     runtime: Option<String>,
-    defaults: Limits,
+    defaults: Option<Limits>,
 }
 
 impl fmt::Debug for PodmanBuilder {
@@ -93,7 +95,7 @@ impl PodmanBuilder {
             nameservers: None,
             podman: None,
             runtime: None,
-            defaults: Limits { memory_bytes: None, cpu_millis: None, pids: Some(4096), nofile: Some(8192) },
+            defaults: None,
         }
     }
 
@@ -164,10 +166,11 @@ impl PodmanBuilder {
         self
     }
 
-    /// Limits where a project's own say nothing. Default: 4,096 processes and
+    /// Limits where a project's own say nothing. Default: a quarter of the
+    /// machine's memory but at least 512 MiB, all cores, 4,096 processes and
     /// 8,192 open files.
     pub fn default_limits(mut self, limits: Limits) -> Self {
-        self.defaults = limits;
+        self.defaults = Some(limits);
         self
     }
 
@@ -218,6 +221,7 @@ impl PodmanBuilder {
 
         let cli = Cli { program: podman, runtime, containers_conf: dirs.containers_conf.clone() };
         let capabilities = capabilities(&cli).await?;
+        let machine = Machine::find();
         let podman = Podman {
             shared: Arc::new(Shared {
                 instance: self.instance,
@@ -228,7 +232,8 @@ impl PodmanBuilder {
                 sockets,
                 uid_base: self.uid_base,
                 slots: self.slots,
-                defaults: self.defaults,
+                defaults: self.defaults.unwrap_or_else(|| machine.defaults()),
+                machine,
                 capabilities,
                 projects: Mutex::new(BTreeMap::new()),
             }),
@@ -272,6 +277,7 @@ pub(crate) struct Dirs {
     pub(crate) helper: PathBuf,
     pub(crate) resolv_conf: PathBuf,
     pub(crate) containers_conf: PathBuf,
+    pub(crate) seccomp: PathBuf,
 }
 
 impl Dirs {
@@ -285,6 +291,7 @@ impl Dirs {
             helper: runtime.join("helper"),
             resolv_conf: runtime.join("resolv.conf"),
             containers_conf: runtime.join("containers.conf"),
+            seccomp: runtime.join("seccomp.json"),
         };
         fs::DirBuilder::new().recursive(true).mode(0o711).create(runtime)?;
         fs::DirBuilder::new().recursive(true).mode(0o700).create(state)?;
@@ -310,6 +317,7 @@ impl Dirs {
         }
         let servers: String = nameservers.iter().map(|server| format!("nameserver {server}\n")).collect();
         write_file(&self.resolv_conf, servers.as_bytes(), 0o444)?;
+        write_file(&self.seccomp, seccomp::profile().to_string().as_bytes(), 0o444)?;
         write_file(&self.containers_conf, CONTAINERS_CONF.as_bytes(), 0o444)
     }
 }

@@ -1,6 +1,9 @@
 //! Removing everything of one instance, whatever state it was left in.
 
-use std::path::Path;
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use cocalc_core::ids::HostId;
 
@@ -8,9 +11,9 @@ use super::{
     BuildError,
     builder::tag,
     cli::{CONTAINERS_CONF, Cli, find_program},
-    lifecycle::unmount_below,
+    lifecycle::{LABEL_INSTANCE, mounts_below, unmount_below},
 };
-use crate::{net, probe};
+use crate::{command::run_blocking, net, probe};
 
 /// Stops and removes every container, mount, network namespace, cable and
 /// firewall rule of `instance`, also after its daemon was killed. The projects'
@@ -25,13 +28,52 @@ pub async fn cleanup_instance(instance: HostId, runtime_dir: Option<&Path>) -> R
         // Only root's runners make any of this.
         return Ok(());
     }
-    let runtime_dir =
-        runtime_dir.map_or_else(|| Path::new("/run/cocalc").join(instance.to_string()), Path::to_path_buf);
+    let runtime_dir = runtime_dir.map_or_else(|| default_runtime_dir(instance), Path::to_path_buf);
     let containers = remove_containers(instance, &runtime_dir).await;
     let rest = tokio::task::spawn_blocking(move || remove_rest(instance, &runtime_dir))
         .await
         .unwrap_or_else(|error| Err(BuildError::new("clean up", error)));
     containers.and(rest)
+}
+
+/// Names, for people, what of `instance` is still there of all that
+/// [`cleanup_instance`] removes from a machine. Knows the default runtime
+/// directory only. Blocks.
+pub fn leftovers(instance: HostId) -> Vec<String> {
+    if !rustix::process::geteuid().is_root() {
+        return Vec::new();
+    }
+    let mut left = Vec::new();
+    // Without podman there are no containers.
+    if let Some(program) = find_program("podman") {
+        let mut podman = Command::new(program);
+        let filter = format!("label={}", label(instance));
+        podman.args(["ps", "--all", "--filter", &filter, "--format", "{{.Names}}"]);
+        match run_blocking(podman, "") {
+            Ok(names) => left.extend(names.lines().map(|name| format!("container {name}"))),
+            Err(error) => left.push(format!("perhaps containers: {error}")),
+        }
+    }
+    let runtime_dir = default_runtime_dir(instance);
+    // Mount points are listed as the kernel resolved them.
+    if let Ok(resolved) = runtime_dir.canonicalize() {
+        let mounts = mounts_below(&resolved).unwrap_or_default();
+        left.extend(mounts.iter().map(|path| format!("mount {}", path.display())));
+        left.push(format!("directory {}", runtime_dir.display()));
+    }
+    let tag = tag(instance);
+    left.extend(net::cables(&tag).into_iter().map(|name| format!("network interface {name}")));
+    left.extend(net::table(&tag).map(|name| format!("firewall {name}")));
+    left
+}
+
+fn default_runtime_dir(instance: HostId) -> PathBuf {
+    Path::new("/run/cocalc").join(instance.to_string())
+}
+
+/// The label of an instance's containers.
+pub(super) fn label(instance: HostId) -> String {
+    format!("{LABEL_INSTANCE}={instance}")
 }
 
 async fn remove_containers(instance: HostId, runtime_dir: &Path) -> Result<(), BuildError> {
@@ -48,7 +90,7 @@ async fn remove_containers(instance: HostId, runtime_dir: &Path) -> Result<(), B
             .map_err(|error| BuildError::new("write podman's configuration", error))?;
     }
     let cli = Cli { program, runtime, containers_conf };
-    let names = cli.labelled(&format!("cocalc.instance={instance}")).await.map_err(failed)?;
+    let names = cli.labelled(&label(instance)).await.map_err(failed)?;
     let mut done = Ok(());
     for name in names {
         match cli.run(["rm", "--force", "--ignore", "--time", "0", &name]).await {

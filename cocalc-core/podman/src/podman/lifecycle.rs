@@ -2,14 +2,14 @@
 
 use std::{
     io::{self, Read, Seek},
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
 use cocalc_core::{
     ids::{Epoch, ProjectId},
-    runner::{Error, ProjectSpec, Result, State, Status},
+    runner::{Error, Limits, ProjectSpec, Result, State, Status},
 };
 use rustix::process::Signal;
 use sha2::{Digest, Sha256};
@@ -33,7 +33,7 @@ const KILL_LIMIT: Duration = Duration::from_secs(30);
 /// The largest log of a project, in bytes.
 const LOG_BYTES_MAX: u64 = 1 << 20;
 
-const LABEL_INSTANCE: &str = "cocalc.instance";
+pub(super) const LABEL_INSTANCE: &str = "cocalc.instance";
 const LABEL_PROJECT: &str = "cocalc.project";
 const LABEL_EPOCH: &str = "cocalc.epoch";
 const LABEL_SLOT: &str = "cocalc.slot";
@@ -44,7 +44,7 @@ impl Podman {
     pub(super) async fn adopt(&self) -> Result<(), BuildError> {
         let shared = &self.shared;
         let failed = |error| BuildError::new("list its containers", error);
-        let label = format!("{LABEL_INSTANCE}={}", shared.instance);
+        let label = super::cleanup::label(shared.instance);
         for name in shared.cli.labelled(&label).await.map_err(failed)? {
             // One that vanished meanwhile is not missed.
             let found = match shared.cli.inspect(std::slice::from_ref(&name)).await {
@@ -96,13 +96,14 @@ impl Shared {
             return Err(Error::Invalid { project, reason });
         }
         check_env(spec)?;
-        let wanted = fingerprint(spec);
+        let limits = self.machine.settle(project, &spec.limits, &self.defaults)?;
+        let wanted = fingerprint(spec, &limits);
         let (former, former_slot) = {
             let view = entry.view();
             (view.made_from.clone(), view.slot)
         };
         if let Some(former_slot) = former_slot.filter(|slot| *slot != spec.slot) {
-            self.remove_network(project, former_slot).await?;
+            self.remove_network(project, Some(former_slot)).await?;
         }
         self.create_network(project, spec.slot).await?;
         let (dirs, uid) = (self.mounts(project), self.uid(spec.slot));
@@ -114,11 +115,11 @@ impl Shared {
             self.remove_container(project).await?;
             entry.view().made_from = None;
         }
-        let created = match self.cli.run(self.create_args(spec, &wanted)).await {
+        let created = match self.cli.run(self.create_args(spec, &limits, &wanted)).await {
             Err(error) if error.to_string().contains("already in use") => {
                 // Left by a process that died between making and noting it.
                 self.remove_container(project).await?;
-                self.cli.run(self.create_args(spec, &wanted)).await
+                self.cli.run(self.create_args(spec, &limits, &wanted)).await
             }
             other => other,
         };
@@ -243,14 +244,14 @@ impl Shared {
     }
 
     pub(super) async fn remove(&self, project: ProjectId) -> Result<()> {
-        let Some(entry) = self.known(project) else { return Ok(()) };
+        // Also if it is unknown: a removal that was cut off has taken the
+        // container, by which projects are found again, and left the rest.
+        let entry = self.entry(project);
         let _operation = entry.operation.lock().await;
         self.stop_locked(&entry, Duration::ZERO).await?;
         self.remove_container(project).await?;
         let slot = entry.view().slot;
-        if let Some(slot) = slot {
-            self.remove_network(project, slot).await?;
-        }
+        self.remove_network(project, slot).await?;
         let dirs = self.mounts(project);
         blocking("remove", project, move || dirs.remove()).await?;
         let _ = std::fs::remove_file(self.dirs.logs.join(format!("{project}.log")));
@@ -290,21 +291,19 @@ impl Shared {
     }
 
     /// The arguments that make the container of a project.
-    fn create_args(&self, spec: &ProjectSpec, fingerprint: &str) -> Vec<String> {
+    fn create_args(&self, spec: &ProjectSpec, limits: &Limits, fingerprint: &str) -> Vec<String> {
         let project = spec.project;
         let dirs = self.mounts(project);
         let uid = self.uid(spec.slot);
         let log = self.dirs.logs.join(format!("{project}.log"));
         let short: String = project.to_string().chars().take(8).collect();
-        let limits = &spec.limits;
-        let pids = limits.pids.or(self.defaults.pids);
         let mut args: Vec<String> = vec!["create".into()];
         let mut option = |name: &str, value: String| {
             args.push(format!("--{name}"));
             args.push(value);
         };
         option("name", self.container(project));
-        option("label", format!("{LABEL_INSTANCE}={}", self.instance));
+        option("label", super::cleanup::label(self.instance));
         option("label", format!("{LABEL_PROJECT}={project}"));
         option("label", format!("{LABEL_EPOCH}={}", spec.epoch));
         option("label", format!("{LABEL_SLOT}={}", spec.slot));
@@ -314,6 +313,11 @@ impl Shared {
         option("gidmap", map);
         option("cap-drop", "all".into());
         option("cap-add", CAPABILITIES.into());
+        option("security-opt", format!("seccomp={}", self.dirs.seccomp.display()));
+        // The network namespace is not of the project's user namespace, so `/sys`
+        // is the host's, with the control groups of all containers in it.
+        option("security-opt", "mask=/sys/fs/cgroup".into());
+        option("cgroupns", "private".into());
         option("network", format!("ns:{}", self.network.path(project).display()));
         option("hostname", format!("project-{short}"));
         option("volume", format!("{}:{HELPER_INSIDE}:ro", self.dirs.helper.display()));
@@ -325,7 +329,7 @@ impl Shared {
         option("stop-signal", "TERM".into());
         // Explicit: podman would ask for more than this process may give.
         let hard = |resource| rustix::process::getrlimit(resource).maximum.unwrap_or(1 << 20);
-        let nofile = limits.nofile.or(self.defaults.nofile).map_or(8192, u64::from);
+        let nofile = limits.nofile.map_or(8192, u64::from);
         let nofile = nofile.min(hard(rustix::process::Resource::Nofile));
         option("ulimit", format!("nofile={nofile}:{nofile}"));
         // podman's own children are limited to 32,768 before they get there; what
@@ -333,16 +337,16 @@ impl Shared {
         let nproc = hard(rustix::process::Resource::Nproc).min(32_000);
         option("ulimit", format!("nproc={nproc}:{nproc}"));
         option("ulimit", "core=0:0".into());
-        if let Some(pids) = pids {
+        if let Some(pids) = limits.pids {
             option("pids-limit", pids.to_string());
         }
-        if let Some(bytes) = limits.memory_bytes.or(self.defaults.memory_bytes) {
+        if let Some(bytes) = limits.memory_bytes {
             option("memory", bytes.to_string());
             if crate::probe::swap_limit() {
                 option("memory-swap", bytes.to_string());
             }
         }
-        if let Some(millis) = limits.cpu_millis.or(self.defaults.cpu_millis) {
+        if let Some(millis) = limits.cpu_millis {
             option("cpus", format!("{}.{:03}", millis / 1000, millis % 1000));
         }
         args.extend(["--no-hosts".into(), "--rootfs".into(), dirs.root().display().to_string()]);
@@ -363,7 +367,7 @@ impl Shared {
     }
 
     /// The files of a project's image, and its name.
-    fn image(&self, spec: &ProjectSpec) -> Result<(std::path::PathBuf, String)> {
+    fn image(&self, spec: &ProjectSpec) -> Result<(PathBuf, String)> {
         let project = spec.project;
         let digest = spec
             .image
@@ -382,7 +386,7 @@ impl Shared {
 }
 
 impl Shared {
-    fn env_path(&self, project: ProjectId) -> std::path::PathBuf {
+    fn env_path(&self, project: ProjectId) -> PathBuf {
         self.dirs.environments.join(format!("{project}.json"))
     }
 
@@ -405,7 +409,7 @@ impl Shared {
         blocking("connect", project, move || network.create(project, slot)).await
     }
 
-    async fn remove_network(&self, project: ProjectId, slot: u32) -> Result<()> {
+    async fn remove_network(&self, project: ProjectId, slot: Option<u32>) -> Result<()> {
         let network = self.network.clone();
         blocking("disconnect", project, move || network.remove(project, slot)).await
     }
@@ -422,9 +426,10 @@ fn unknown(project: ProjectId) -> Status {
 }
 
 /// What the container is made from: a change makes another one.
-fn fingerprint(spec: &ProjectSpec) -> String {
-    let ProjectSpec { project: _, epoch, volume: _, image, slot, limits, env: _ } = spec;
-    let text = format!("1 {epoch} {image:?} {slot} {limits:?}");
+fn fingerprint(spec: &ProjectSpec, limits: &Limits) -> String {
+    let ProjectSpec { project: _, epoch, volume: _, image, slot, limits: _, env: _ } = spec;
+    // The number in front changes with the arguments of `create_args`.
+    let text = format!("2 {epoch} {image:?} {slot} {limits:?}");
     Sha256::digest(text.as_bytes()).iter().take(16).map(|byte| format!("{byte:02x}")).collect()
 }
 
@@ -455,14 +460,15 @@ pub(super) fn read_log(path: &Path, lines: usize) -> io::Result<String> {
     Ok(last.iter().flat_map(|line| [*line, "\n"]).collect())
 }
 
+/// The mount points below a directory, the earliest first.
+pub(super) fn mounts_below(directory: &Path) -> io::Result<Vec<PathBuf>> {
+    let table = std::fs::read_to_string("/proc/self/mountinfo")?;
+    let all = table.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from);
+    Ok(all.filter(|path| path.starts_with(directory)).collect())
+}
+
 /// Unmounts everything below a directory.
 pub(super) fn unmount_below(directory: &Path) -> io::Result<()> {
-    let table = std::fs::read_to_string("/proc/self/mountinfo")?;
-    let below: Vec<&str> = table
-        .lines()
-        .filter_map(|line| line.split(' ').nth(4))
-        .filter(|path| Path::new(path).starts_with(directory))
-        .collect();
     // The latest first: it may cover the others.
-    below.iter().rev().try_for_each(|path| mounts::unmount(Path::new(path)))
+    mounts_below(directory)?.iter().rev().try_for_each(|path| mounts::unmount(path))
 }

@@ -4,7 +4,9 @@ mod builder;
 mod cleanup;
 mod cli;
 mod lifecycle;
+mod limits;
 mod project;
+mod seccomp;
 mod time;
 
 use std::{
@@ -26,13 +28,14 @@ use cocalc_core::{
 };
 
 pub use builder::{BuildError, Images, PodmanBuilder, SLOTS, UID_BASE};
-pub use cleanup::cleanup_instance;
+pub use cleanup::{cleanup_instance, leftovers};
 pub(crate) use cli::find_program;
 pub use time::{ParseTimeError, parse_time};
 
 use self::{
     builder::Dirs,
     cli::Cli,
+    limits::Machine,
     project::{Project, Running},
 };
 use crate::{
@@ -68,6 +71,7 @@ pub(crate) struct Shared {
     uid_base: u32,
     slots: u32,
     defaults: Limits,
+    machine: Machine,
     capabilities: Capabilities,
     projects: Mutex<BTreeMap<ProjectId, Arc<Project>>>,
 }
