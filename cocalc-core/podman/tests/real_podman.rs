@@ -221,6 +221,7 @@ async fn limits_hold_and_the_host_goes_on() {
     world.podman.start(&spec).await.unwrap();
     let (exit, said) = world.run_as(project, None, "exec python3 -c 'x = bytearray(400 << 20)'").await;
     assert_ne!(exit, Exit::Code(0), "{said}");
+    assert!(!std::path::Path::new("oom").exists(), "nothing is left in the caller's directory");
     let stats = world.podman.stats(project).await;
     if let Ok(stats) = stats {
         assert!(stats.memory_bytes <= 128 << 20);

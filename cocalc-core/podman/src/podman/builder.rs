@@ -205,7 +205,11 @@ impl PodmanBuilder {
             return Err(BuildError::new("use its runtime directory", "its path has a forbidden character"));
         }
 
-        let dirs = Dirs::create(&self.state_dir, &runtime_dir).map_err(|error| {
+        // podman is not run in this process's directory.
+        let absolute =
+            |path| std::path::absolute(path).map_err(|error| BuildError::new("find its directories", error));
+        let (state_dir, runtime_dir) = (absolute(self.state_dir)?, absolute(runtime_dir)?);
+        let dirs = Dirs::create(&state_dir, &runtime_dir).map_err(|error| {
             BuildError::new(format!("make its directories in {}", runtime_dir.display()), error)
         })?;
         let nameservers = self.nameservers.unwrap_or_else(host_nameservers);

@@ -29,6 +29,8 @@ pub async fn cleanup_instance(instance: HostId, runtime_dir: Option<&Path>) -> R
         return Ok(());
     }
     let runtime_dir = runtime_dir.map_or_else(|| default_runtime_dir(instance), Path::to_path_buf);
+    let runtime_dir = std::path::absolute(runtime_dir)
+        .map_err(|error| BuildError::new("find its runtime directory", error))?;
     let containers = remove_containers(instance, &runtime_dir).await;
     let rest = tokio::task::spawn_blocking(move || remove_rest(instance, &runtime_dir))
         .await

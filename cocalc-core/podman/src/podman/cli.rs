@@ -29,6 +29,7 @@ pub(crate) const CONTAINERS_CONF: &str =
 pub(crate) struct Cli {
     pub(crate) program: PathBuf,
     pub(crate) runtime: String,
+    /// An absolute path, in the runner's runtime directory.
     pub(crate) containers_conf: PathBuf,
 }
 
@@ -91,9 +92,21 @@ impl CliError {
 
 impl Cli {
     fn command(&self) -> Command {
-        let mut command = Command::new(&self.program);
-        command.env("CONTAINERS_CONF", &self.containers_conf).stdin(Stdio::null());
+        let mut command = self.in_place(&self.program);
+        command.stdin(Stdio::null());
         command.args(["--runtime", &self.runtime, "--log-level", "error"]);
+        command
+    }
+
+    /// A command with podman's configuration. conmon leaves a file named `oom`
+    /// where it was started once a project's memory was used up: that must not
+    /// be this process's directory.
+    fn in_place(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        let mut command = Command::new(program);
+        command.env("CONTAINERS_CONF", &self.containers_conf);
+        if let Some(directory) = self.containers_conf.parent() {
+            command.current_dir(directory);
+        }
         command
     }
 
@@ -113,10 +126,10 @@ impl Cli {
         // Socket activation wants descriptor 3 and the pid of podman itself;
         // the shell arranges both, and becomes podman.
         let script = "exec 3<&0 </dev/null; LISTEN_FDS=1 LISTEN_PID=$$ exec \"$@\"";
-        let mut command = Command::new("/bin/sh");
+        let mut command = self.in_place("/bin/sh");
         command.args(["-c", script, "sh"]).arg(&self.program);
         command.args(["--runtime", &self.runtime, "--log-level", "error", "start", name]);
-        command.env("CONTAINERS_CONF", &self.containers_conf).stdin(Stdio::from(listener));
+        command.stdin(Stdio::from(listener));
         run(command, LIMIT).await?;
         Ok(())
     }
