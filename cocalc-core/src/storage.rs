@@ -46,7 +46,9 @@ pub trait Storage: fmt::Debug + Send + Sync + 'static {
     async fn delete(&self, project: ProjectId) -> Result<()>;
 
     /// Freezes the project's files under `name`. A snapshot that has this name
-    /// already is returned unchanged.
+    /// already is returned unchanged. [`NestedVolumes`](Error::NestedVolumes),
+    /// as from [`restore`](Self::restore) and [`set_aside`](Self::set_aside),
+    /// if files would be missing in it.
     async fn snapshot(&self, project: ProjectId, name: &SnapshotName) -> Result<Snapshot>;
 
     /// The snapshots of `project`, oldest first; empty if it has none or is
@@ -64,8 +66,9 @@ pub trait Storage: fmt::Debug + Send + Sync + 'static {
     -> Result<Volume>;
 
     /// Takes the live volume away and keeps its last state as the read-only
-    /// snapshot `keep_as`. Harmless when there is no live volume and
-    /// `keep_as` exists. The project must not be running.
+    /// snapshot `keep_as`, for which the project is not charged. Harmless when
+    /// there is no live volume and `keep_as` exists. The project must not be
+    /// running.
     async fn set_aside(&self, project: ProjectId, keep_as: &SnapshotName) -> Result<Snapshot>;
 
     /// Makes a new live volume for `target` from snapshot `name` of `source`.
@@ -248,6 +251,19 @@ pub enum Error {
         project: ProjectId,
         /// What was wrong with it.
         reason: String,
+    },
+    /// There are subvolumes among the project's files, which a snapshot would
+    /// not hold.
+    #[error(
+        "project {project} has subvolumes inside its files, which no snapshot holds: {}; move \
+         what is in them to ordinary directories, then delete them with `btrfs subvolume delete`",
+        .paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
+    )]
+    NestedVolumes {
+        /// The project.
+        project: ProjectId,
+        /// The first of them, below the volume.
+        paths: Vec<PathBuf>,
     },
     /// This backend has no such ability.
     #[error("{backend} storage cannot {operation}")]

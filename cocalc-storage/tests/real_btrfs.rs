@@ -317,6 +317,10 @@ async fn a_full_quota_stops_writes_and_nothing_else() {
     assert_eq!(refused.kind(), std::io::ErrorKind::QuotaExceeded);
     let usage = f.a.usage(project).await.unwrap();
     assert!(usage.charged_bytes <= LIMIT + (1 << 20), "{usage:?}");
+    f.a.set_limit(project, None).await.unwrap();
+    btrfs(&[Path::new("delete"), &live.join("home/nested")]);
+    f.a.set_limit(project, Some(LIMIT)).await.unwrap();
+    fill(&live);
     f.a.snapshot(project, &name("full")).await.expect("a full project can be frozen");
     f.a.restore(project, &name("full"), &name("former")).await.expect("and restored");
     f.a.set_aside(project, &name("aside")).await.expect("and set aside");
@@ -357,6 +361,192 @@ async fn a_full_quota_stops_writes_and_nothing_else() {
         assert!(store.list().await.unwrap().is_empty());
         nothing_staged(store);
     }
+}
+
+/// Writes until the quota is full; space of what was deleted returns slowly.
+fn fill(live: &Path) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    for number in 0.. {
+        if let Err(error) = fs::write(live.join(format!("home/{number}")), vec![7; 1 << 20]) {
+            assert_eq!(error.kind(), std::io::ErrorKind::QuotaExceeded);
+            return;
+        }
+        assert!(Instant::now() < deadline, "the limit does not hold");
+    }
+}
+
+/// Everything below the volume, nested subvolumes and trash included.
+fn below(store: &Btrfs) -> std::collections::BTreeSet<Vec<u8>> {
+    common::manifest(store.path()).into_keys().collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_project_nests_is_never_lost() {
+    let f = fixture().await;
+    let project = ProjectId::random();
+    let live = f.a.create(project, &VolumeOptions::default()).await.unwrap().path.unwrap();
+    fs::write(live.join("home/f"), "first").unwrap();
+    f.a.snapshot(project, &name("before")).await.unwrap();
+    fs::create_dir_all(live.join("home/my data")).unwrap();
+    let nested = live.join("home/my data/thesis");
+    for path in [&live.join("home/top"), &live.join("in-root"), &nested, &nested.join("deeper")] {
+        btrfs(&[Path::new("create"), path]);
+    }
+    btrfs(&[Path::new("create"), &live.join("home/fourth")]);
+    fs::write(nested.join("deeper/chapter"), "years of work").unwrap();
+    let (files, volume) = (below(&f.a), f.a.volume(project).await.unwrap());
+
+    let refused = |what: &str, error: Error| {
+        let text = error.to_string();
+        let Error::NestedVolumes { project: whose, paths } = error else { panic!("{what}: {error:?}") };
+        assert_eq!(whose, project, "{what}");
+        assert_eq!(paths, ["home/top", "in-root", "home/my data/thesis"].map(PathBuf::from), "{what}");
+        assert!(text.contains("home/top, in-root, home/my data/thesis; move"), "{text}");
+        assert!(text.contains("btrfs subvolume delete"), "{text}");
+        assert_eq!(below(&f.a), files, "{what} changes nothing");
+    };
+    refused("snapshot", f.a.snapshot(project, &name("s")).await.unwrap_err());
+    refused("set_aside", f.a.set_aside(project, &name("s")).await.unwrap_err());
+    refused("restore", f.a.restore(project, &name("before"), &name("s")).await.unwrap_err());
+    assert_eq!(f.a.volume(project).await.unwrap(), volume);
+    assert_eq!(fs::read_to_string(nested.join("deeper/chapter")).unwrap(), "years of work");
+    assert_eq!(f.a.snapshot(project, &name("before")).await.unwrap().name, name("before"), "it is there");
+
+    // As the error says.
+    fs::create_dir(live.join("home/kept")).unwrap();
+    fs::copy(nested.join("deeper/chapter"), live.join("home/kept/chapter")).unwrap();
+    for path in ["home/my data/thesis/deeper", "home/my data/thesis", "home/top", "in-root", "home/fourth"] {
+        btrfs(&[Path::new("delete"), &live.join(path)]);
+    }
+    f.a.set_aside(project, &name("s")).await.unwrap();
+    let kept = f.a.snapshot_path(project, &name("s")).await.unwrap();
+    assert_eq!(fs::read_to_string(kept.join("home/kept/chapter")).unwrap(), "years of work");
+    // A project with nested volumes can be deleted.
+    let live = f.a.restore(project, &name("s"), &name("former")).await.unwrap().path.unwrap();
+    btrfs(&[Path::new("create"), &live.join("home/again")]);
+    btrfs(&[Path::new("create"), &live.join("home/again/inner")]);
+    f.a.delete(project).await.unwrap();
+    assert!(!live.exists());
+    nothing_staged(&f.a);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_set_aside_does_not_fill_the_quota() {
+    const LIMIT: u64 = 40 << 20;
+    let Fixture { a, b, volumes, root: _root } = fixture().await;
+    let project = ProjectId::random();
+    let limited = VolumeOptions { limit_bytes: Some(LIMIT) };
+    let live = a.create(project, &limited).await.unwrap().path.unwrap();
+    for number in 0..24_u8 {
+        fs::write(live.join(format!("home/{number}")), vec![number; 1 << 20]).unwrap();
+    }
+    // Back and forth: 24 MiB each time, which fit only once.
+    let (mut here, mut there) = (&a, &b);
+    for turn in 0..6 {
+        let (moved, undo) = (name(&format!("move-{turn}")), name(&format!("undo-{turn}")));
+        here.snapshot(project, &moved).await.unwrap();
+        let sent = here.send(project, &moved, None).await.unwrap();
+        there.receive(&sent.header, sent.reader).await.unwrap_or_else(|error| panic!("{turn}: {error:?}"));
+        there.restore(project, &moved, &name("former")).await.unwrap();
+        there.set_limit(project, Some(LIMIT)).await.unwrap();
+        here.set_aside(project, &undo).await.unwrap();
+        assert_eq!(here.set_aside(project, &undo).await.unwrap().name, undo, "it can be repeated");
+        here.delete_snapshot(project, &moved).await.unwrap();
+        there.delete_snapshot(project, &moved).await.unwrap();
+        let left = here.usage(project).await.unwrap().charged_bytes;
+        assert!(left < 1 << 20, "{turn}: {left} bytes are charged for what was set aside");
+        let charged = there.usage(project).await.unwrap().charged_bytes;
+        assert!((24 << 20..30 << 20).contains(&charged), "{turn}: {charged} bytes are charged");
+        (here, there) = (there, here);
+    }
+    assert_eq!(a.snapshots(project).await.unwrap().len(), 3, "the undo is still there");
+    for store in [&a, &b] {
+        store.delete(project).await.unwrap();
+    }
+    no_groups_are_left(&a).await;
+    no_groups_are_left(&b).await;
+    drop((a, b, volumes));
+}
+
+/// Waits until the kernel has freed what was deleted, and all groups with it.
+/// A group that is buried is looked at again when a project is deleted.
+async fn no_groups_are_left(store: &Btrfs) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let trash = store.path().join("trash");
+    loop {
+        store.create(ProjectId::from_bytes([7; 16]), &VolumeOptions::default()).await.unwrap();
+        store.delete(ProjectId::from_bytes([7; 16])).await.unwrap();
+        let left: Vec<_> = fs::read_dir(&trash).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        // Its own goes with the next.
+        if left.len() <= 1 {
+            return;
+        }
+        assert!(Instant::now() < deadline, "left in the trash: {left:?}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn quota_groups_go_with_their_projects() {
+    let f = fixture().await;
+    for number in 0..3_u8 {
+        let project = ProjectId::random();
+        let live = f.a.create(project, &VolumeOptions::default()).await.unwrap().path.unwrap();
+        fs::write(live.join("home/f"), vec![number; 1 << 20]).unwrap();
+        f.a.snapshot(project, &name("one")).await.unwrap();
+        fs::write(live.join("home/f"), vec![number + 1; 1 << 20]).unwrap();
+        // What the first volume wrote outlives it, in a snapshot.
+        f.a.restore(project, &name("one"), &name("two")).await.unwrap();
+        // The first sync wakes the cleaner, the second waits for it.
+        for what in ["filesystem", "subvolume"] {
+            let synced = Command::new("btrfs").args([what, "sync"]).arg(f.a.path()).output().unwrap();
+            assert!(synced.status.success(), "{synced:?}");
+        }
+        f.a.delete(project).await.unwrap();
+    }
+    no_groups_are_left(&f.a).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_project_that_did_not_come_leaves_nothing() {
+    let f = fixture().await;
+    let project = ProjectId::random();
+    let live = f.a.create(project, &VolumeOptions::default()).await.unwrap().path.unwrap();
+    fs::write(live.join("home/f"), vec![3; 1 << 20]).unwrap();
+    f.a.snapshot(project, &name("one")).await.unwrap();
+    let (header, bytes) = stream_of(&f.a, project, "one").await;
+    let holder = f.b.path().join("snapshots").join(project.to_string());
+
+    let cut = bytes[..bytes.len() / 2].to_vec();
+    f.b.receive(&header, Box::pin(Cursor::new(cut))).await.unwrap_err();
+    assert!(!holder.exists(), "after a stream that was cut");
+    f.b.receive(&header, Box::pin(Cursor::new(bytes.clone()))).await.unwrap();
+    f.b.delete_snapshot(project, &name("one")).await.unwrap();
+    assert!(!holder.exists(), "after its only snapshot was deleted");
+    f.b.receive(&header, Box::pin(Cursor::new(bytes.clone()))).await.unwrap();
+    f.b.restore(project, &name("one"), &name("former")).await.unwrap();
+    f.b.delete_snapshot(project, &name("one")).await.unwrap();
+    assert!(holder.exists(), "there is a live volume");
+    f.b.set_aside(project, &name("discarded")).await.unwrap();
+    f.b.delete_snapshot(project, &name("discarded")).await.unwrap();
+    assert!(!holder.exists(), "after what was staged was discarded");
+
+    // Not from under a stream that comes.
+    f.b.receive(&header, Box::pin(Cursor::new(bytes.clone()))).await.unwrap();
+    let (mut feed, stream) = tokio::io::duplex(1 << 16);
+    let second = cocalc_core::storage::SendHeader { name: name("one"), ..header.clone() };
+    f.b.delete_snapshot(project, &name("one")).await.unwrap();
+    let (store, expected) = (f.b.clone(), second.clone());
+    let coming = tokio::spawn(async move { store.receive(&expected, Box::pin(stream)).await });
+    let (first, rest) = bytes.split_at(bytes.len() / 2);
+    tokio::io::AsyncWriteExt::write_all(&mut feed, first).await.unwrap();
+    f.b.receive(&second, Box::pin(Cursor::new(b"garbage".to_vec()))).await.unwrap_err();
+    assert!(holder.exists(), "a stream is coming");
+    tokio::io::AsyncWriteExt::write_all(&mut feed, rest).await.unwrap();
+    drop(feed);
+    assert_eq!(coming.await.unwrap().unwrap().origin, header.origin);
+    f.b.delete(project).await.unwrap();
+    no_groups_are_left(&f.b).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -14,7 +14,7 @@ use async_trait::async_trait;
 use cocalc_ids::{Epoch, HostId, MoveId, ProjectId};
 
 use self::in_flight::InFlight;
-use super::{conflict_name, snapshot_prefix, undo_name};
+use super::{UNDO_PREFIX, conflict_name, snapshot_prefix, undo_name};
 use crate::{
     BoxError,
     clock::{Clock, SystemClock},
@@ -393,6 +393,18 @@ impl MoveHost {
         Ok(())
     }
 
+    /// Deletes the undo of every move but `move_id`: theirs is no use to
+    /// anybody once that move is committed.
+    async fn delete_older_undo(&self, move_id: MoveId, project: ProjectId) -> Result<(), CommandError> {
+        let keep = undo_name(move_id);
+        for snapshot in self.storage.snapshots(project).await.map_err(storage_error)? {
+            if snapshot.name.as_str().starts_with(UNDO_PREFIX) && snapshot.name != keep {
+                self.storage.delete_snapshot(project, &snapshot.name).await.map_err(storage_error)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Either side, at the end. Only what the move made is deleted, whatever
     /// else the command names.
     async fn clean(
@@ -402,11 +414,9 @@ impl MoveHost {
         names: Vec<cocalc_ids::SnapshotName>,
     ) -> Result<MoveReply, CommandError> {
         let _turn = self.ledger.turn(project).await;
-        let in_use = self
-            .ledger
-            .entry(project)
-            .is_some_and(|entry| entry.reserved.is_some_and(|reserved| reserved.move_id == move_id));
-        if in_use {
+        let entry = self.ledger.entry(project);
+        let reserved = entry.as_ref().and_then(|entry| entry.reserved.as_ref());
+        if reserved.is_some_and(|reserved| reserved.move_id == move_id) {
             let message = format!("move {move_id} of project {project} is not over here");
             return Err(CommandError { code: ErrorCode::Busy, message });
         }
@@ -417,6 +427,10 @@ impl MoveHost {
             self.storage.delete_snapshot(project, name).await.map_err(storage_error)?;
         }
         self.delete_move_snapshots(move_id, project).await?;
+        if entry.is_some_and(|entry| entry.may_run().is_some()) {
+            // It lives here again: what was its undo here is over.
+            self.delete_older_undo(move_id, project).await?;
+        }
         Ok(MoveReply::Cleaned)
     }
 }
@@ -442,7 +456,7 @@ pub fn storage_error(error: storage::Error) -> CommandError {
         storage::Error::NotFound { .. } | storage::Error::NoSnapshot { .. } => ErrorCode::NotFound,
         storage::Error::AlreadyExists { .. } => ErrorCode::Invalid,
         storage::Error::NoSpace { .. } => ErrorCode::NoSpace,
-        storage::Error::Unsupported { .. } => ErrorCode::Invalid,
+        storage::Error::NestedVolumes { .. } | storage::Error::Unsupported { .. } => ErrorCode::Invalid,
         _ => ErrorCode::Failed,
     };
     CommandError { code, message: crate::chain(&error) }

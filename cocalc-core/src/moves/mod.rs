@@ -41,9 +41,14 @@ pub(crate) fn snapshot_name(move_id: MoveId, part: &str) -> SnapshotName {
     named(&format!("{}{part}", snapshot_prefix(move_id)))
 }
 
-/// The name under which the source keeps its files as undo.
+/// What the names of undo begin with.
+pub(crate) const UNDO_PREFIX: &str = "undo-";
+
+/// The name under which the source keeps its files as undo: until the next
+/// move from there, or until the project is back. Nothing deletes it after a
+/// time yet, 24 h being what is meant.
 pub fn undo_name(move_id: MoveId) -> SnapshotName {
-    named(&format!("undo-{move_id}"))
+    named(&format!("{UNDO_PREFIX}{move_id}"))
 }
 
 /// The name under which a host keeps files of an epoch that is not the

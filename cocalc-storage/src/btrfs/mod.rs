@@ -52,8 +52,11 @@ pub const BACKEND: &str = "btrfs";
 /// | `staging/` | what is being made; emptied when the store opens |
 /// | `trash/` | quota groups that still have to go |
 ///
-/// Subvolumes that a project makes inside its own are not in its snapshots,
-/// and go when the volume goes.
+/// Subvolumes inside a project's own would be in no snapshot and no stream, so
+/// while there are any, [`Error::NestedVolumes`] refuses what takes one. They
+/// go when the project is deleted.
+///
+/// What is set aside is charged to nobody, and stays so if it is restored.
 #[derive(Clone, Debug)]
 pub struct Btrfs(Arc<Store>);
 

@@ -142,7 +142,10 @@ impl Btrfs {
                 }
             };
             let removed = this
-                .blocking(project, "clean up after", move |store| store.remove_staged(&staging, group))
+                .exclusive(project, "clean up after", move |store| {
+                    store.remove_staged(&staging, group)?;
+                    store.forget_if_empty(project)
+                })
                 .await;
             if let Err(error) = removed {
                 let error = cocalc_core::chain(&error);

@@ -36,7 +36,9 @@ pub(super) enum Intent {
 }
 
 const INTENT: &str = ".intent";
+/// Names in the trash: groups of level 1, and of single subvolumes.
 const GROUP: &str = "group-";
+const MEMBER: &str = "member-";
 
 /// A place in staging that is emptied and removed when this is dropped.
 #[derive(Debug)]
@@ -54,7 +56,12 @@ impl Staged<'_> {
 
 impl Drop for Staged<'_> {
     fn drop(&mut self) {
-        if let Err(failure) = self.store.remove_staged(&self.name, self.group) {
+        let removed = match subvolume(&self.path()) {
+            Ok(Some(staged)) => self.store.destroy(staged.info.tree),
+            Ok(None) => Ok(()),
+            Err(failure) => Err(failure),
+        };
+        if let Err(failure) = removed {
             let error = cocalc_core::chain(&failure);
             tracing::warn!(error, name = self.name, "staging is left until the store opens again");
         }
@@ -67,16 +74,26 @@ impl Store {
         Staged { store: self, name: VolumeUuid::random().to_string(), group }
     }
 
-    /// Removes the subvolume of this name in staging, if it is there.
+    /// Removes the subvolume of this name in staging, if it is there, with
+    /// what was received into it.
     pub(super) fn remove_staged(&self, name: &str, group: Option<Qgroup>) -> Result<(), Failure> {
         match subvolume(&self.layout.staging().join(name))? {
-            Some(staged) => self.destroy(staged.info.tree, group),
+            Some(staged) => self.destroy_with_nested(staged.info.tree, group),
             None => Ok(()),
         }
     }
 
-    /// Destroys a subvolume and all that are in it.
-    pub(super) fn destroy(&self, tree: u64, group: Option<Qgroup>) -> Result<(), Failure> {
+    /// Destroys a subvolume, which must have none in it.
+    pub(super) fn destroy(&self, tree: u64) -> Result<(), Failure> {
+        match sys::destroy_subvolume(&self.layout.root_fd, tree) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            other => other.doing("delete a subvolume"),
+        }
+    }
+
+    /// Destroys a subvolume and all that are in it. What a project nests is in
+    /// no snapshot, so this is only for what is wanted no more.
+    pub(super) fn destroy_with_nested(&self, tree: u64, group: Option<Qgroup>) -> Result<(), Failure> {
         let root = &self.layout.root_fd;
         // A post-order walk without recursion: a project can nest deeply.
         let mut todo = vec![(tree, false)];
@@ -87,10 +104,7 @@ impl Store {
                 sys::children(root, tree).doing("list nested subvolumes")?
             };
             if inner.is_empty() {
-                match sys::destroy_subvolume(root, tree) {
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                    other => other.doing("delete a subvolume")?,
-                }
+                self.destroy(tree)?;
                 continue;
             }
             if let Some(group) = group {
@@ -100,7 +114,7 @@ impl Store {
                 let _ = sys::leave_group(root, Qgroup::of_subvolume(tree), group);
             }
             todo.push((tree, true));
-            todo.extend(inner.into_iter().map(|tree| (tree, false)));
+            todo.extend(inner.into_iter().map(|child| (child.tree, false)));
         }
         Ok(())
     }
@@ -119,10 +133,8 @@ impl Store {
     fn settle(&self, intent: &Intent) -> Result<(), Failure> {
         match intent {
             Intent::Delete { project } => self.delete_all(*project),
-            Intent::Snapshot { project, name } => {
-                self.remove_writable(&self.layout.snapshot(*project, name), self.group(*project)?)
-            }
-            Intent::Image { digest } => self.remove_writable(&self.layout.image(digest), None),
+            Intent::Snapshot { project, name } => self.remove_writable(&self.layout.snapshot(*project, name)),
+            Intent::Image { digest } => self.remove_writable(&self.layout.image(digest)),
             Intent::Replace { project, live, kept } => {
                 let in_place = self.layout.live(*project)?.is_some_and(|found| found.uuid() == *live);
                 if !in_place {
@@ -130,7 +142,7 @@ impl Store {
                 }
                 match subvolume(&self.layout.snapshot(*project, kept))? {
                     Some(found) if found.info.parent_uuid == *live.as_bytes() => {
-                        self.destroy(found.info.tree, self.group(*project)?)
+                        self.destroy(found.info.tree)
                     }
                     _ => Ok(()),
                 }
@@ -138,9 +150,9 @@ impl Store {
         }
     }
 
-    fn remove_writable(&self, path: &Path, group: Option<Qgroup>) -> Result<(), Failure> {
+    fn remove_writable(&self, path: &Path) -> Result<(), Failure> {
         match subvolume(path)? {
-            Some(found) if !found.info.read_only => self.destroy(found.info.tree, group),
+            Some(found) if !found.info.read_only => self.destroy(found.info.tree),
             _ => Ok(()),
         }
     }
@@ -185,7 +197,7 @@ impl Store {
         for name in others {
             let path = staging.join(&name);
             if path.is_dir() {
-                self.destroy(need_subvolume(&path)?.info.tree, None)?;
+                self.destroy_with_nested(need_subvolume(&path)?.info.tree, None)?;
             } else {
                 fs::remove_file(&path).doing("empty staging")?;
             }
@@ -202,16 +214,79 @@ impl Store {
         Ok(())
     }
 
+    /// Charges the project no more for what it wrote into volumes that are
+    /// gone, whichever snapshots hold it still.
+    pub(super) fn uncharge(&self, group: Qgroup) -> Result<(), Failure> {
+        let root = &self.layout.root_fd;
+        for member in sys::members(root, group).doing("read the quota group")? {
+            if sys::is_gone(root, member.number()).doing("look for a subvolume")? {
+                // Nobody would find it afterwards.
+                let name = format!("{MEMBER}{}", member.number());
+                fs::File::create(self.layout.trash().join(name)).doing("remember a quota group")?;
+                sys::leave_group(root, member, group).doing("leave the quota group")?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the place of a project's snapshots, and its quota group, when
+    /// nothing of the project is here, nor on its way.
+    pub(super) fn forget_if_empty(&self, project: ProjectId) -> Result<(), Failure> {
+        let root = &self.layout.root_fd;
+        let Some(holder) = subvolume(&self.layout.snapshots(project))? else { return Ok(()) };
+        let inner = sys::children(root, holder.info.tree).doing("list snapshots")?;
+        if !inner.is_empty() || self.layout.live(project)?.is_some() {
+            return Ok(());
+        }
+        if let Some(group) = self.group(project)? {
+            for member in sys::members(root, group).doing("read the quota group")? {
+                // One in staging, which is being received into.
+                if !sys::is_gone(root, member.number()).doing("look for a subvolume")? {
+                    return Ok(());
+                }
+            }
+            self.bury_group(group)?;
+        }
+        self.destroy(holder.info.tree)?;
+        self.layout.commit()?;
+        self.remove_groups();
+        Ok(())
+    }
+
     /// Removes the remembered quota groups that can go by now.
     pub(super) fn remove_groups(&self) {
         for name in entries(&self.layout.trash()).unwrap_or_default() {
-            let Some(number) = name.strip_prefix(GROUP).and_then(|number| number.parse().ok()) else {
-                continue;
+            let number = |prefix| name.strip_prefix(prefix).and_then(|number| number.parse().ok());
+            let removed = match (number(GROUP), number(MEMBER)) {
+                (Some(number), _) => self.remove_group(Qgroup::level_1(number)),
+                (None, Some(tree)) => self.remove_member(Qgroup::of_subvolume(tree)),
+                (None, None) => continue,
             };
-            if sys::destroy_group(&self.layout.root_fd, Qgroup::level_1(number)).is_ok() {
+            if removed.is_ok() {
                 // If this fails, it is tried again with a group that is gone.
                 let _ = fs::remove_file(self.layout.trash().join(name));
             }
         }
+    }
+
+    /// Removes a group of level 1, which is busy while it has members.
+    fn remove_group(&self, group: Qgroup) -> io::Result<()> {
+        let root = &self.layout.root_fd;
+        for member in sys::members(root, group)? {
+            // The kernel removes the group of a subvolume with it, but not if
+            // a snapshot held what it is charged for.
+            self.remove_member(member)?;
+        }
+        sys::destroy_group(root, group)
+    }
+
+    /// Removes the group of a subvolume that is gone. It is busy until what it
+    /// is charged for is free.
+    fn remove_member(&self, member: Qgroup) -> io::Result<()> {
+        let root = &self.layout.root_fd;
+        if !sys::is_gone(root, member.number())? {
+            return Err(io::ErrorKind::ResourceBusy.into());
+        }
+        sys::destroy_group(root, member)
     }
 }

@@ -8,8 +8,13 @@
 )]
 
 use std::{
+    ffi::OsStr,
     io,
-    os::fd::{AsFd, AsRawFd as _, BorrowedFd},
+    os::{
+        fd::{AsFd, AsRawFd as _, BorrowedFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::{Path, PathBuf},
 };
 
 use rustix::ioctl::{Getter, NoArg, Opcode, Setter, Updater, ioctl, opcode};
@@ -166,6 +171,14 @@ struct SearchArgs {
     buf: [u8; 3992],
 }
 
+/// `struct btrfs_ioctl_ino_lookup_args`.
+#[repr(C)]
+struct InoLookupArgs {
+    treeid: u64,
+    objectid: u64,
+    name: [u8; 4080],
+}
+
 const _: () = {
     assert!(size_of::<VolArgsV2>() == 4096);
     assert!(size_of::<SubvolInfoArgs>() == 504);
@@ -173,9 +186,11 @@ const _: () = {
     assert!(size_of::<FsInfoArgs>() == 1024);
     assert!(size_of::<QgroupLimitArgs>() == 48);
     assert!(size_of::<SearchArgs>() == 4096);
+    assert!(size_of::<InoLookupArgs>() == 4096);
 };
 
 const TREE_SEARCH: Opcode = opcode::read_write::<SearchArgs>(MAGIC, 17);
+const INO_LOOKUP: Opcode = opcode::read_write::<InoLookupArgs>(MAGIC, 18);
 const SYNC: Opcode = opcode::none(MAGIC, 8);
 const SNAP_CREATE_V2: Opcode = opcode::write::<VolArgsV2>(MAGIC, 23);
 const SUBVOL_CREATE_V2: Opcode = opcode::write::<VolArgsV2>(MAGIC, 24);
@@ -209,9 +224,13 @@ impl Qgroup {
         self.0 & 0xffff_ffff_ffff
     }
 
+    const fn level(self) -> u64 {
+        self.0 >> 48
+    }
+
     /// Its directory's name under `/sys/fs/btrfs/<fsid>/qgroups`.
     pub(super) fn sysfs_name(self) -> String {
-        format!("{}_{}", self.0 >> 48, self.number())
+        format!("{}_{}", self.level(), self.number())
     }
 }
 
@@ -316,12 +335,66 @@ pub(super) fn destroy_subvolume(root: impl AsFd, tree: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// The tree ids of the subvolumes directly inside subvolume `tree`.
-pub(super) fn children(fd: impl AsFd, tree: u64) -> io::Result<Vec<u64>> {
-    /// `BTRFS_ROOT_TREE_OBJECTID`.
-    const ROOT_TREE: u64 = 1;
+/// A subvolume directly inside another.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(super) struct Child {
+    pub(super) tree: u64,
+    /// The inode of the directory that it is in.
+    directory: u64,
+    name: Vec<u8>,
+}
+
+/// The subvolumes directly inside subvolume `tree`.
+pub(super) fn children(fd: impl AsFd, tree: u64) -> io::Result<Vec<Child>> {
     /// `BTRFS_ROOT_REF_KEY`: its offset is the child's tree id.
     const ROOT_REF: u32 = 156;
+    /// `struct btrfs_root_ref`: the directory's inode, a sequence and the
+    /// length of the name, little-endian and packed; the name follows.
+    const REF: usize = 18;
+
+    let found = search(fd, ROOT_TREE, tree, ROOT_REF)?.into_iter().map(|(tree, item)| {
+        let mut directory = [0; 8];
+        directory.copy_from_slice(item.get(..8).unwrap_or(&[0; 8]));
+        let directory = u64::from_le_bytes(directory);
+        Child { tree, directory, name: item.get(REF..).unwrap_or_default().to_vec() }
+    });
+    Ok(found.collect())
+}
+
+/// The path of `child` within subvolume `parent`, which it is in.
+pub(super) fn path_of(fd: impl AsFd, parent: u64, child: &Child) -> io::Result<PathBuf> {
+    let mut args = Box::new(InoLookupArgs { treeid: parent, objectid: child.directory, name: [0; 4080] });
+    // SAFETY: the number names InoLookupArgs; the kernel writes within it.
+    unsafe { ioctl(fd, Updater::<INO_LOOKUP, _>::new(&mut *args)) }?;
+    let directory = args.name.split(|byte| *byte == 0).next().unwrap_or_default();
+    Ok(Path::new(OsStr::from_bytes(directory)).join(OsStr::from_bytes(&child.name)))
+}
+
+/// Whether no directory has the subvolume with this tree id any more. The
+/// kernel may still be freeing its space.
+pub(super) fn is_gone(fd: impl AsFd, tree: u64) -> io::Result<bool> {
+    /// `BTRFS_ROOT_BACKREF_KEY`: its offset is the parent's tree id.
+    const ROOT_BACKREF: u32 = 144;
+    Ok(search(fd, ROOT_TREE, tree, ROOT_BACKREF)?.is_empty())
+}
+
+/// The members of quota group `group`, of level 1, those of deleted
+/// subvolumes included.
+pub(super) fn members(fd: impl AsFd, group: Qgroup) -> io::Result<Vec<Qgroup>> {
+    /// `BTRFS_QUOTA_TREE_OBJECTID`.
+    const QUOTA_TREE: u64 = 8;
+    /// `BTRFS_QGROUP_RELATION_KEY`: from each of the two to the other.
+    const RELATION: u32 = 246;
+    let related = search(fd, QUOTA_TREE, group.0, RELATION)?.into_iter();
+    Ok(related.map(|(other, _)| Qgroup(other)).filter(|other| other.level() < group.level()).collect())
+}
+
+/// `BTRFS_ROOT_TREE_OBJECTID`.
+const ROOT_TREE: u64 = 1;
+
+/// The offsets and contents of the items of one object and type in a tree of
+/// the file system's own.
+fn search(fd: impl AsFd, tree: u64, object: u64, kind: u32) -> io::Result<Vec<(u64, Vec<u8>)>> {
     /// `struct btrfs_ioctl_search_header`: transid, objectid, offset, then
     /// type and length of 32 bits.
     const HEADER: usize = 32;
@@ -330,15 +403,15 @@ pub(super) fn children(fd: impl AsFd, tree: u64) -> io::Result<Vec<u64>> {
     let mut min_offset = 0;
     loop {
         let mut args = Box::new(SearchArgs {
-            tree_id: ROOT_TREE,
-            min_objectid: tree,
-            max_objectid: tree,
+            tree_id: tree,
+            min_objectid: object,
+            max_objectid: object,
             min_offset,
             max_offset: u64::MAX,
             min_transid: 0,
             max_transid: u64::MAX,
-            min_type: ROOT_REF,
-            max_type: ROOT_REF,
+            min_type: kind,
+            max_type: kind,
             nr_items: 64,
             unused: 0,
             unused64: [0; 4],
@@ -355,10 +428,13 @@ pub(super) fn children(fd: impl AsFd, tree: u64) -> io::Result<Vec<u64>> {
             let (mut offset, mut length) = ([0; 8], [0; 4]);
             offset.copy_from_slice(&header[16..24]);
             length.copy_from_slice(&header[28..32]);
-            let child = u64::from_ne_bytes(offset);
-            found.push(child);
-            min_offset = child.saturating_add(1);
-            rest = after.get(u32::from_ne_bytes(length) as usize..).unwrap_or_default();
+            let offset = u64::from_ne_bytes(offset);
+            let Some((item, after)) = after.split_at_checked(u32::from_ne_bytes(length) as usize) else {
+                break;
+            };
+            found.push((offset, item.to_vec()));
+            min_offset = offset.saturating_add(1);
+            rest = after;
         }
     }
 }

@@ -20,6 +20,8 @@ use crate::failure::{Doing as _, Failure};
 
 /// The user that owns a project's files, and its group, as they are stored.
 const USER: u32 = 1000;
+/// How many nested subvolumes an error names.
+const NAMED_MAX: usize = 3;
 /// Beside the snapshots: which restore made the live volume.
 const RESTORED: &str = ".restored";
 
@@ -105,14 +107,14 @@ impl Store {
     pub(super) fn delete_all(&self, project: ProjectId) -> Result<(), Failure> {
         let group = self.group(project)?;
         if let Some(live) = self.layout.live(project)? {
-            self.destroy(live.info.tree, group)?;
+            self.destroy_with_nested(live.info.tree, group)?;
         }
         if let Some(group) = group {
             self.bury_group(group)?;
         }
         // The snapshots are in it, and so go first.
         if let Some(holder) = subvolume(&self.layout.snapshots(project))? {
-            self.destroy(holder.info.tree, None)?;
+            self.destroy_with_nested(holder.info.tree, None)?;
         }
         Ok(())
     }
@@ -122,7 +124,22 @@ impl Store {
             return Ok(layout::snapshot(project, name, &found.info));
         }
         let live = self.layout.live(project)?.ok_or(Error::NotFound { project })?;
-        self.freeze(project, &live, name)
+        self.refuse_nested(project, &live)?;
+        let group = self.ensure_project(project)?;
+        self.freeze(project, &live, name, group)
+    }
+
+    /// Refuses when there are subvolumes in the live volume: a snapshot does
+    /// not hold them, nor does a stream.
+    fn refuse_nested(&self, project: ProjectId, live: &layout::Subvolume) -> Result<(), Failure> {
+        let root = &self.layout.root_fd;
+        let nested = sys::children(root, live.info.tree).doing("list nested subvolumes")?;
+        if nested.is_empty() {
+            return Ok(());
+        }
+        let path = |child| sys::path_of(root, live.info.tree, child).doing("name a nested subvolume");
+        let paths = nested.iter().take(NAMED_MAX).map(path).collect::<Result<_, _>>()?;
+        Err(Error::NestedVolumes { project, paths }.into())
     }
 
     /// Takes a snapshot of the live volume; the kernel commits it.
@@ -131,8 +148,8 @@ impl Store {
         project: ProjectId,
         live: &layout::Subvolume,
         name: &SnapshotName,
+        group: Option<Qgroup>,
     ) -> Result<Snapshot, Failure> {
-        let group = self.ensure_project(project)?;
         let parent = open_directory(&self.layout.snapshots(project)).doing("open the snapshots")?;
         sys::create_snapshot(&live.fd, &parent, name.as_str(), true, group).doing("take a snapshot")?;
         let made = self.layout.need(project, name)?;
@@ -141,8 +158,9 @@ impl Store {
 
     pub(super) fn delete_snapshot(&self, project: ProjectId, name: &SnapshotName) -> Result<(), Failure> {
         if let Some(found) = self.layout.find(project, name)? {
-            self.destroy(found.info.tree, None)?;
+            self.destroy(found.info.tree)?;
             self.layout.commit()?;
+            self.forget_if_empty(project)?;
         }
         Ok(())
     }
@@ -161,6 +179,7 @@ impl Store {
                 return self.live_volume(project);
             }
             self.refuse_snapshot(project, former)?;
+            self.refuse_nested(project, live)?;
         }
         let group = self.ensure_project(project)?;
         let staged = self.stage(group);
@@ -179,7 +198,7 @@ impl Store {
         };
         let intent = Intent::Replace { project, live: live.uuid(), kept: former.clone() };
         self.intending(&intent, || {
-            self.freeze(project, &live, former)?;
+            self.freeze(project, &live, former, group)?;
             rename(&staged.path(), &self.layout.project(project), RenameFlags::EXCHANGE)
         })?;
         self.live_volume(project)
@@ -199,16 +218,31 @@ impl Store {
     pub(super) fn set_aside(&self, project: ProjectId, keep_as: &SnapshotName) -> Result<Snapshot, Failure> {
         let Some(live) = self.layout.live(project)? else {
             let kept = self.layout.find(project, keep_as)?.ok_or(Error::NotFound { project })?;
+            self.uncharge_all(project)?;
             return Ok(layout::snapshot(project, keep_as, &kept.info));
         };
         self.refuse_snapshot(project, keep_as)?;
+        self.refuse_nested(project, &live)?;
         let staged = self.stage(self.ensure_project(project)?);
         let intent = Intent::Replace { project, live: live.uuid(), kept: keep_as.clone() };
-        self.intending(&intent, || {
-            let kept = self.freeze(project, &live, keep_as)?;
+        let kept = self.intending(&intent, || {
+            // Kept for people who undo things, not by the project: it must not
+            // be in the way when the project comes back.
+            let kept = self.freeze(project, &live, keep_as, None)?;
             rename(&self.layout.project(project), &staged.path(), RenameFlags::NOREPLACE)?;
             Ok(kept)
-        })
+        })?;
+        drop(staged);
+        self.uncharge_all(project)?;
+        Ok(kept)
+    }
+
+    /// Charges a project that has no live volume for nothing it left here.
+    fn uncharge_all(&self, project: ProjectId) -> Result<(), Failure> {
+        match self.group(project)? {
+            Some(group) => self.uncharge(group),
+            None => Ok(()),
+        }
     }
 }
 

@@ -168,6 +168,7 @@ impl MoveHost {
         if self.has_volume(project).await? {
             self.storage.set_aside(project, &keep_as).await.map_err(storage_error)?;
         }
+        self.delete_older_undo(move_id, project).await?;
         self.ledger.free_slot(project).await.map_err(ledger_error)?;
         Ok(MoveReply::Retired)
     }

@@ -59,6 +59,10 @@ pub(super) async fn at_the_end(world: &Shared) {
         if undo.is_none() {
             wrong.push("the source kept no undo");
         }
+        let undo = world.machines.iter().flat_map(|machine| machine.snapshots.keys());
+        if undo.filter(|name| name.as_str().starts_with("undo-")).count() > 1 {
+            wrong.push("the undo of an earlier move is left");
+        }
     }
     let left = world.machines.iter().flat_map(|machine| machine.snapshots.keys());
     let left = left.filter(|name| name.as_str().starts_with("move-")).count();

@@ -9,7 +9,10 @@ use cocalc_core::{
     BoxError,
     control::ProjectConfig,
     grant::{Entry, Ledger, LedgerStore},
-    moves::host::{Delivered, Inbound, MoveHost, Transfer, TransferError},
+    moves::{
+        host::{Delivered, Inbound, MoveHost, Transfer, TransferError},
+        undo_name,
+    },
     router::HostAddress,
     runner::{self, Runner, State, Status},
     storage::{self, SendHeader, SendStream, Snapshot, Storage, Volume},
@@ -135,6 +138,12 @@ pub(super) async fn place(world: &Shared) {
     let (project, daemon, wanted) = {
         let mut world = world.lock();
         world.machines[0].live = Some(0);
+        // It lived on both before, and left its undo.
+        for (host, machine) in world.machines.iter_mut().enumerate() {
+            let earlier = MoveId::from_random_bytes([u8::from(host == 0); 16]);
+            let undo = Frozen { content: 0, origin: VolumeUuid::from_random_bytes([9; 16]) };
+            machine.snapshots.insert(undo_name(earlier), undo);
+        }
         (world.project, world.machines[0].daemon.clone().expect("no faults yet"), world.wanted)
     };
     daemon.ledger.create(project, Epoch::FIRST, ProjectConfig::default()).await.expect("a new project");
