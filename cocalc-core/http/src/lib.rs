@@ -65,6 +65,7 @@ mod activity;
 mod body;
 mod cookies;
 mod credential;
+mod failures;
 mod framing;
 mod headers;
 mod host;

@@ -20,6 +20,8 @@ pub(crate) struct Problem {
     pub(crate) code: &'static str,
     pub(crate) message: Cow<'static, str>,
     pub(crate) retry_after: Option<Duration>,
+    /// Whether it counts against who asked: nothing of ours is to blame.
+    pub(crate) failure: bool,
     /// Browsers ask again by themselves.
     pub(crate) refresh: bool,
     /// Whether the connection's framing can no longer be trusted.
@@ -35,6 +37,7 @@ impl Problem {
             code,
             message: message.into(),
             retry_after: None,
+            failure: false,
             refresh: false,
             close: false,
             location: None,
@@ -141,7 +144,8 @@ impl From<&Denial> for Problem {
             Denial::RateLimited { retry_after } => Some(*retry_after),
             _ => None,
         };
-        Self { retry_after, ..Self::new(status, code, message) }
+        let failure = matches!(denial, Denial::BadCredential(_) | Denial::Used | Denial::Forbidden(_));
+        Self { retry_after, failure, ..Self::new(status, code, message) }
     }
 }
 

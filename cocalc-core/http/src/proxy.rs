@@ -40,6 +40,7 @@ use tokio_util::sync::DropGuard;
 use crate::{
     body::Body,
     cookies, credential,
+    failures::Failures,
     headers::{
         self, X_FORWARDED_FOR, X_FORWARDED_HOST, X_FORWARDED_PREFIX, X_FORWARDED_PROTO, check_request,
     },
@@ -118,6 +119,7 @@ struct Inner {
     limits: Limits,
     pool: Arc<Pool>,
     server: Arc<Server>,
+    failures: Failures,
     requests: AtomicU64,
     denied: AtomicU64,
     websockets: AtomicU64,
@@ -229,6 +231,7 @@ impl ProxyIngressBuilder {
             served: self.served,
             https: self.https,
             pool: Pool::new(&self.limits),
+            failures: Failures::new(self.limits.failures_per_source, self.limits.failure_recovery),
             limits: self.limits,
             server,
             requests: AtomicU64::new(0),
@@ -276,6 +279,7 @@ impl Inner {
         let (project, path, body) =
             match self.served.target(origin, uri.path()).ok_or_else(Problem::not_found)? {
                 Target::Own(SESSION_PATH) => {
+                    self.patient(connection.client)?;
                     let (project, body) = crate::host::claimed(&parts, body).await?;
                     (project, format!("/{project}{SESSION_PATH}"), body)
                 }
@@ -286,7 +290,12 @@ impl Inner {
                     return answer.ok_or_else(Problem::not_found);
                 }
                 Target::Project(place) => {
-                    only = self.precheck(&parts, place.project, place.what)?;
+                    self.patient(connection.client)?;
+                    only = self.precheck(&parts, place.project, place.what).inspect_err(|problem| {
+                        if problem.failure {
+                            self.failures.count(connection.client.address, Instant::now());
+                        }
+                    })?;
                     let path = match origin {
                         Origin::Base => uri.path().get(self.served.base().len()..).unwrap_or("/").to_owned(),
                         _ => uri.path().to_owned(),
@@ -307,6 +316,15 @@ impl Inner {
                 }
             })?;
         self.pass_back(response, lease, upgrade.filter(|_| websocket), connection)
+    }
+
+    /// Turns away whom this proxy has denied too often. What hosts deny, they
+    /// count.
+    fn patient(&self, client: Client) -> Result<(), Problem> {
+        self.failures.check(client.address, Instant::now()).map_err(|denial| {
+            self.denied.fetch_add(1, Ordering::Relaxed);
+            Problem::from(denial)
+        })
     }
 
     /// Turns away what its host would certainly turn away.

@@ -43,9 +43,10 @@ pub(crate) use self::{session::claimed, view::unknown_host};
 use crate::{
     body::Body,
     credential::{self, Shown},
+    failures::Failures,
     headers::check_request,
     limits::Limits,
-    path::{Origin, Place, Served, Target, What},
+    path::{Origin, Place, SESSION_PATH, Served, Target, What},
     pool::Pool,
     problem::{Problem, wants_page},
     server::{Client, Connection, Handler, Server},
@@ -117,6 +118,7 @@ struct Inner {
     pool: Arc<Pool>,
     server: Arc<Server>,
     parked: Semaphore,
+    failures: Failures,
     requests: AtomicU64,
     denied: AtomicU64,
     websockets: AtomicU64,
@@ -252,6 +254,7 @@ impl HostIngressBuilder {
             internal: view::internal(),
             https: self.https,
             pool: Pool::new(&self.limits),
+            failures: Failures::new(self.limits.failures_per_source, self.limits.failure_recovery),
             parked: Semaphore::new(self.limits.parked.min(Semaphore::MAX_PERMITS)),
             limits: self.limits,
             server,
@@ -301,8 +304,16 @@ impl Inner {
         let (served, origin, view) = self.view(&parts, authority, client)?;
         // Both borrow from the path, which outlives the parts that are sent on.
         let uri = parts.uri.clone();
-        match served.target(origin, uri.path()).ok_or_else(Problem::not_found)? {
-            Target::Own(crate::path::SESSION_PATH) => self.claimed_session(parts, rest.body, view).await,
+        let target = served.target(origin, uri.path()).ok_or_else(Problem::not_found)?;
+        let source = view.source;
+        if !matches!(target, Target::Own(path) if path != SESSION_PATH) {
+            self.failures.check(source, Instant::now()).map_err(|denial| {
+                self.denied.fetch_add(1, Ordering::Relaxed);
+                Problem::from(denial)
+            })?;
+        }
+        let answer = match target {
+            Target::Own(SESSION_PATH) => self.claimed_session(parts, rest.body, view).await,
             Target::Own(path) => {
                 let endpoints = self.endpoints.as_ref().ok_or_else(Problem::not_found)?;
                 let request = Request::from_parts(parts, rest.body);
@@ -310,12 +321,17 @@ impl Inner {
             }
             Target::Project(place) => {
                 let asked = Asked { parts, wish, origin, view, place };
-                if place.what == What::Session {
-                    return self.session(asked, rest.body).await;
+                match asked.place.what {
+                    What::Session => self.session(asked, rest.body).await,
+                    _ => self.project(asked, rest).await,
                 }
-                self.project(asked, rest).await
             }
-        }
+        };
+        answer.inspect_err(|problem| {
+            if problem.failure {
+                self.failures.count(source, Instant::now());
+            }
+        })
     }
 
     async fn project(&self, mut asked: Asked<'_>, rest: Rest) -> Result<Response<Body>, Problem> {

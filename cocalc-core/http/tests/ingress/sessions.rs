@@ -1,7 +1,9 @@
 //! Tokens, sessions, denials: with real curl, directly and through a proxy.
 
+use std::time::Duration;
+
 use cocalc_core::{auth::Tier, ids::ProjectId};
-use cocalc_http::{Body, Client};
+use cocalc_http::{Body, Client, Limits};
 use serde_json::json;
 
 use crate::support::*;
@@ -268,6 +270,55 @@ async fn planted_cookies_and_grace_are_noticed() {
     let bearer = format!("Authorization: Bearer {}", world.token());
     let tier = ["-o", "/dev/null", "-w", "%{http_code} %header{cocalc-tier}", "-H", &bearer, &url];
     assert_eq!(curl(&tier).await, "200 grace");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_is_denied_too_often_waits() {
+    let limits = Limits { failure_recovery: Duration::from_secs(3600), ..quick() };
+    let world = World::with(limits).await;
+    let code = ["-o", "/dev/null", "-w", "%{http_code} %header{cocalc-code} %header{retry-after}"];
+    let good = format!("Authorization: Bearer {}", world.token());
+    let bad = format!("{good}x");
+    for (address, base, _) in world.ways() {
+        let origin = format!("http://127.0.0.1:{}", address.port());
+        let url = format!("{origin}{base}{}/", world.mount());
+        let answer = async |more: &[&str]| curl(&[&code[..], more].concat()).await;
+        for _ in 0..30 {
+            // Nobody has shown anything: not a failure.
+            assert_eq!(answer(&[&url]).await, "401 unauthenticated ");
+        }
+        for _ in 0..20 {
+            assert_eq!(answer(&["-H", &bad, &url]).await, "403 access_denied ");
+        }
+        for refused in [
+            answer(&["-H", &bad, &url]).await,
+            answer(&["-H", &good, &url]).await,
+            answer(&["-d", "cocalc_token=x.y.z", &format!("{origin}{base}/.cocalc/session")]).await,
+        ] {
+            let (problem, after) = refused.rsplit_once(' ').unwrap();
+            assert_eq!(problem, "429 rate_limited");
+            assert!((3500..=3600).contains(&after.parse().unwrap()), "{after}");
+        }
+        let own = answer(&[&format!("{origin}{base}/healthz")]).await;
+        assert!(!own.starts_with("429"), "what is the daemon's own is answered: {own}");
+        let elsewhere = answer(&["--interface", "127.0.0.2", "-H", &good, &url]).await;
+        assert_eq!(elsewhere, "200  ", "another address");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_proxy_passes_on_counts_for_the_user() {
+    let limits = Limits { failure_recovery: Duration::from_secs(3600), ..quick() };
+    let world = World::with(limits).await;
+    let url = format!("http://127.0.0.1:{}/some/base{}/", world.proxy_address.port(), world.mount());
+    // A proxy lets it pass; only the host knows that it opens no connection.
+    let once = token(world.project, json!({ "once": true }));
+    let field = format!("Authorization: Bearer {once}");
+    let code = ["-o", "/dev/null", "-w", "%{http_code}", "-H", &field, &url];
+    for n in 0..21 {
+        assert_eq!(curl(&code).await, if n < 20 { "403" } else { "429" });
+    }
+    assert_eq!(curl(&[&code[..], &["--interface", "127.0.0.2"]].concat()).await, "403");
 }
 
 #[tokio::test(flavor = "multi_thread")]
