@@ -62,6 +62,6 @@ mod tests {
     fn tables_are_aligned_and_tame() {
         let value = json!([{"name": "a\u{1b}[2J", "host": {"id": 1}}, {"name": "long name"}]);
         let text = table(&value, &["name", "host.id"]);
-        assert_eq!(text, "NAME       ID\na\u{fffd}[2J     1\nlong name  -\n");
+        assert_eq!(text, "NAME       ID\na\u{fffd}[2J      1\nlong name  -\n");
     }
 }

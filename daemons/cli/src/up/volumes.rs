@@ -1,9 +1,6 @@
 //! The hosts' volumes and the project image; and their removal.
 
-use std::{
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::path::{Path, PathBuf};
 
 use cocalc_core::{BoxError, ids::HostId, runner::Runner};
 use cocalc_podman::ProcessRunner;
@@ -105,19 +102,7 @@ pub(super) fn project_leftovers(dir: &Path) -> Vec<String> {
     if !rustix::process::geteuid().is_root() {
         return Vec::new();
     }
-    let mut left = Vec::new();
-    let runtime_dir = Path::new("/run/cocalc").join(host.to_string());
-    if runtime_dir.exists() {
-        left.push(format!("runtime directory {}", runtime_dir.display()));
-    }
-    let filter = format!("label=cocalc.instance={host}");
-    let podman = Command::new("podman").args(["ps", "--all", "--quiet", "--filter", &filter]).output();
-    // Without podman there are no containers.
-    if let Ok(output) = podman {
-        let ids = String::from_utf8_lossy(&output.stdout).into_owned();
-        left.extend(ids.lines().map(|id| format!("container {id}")));
-    }
-    left
+    cocalc_podman::leftovers(host)
 }
 
 /// The id that the host in `dir` has, once it has joined.
