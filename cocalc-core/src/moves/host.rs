@@ -398,7 +398,9 @@ impl MoveHost {
     async fn delete_older_undo(&self, move_id: MoveId, project: ProjectId) -> Result<(), CommandError> {
         let keep = undo_name(move_id);
         for snapshot in self.storage.snapshots(project).await.map_err(storage_error)? {
-            if snapshot.name.as_str().starts_with(UNDO_PREFIX) && snapshot.name != keep {
+            // Not what people have named so.
+            let of = snapshot.name.as_str().strip_prefix(UNDO_PREFIX);
+            if of.is_some_and(|id| id.parse::<MoveId>().is_ok()) && snapshot.name != keep {
                 self.storage.delete_snapshot(project, &snapshot.name).await.map_err(storage_error)?;
             }
         }

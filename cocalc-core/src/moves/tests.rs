@@ -249,3 +249,12 @@ fn every_snapshot_of_a_move_is_named_after_it_and_cleaned() {
     assert!(last.rounds.iter().all(|round| names.contains(&round.name)));
     assert!(!names.contains(&undo_name(last.spec.move_id)));
 }
+
+#[test]
+fn nested_volumes_end_a_move_at_once() {
+    let project = ProjectId::from_random_bytes([2; 16]);
+    let paths = vec!["home/docker".into(), "home/a b".into()];
+    let error = host::storage_error(crate::storage::Error::NestedVolumes { project, paths });
+    assert_eq!(error.code, ErrorCode::Invalid);
+    assert!(error.message.contains("home/docker, home/a b; move"), "{}", error.message);
+}
