@@ -66,9 +66,9 @@ pub trait Storage: fmt::Debug + Send + Sync + 'static {
     -> Result<Volume>;
 
     /// Takes the live volume away and keeps its last state as the read-only
-    /// snapshot `keep_as`, for which the project is not charged. Harmless when
-    /// there is no live volume and `keep_as` exists. The project must not be
-    /// running.
+    /// snapshot `keep_as`, for which a backend need not charge the project.
+    /// Harmless when there is no live volume and `keep_as` exists. The project
+    /// must not be running.
     async fn set_aside(&self, project: ProjectId, keep_as: &SnapshotName) -> Result<Snapshot>;
 
     /// Makes a new live volume for `target` from snapshot `name` of `source`.
