@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use cocalc_auth::identity::Identity;
 use cocalc_core::{BoxError, ids::HostName, router::HostAddress};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -130,11 +131,16 @@ fn join<Id: DeserializeOwned>(
         .max_redirects(0)
         .build()
         .into();
+    let (key, address) = (identity.public_key().to_string(), joining.address);
+    let HostAddress { url: at, ssh, peer, .. } = address;
+    let message = format!("cocalc-join-2 {token} {} {key} {at} {ssh} {peer}", joining.name);
+    let proof = URL_SAFE_NO_PAD.encode(identity.sign(message.as_bytes()));
     let body = serde_json::json!({
         "token": token,
         "name": joining.name,
-        "identity": identity.public_key().to_string(),
-        "address": joining.address,
+        "identity": key,
+        "address": address,
+        "proof": proof,
     });
     let mut response = agent.post(&url).send_json(&body).map_err(|e| unreachable(e.into()))?;
     let text = response.body_mut().read_to_string().map_err(|e| unreachable(e.into()))?;

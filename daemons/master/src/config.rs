@@ -28,6 +28,15 @@ pub struct Config {
     /// 15 min.
     #[serde(default = "grace_ms")]
     pub grace_ms: u64,
+    /// How many connections one address may have, those that became the bus's
+    /// not counted. Behind a reverse proxy, which is one address, as many as
+    /// that lets in. Default 500.
+    #[serde(default = "connections_per_address_max")]
+    pub connections_per_address_max: usize,
+}
+
+fn connections_per_address_max() -> usize {
+    500
 }
 
 fn keepalive_ms() -> u64 {
@@ -52,6 +61,7 @@ impl Config {
             keepalive_ms: keepalive_ms(),
             lease_ms: lease_ms(),
             grace_ms: grace_ms(),
+            connections_per_address_max: connections_per_address_max(),
         }
     }
 
@@ -78,6 +88,9 @@ impl Config {
         }
         if self.lease_ms < self.keepalive_ms.saturating_mul(2) {
             return Err("lease_ms: at least twice keepalive_ms, or one lost message ends a lease".to_owned());
+        }
+        if self.connections_per_address_max == 0 {
+            return Err("connections_per_address_max: at least 1".to_owned());
         }
         Ok(())
     }
@@ -107,6 +120,7 @@ mod tests {
             ("public_url = 'http://x/'", "public_url"),
             ("lease_ms = 100", "lease_ms"),
             ("keepalive_ms = 1", "keepalive_ms"),
+            ("connections_per_address_max = 0", "connections_per_address_max"),
             ("leese_ms = 100", "leese_ms"),
         ] {
             let error = parse(&format!("{least}{wrong}")).unwrap_err();

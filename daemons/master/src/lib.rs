@@ -154,7 +154,12 @@ impl Master {
         tasks.spawn(bus::announce::tend_keys(shared.clone()));
         shared.resume().await.map_err(|error| database(error.into()))?;
         let router = server::router(api::router(shared.clone()), broker.clone(), closing.clone());
-        let server = tokio::spawn(server::serve(listener, router, closing.clone()));
+        let server = tokio::spawn(server::serve(
+            listener,
+            router,
+            config.connections_per_address_max,
+            closing.clone(),
+        ));
         tracing::info!(%address, issuer = shared.issuer, "the master listens");
         Ok(Self { shared, address, closing, server, tasks, broker, _lock: lock })
     }

@@ -1,6 +1,12 @@
 //! The listener: HTTP/1.1, and the way to the bus.
 
-use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    convert::Infallible,
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use axum::{
     Extension, Router,
@@ -23,7 +29,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-/// How many connections there may be, those of the bus included.
+/// How many connections there may be, besides those of the bus.
 const CONNECTIONS_MAX: usize = 20_000;
 /// How long a client may take to send a request's head.
 const HEAD_LIMIT: Duration = Duration::from_secs(10);
@@ -79,9 +85,63 @@ async fn connect(
     (StatusCode::SWITCHING_PROTOCOLS, headers, Body::empty()).into_response()
 }
 
+/// The connections of each address.
+#[derive(Debug)]
+struct ByAddress {
+    max: usize,
+    counts: Mutex<HashMap<IpAddr, usize>>,
+}
+
+/// One of them, counted until this is dropped.
+#[derive(Debug)]
+struct Counted {
+    all: Arc<ByAddress>,
+    address: IpAddr,
+}
+
+impl ByAddress {
+    fn lock(&self) -> MutexGuard<'_, HashMap<IpAddr, usize>> {
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts one more, unless there are enough.
+    fn enter(self: &Arc<Self>, address: IpAddr) -> Option<Counted> {
+        let address = match address.to_canonical() {
+            // Who has one address of a network has all of it.
+            IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
+            address => address,
+        };
+        let mut counts = self.lock();
+        let count = counts.entry(address).or_default();
+        if *count >= self.max {
+            return None;
+        }
+        *count += 1;
+        Some(Counted { all: self.clone(), address })
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let mut counts = self.all.lock();
+        if let Some(count) = counts.get_mut(&self.address) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.address);
+            }
+        }
+    }
+}
+
 /// Accepts and serves connections until `closing`, then lets requests end.
-pub(crate) async fn serve(listener: TcpListener, router: Router, closing: CancellationToken) {
+pub(crate) async fn serve(
+    listener: TcpListener,
+    router: Router,
+    per_address_max: usize,
+    closing: CancellationToken,
+) {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let by_address = Arc::new(ByAddress { max: per_address_max, counts: Mutex::default() });
     let mut connections = JoinSet::new();
     loop {
         let accepted = tokio::select! {
@@ -93,10 +153,11 @@ pub(crate) async fn serve(listener: TcpListener, router: Router, closing: Cancel
             Ok((stream, peer)) => {
                 // One too many is dropped, so that those who are there go on.
                 let Ok(place) = places.clone().try_acquire_owned() else { continue };
+                let Some(counted) = by_address.enter(peer.ip()) else { continue };
                 let (router, closing) = (router.clone(), closing.clone());
                 connections.spawn(async move {
                     connection(stream, peer, router, closing).await;
-                    drop(place);
+                    drop((place, counted));
                 });
                 while connections.try_join_next().is_some() {}
             }

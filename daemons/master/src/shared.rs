@@ -3,15 +3,16 @@
 use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use cocalc_core::{
-    bus::Bus,
+    bus::{self, Bus},
     clock::Clock,
     connector::Peer,
     control::{self, HostCommand, HostReply, Settings},
     moves::NoAnswer,
     router::HostAddress,
 };
-use cocalc_ids::{HostId, Timestamp};
+use cocalc_ids::{HostId, SessionId, Timestamp};
 use cocalc_sqlite::master::{self as store, Store};
+use futures_util::{StreamExt, stream::FuturesUnordered};
 
 use crate::{bus::peers::Peers, bus::streams::Streams, operations::Operations, signing::Signing};
 
@@ -47,6 +48,18 @@ pub(crate) async fn on_store<T: Send + 'static>(
             source: error.into(),
         })),
     }
+}
+
+/// How long a host that refused a command may take over another copy of it.
+const REPEATED_LIMIT: Duration = Duration::from_secs(30);
+
+/// Why there is no answer of a host.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Unanswered {
+    /// It did not get the command.
+    NotSent,
+    /// It may have got it, and have done it, or do it yet.
+    Lost,
 }
 
 impl Shared {
@@ -95,31 +108,82 @@ impl Shared {
     ) -> Result<HostReply, NoAnswer> {
         let peer = Peer::Host(host);
         let session = self.peers.session(peer).filter(|_| self.alive(peer)).ok_or(NoAnswer)?;
-        let payload = cocalc_core::bus::Payload::json(command).map_err(|_| NoAnswer)?;
+        self.ask_host(host, session, command, limit, None).await.map_err(|_| NoAnswer)
+    }
+
+    /// The same with a host's process of this `session`. What is not answered
+    /// is sent again after `again`, and then each time after twice as long: the
+    /// command or its answer may have been lost with a connection. The answer
+    /// to any of them will do.
+    pub(crate) async fn ask_host(
+        &self,
+        host: HostId,
+        session: SessionId,
+        command: &HostCommand,
+        limit: Duration,
+        again: Option<Duration>,
+    ) -> Result<HostReply, Unanswered> {
+        let peer = Peer::Host(host);
+        let payload = cocalc_core::bus::Payload::json(command).map_err(|_| Unanswered::NotSent)?;
         let subject = control::inbox_subject(host);
-        let request = self.bus.request(&subject, payload, limit);
-        let gone = async {
-            // A daemon that died sends no goodbye: its lease tells.
-            let mut tick = tokio::time::interval(Duration::from_millis(250));
-            loop {
-                tick.tick().await;
-                if self.peers.session(peer) != Some(session) || !self.alive(peer) {
-                    return;
+        let mut requests = FuturesUnordered::new();
+        requests.push(self.bus.request(&subject, payload.clone(), limit));
+        // How many of them may have reached it.
+        let mut sent = 1_usize;
+        let unanswered = |sent| if sent == 0 { Unanswered::NotSent } else { Unanswered::Lost };
+        // A daemon that died sends no goodbye: its lease tells.
+        let mut tick = tokio::time::interval(Duration::from_millis(250));
+        let mut pause = again.unwrap_or(limit);
+        let repeat = tokio::time::sleep(pause);
+        tokio::pin!(repeat);
+        let mut refused = None;
+        loop {
+            let answer = tokio::select! {
+                Some(answer) = requests.next() => answer,
+                () = &mut repeat, if again.is_some() => {
+                    if let Some(refused) = refused {
+                        return Ok(refused);
+                    }
+                    requests.push(self.bus.request(&subject, payload.clone(), limit));
+                    sent += 1;
+                    pause *= 2;
+                    repeat.as_mut().reset(tokio::time::Instant::now() + pause);
+                    continue;
+                }
+                _ = tick.tick() => {
+                    if self.peers.session(peer) != Some(session) || !self.alive(peer) {
+                        return Err(unanswered(sent));
+                    }
+                    continue;
+                }
+            };
+            match answer {
+                Ok(message) => match message.payload.parse() {
+                    // It may be about to do another of them. Those that were
+                    // lost are not waited for.
+                    Ok(refusal @ HostReply::Error(_)) if !requests.is_empty() => {
+                        refused = Some(refusal);
+                        repeat.as_mut().reset(tokio::time::Instant::now() + REPEATED_LIMIT);
+                        continue;
+                    }
+                    Ok(reply) => return Ok(reply),
+                    Err(error) => {
+                        tracing::warn!(%host, %error, "a host's answer is not readable");
+                        return Err(Unanswered::Lost);
+                    }
+                },
+                Err(error) => {
+                    tracing::debug!(%host, project = %command.project(),
+                        error = %cocalc_core::chain(&error), "no answer");
+                    if matches!(error, bus::Error::NoInterest { .. }) {
+                        sent -= 1;
+                    }
                 }
             }
-        };
-        let answer = tokio::select! {
-            answer = request => answer,
-            () = gone => return Err(NoAnswer),
-        };
-        let message = answer.map_err(|error| {
-            tracing::debug!(%host, project = %command.project(), error = %cocalc_core::chain(&error), "no answer");
-            NoAnswer
-        })?;
-        message.payload.parse().map_err(|error| {
-            tracing::warn!(%host, %error, "a host's answer is not readable");
-            NoAnswer
-        })
+            if requests.is_empty() {
+                return refused.ok_or_else(|| unanswered(sent));
+            }
+        }
     }
 
     /// Where each host listens.

@@ -11,6 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use serde_json::{Value, json};
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -197,6 +198,27 @@ fn configuration_is_checked_before_anything_is_opened() {
 }
 
 #[test]
+fn one_address_takes_no_more_than_its_share() {
+    let dir = tempfile::tempdir().unwrap();
+    let port = free_port();
+    let file = config(dir.path(), port, "connections_per_address_max = 3\n");
+    let master = Process::start(&file, port, &dir.path().join("data"));
+    let open = || {
+        let mut stream = TcpStream::connect(master.address).unwrap();
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        // Refused ones are closed, and may be so before this is written.
+        let _ = stream.write_all(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n");
+        let mut head = [0; 12];
+        (stream.read_exact(&mut head).is_ok() && head == *b"HTTP/1.1 200").then_some(stream)
+    };
+    // Those of the start may not be gone yet.
+    let mut held: Vec<_> = (0..3).map(|_| until("a place", open)).collect();
+    assert!(open().is_none(), "one too many");
+    held.pop();
+    until("a place is free again", open);
+}
+
+#[test]
 fn what_was_answered_survives_every_end_of_the_process() {
     let dir = tempfile::tempdir().unwrap();
     let (port, data) = (free_port(), dir.path().join("data"));
@@ -208,14 +230,16 @@ fn what_was_answered_survives_every_end_of_the_process() {
     let token = master.ok("POST", &format!("/accounts/{id}/tokens"), json!({}))["token"].clone();
     let token = token.as_str().unwrap();
     let join = master.ok("POST", "/join-tokens", json!({ "kind": "host" }))["token"].clone();
-    let identity = cocalc_auth::identity::Identity::generate().unwrap().public_key().to_string();
+    let key = cocalc_auth::identity::Identity::generate().unwrap();
+    let identity = key.public_key().to_string();
     let address =
         json!({ "url": "http://x", "domain": "", "ssh": "x:22", "peer": "x:1", "identity": identity });
-    let joined = master.ok(
-        "POST",
-        "/hosts/join",
-        json!({ "token": join, "name": "alpha", "identity": identity, "address": address }),
-    );
+    let signed = format!("cocalc-join-2 {} alpha {identity} http://x x:22 x:1", join.as_str().unwrap());
+    let proof = URL_SAFE_NO_PAD.encode(key.sign(signed.as_bytes()));
+    let joining = json!({
+        "token": join, "name": "alpha", "identity": identity, "address": address, "proof": proof,
+    });
+    let joined = master.ok("POST", "/hosts/join", joining);
     let keys = master.call("GET", "/.well-known/jwks.json", "", Value::Null).unwrap();
 
     // One process for one directory.

@@ -92,12 +92,12 @@ impl Store {
     /// # Errors
     ///
     /// [`Error::NotFound`] without such a project or account;
-    /// [`Error::Exists`] for its owner; or the database failed.
+    /// [`Error::Owner`] for its owner; or the database failed.
     pub fn add_member(&self, project: ProjectId, account: AccountId, role: Role) -> Result<u64> {
         self.database.write("add a member", |db| {
             let found = project::find(db, project)?;
             if found.owner == account {
-                return Err(Fault::Refused(Error::Exists { what: "an owner" }));
+                return Err(Fault::Refused(Error::Owner));
             }
             let known = "SELECT 1 FROM accounts WHERE id = ?1";
             if db.query_row(known, [account.to_string()], |_| Ok(())).optional()?.is_none() {
@@ -124,13 +124,13 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// [`Error::NotFound`] without such a project; [`Error::Exists`] for its
+    /// [`Error::NotFound`] without such a project; [`Error::Owner`] for its
     /// owner, who stays; or the database failed.
     pub fn remove_member(&self, project: ProjectId, account: AccountId) -> Result<u64> {
         self.database.write("remove a member", |db| {
             let found = project::find(db, project)?;
             if found.owner == account {
-                return Err(Fault::Refused(Error::Exists { what: "an owner" }));
+                return Err(Fault::Refused(Error::Owner));
             }
             let who = params![project.to_string(), account.to_string()];
             let removed = db.execute("DELETE FROM members WHERE project = ?1 AND account = ?2", who)?;

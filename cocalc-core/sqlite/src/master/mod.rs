@@ -36,7 +36,7 @@ use crate::{Database, Durability};
 /// The result of a store call.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-const MIGRATIONS: &[&str] = &[include_str!("schema_1.sql")];
+const MIGRATIONS: &[&str] = &[include_str!("schema_1.sql"), include_str!("schema_2.sql")];
 
 /// The master's database.
 #[derive(Debug)]
@@ -112,6 +112,9 @@ pub enum Error {
         /// What there is.
         what: &'static str,
     },
+    /// It is its owner's, who stays as long as the project.
+    #[error("the project's owner keeps that role, and cannot leave")]
+    Owner,
     /// An exclusive operation is under way.
     #[error("the project is busy with operation {operation}")]
     Busy {

@@ -128,6 +128,86 @@ impl Store {
         })
     }
 
+    /// The moves of a project, of all times.
+    ///
+    /// # Errors
+    ///
+    /// The database failed.
+    pub fn moves_of(&self, project: ProjectId) -> Result<Vec<MoveRow>> {
+        self.database.read("list a project's moves", |db| {
+            let sql = "SELECT id, project, revision, state FROM moves WHERE project = ?1";
+            Ok(db.prepare_cached(sql)?.query_map([project.to_string()], read)?.collect::<Result<_, _>>()?)
+        })
+    }
+
+    /// Notes that `hosts` may have something of a project that is about to be
+    /// deleted. Doing so again is harmless.
+    ///
+    /// # Errors
+    ///
+    /// The database failed.
+    pub fn leave(&self, project: ProjectId, hosts: &[HostId]) -> Result<()> {
+        self.database.write("note leftovers", |db| {
+            for host in hosts {
+                db.execute(
+                    "INSERT INTO leftovers (host, project) SELECT id, ?2 FROM peers WHERE id = ?1
+                     ON CONFLICT DO NOTHING",
+                    params![host.to_string(), project.to_string()],
+                )?;
+            }
+            Ok(())
+        })
+    }
+
+    /// What a host may have of projects that are deleted, with their last
+    /// epoch.
+    ///
+    /// # Errors
+    ///
+    /// The database failed.
+    pub fn leftovers(&self, host: HostId) -> Result<Vec<(ProjectId, Epoch)>> {
+        self.database.read("list leftovers", |db| {
+            let sql = "SELECT p.id, p.epoch FROM leftovers l JOIN projects p ON p.id = l.project
+                       WHERE l.host = ?1 AND p.state = 'deleted' ORDER BY p.id";
+            let rows = db
+                .prepare_cached(sql)?
+                .query_map([host.to_string()], |row| {
+                    Ok((parsed(row, 0)?, super::project::read_epoch(row, 1)?))
+                })?
+                .collect::<Result<_, _>>()?;
+            Ok(rows)
+        })
+    }
+
+    /// The hosts that may have something of a project that was deleted.
+    ///
+    /// # Errors
+    ///
+    /// The database failed.
+    pub fn leftover_hosts(&self, project: ProjectId) -> Result<Vec<HostId>> {
+        self.database.read("list hosts with leftovers", |db| {
+            let sql = "SELECT host FROM leftovers WHERE project = ?1 ORDER BY host";
+            let hosts = db
+                .prepare_cached(sql)?
+                .query_map([project.to_string()], |row| parsed(row, 0))?
+                .collect::<Result<_, _>>()?;
+            Ok(hosts)
+        })
+    }
+
+    /// The host has nothing of the project any more.
+    ///
+    /// # Errors
+    ///
+    /// The database failed.
+    pub fn forgotten(&self, host: HostId, project: ProjectId) -> Result<()> {
+        self.database.write("note that a host has forgotten", |db| {
+            let sql = "DELETE FROM leftovers WHERE host = ?1 AND project = ?2";
+            db.execute(sql, params![host.to_string(), project.to_string()])?;
+            Ok(())
+        })
+    }
+
     /// Stores the state that follows revision `expected`, and makes `change`
     /// to the project's row: both or none.
     ///

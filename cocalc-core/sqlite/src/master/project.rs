@@ -175,7 +175,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Project> {
     })
 }
 
-fn read_epoch(row: &Row<'_>, column: usize) -> rusqlite::Result<Epoch> {
+pub(super) fn read_epoch(row: &Row<'_>, column: usize) -> rusqlite::Result<Epoch> {
     let number: u64 = row.get(column)?;
     Epoch::new(number).ok_or_else(|| {
         let zero: Box<ParseIdError> = match "0".parse::<Epoch>() {

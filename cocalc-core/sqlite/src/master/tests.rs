@@ -78,6 +78,28 @@ impl World {
     }
 }
 
+#[test]
+fn leftovers_are_of_deleted_projects_until_they_are_forgotten() {
+    let world = World::new(3);
+    let (project, move_id) = (world.stopped(1), MoveId::random());
+    world.begin_move(&project, move_id, world.hosts[1]).unwrap();
+    let moves = world.store.moves_of(project.id).unwrap();
+    assert_eq!(moves.iter().map(|row| row.id).collect::<Vec<_>>(), [move_id]);
+    let former = [world.hosts[1], world.hosts[2], HostId::from_bytes([99; 16])];
+    for _ in 0..2 {
+        world.store.leave(project.id, &former).unwrap();
+    }
+    assert_eq!(world.store.leftover_hosts(project.id).unwrap(), former[..2]);
+    assert_eq!(world.store.leftovers(world.hosts[1]).unwrap(), [], "it is not deleted yet");
+    world.end(OperationId::from_bytes(*move_id.as_bytes()), ProjectState::Deleted);
+    for host in &former[..2] {
+        assert_eq!(world.store.leftovers(*host).unwrap(), [(project.id, project.epoch)]);
+    }
+    world.store.forgotten(world.hosts[1], project.id).unwrap();
+    assert_eq!(world.store.leftovers(world.hosts[1]).unwrap(), []);
+    assert_eq!(world.store.leftover_hosts(project.id).unwrap(), [world.hosts[2]]);
+}
+
 const HOUR: std::time::Duration = std::time::Duration::from_secs(3600);
 
 fn report(project: ProjectId, epoch: Epoch, state: State) -> ProjectReport {
@@ -213,7 +235,7 @@ fn every_change_of_rights_is_a_new_version() {
     assert_eq!(world.store.remove_member(project, guest).unwrap(), first + 3);
     assert!(world.store.project_acl(project).unwrap().keys.is_empty());
     assert_eq!(world.store.remove_member(project, guest).unwrap(), first + 3);
-    assert!(matches!(world.store.remove_member(project, world.owner), Err(Error::Exists { .. })));
+    assert!(matches!(world.store.remove_member(project, world.owner), Err(Error::Owner)));
     assert!(matches!(world.store.add_ssh_key(&key), Err(Error::NotFound { .. })), "no member any more");
 }
 

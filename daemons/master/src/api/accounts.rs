@@ -108,10 +108,13 @@ async fn me(State(shared): State<Arc<Shared>>, caller: Caller) -> Answer<Json<Ac
     Ok(Json(shared.db(move |store| store.account(id)).await?.into()))
 }
 
+/// The longest life of an API token that has an end: ten years.
+const TTL_SECS_MAX: u64 = 10 * 365 * 24 * 3600;
+
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct NewToken {
-    /// How long it lives; default: for ever.
+    /// How long it lives; 1 to 315360000, ten years; default: for ever.
     ttl_secs: Option<u64>,
 }
 
@@ -134,8 +137,8 @@ async fn add_token(
     Body(new): Body<NewToken>,
 ) -> Answer<(StatusCode, Json<TokenAnswer>)> {
     caller.require_self(id)?;
-    if new.ttl_secs == Some(0) {
-        return Err(Problem::invalid("ttl_secs: at least 1"));
+    if new.ttl_secs.is_some_and(|ttl| !(1..=TTL_SECS_MAX).contains(&ttl)) {
+        return Err(Problem::invalid("ttl_secs: 1 to 315360000"));
     }
     let text = secret::generate("cct_").map_err(|error| Problem::internal(&error))?;
     let (hash, created) = (secret::hash(&text), shared.now());

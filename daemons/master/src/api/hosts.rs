@@ -88,9 +88,10 @@ struct Join {
     /// Where it listens: `url`, `domain`, `ssh`, `peer`.
     #[schema(value_type = Object)]
     address: HostAddress,
-    /// The identity key's signature over `cocalc-join-1 <token> <name>`,
-    /// base64url without padding.
-    proof: Option<String>,
+    /// The identity key's signature over
+    /// `cocalc-join-2 <token> <name> <identity> <url> <ssh> <peer>`, base64url
+    /// without padding.
+    proof: String,
 }
 
 /// The master's answer to one that joined.
@@ -126,18 +127,21 @@ async fn join(shared: &Shared, kind: JoinKind, join: Join) -> Answer<Json<Joined
     // Parsing refuses weak points, with which anything would verify.
     let key: PublicKey =
         join.identity.parse().map_err(|_| Problem::invalid("identity: not an Ed25519 key"))?;
-    if let Some(proof) = &join.proof {
-        let message = format!("cocalc-join-1 {} {}", join.token, join.name);
-        let signature = base64::engine::general_purpose::URL_SAFE_NO_PAD.decode(proof).ok();
-        let signature: Option<[u8; 64]> = signature.and_then(|bytes| bytes.try_into().ok());
-        if !signature.is_some_and(|signature| key.verify(message.as_bytes(), &signature)) {
-            return Err(Problem::invalid("proof: not this key's signature of this join"));
-        }
+    // No part of what is signed has a space in it, so that it means one thing.
+    if join.token.chars().any(char::is_whitespace) {
+        return Err(Problem::unauthenticated());
     }
     for text in [&join.address.url, &join.address.domain, &join.address.ssh, &join.address.peer] {
         if text.len() > 300 || text.chars().any(|c| c.is_control() || c.is_whitespace()) {
             return Err(Problem::invalid("address: a part is too long, or no address"));
         }
+    }
+    let HostAddress { url, ssh, peer, .. } = &join.address;
+    let message = format!("cocalc-join-2 {} {} {} {url} {ssh} {peer}", join.token, join.name, join.identity);
+    let signature = base64::engine::general_purpose::URL_SAFE_NO_PAD.decode(&join.proof).ok();
+    let signature: Option<[u8; 64]> = signature.and_then(|bytes| bytes.try_into().ok());
+    if !signature.is_some_and(|signature| key.verify(message.as_bytes(), &signature)) {
+        return Err(Problem::invalid("proof: not this key's signature of this join"));
     }
     let mut id = [0; 16];
     getrandom::fill(&mut id).map_err(|error| Problem::internal(&error))?;

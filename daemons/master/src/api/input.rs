@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 use super::{BODY_BYTES_MAX, problem::Problem};
 
 /// How long a client may take to send a body.
-const BODY_LIMIT: Duration = Duration::from_secs(20);
+const BODY_LIMIT: Duration = Duration::from_secs(10);
 
 /// The whole body, unless it is too large or too slow.
 pub(crate) async fn whole(body: axum::body::Body) -> Result<Bytes, Problem> {
@@ -83,13 +83,39 @@ impl<T: FromStr, U: FromStr, S: Send + Sync> FromRequestParts<S> for Ids<T, U> {
     }
 }
 
-/// A name that people give, for people: no control characters, no limits on
-/// script.
+/// Whether a character changes how the text around it is shown, without being
+/// seen: marks of direction, joiners aside, which some scripts need.
+fn is_disguise(c: char) -> bool {
+    matches!(c, '\u{61c}' | '\u{200b}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}'
+        | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}')
+}
+
+/// A name that people give, for people: no control characters or marks of
+/// direction, no limits on script.
 pub(crate) fn check_name(name: &str) -> Result<(), Problem> {
     let length = name.chars().count();
-    if (1..=100).contains(&length) && name.trim() == name && !name.chars().any(char::is_control) {
+    if (1..=100).contains(&length)
+        && name.trim() == name
+        && !name.chars().any(|c| c.is_control() || is_disguise(c))
+    {
         Ok(())
     } else {
         Err(Problem::invalid("name: 1 to 100 characters, none of control, no space around it"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_what_they_look_like() {
+        for good in ["a", "Grüße an alle", "مشروع", "می‌خواهم", "日本語", "👩‍🔬"] {
+            assert!(check_name(good).is_ok(), "{good}");
+        }
+        for bad in ["", " a", "a\n", "a\u{202e}gpj", "a\u{2066}b", "\u{200f}a", "a\u{7f}", "a\u{feff}"] {
+            assert!(check_name(bad).is_err(), "{bad:?}");
+        }
+        assert!(check_name(&"x".repeat(101)).is_err());
     }
 }

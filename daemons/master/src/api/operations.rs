@@ -22,10 +22,16 @@ use super::{
     projects::Nothing,
     view::{OperationView, time},
 };
-use crate::shared::Shared;
+use crate::{operations, shared::Shared};
 
 /// Even without news the database is looked at so often.
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
+
+/// How long a call waits for what is found before its operation does anything.
+const CHECK_LIMIT: Duration = Duration::from_secs(10);
+
+/// What may be found then.
+const FOUND: [&str; 2] = ["snapshot_exists", "project_has_snapshots"];
 
 pub(super) fn routes() -> OpenApiRouter<Arc<Shared>> {
     OpenApiRouter::new()
@@ -122,6 +128,27 @@ async fn wait(
         }
         let until = deadline.min(now + LOOK_AGAIN);
         changed(&mut changes, id, until).await;
+    }
+}
+
+/// Waits until it has turned out whether an operation makes sense, for a while
+/// at most: fails with what was found, in that case.
+pub(super) async fn checked(shared: &Shared, id: OperationId) -> Answer<()> {
+    let deadline = tokio::time::Instant::now() + CHECK_LIMIT;
+    let mut changes = shared.operations.changes();
+    loop {
+        let operation = shared.db(move |store| store.operation(id)).await?;
+        if operation.state == OperationState::Failed
+            && let Some(error) = &operation.error
+            && let Some(code) = FOUND.iter().find(|code| error["code"] == **code)
+        {
+            return Err(Problem::conflict(code, error["detail"].as_str().unwrap_or_default()));
+        }
+        let unchecked = [operations::QUEUED, operations::CHECKING].contains(&&*operation.phase);
+        if !unchecked || tokio::time::Instant::now() >= deadline {
+            return Ok(());
+        }
+        changed(&mut changes, id, deadline).await;
     }
 }
 

@@ -80,6 +80,7 @@ impl From<store::Error> for Problem {
         match error {
             store::Error::NotFound { what } => Self::not_found(what),
             store::Error::Exists { .. } => Self::conflict("already_exists", detail),
+            store::Error::Owner => Self::conflict("owner_stays", detail),
             store::Error::Busy { operation } => {
                 Self { operation_id: Some(operation), ..Self::conflict("project_busy", detail) }
             }

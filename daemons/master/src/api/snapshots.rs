@@ -14,6 +14,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::{
     caller::Caller,
     input::{Body, Id, Ids},
+    operations::checked,
     problem::{Answer, Problem},
     projects::{Nothing, SETTLED, begin},
     view::{Begun, time},
@@ -52,7 +53,9 @@ async fn create(
         Some(name) => name,
         None => time_name("", shared.now())?,
     };
-    begin(&shared, &caller, id, Job::Snapshot { name }, &SETTLED).await
+    let begun = begin(&shared, &caller, id, Job::Snapshot { name }, &SETTLED).await?;
+    checked(&shared, OperationId::from_random_bytes(caller.new_id("snapshot"))).await?;
+    Ok(begun)
 }
 
 #[derive(Serialize, ToSchema)]

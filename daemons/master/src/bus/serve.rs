@@ -10,12 +10,16 @@ use cocalc_core::{
         api_subject, subject_peer,
     },
     router::{Reach, Route},
+    subject::is_subject,
 };
 use cocalc_ids::{Epoch, OperationId, ProjectId};
 use cocalc_sqlite::master::{self as store, Job, ProjectState, Registration};
 use tokio::{sync::Semaphore, task::JoinSet};
 
-use super::streams::{host_state, peer_state};
+use super::{
+    gate::bus_name,
+    streams::{host_state, peer_state},
+};
 use crate::shared::Shared;
 
 /// Requests of peers that are answered at once; more wait in the queue.
@@ -58,6 +62,11 @@ async fn serve_kind(shared: Arc<Shared>, kind: &'static str) {
 async fn answer(shared: &Arc<Shared>, message: Message) {
     // The bus let nobody but this peer publish here.
     let (Some(peer), Some(reply)) = (subject_peer(&message.subject), message.reply) else { return };
+    // The answer goes out with the master's rights, which are all.
+    if !is_inbox_of(peer, &reply) {
+        tracing::warn!(?peer, %reply, "a peer's request whose answer would go elsewhere is passed over");
+        return;
+    }
     let payload = if message.subject == api_subject(peer) {
         let answer = match message.payload.parse::<PeerRequest>() {
             Ok(request) if message.payload.data.len() <= FRAME_BYTES_MAX => {
@@ -82,6 +91,12 @@ async fn answer(shared: &Arc<Shared>, message: Message) {
         }
         Err(error) => tracing::error!(%error, "an answer cannot be written"),
     }
+}
+
+/// Whether `subject` is of an inbox of the peer.
+fn is_inbox_of(peer: Peer, subject: &str) -> bool {
+    let own = subject.strip_prefix("_INBOX.").and_then(|rest| rest.strip_prefix(&bus_name(peer)));
+    own.is_some_and(|rest| rest.starts_with('.')) && is_subject(subject)
 }
 
 async fn renew(shared: &Shared, peer: Peer, keepalive: Keepalive) -> KeepaliveReply {
@@ -185,6 +200,7 @@ async fn register_peer(shared: &Arc<Shared>, peer: Peer, register: Register) -> 
     shared.peers.registered(peer, register.session, shared.clock.boot());
     tracing::info!(?peer, name = %register.name, session = %register.session, "registered");
     if let Peer::Host(host) = peer {
+        shared.tidy(host);
         let moved = before.get(&host).is_none_or(|address| {
             address.url != register.address.url
                 || address.domain != register.address.domain
@@ -240,5 +256,29 @@ async fn wake(
             }
         }
         Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use cocalc_ids::HostId;
+
+    use super::*;
+
+    #[test]
+    fn answers_go_to_who_asked() {
+        let (me, other) = (Peer::Host(HostId::random()), Peer::Host(HostId::random()));
+        let own = format!("_INBOX.{}", bus_name(me));
+        for (subject, expected) in [
+            (format!("{own}.a.b"), true),
+            (format!("_INBOX.{}.a", bus_name(other)), false),
+            (cocalc_core::control::stream_subject(other), false),
+            (cocalc_core::control::stream_subject(me), false),
+            (format!("{own}0.a"), false),
+            (format!("{own}.*"), false),
+            (own, false),
+        ] {
+            assert_eq!(is_inbox_of(me, &subject), expected, "{subject}");
+        }
     }
 }

@@ -1,24 +1,33 @@
 //! Operations of one host: create, start, stop, delete, snapshots.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use cocalc_core::{
+    connector::Peer,
     control::{CommandError, ErrorCode, HostCommand, HostReply, ProjectReport},
     runner::State,
 };
-use cocalc_ids::{Epoch, HostId};
+use cocalc_ids::{Epoch, HostId, SessionId, SnapshotName};
 use cocalc_sqlite::master::{self as store, Ended, Job, Operation, Outcome, Project, ProjectState};
 
-use crate::shared::Shared;
+use crate::shared::{Shared, Unanswered};
 
-/// How long a host may be away before an operation on it fails. Its daemon may
-/// just be restarting.
+/// How long a host may be away before an operation that it does not know of
+/// fails. Its daemon may just be restarting.
 pub(super) const AWAY_MAX: Duration = Duration::from_secs(20);
 /// How often a command is repeated that a host could not do right now.
 const BUSY_RETRIES: u32 = 5;
+/// After how long a command that is not answered is sent again for the first
+/// time. A host takes repeated commands one after the other.
+const REPEAT_AFTER: Duration = Duration::from_secs(5);
+/// The phase of an operation of which no host knows.
+pub(crate) const QUEUED: &str = "queued";
+/// The phase in which it turns out whether the operation makes sense, before
+/// anything is done.
+pub(crate) const CHECKING: &str = "checking";
 
 /// Runs the operation, and records its end.
-pub(super) async fn run(shared: &Shared, operation: &Operation) {
+pub(super) async fn run(shared: &Arc<Shared>, operation: &Operation) {
     let id = operation.project;
     let project = match shared.db(move |store| store.project(id)).await {
         Ok(project) => project,
@@ -35,8 +44,13 @@ pub(super) async fn run(shared: &Shared, operation: &Operation) {
     };
     let deleted = ended.project == ProjectState::Deleted;
     shared.finish(operation.id, ended).await;
-    if deleted && let Err(error) = shared.tell_of_project(project.host, project.id).await {
-        tracing::warn!(project = %project.id, error = %cocalc_core::chain(&error), "cannot announce a deletion");
+    if deleted {
+        if let Err(error) = shared.tell_of_project(project.host, project.id).await {
+            tracing::warn!(project = %project.id, error = %cocalc_core::chain(&error), "cannot announce a deletion");
+        }
+        if let Err(error) = shared.forget_project(project.id).await {
+            tracing::warn!(project = %project.id, error = %cocalc_core::chain(&error), "cannot tidy after a deletion");
+        }
     }
 }
 
@@ -44,7 +58,7 @@ pub(super) async fn run(shared: &Shared, operation: &Operation) {
 enum Failure {
     /// The host refused.
     Refused(CommandError),
-    /// The host did not answer: it may have done it, or not.
+    /// The host is not there, and did not get the command.
     NoAnswer,
     /// The answer is not the receipt of what was asked for.
     NoReceipt,
@@ -131,6 +145,7 @@ async fn act(shared: &Shared, operation: &Operation, project: &Project) -> Resul
             done(ProjectState::from(report.status.state), Some(report))
         }
         Job::Delete => {
+            super::leftovers::note(shared, project).await?;
             let command = HostCommand::Delete { project: id, epoch };
             match call.perform("deleting", command, Duration::from_secs(600)).await? {
                 HostReply::Deleted { project, epoch: deleted } if (project, deleted) == (id, epoch) => {
@@ -140,6 +155,14 @@ async fn act(shared: &Shared, operation: &Operation, project: &Project) -> Resul
             }
         }
         Job::Snapshot { name } => {
+            // Later it may be this one.
+            if [QUEUED, CHECKING].contains(&&*operation.phase) && call.has_snapshot(name, project).await? {
+                let detail = format!("there is already a snapshot {name}");
+                return Ok(Ended {
+                    reason: project.reason.clone(),
+                    ..failed("snapshot_exists", detail, project.state)
+                });
+            }
             let command = HostCommand::Snapshot { project: id, epoch, name: name.clone() };
             call.keep("taking a snapshot", command, project).await?
         }
@@ -196,6 +219,18 @@ impl Call<'_> {
         }
     }
 
+    /// Whether the project has a snapshot of that name: to take it again would
+    /// be taken for a repeated command.
+    async fn has_snapshot(&self, name: &SnapshotName, project: &Project) -> Result<bool, Failure> {
+        let command = HostCommand::Snapshots { project: project.id, epoch: project.epoch };
+        match self.perform(CHECKING, command, Duration::from_secs(60)).await? {
+            HostReply::Snapshots { project: id, snapshots } if id == project.id => {
+                Ok(snapshots.iter().any(|snapshot| snapshot.name == *name))
+            }
+            _ => Err(Failure::NoReceipt),
+        }
+    }
+
     /// A command about a snapshot, which leaves the project's state alone.
     async fn keep(&self, phase: &str, command: HostCommand, project: &Project) -> Result<Ended, Failure> {
         match self.perform(phase, command, Duration::from_secs(300)).await? {
@@ -214,8 +249,12 @@ impl Call<'_> {
         }
     }
 
-    /// Sends the command until the host has answered it. A host that goes away
-    /// gets the command again when it is back, unless that takes too long.
+    /// Sends the command until the host has answered it.
+    ///
+    /// What was sent may be done at any time, so it has an end only when the
+    /// host has answered, however long that takes: an operation that ended
+    /// before would still happen. A host that never got the command is given
+    /// up after a while, except for a deletion, which is asked for once.
     async fn perform(
         &self,
         phase: &str,
@@ -223,11 +262,26 @@ impl Call<'_> {
         limit: Duration,
     ) -> Result<HostReply, Failure> {
         self.shared.note(self.operation.id, phase, serde_json::json!({})).await;
+        let peer = Peer::Host(self.host);
         let mut registrations = self.shared.peers.registrations();
+        let mut sent = if self.operation.phase == QUEUED { Sent::No } else { Sent::Before };
         let mut away_since = None;
         let mut retries = 0;
         loop {
-            match self.shared.command(self.host, &command, limit).await {
+            let session = self.shared.peers.session(peer).filter(|_| self.shared.alive(peer));
+            // The process that got it is gone, and all it was doing.
+            if let (Sent::To(to), Some(session)) = (sent, session)
+                && to != session
+            {
+                (sent, away_since) = (Sent::No, None);
+            }
+            let answer = match session {
+                Some(session) => {
+                    self.shared.ask_host(self.host, session, &command, limit, Some(REPEAT_AFTER)).await
+                }
+                None => Err(Unanswered::NotSent),
+            };
+            match answer {
                 Ok(HostReply::Error(error))
                     if matches!(error.code, ErrorCode::Unavailable | ErrorCode::Busy)
                         && retries < BUSY_RETRIES =>
@@ -235,21 +289,33 @@ impl Call<'_> {
                     away_since = None;
                     retries += 1;
                     tokio::time::sleep(Duration::from_millis(200 << retries)).await;
+                    continue;
                 }
                 Ok(HostReply::Error(error)) => return Err(Failure::Refused(error)),
                 Ok(reply) => return Ok(reply),
-                Err(cocalc_core::moves::NoAnswer) => {
-                    let since = *away_since.get_or_insert_with(|| self.shared.clock.boot());
-                    if self.shared.clock.boot().saturating_sub(since) >= AWAY_MAX {
-                        return Err(Failure::NoAnswer);
-                    }
-                    // A moment even after a registration: the host's inbox may
-                    // not be in place yet.
-                    let again = registrations.changed();
-                    let _ = tokio::time::timeout(Duration::from_millis(500), again).await;
-                    tokio::time::sleep(Duration::from_millis(50)).await;
-                }
+                Err(Unanswered::Lost) => sent = session.map_or(sent, Sent::To),
+                Err(Unanswered::NotSent) => {}
             }
+            let since = *away_since.get_or_insert_with(|| self.shared.clock.boot());
+            let away = self.shared.clock.boot().saturating_sub(since);
+            if sent == Sent::No && away >= AWAY_MAX && self.operation.job != Job::Delete {
+                return Err(Failure::NoAnswer);
+            }
+            // A moment even after a registration: the host's inbox may not be
+            // in place yet.
+            let again = registrations.changed();
+            let _ = tokio::time::timeout(Duration::from_millis(500), again).await;
+            tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
+}
+
+/// Whether a host may have got a command that it has not answered.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Sent {
+    No,
+    /// This process of it may.
+    To(SessionId),
+    /// An earlier process of the master may have sent it.
+    Before,
 }

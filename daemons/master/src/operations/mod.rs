@@ -5,20 +5,26 @@
 //! idempotent, and name the epoch that they are for.
 
 mod job;
+mod leftovers;
 mod moving;
 
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use cocalc_ids::{AccountId, OperationId, ProjectId};
 use cocalc_sqlite::master::{self as store, Job, NewProject, Operation, Project, ProjectState};
+use futures_util::FutureExt;
 use serde_json::Value;
 use tokio::sync::{broadcast, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-pub(crate) use self::{job::code, moving::NewMoveError};
+pub(crate) use self::{
+    job::{CHECKING, QUEUED, code},
+    moving::NewMoveError,
+};
 use crate::shared::Shared;
 
 /// The running operations of this process.
@@ -65,11 +71,47 @@ impl Operations {
 
     /// How many operations go on in this process.
     pub(crate) fn running(&self) -> usize {
-        self.tasks.len()
+        self.cancels().len()
     }
 
     fn cancels(&self) -> std::sync::MutexGuard<'_, BTreeMap<OperationId, watch::Sender<bool>>> {
         self.cancels.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Does an operation's work from its stored state to its end.
+async fn work(shared: &Arc<Shared>, id: OperationId, cancelled: watch::Receiver<bool>) {
+    let operation = loop {
+        match shared.db(move |store| store.operation(id)).await {
+            Ok(operation) => break operation,
+            Err(error) => {
+                tracing::error!(operation = %id, error = %cocalc_core::chain(&error), "cannot read an operation");
+                tokio::time::sleep(PAUSE_MIN).await;
+            }
+        }
+    };
+    if operation.state != store::OperationState::Running {
+        return;
+    }
+    match operation.job {
+        Job::Move { .. } => moving::run(shared, &operation, cancelled).await,
+        _ => job::run(shared, &operation).await,
+    }
+}
+
+/// How long to wait after something that should not have failed: at first, and
+/// at most.
+const PAUSE_MIN: Duration = Duration::from_secs(1);
+const PAUSE_MAX: Duration = Duration::from_secs(60);
+
+/// Does `work` again, as the next process would, if it panics: what it began
+/// must come to an end, because it holds a project.
+async fn despite_panics<F: Future<Output = ()>>(id: OperationId, mut work: impl FnMut() -> F) {
+    let mut pause = PAUSE_MIN;
+    while std::panic::AssertUnwindSafe(work()).catch_unwind().await.is_err() {
+        tracing::error!(operation = %id, "an operation panicked, and goes on from its stored state");
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(PAUSE_MAX);
     }
 }
 
@@ -144,14 +186,10 @@ impl Shared {
             receiver
         };
         let (shared, id) = (self.clone(), operation.id);
+        drop(operation);
         let stop = self.operations.stop.clone();
         self.operations.tasks.spawn(async move {
-            let work = async {
-                match operation.job {
-                    Job::Move { .. } => moving::run(&shared, &operation, cancelled).await,
-                    _ => job::run(&shared, &operation).await,
-                }
-            };
+            let work = despite_panics(id, || work(&shared, id, cancelled.clone()));
             let ended = stop.run_until_cancelled(work).await;
             shared.operations.cancels().remove(&id);
             if ended.is_some() {
@@ -184,7 +222,7 @@ impl Shared {
     /// Ends an operation, for as long as it takes to record it: a fence that
     /// is not lifted would hold its project for ever.
     async fn finish(&self, id: OperationId, ended: store::Ended) {
-        let mut pause = std::time::Duration::from_millis(100);
+        let mut pause = Duration::from_millis(100);
         loop {
             let (now, ended) = (self.now(), ended.clone());
             match self.db(move |store| store.end(id, &ended, now)).await {
@@ -196,9 +234,29 @@ impl Shared {
                 Err(error) => {
                     tracing::error!(operation = %id, error = %cocalc_core::chain(&error), "cannot end an operation");
                     tokio::time::sleep(pause).await;
-                    pause = (pause * 2).min(std::time::Duration::from_secs(10));
+                    pause = (pause * 2).min(Duration::from_secs(10));
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn what_panics_is_done_again() {
+        let mut tries = 0;
+        let work = despite_panics(OperationId::random(), || {
+            tries += 1;
+            let bad = tries < 3;
+            async move {
+                tokio::task::yield_now().await;
+                assert!(!bad, "on purpose");
+            }
+        });
+        work.await;
+        assert_eq!(tries, 3);
     }
 }

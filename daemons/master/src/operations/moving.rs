@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use cocalc_core::{
     BoxError,
     connector::Peer,
-    control::{HostCommand, HostReply, MoveReply},
+    control::{ErrorCode, HostCommand, HostReply, MoveReply},
     moves::{
         Change, DriveError, MoveEffects, MoveOutcome, MoveSpec, MoveState, NoAnswer, Saved, Step, Tuning,
         drive,
@@ -18,8 +18,16 @@ use cocalc_sqlite::master::{
 };
 use tokio::sync::watch;
 
-use super::job::AWAY_MAX;
+use super::{
+    PAUSE_MAX, PAUSE_MIN,
+    job::{AWAY_MAX, CHECKING, QUEUED},
+};
 use crate::shared::Shared;
+
+/// How the names of snapshots begin that moves and hosts make themselves.
+const OWN_SNAPSHOTS: [&str; 3] = ["move-", "undo-", "conflict-"];
+/// How many snapshots a refusal names.
+const NAMES_SHOWN: usize = 10;
 
 /// Why no move was begun.
 #[derive(Debug, thiserror::Error)]
@@ -115,16 +123,28 @@ fn to_text(state: &MoveState) -> store::Result<String> {
 /// Drives a move from its stored state to its end.
 pub(super) async fn run(shared: &Arc<Shared>, operation: &Operation, cancel: watch::Receiver<bool>) {
     let id = MoveId::from_bytes(*operation.id.as_bytes());
+    let mut pause = PAUSE_MIN;
+    let mut unchecked = [QUEUED, CHECKING].contains(&&*operation.phase);
     loop {
         let state = match load(shared, id).await {
             Ok(state) => state,
             Err(error) => {
-                // Nothing may be decided without it; an operator has to look.
+                // Nothing may be decided without it. If this doesn't pass, an
+                // operator has to look.
                 tracing::error!(move_id = %id, project = %operation.project,
                     error = %cocalc_core::chain(&*error), "a move cannot be read");
-                return;
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(PAUSE_MAX);
+                continue;
             }
         };
+        if unchecked {
+            if let Err(outcome) = check(shared, operation, &state, &cancel).await {
+                return refuse(shared, operation, &state, outcome).await;
+            }
+            unchecked = false;
+            shared.note(operation.id, step_name(state.step), shown(&state)).await;
+        }
         let (shown, mut show) = watch::channel(None);
         let effects = Effects { shared: shared.clone(), shown, activated: Default::default() };
         // People see the latest of what is being done; what they missed does
@@ -152,10 +172,80 @@ pub(super) async fn run(shared: &Arc<Shared>, operation: &Operation, cancel: wat
             }
             Err(error) => {
                 tracing::error!(move_id = %id, error = %cocalc_core::chain(&error), "a move stands still");
-                return;
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(PAUSE_MAX);
             }
         }
     }
+}
+
+/// Whether the project has snapshots, which a move would leave behind. Nothing
+/// has been done yet, and nobody takes one while the move is the fence.
+async fn check(
+    shared: &Shared,
+    operation: &Operation,
+    state: &MoveState,
+    cancel: &watch::Receiver<bool>,
+) -> Result<(), Outcome> {
+    let failed = |code: &str, detail: String| Outcome::Failed { code: code.to_owned(), detail };
+    shared.note(operation.id, CHECKING, shown(state)).await;
+    let spec = &state.spec;
+    let command = HostCommand::Snapshots { project: spec.project, epoch: spec.epoch };
+    shared.returned(Peer::Host(spec.source), AWAY_MAX).await;
+    let began = shared.clock.boot();
+    loop {
+        if *cancel.borrow() {
+            return Err(Outcome::Cancelled);
+        }
+        let (code, detail) = match shared.command(spec.source, &command, Duration::from_secs(20)).await {
+            Ok(HostReply::Snapshots { snapshots, .. }) => {
+                let mut names = snapshots.iter().map(|snapshot| snapshot.name.to_string());
+                let own = |name: &String| OWN_SNAPSHOTS.iter().any(|prefix| name.starts_with(prefix));
+                let names: Vec<String> = names.by_ref().filter(|name| !own(name)).collect();
+                if names.is_empty() {
+                    return Ok(());
+                }
+                let mut shown = names.iter().take(NAMES_SHOWN).cloned().collect::<Vec<_>>().join(", ");
+                if names.len() > NAMES_SHOWN {
+                    shown.push_str(&format!(" and {} more", names.len() - NAMES_SHOWN));
+                }
+                let detail = format!("a move would leave its snapshots behind: delete them first: {shown}");
+                return Err(failed("project_has_snapshots", detail));
+            }
+            // It has no files there, so no snapshots; the move says so itself.
+            Ok(HostReply::Error(error))
+                if matches!(error.code, ErrorCode::NotFound | ErrorCode::StaleEpoch) =>
+            {
+                return Ok(());
+            }
+            Ok(HostReply::Error(error))
+                if !matches!(error.code, ErrorCode::Unavailable | ErrorCode::Busy) =>
+            {
+                return Err(failed(super::job::code(error.code), error.message));
+            }
+            Ok(HostReply::Error(error)) => (super::job::code(error.code), error.message),
+            Ok(_) => ("host_failed", "the host's answer makes no sense".to_owned()),
+            Err(NoAnswer) => ("host_unavailable", "the project's host does not answer".to_owned()),
+        };
+        if shared.clock.boot().saturating_sub(began) >= AWAY_MAX {
+            return Err(failed(code, detail));
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+}
+
+/// Ends a move of which nothing has been done.
+async fn refuse(shared: &Shared, operation: &Operation, state: &MoveState, outcome: Outcome) {
+    let report = HostCommand::Report { project: operation.project };
+    let report = match shared.command(state.spec.source, &report, Duration::from_secs(5)).await {
+        Ok(HostReply::Project(report)) => Some(report),
+        _ => None,
+    };
+    // If the host is not there now, it says so when it is.
+    let project =
+        report.as_ref().map_or(ProjectState::Stopped, |report| ProjectState::from(report.status.state));
+    let reason = report.as_ref().and_then(|report| report.status.reason.clone());
+    shared.finish(operation.id, Ended { outcome, project, reason, report }).await;
 }
 
 async fn load(shared: &Shared, id: MoveId) -> Result<MoveState, BoxError> {

@@ -4,6 +4,7 @@
 
 mod document;
 mod moves;
+mod promises;
 mod world;
 
 use std::{sync::Arc, time::Duration};
@@ -12,7 +13,7 @@ use cocalc_auth::{identity::Identity, peer::PeerId, stream::Entry};
 use cocalc_core::{
     bus::{Bus, Payload},
     connector::Peer,
-    control::{ErrorCode, HostCommand, PeerReply, PeerRequest, api_subject, inbox_subject},
+    control::{ErrorCode, HostCommand, PeerReply, PeerRequest, api_subject, inbox_subject, stream_subject},
     router::Reach,
 };
 use cocalc_ids::{HostId, ProjectId};
@@ -212,9 +213,9 @@ async fn what_each_role_may_do() {
         ("POST", "/members".into(), json!({ "account_id": guest, "role": "owner" }), [404, 403, 403, 200]),
         ("DELETE", format!("/members/{guest}"), Value::Null, [404, 403, 403, 200]),
         ("POST", "/start".into(), json!({}), [404, 403, 202, 202]),
+        ("POST", "/move".into(), json!({ "to": "beta" }), [404, 403, 403, 202]),
         ("POST", "/snapshots".into(), json!({}), [404, 403, 202, 202]),
         ("DELETE", "/snapshots/x".into(), Value::Null, [404, 403, 403, 202]),
-        ("POST", "/move".into(), json!({ "to": "beta" }), [404, 403, 403, 202]),
         ("POST", "/stop".into(), json!({}), [404, 403, 202, 202]),
         ("POST", "/snapshots/x/restore".into(), json!({}), [404, 403, 403, 202]),
         ("DELETE", String::new(), Value::Null, [404, 403, 403, 202]),
@@ -350,6 +351,13 @@ async fn the_bus_admits_registered_keys_to_their_own_subjects() {
         assert!(alpha.client.subscribe(&pattern, None).await.is_err(), "{pattern}");
     }
     assert!(beta.script.lock().unwrap().commands.is_empty());
+    // An answer cannot be sent to somebody else with the master's rights.
+    let request = PeerRequest::Route { project: ProjectId::random() };
+    for reply in [stream_subject(Peer::Host(beta.id)), inbox_subject(beta.id)] {
+        let mut payload = Payload::json(&request).unwrap();
+        payload.headers.insert("CN-Reply".to_owned(), reply.clone().into());
+        assert!(alpha.client.publish(&api_subject(Peer::Host(alpha.id)), payload).await.is_err(), "{reply}");
+    }
 
     let id = world.project("alpha").await;
     let project: ProjectId = id.parse().unwrap();

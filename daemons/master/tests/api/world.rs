@@ -8,6 +8,7 @@ use std::{
 };
 
 use async_trait::async_trait;
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use cocalc_auth::{
     identity::Identity,
     peer::{PeerId, assert},
@@ -27,7 +28,7 @@ use cocalc_core::{
     runner::{self, State, Status},
     storage,
 };
-use cocalc_ids::{Epoch, HostId, ProjectId, SessionId, Timestamp, VolumeUuid};
+use cocalc_ids::{Epoch, HostId, ProjectId, SessionId, SnapshotName, Timestamp, VolumeUuid};
 use cocalc_master::{Config, Master};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
@@ -198,10 +199,7 @@ impl World {
             peer: format!("{name}.example:9"),
             identity: identity.public_key().to_string(),
         };
-        let body = json!({
-            "token": token["token"], "name": name,
-            "identity": address.identity, "address": address,
-        });
+        let body = join(token["token"].as_str().unwrap(), name, &identity, &address);
         let (status, joined) = self.call("POST", "/hosts/join", "", body).await;
         assert_eq!(status, 200, "{joined}");
         assert_eq!(joined["issuer"], self.url);
@@ -214,6 +212,15 @@ fn config(data: PathBuf, port: u16) -> Config {
     let mut config = Config::new(([127, 0, 0, 1], port).into(), data);
     (config.keepalive_ms, config.lease_ms, config.grace_ms) = (200, 1_000, 500);
     config
+}
+
+/// What a daemon sends to join.
+pub(crate) fn join(token: &str, name: &str, identity: &Identity, address: &HostAddress) -> Value {
+    let HostAddress { url, ssh, peer, .. } = address;
+    let key = identity.public_key();
+    let message = format!("cocalc-join-2 {token} {name} {key} {url} {ssh} {peer}");
+    let proof = URL_SAFE_NO_PAD.encode(identity.sign(message.as_bytes()));
+    json!({ "token": token, "name": name, "identity": key.to_string(), "address": address, "proof": proof })
 }
 
 /// Signs in as a peer.
@@ -281,8 +288,12 @@ pub(crate) struct Script {
     pub(crate) commands: Vec<HostCommand>,
     /// Every frame that came.
     pub(crate) frames: Vec<Frame>,
+    /// The snapshots of each project.
+    pub(crate) snapshots: BTreeMap<ProjectId, Vec<SnapshotName>>,
     /// Answers nothing.
     pub(crate) mute: bool,
+    /// Renews no lease.
+    pub(crate) away: bool,
     /// Applies frames, but acknowledges nothing.
     pub(crate) silent: bool,
     /// Refuses everything.
@@ -353,6 +364,14 @@ impl Host {
         *self.session.lock().unwrap() = SessionId::random();
     }
 
+    /// Comes as another process, and answers.
+    pub(crate) fn wake(&self) {
+        let mut script = self.script.lock().unwrap();
+        (script.mute, script.away) = (false, false);
+        drop(script);
+        self.again();
+    }
+
     pub(crate) async fn ask(&self, request: &PeerRequest) -> PeerReply {
         ask(&self.client, self.id, request).await.unwrap()
     }
@@ -374,6 +393,10 @@ async fn lease(
 ) {
     let subject = keepalive_subject(Peer::Host(id));
     loop {
+        if script.lock().unwrap().away {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            continue;
+        }
         register.session = *session.lock().unwrap();
         let position = script.lock().unwrap().frames.last().map(|frame| (frame.stream, frame.seq));
         let keepalive = Keepalive { session: register.session, position: None };
@@ -446,6 +469,18 @@ impl Script {
         ProjectReport { project, epoch, status, phases: vec![("mount".into(), 3)] }
     }
 
+    fn list(&self, project: ProjectId) -> HostReply {
+        let snapshot = |name: &SnapshotName| storage::Snapshot {
+            project,
+            name: name.clone(),
+            uuid: VolumeUuid::from_bytes([8; 16]),
+            created: Timestamp::now(),
+            origin: VolumeUuid::from_bytes([7; 16]),
+        };
+        let names = self.snapshots.get(&project).into_iter().flatten();
+        HostReply::Snapshots { project, snapshots: names.map(snapshot).collect() }
+    }
+
     /// The project holds the grant of `epoch` here, and runs or not.
     fn hold(&mut self, host: HostId, project: ProjectId, epoch: Epoch, runs: bool) {
         self.projects.insert(project, (epoch, runs));
@@ -503,7 +538,19 @@ impl Script {
             HostCommand::Move { move_id, step, .. } => {
                 HostReply::Move { move_id, receipt: self.step(host, project, step) }
             }
-            HostCommand::Snapshots { .. } => HostReply::Snapshots { project, snapshots: vec![] },
+            HostCommand::Forget { epoch, .. } => HostReply::Deleted { project, epoch },
+            HostCommand::Snapshot { name, .. } => {
+                let names = self.snapshots.entry(project).or_default();
+                if !names.contains(&name) {
+                    names.push(name);
+                }
+                self.list(project)
+            }
+            HostCommand::DeleteSnapshot { name, .. } => {
+                self.snapshots.entry(project).or_default().retain(|known| *known != name);
+                self.list(project)
+            }
+            HostCommand::Snapshots { .. } => self.list(project),
             _ => HostReply::Project(self.report(project)),
         }
     }
