@@ -39,7 +39,10 @@ impl Config {
     /// Naming the key at fault and what to do.
     pub fn validate(&self) -> Result<(), String> {
         if !self.master_url.starts_with("http://") && !self.master_url.starts_with("https://") {
-            return Err(format!("master_url: {:?} begins with neither http:// nor https://", self.master_url));
+            return Err(format!(
+                "master_url: {:?} begins with neither http:// nor https://",
+                self.master_url
+            ));
         }
         Ok(())
     }

@@ -25,10 +25,9 @@ impl Endpoints for ProxyEndpoints {
         match path {
             "/healthz" => Some(text(StatusCode::OK, "alive\n")),
             "/readyz" if self.ready() => Some(text(StatusCode::OK, "ready\n")),
-            "/readyz" => Some(text(
-                StatusCode::SERVICE_UNAVAILABLE,
-                "not ready: the master has not been reached\n",
-            )),
+            "/readyz" => {
+                Some(text(StatusCode::SERVICE_UNAVAILABLE, "not ready: the master has not been reached\n"))
+            }
             "/metrics" if client.address.is_some_and(|address| address.is_loopback()) => {
                 self.measure();
                 Some(text(StatusCode::OK, &self.metrics.render()))

@@ -78,7 +78,8 @@ impl Proxy {
         let Membership { id, issuer } = join(&config, &address, &identity).await?;
 
         let peer = Peer::Proxy(id);
-        let connect = || cocalc_daemon::bus::connect(&config.master_url, &issuer, peer, Arc::clone(&identity));
+        let connect =
+            || cocalc_daemon::bus::connect(&config.master_url, &issuer, peer, Arc::clone(&identity));
         let bus: Arc<dyn Bus> = Arc::new(connect().map_err(open("bus"))?);
         let keepalive: Arc<dyn Bus> = Arc::new(connect().map_err(open("bus"))?);
 
