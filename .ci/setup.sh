@@ -11,12 +11,13 @@ goal=${1:?usage: setup.sh demo|test|bench}
 # What a host needs to run projects, and what the demo drives it with.
 packages=(
   btrfs-progs ca-certificates conmon gcc iproute2 iptables libc6-dev mmdebstrap
-  netavark nftables openssh-client podman procps runc uidmap
+  netavark nftables openssh-client openssh-sftp-server podman procps python3 runc
+  uidmap
 )
 case $goal in
   demo) ;;
   test) packages+=(
-          attr curl openssh-server python3 python3-cryptography python3-jwt rsync
+          attr curl openssh-server python3-cryptography python3-jwt rsync
         ) ;;
   bench) packages+=(curl nginx-light openssh-server wrk) ;;
   *) echo "setup.sh: unknown goal $goal" >&2; exit 2 ;;
