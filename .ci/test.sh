@@ -12,3 +12,8 @@ fi
 cargo build --workspace --bins
 cargo test --workspace --all-targets
 cargo test --workspace --doc
+
+# Each example is a program that an integrator would start.
+cargo run --quiet -p verify-tokens
+cargo run --quiet -p own-storage
+cargo run --quiet -p example-embedded-host -- --once
