@@ -14,9 +14,9 @@ pub struct Limits {
     /// Denied credentials at once from one source address (IPv6: one /64
     /// network), counted where they are denied. Beyond, every request of it for
     /// a project is 429 `rate_limited`. What a trusted proxy passes on counts
-    /// for the user's address. Default: 20.
+    /// for the user's address. Default: 200: an office may share one address.
     pub failures_per_source: u32,
-    /// After how long one of them is forgiven. Default: 1 s.
+    /// After how long one of them is forgiven. Default: 50 ms.
     pub failure_recovery: Duration,
     /// Bytes of a request's or response's head. Default: 64 KiB; at least
     /// 8 KiB.
@@ -51,8 +51,8 @@ impl Default for Limits {
         Self {
             connections: 20_000,
             connections_per_source: 1_000,
-            failures_per_source: 20,
-            failure_recovery: Duration::from_secs(1),
+            failures_per_source: 200,
+            failure_recovery: Duration::from_millis(50),
             head_bytes: 64 * 1024,
             head_timeout: Duration::from_secs(60),
             connect_timeout: Duration::from_secs(5),

@@ -53,7 +53,7 @@ struct Limits {
     connections_max: usize,
     connections_per_address_max: usize,
     logins_max: usize,
-    /// `None`: a tenth of `logins_max`.
+    /// `None`: a quarter of `logins_max`.
     logins_per_address_max: Option<usize>,
     channels_max: usize,
 }
@@ -99,7 +99,7 @@ impl SshIngress {
                 login_grace: Duration::from_secs(60),
                 connections_max: 10_000,
                 connections_per_address_max: 256,
-                logins_max: 100,
+                logins_max: 200,
                 logins_per_address_max: None,
                 channels_max: 128,
             },
@@ -190,7 +190,7 @@ impl SshIngressBuilder {
     /// How many connections may be logging in at a time. From a third of it
     /// on, new ones are refused at random, ever more of them (as OpenSSH's
     /// `MaxStartups` does), so that nobody can keep all others out for sure.
-    /// Default: 100.
+    /// Default: 200.
     pub fn logins_max(mut self, limit: usize) -> Self {
         self.limits.logins_max = limit;
         self
@@ -199,7 +199,8 @@ impl SshIngressBuilder {
     /// Refuses a connection when this many of its address (IPv6: one /64
     /// network) are logging in, so that idle ones from one place leave room
     /// for everybody else. Raise it where many users come from one address.
-    /// Default: a tenth of [`logins_max`](Self::logins_max), at least one.
+    /// Default: a quarter of [`logins_max`](Self::logins_max), at least one:
+    /// below the third from which chance begins to refuse others.
     pub fn logins_per_address_max(mut self, limit: usize) -> Self {
         self.limits.logins_per_address_max = Some(limit);
         self
@@ -361,7 +362,7 @@ impl Place {
         let mut counts = inner.counts.lock().unwrap_or_else(PoisonError::into_inner);
         let network = source.map(network);
         let same = network.and_then(|address| counts.addresses.get(&address)).copied().unwrap_or_default();
-        let logins_of_one = limits.logins_per_address_max.unwrap_or((limits.logins_max / 10).max(1));
+        let logins_of_one = limits.logins_per_address_max.unwrap_or((limits.logins_max / 4).max(1));
         if counts.connections >= limits.connections_max
             || same.connections >= limits.connections_per_address_max
             || same.logins >= logins_of_one

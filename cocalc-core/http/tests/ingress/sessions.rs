@@ -274,7 +274,7 @@ async fn planted_cookies_and_grace_are_noticed() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn who_is_denied_too_often_waits() {
-    let limits = Limits { failure_recovery: Duration::from_secs(3600), ..quick() };
+    let limits = Limits { failures_per_source: 20, failure_recovery: Duration::from_secs(3600), ..quick() };
     let world = World::with(limits).await;
     let code = ["-o", "/dev/null", "-w", "%{http_code} %header{cocalc-code} %header{retry-after}"];
     let good = format!("Authorization: Bearer {}", world.token());
@@ -308,7 +308,7 @@ async fn who_is_denied_too_often_waits() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_proxy_passes_on_counts_for_the_user() {
-    let limits = Limits { failure_recovery: Duration::from_secs(3600), ..quick() };
+    let limits = Limits { failures_per_source: 20, failure_recovery: Duration::from_secs(3600), ..quick() };
     let world = World::with(limits).await;
     let url = format!("http://127.0.0.1:{}/some/base{}/", world.proxy_address.port(), world.mount());
     // A proxy lets it pass; only the host knows that it opens no connection.
