@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, fmt, net::IpAddr, time::Duration};
 
 use async_trait::async_trait;
-use cocalc_ids::{AccountId, Action, Epoch, KeyId, ProjectId, Scope, Timestamp};
+use cocalc_ids::{AccountId, Action, Epoch, KeyId, ProjectId, ProxyId, Scope, Timestamp};
 use serde::{Deserialize, Serialize};
 
 /// Verifies credentials and decides, on a host, from what it knows now.
@@ -115,6 +115,9 @@ pub enum Via {
     SshKey {
         /// The key in its list.
         key: KeyId,
+        /// The proxy that attests that the user holds it; `None` if they have
+        /// proved it here.
+        proxy: Option<ProxyId>,
     },
 }
 

@@ -118,14 +118,24 @@ impl TokenAuth {
         })
     }
 
-    async fn key(&self, key: &str, project: ProjectId) -> Result<Principal, Denial> {
+    async fn attested(&self, key: &str, project: ProjectId, proxy: ProxyId) -> Result<Principal, Denial> {
+        let principal = self.key(key, project, Some(proxy)).await?;
+        if self.knowledge.with(|cache| cache.attesting_proxy(project, proxy).is_some()) {
+            return Ok(principal);
+        }
+        // The owner may have allowed it since the project left; its host knows.
+        let left = self.grants.held(project).is_none();
+        Err(denial(if left { Refusal::NotHeld } else { Refusal::ProxyWithdrawn }))
+    }
+
+    async fn key(&self, key: &str, project: ProjectId, proxy: Option<ProxyId>) -> Result<Principal, Denial> {
         let find = || self.knowledge.with(|cache| cache.find_key(project, key));
         if self.grants.held(project).is_none() {
             // What is still known of a project that has left proves who may
             // hear where it is; every use is refused. Nothing is fetched for
             // somebody who has proved nothing yet.
             return match find() {
-                Ok(Some((account, key))) => Ok(by_key(account, key, project)),
+                Ok(Some((account, key))) => Ok(by_key(account, key, proxy, project)),
                 _ => Err(denial(Refusal::NotHeld)),
             };
         }
@@ -136,7 +146,7 @@ impl TokenAuth {
         let (account, key) = found
             .map_err(denial)?
             .ok_or_else(|| Denial::BadCredential("the key is in no list of the project".to_owned()))?;
-        Ok(by_key(account, key, project))
+        Ok(by_key(account, key, proxy, project))
     }
 
     fn ask(&self, principal: &Principal, project: ProjectId, action: Action) -> Result<Ask, Denial> {
@@ -154,7 +164,8 @@ impl TokenAuth {
                 let hash = hash.parse().map_err(|_| Denial::BadCredential("no such session".to_owned()))?;
                 Proof::Session(hash)
             }
-            Via::SshKey { key } => Proof::Key(*key),
+            Via::SshKey { key, proxy: None } => Proof::Key(*key),
+            Via::SshKey { key, proxy: Some(proxy) } => Proof::AttestedKey(*key, *proxy),
             _ => return Err(Denial::BadCredential("a proof of unknown kind".to_owned())),
         };
         Ok(Ask {
@@ -253,13 +264,10 @@ impl Auth for TokenAuth {
         let verified = match credential {
             Credential::Token(token) => self.token(token.expose(), context),
             Credential::Session(cookie) => self.session(cookie.expose(), context),
-            Credential::SshKey(key) => self.key(key, context.project).await,
-            Credential::AttestedSshKey { key, proxy } => match self.key(key, context.project).await {
-                Ok(principal) if self.may_attest(proxy, context.project) => Ok(principal),
-                // The owner may have allowed it since; its host knows.
-                Ok(_) if self.grants.held(context.project).is_none() => Err(denial(Refusal::NotHeld)),
-                Ok(_) => Err(Denial::Forbidden("this proxy may not attest for the project".to_owned())),
-                Err(denial) => Err(denial),
+            Credential::SshKey(key) => self.key(key, context.project, None).await,
+            Credential::AttestedSshKey { key, proxy } => match proxy.parse() {
+                Ok(proxy) => self.attested(key, context.project, proxy).await,
+                Err(_) => Err(Denial::BadCredential("a proxy without an id".to_owned())),
             },
             _ => Err(Denial::BadCredential("a credential of unknown kind".to_owned())),
         };
@@ -354,11 +362,6 @@ impl TokenAuth {
         blocking(move || Ok(store.insert_session(&hash, &session)?)).await.map_err(|error| failed(&error))?;
         Ok(Secret::new(secret.expose()))
     }
-
-    fn may_attest(&self, proxy: &str, project: ProjectId) -> bool {
-        let Ok(proxy) = proxy.parse::<ProxyId>() else { return false };
-        self.knowledge.with(|cache| cache.attesting_proxy(project, proxy).is_some())
-    }
 }
 
 impl fmt::Debug for TokenAuth {
@@ -382,7 +385,7 @@ fn principal(claims: Claims) -> Principal {
     }
 }
 
-fn by_key(account: AccountId, key: KeyId, project: ProjectId) -> Principal {
+fn by_key(account: AccountId, key: KeyId, proxy: Option<ProxyId>, project: ProjectId) -> Principal {
     Principal {
         account,
         project,
@@ -390,7 +393,7 @@ fn by_key(account: AccountId, key: KeyId, project: ProjectId) -> Principal {
         epoch: None,
         session_epoch: None,
         acl: 0,
-        via: Via::SshKey { key },
+        via: Via::SshKey { key, proxy },
         embed_origin: None,
         expires: None,
     }

@@ -478,12 +478,24 @@ async fn an_enrolled_proxy_attests_where_it_is_allowed() {
     // The key is taken off the account's list.
     rig.master.send(Entry::Account(AccountState { keys: vec![], ..state(1) })).await;
     assert_eq!(ends(&admission).await, Denial::Forbidden("the key was removed".to_owned()));
+    rig.master.send(Entry::Account(state(1))).await;
+    let listed = || rig.knowledge.with(|acl| acl.find_key(project(1), "ssh-ed25519 KEY1").unwrap().is_some());
+    rig.until("the key", listed).await;
+    // What it let in ends with it, and nothing else.
+    let own = rig.verify(&Credential::SshKey("ssh-ed25519 KEY1".to_owned())).await.unwrap();
+    let own = rig.auth.admit(&own, project(1), ssh).await.unwrap();
+    let withdrawn = Denial::Forbidden("this proxy may not attest for the project".to_owned());
+    let admission = rig.auth.admit(&principal, project(1), ssh).await.unwrap();
     rig.master.send(Entry::Proxy { proxy, identity: None }).await;
-    rig.until("the withdrawal", || {
-        rig.knowledge.with(|acl| acl.attesting_proxy(project(1), proxy).is_none())
-    })
-    .await;
-    assert!(rig.verify(&attested).await.is_err());
+    assert_eq!(ends(&admission).await, withdrawn);
+    assert_eq!(rig.verify(&attested).await.unwrap_err(), withdrawn);
+    rig.master.send(Entry::Proxy { proxy, identity: Some("key".to_owned()) }).await;
+    rig.until("the proxy", || rig.knowledge.with(|acl| acl.attesting_proxy(project(1), proxy).is_some()))
+        .await;
+    let admission = rig.auth.admit(&principal, project(1), ssh).await.unwrap();
+    rig.master.send(allowed(4, false)).await;
+    assert_eq!(ends(&admission).await, withdrawn, "the owner lets proxies no more");
+    assert!(is_open(&own));
 }
 
 #[tokio::test]

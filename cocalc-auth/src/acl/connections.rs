@@ -1,11 +1,11 @@
-//! Which connections live on, by account and by project, so that a change finds
+//! Which connections live on, by account, project and attesting proxy, so that a change finds
 //! exactly those that it may concern.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use cocalc_ids::{AccountId, ProjectId};
+use cocalc_ids::{AccountId, ProjectId, ProxyId};
 
-use super::Ask;
+use super::{Ask, Proof};
 
 /// Names a registered connection for as long as the process lives.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
@@ -17,6 +17,7 @@ pub(super) struct Connections {
     asks: BTreeMap<ConnectionId, Ask>,
     by_account: BTreeMap<AccountId, BTreeSet<ConnectionId>>,
     by_project: BTreeMap<ProjectId, BTreeSet<ConnectionId>>,
+    by_proxy: BTreeMap<ProxyId, BTreeSet<ConnectionId>>,
 }
 
 impl Connections {
@@ -25,6 +26,9 @@ impl Connections {
         let id = ConnectionId(self.last);
         self.by_account.entry(ask.account).or_default().insert(id);
         self.by_project.entry(ask.project).or_default().insert(id);
+        if let Proof::AttestedKey(_, proxy) = ask.proof {
+            self.by_proxy.entry(proxy).or_default().insert(id);
+        }
         self.asks.insert(id, ask);
         id
     }
@@ -33,6 +37,9 @@ impl Connections {
         let Some(ask) = self.asks.remove(&id) else { return };
         forget(&mut self.by_account, ask.account, id);
         forget(&mut self.by_project, ask.project, id);
+        if let Proof::AttestedKey(_, proxy) = ask.proof {
+            forget(&mut self.by_proxy, proxy, id);
+        }
     }
 
     pub(super) fn ask(&self, id: ConnectionId) -> Option<&Ask> {
@@ -45,6 +52,10 @@ impl Connections {
 
     pub(super) fn of_project(&self, project: ProjectId) -> Vec<ConnectionId> {
         self.by_project.get(&project).into_iter().flatten().copied().collect()
+    }
+
+    pub(super) fn of_proxy(&self, proxy: ProxyId) -> Vec<ConnectionId> {
+        self.by_proxy.get(&proxy).into_iter().flatten().copied().collect()
     }
 
     pub(super) fn projects(&self) -> Vec<ProjectId> {

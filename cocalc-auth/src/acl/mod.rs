@@ -51,6 +51,8 @@ pub enum Proof {
     Session(SessionHash),
     /// An SSH key, which must still be listed.
     Key(KeyId),
+    /// The same, as a proxy attests, which must still be let.
+    AttestedKey(KeyId, ProxyId),
 }
 
 /// The answer, and from how fresh knowledge.
@@ -98,6 +100,9 @@ pub enum Refusal {
     /// The SSH key is not listed any more.
     #[error("the key was removed")]
     KeyRemoved,
+    /// The proxy may not attest for the project, or does not any more.
+    #[error("this proxy may not attest for the project")]
+    ProxyWithdrawn,
     /// A signing key was withdrawn, and with it what its tokens opened.
     #[error("a signing key was withdrawn")]
     KeyWithdrawn,
@@ -279,11 +284,15 @@ impl AclCache {
                 let ids = self.connections.of_account(account.account);
                 self.recheck(ids, applied);
             }
+            Entry::Proxy { proxy, .. } => {
+                let ids = self.connections.of_proxy(*proxy);
+                self.recheck(ids, applied);
+            }
             Entry::KeyRing(_) if withdrawn && kept => {
                 applied.end_sessions = true;
                 applied.close.extend(
                     self.connections
-                        .take_if(|ask| !matches!(ask.proof, Proof::Key(_)))
+                        .take_if(|ask| !matches!(ask.proof, Proof::Key(_) | Proof::AttestedKey(..)))
                         .into_iter()
                         .map(|id| (id, Refusal::KeyWithdrawn)),
                 );
@@ -325,7 +334,17 @@ impl AclCache {
             self.projects.remove(&project);
             self.recheck_project(project, applied);
         }
-        self.proxies.retain(|proxy, _| is_named(&Entry::Proxy { proxy: *proxy, identity: None }));
+        let gone: Vec<ProxyId> = self
+            .proxies
+            .keys()
+            .filter(|proxy| !is_named(&Entry::Proxy { proxy: **proxy, identity: None }))
+            .copied()
+            .collect();
+        for proxy in gone {
+            self.proxies.remove(&proxy);
+            let ids = self.connections.of_proxy(proxy);
+            self.recheck(ids, applied);
+        }
         let accounts = std::mem::take(&mut self.accounts);
         for (id, account) in accounts {
             let entry = Entry::Account(account);
@@ -436,7 +455,12 @@ impl AclCache {
             Some(epoch) if epoch > account.session_epoch => return Err(Refusal::TooOld),
             _ => {}
         }
-        if let Proof::Key(id) = ask.proof {
+        if let Proof::AttestedKey(_, proxy) = ask.proof
+            && self.attesting_proxy(ask.project, proxy).is_none()
+        {
+            return Err(Refusal::ProxyWithdrawn);
+        }
+        if let Proof::Key(id) | Proof::AttestedKey(id, _) = ask.proof {
             let listed = acl.keys.iter().chain(&account.keys);
             if !listed.into_iter().any(|key| key.id == id && key.account == ask.account) {
                 return Err(Refusal::KeyRemoved);

@@ -305,6 +305,40 @@ fn proxies_attest_only_where_the_owner_lets_them() {
 }
 
 #[test]
+fn what_a_proxy_attested_ends_with_it() {
+    let (mut cache, mut sender) = live();
+    let (proxy, other) = (ProxyId::from_bytes([1; 16]), ProxyId::from_bytes([2; 16]));
+    let listed = key(1, 1);
+    let id = listed.id;
+    let project_entry = Entry::Project(ProjectAcl { proxy_ssh: true, ..acl(1, 2, &[(1, Role::Owner)]) });
+    let account_entry = Entry::Account(AccountState { keys: vec![listed], ..state(1, 0) });
+    let enrolled = |proxy| Entry::Proxy { proxy, identity: Some("key".to_owned()) };
+    let whole = [account_entry, project_entry, enrolled(proxy), enrolled(other)];
+    for entry in whole.clone() {
+        sender.send(&mut cache, entry);
+    }
+    let ask = |proof| Ask { session_epoch: None, proof, ..ask(1, 1) };
+    let by = |cache: &mut AclCache, proof| {
+        cache.admit(&ask(proof), Some(Epoch::FIRST), START).1.expect("it is allowed")
+    };
+    by(&mut cache, Proof::Key(id));
+    let first = by(&mut cache, Proof::AttestedKey(id, proxy));
+    let second = by(&mut cache, Proof::AttestedKey(id, other));
+    let applied = sender.send(&mut cache, Entry::Proxy { proxy, identity: None });
+    assert_eq!(applied.close, [(first, Refusal::ProxyWithdrawn)]);
+    let refused = outcome(&cache, &ask(Proof::AttestedKey(id, proxy)), START);
+    assert_eq!(refused, Err(Refusal::ProxyWithdrawn));
+    // A whole new state that does not name the other one.
+    let mut closed = Vec::new();
+    let named = whole.into_iter().take(2);
+    for entry in [Entry::Reset].into_iter().chain(named).chain([Entry::Account(state(2, 0)), Entry::Live]) {
+        closed.extend(sender.send(&mut cache, entry).close);
+    }
+    assert_eq!(closed, [(second, Refusal::ProxyWithdrawn)]);
+    assert_eq!(cache.connections(), 1);
+}
+
+#[test]
 fn a_gap_asks_once_and_is_mended_by_the_missing_frames() {
     let (mut cache, mut sender) = live();
     let missed = Frame { stream: 5, seq: 7, entry: Entry::Project(acl(1, 2, &[(1, Role::Owner)])) };

@@ -38,6 +38,12 @@ pub enum PeerRequest {
     },
     /// The state of a project changed by itself. Hosts.
     Changed(ProjectReport),
+    /// So much space is free on the volume now. Hosts, when it has changed by
+    /// what matters to placement.
+    Space {
+        /// Free bytes.
+        free_bytes: u64,
+    },
     /// Somebody asked for a stopped project. Hosts.
     Wake {
         /// Which project.

@@ -189,6 +189,7 @@ impl Host {
 
         let mut background = JoinSet::new();
         background.spawn(inbox::serve(Arc::clone(&bus), id, lifecycle.clone()));
+        background.spawn(watch::space(peer, Arc::clone(&bus), backends.clone()));
         background.spawn(watch::states(peer, bus, ledger.clone(), Arc::clone(&backends.runner), lifecycle));
         background.spawn(watch::departures(ledger.clone(), knowledge));
         background.spawn(start_pending(ledger, moves));

@@ -14,7 +14,7 @@ use cocalc_core::{
 };
 use tokio::sync::broadcast::error::RecvError;
 
-use crate::lifecycle::Lifecycle;
+use crate::{backends::Backends, lifecycle::Lifecycle};
 
 /// How often the runner is asked what runs.
 const INTERVAL: Duration = Duration::from_secs(2);
@@ -52,6 +52,27 @@ pub(crate) async fn states(
             if !held || tell(&*bus, peer, PeerRequest::Changed(report)).await {
                 told.insert(status.project, status.state);
             }
+        }
+    }
+}
+
+/// How often free space is looked at, and by how much it must have changed to
+/// be told.
+const SPACE_INTERVAL: Duration = Duration::from_secs(5);
+const SPACE_STEP: u64 = 64 << 20;
+
+/// Tells the master how much space is free, until the future is dropped: it
+/// places projects by that.
+pub(crate) async fn space(peer: Peer, bus: Arc<dyn Bus>, backends: Backends) {
+    let mut told: Option<u64> = None;
+    loop {
+        tokio::time::sleep(SPACE_INTERVAL).await;
+        let free_bytes = (backends.free_bytes)();
+        if told.is_some_and(|told| told.abs_diff(free_bytes) < SPACE_STEP) {
+            continue;
+        }
+        if tell(&*bus, peer, PeerRequest::Space { free_bytes }).await {
+            told = Some(free_bytes);
         }
     }
 }

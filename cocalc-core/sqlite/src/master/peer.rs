@@ -192,6 +192,25 @@ impl Store {
         })
     }
 
+    /// So much space is free on a host's volume now. Harmless before it has
+    /// registered.
+    ///
+    /// # Errors
+    ///
+    /// The database failed.
+    pub fn set_free_bytes(&self, id: HostId, free_bytes: u64) -> Result<()> {
+        self.database.write("note a host's free space", |db| {
+            // SQLite's integers are signed; no volume is that large.
+            let free = i64::try_from(free_bytes).unwrap_or(i64::MAX);
+            db.execute(
+                "UPDATE peers SET capabilities = json_set(capabilities, '$.free_bytes', ?2)
+                 WHERE id = ?1 AND kind = 'host' AND capabilities IS NOT NULL",
+                params![id.to_string(), free],
+            )?;
+            Ok(())
+        })
+    }
+
     /// The host.
     ///
     /// # Errors

@@ -3,11 +3,13 @@
 use std::collections::BTreeMap;
 
 use cocalc_core::{
-    control::{ProjectConfig, ProjectReport},
+    control::{Capabilities, ProjectConfig, ProjectReport},
     router::HostAddress,
     runner::{State, Status},
 };
-use cocalc_ids::{AccountId, Epoch, HostId, KeyId, MoveId, OperationId, ProjectId, Role, Timestamp};
+use cocalc_ids::{
+    AccountId, Epoch, HostId, KeyId, MoveId, OperationId, ProjectId, Role, SessionId, Timestamp,
+};
 use proptest::prelude::*;
 
 use super::*;
@@ -382,4 +384,40 @@ proptest! {
             prop_assert_eq!(now.fence, fence.map(|n| OperationId::from_bytes(*id(n).as_bytes())));
         }
     }
+}
+
+#[test]
+fn free_space_is_what_the_host_said_last() {
+    let world = World::new(1);
+    let id = world.hosts[0];
+    // Before it has registered there is nothing to place by.
+    world.store.set_free_bytes(id, 1).unwrap();
+    assert_eq!(world.store.host(id).unwrap().capabilities, None);
+    let can = Capabilities {
+        storage: cocalc_core::storage::Capabilities {
+            backend: "btrfs".into(),
+            deltas: true,
+            quotas: true,
+            weaknesses: vec![],
+        },
+        runner: cocalc_core::runner::Capabilities {
+            backend: "podman".into(),
+            isolation: true,
+            limits: true,
+            weaknesses: vec![],
+        },
+        images: vec![],
+        free_bytes: 5,
+    };
+    let registration = Registration {
+        session: SessionId::random(),
+        boot_id: "boot",
+        address: &HostAddress::default(),
+        ssh_host_keys: &[],
+        capabilities: Some(&can),
+    };
+    world.store.register(*id.as_bytes(), &registration, NOW).unwrap();
+    world.store.set_free_bytes(id, 7 << 40).unwrap();
+    let after = world.store.host(id).unwrap().capabilities.unwrap();
+    assert_eq!(after, Capabilities { free_bytes: 7 << 40, ..can });
 }

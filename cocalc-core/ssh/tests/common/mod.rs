@@ -83,11 +83,11 @@ impl Auth for Rights {
             return Err(Denial::NotHere("given away".into()));
         }
         let via = match credential {
-            Credential::SshKey(key) if *key == self.key => Via::SshKey { key: KeyId::random() },
+            Credential::SshKey(key) if *key == self.key => Via::SshKey { key: KeyId::random(), proxy: None },
             Credential::AttestedSshKey { key, proxy }
                 if *key == self.key && self.trusted_proxy.map(|p| p.to_string()).as_ref() == Some(proxy) =>
             {
-                Via::SshKey { key: KeyId::random() }
+                Via::SshKey { key: KeyId::random(), proxy: self.trusted_proxy }
             }
             Credential::Token(token) if token.expose() == TOKEN => {
                 Via::Token { jti: "1".into(), once: false }

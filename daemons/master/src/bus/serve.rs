@@ -134,6 +134,10 @@ async fn respond(shared: &Arc<Shared>, peer: Peer, request: PeerRequest) -> stor
             let Peer::Host(host) = peer else { return Ok(hosts_only()) };
             shared.db(move |store| store.observe(host, &report)).await?;
         }
+        PeerRequest::Space { free_bytes } => {
+            let Peer::Host(host) = peer else { return Ok(hosts_only()) };
+            shared.db(move |store| store.set_free_bytes(host, free_bytes)).await?;
+        }
         PeerRequest::Wake { project, epoch } => {
             let Peer::Host(host) = peer else { return Ok(hosts_only()) };
             return wake(shared, host, project, epoch).await;
