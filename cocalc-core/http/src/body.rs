@@ -96,6 +96,22 @@ impl Body {
         self
     }
 
+    /// Reads what still comes, at most so many bytes and for so long, and
+    /// throws it away.
+    pub(crate) async fn drained(mut self, bytes_max: u64, limit: Duration) {
+        use http_body_util::BodyExt;
+        let read = async {
+            let mut left = bytes_max;
+            while let Some(Ok(frame)) = self.frame().await {
+                let bytes = frame.data_ref().map_or(0, |data| u64::try_from(data.len()).unwrap_or(u64::MAX));
+                let Some(rest) = left.checked_sub(bytes) else { return };
+                left = rest;
+            }
+        };
+        // Whether it ended by itself is nobody's business any more.
+        let _ = tokio::time::timeout(limit, read).await;
+    }
+
     /// Notes on `activity` whenever something moves.
     pub(crate) fn noting(mut self, activity: Arc<Activity>) -> Self {
         self.watch().activity = Some(activity);

@@ -15,6 +15,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use async_trait::async_trait;
@@ -266,6 +267,10 @@ impl HostIngressBuilder {
     }
 }
 
+/// How much of a body that nobody wants is still read, and for how long.
+const DRAIN_BYTES: u64 = 8 << 20;
+const DRAIN_TIME: Duration = Duration::from_secs(5);
+
 /// The head of a request for something of a project.
 struct Asked<'a> {
     parts: Parts,
@@ -342,7 +347,14 @@ impl Inner {
         let shown = shown.map_err(|denial| self.denied(project, &denial))?;
         self.check_origin(&asked, &shown)?;
         let principal = self.verify(&shown, project, &asked.view).await?;
-        self.here(&asked, project).await?;
+        if let Err(problem) = self.here(&asked, project).await {
+            if rest.connection.client.trusted {
+                // A proxy that is still sending would see a broken connection
+                // instead of the answer, and could not say what has happened.
+                rest.connection.tasks.spawn(rest.body.drained(DRAIN_BYTES, DRAIN_TIME));
+            }
+            return Err(problem);
+        }
 
         let action = Action::Use(match asked.place.what {
             What::Files { .. } => Scope::Files,
