@@ -22,6 +22,7 @@ pub mod config;
 pub mod files;
 pub mod join;
 pub mod probe;
+pub mod start;
 
 use std::process::ExitCode;
 

@@ -7,12 +7,12 @@ use cocalc_core::{
     runner::Runner,
     storage::Storage,
 };
+use cocalc_daemon::start::Error;
 use cocalc_podman::{Podman, ProcessRunner};
 use cocalc_storage::{Btrfs, Directory};
 
 use crate::{
     config::{Config, RunnerKind, StorageKind},
-    error::Error,
     startup::Startup,
 };
 

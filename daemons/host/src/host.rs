@@ -21,6 +21,7 @@ use cocalc_core::{
 use cocalc_daemon::{
     join::{self, Joining, Kind, Membership},
     probe::Metrics,
+    start::{Error, listen, make_dir},
 };
 use cocalc_http::{HostIngress, Served};
 use cocalc_sqlite::{HostAcl, HostLedger};
@@ -33,7 +34,6 @@ use crate::{
     backends::Backends,
     config::Config,
     endpoints::HostEndpoints,
-    error::Error,
     inbox,
     lifecycle::Lifecycle,
     peers::Peers,
@@ -285,20 +285,6 @@ impl Foundation {
         };
         Ok(Self { id: membership.id, issuer: membership.issuer, identity, address, listeners, lock })
     }
-}
-
-async fn listen(key: &'static str, address: std::net::SocketAddr) -> Result<TcpListener, Error> {
-    TcpListener::bind(address).await.map_err(|source| Error::Listen { key, address, source })
-}
-
-fn make_dir(path: &Path) -> Result<std::path::PathBuf, Error> {
-    use std::os::unix::fs::DirBuilderExt;
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(path)
-        .map(|()| path.to_owned())
-        .map_err(|error| Error::File { path: path.into(), source: error.into() })
 }
 
 /// Where the position of the stream is noted apart from the store: only as

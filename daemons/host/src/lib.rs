@@ -21,7 +21,6 @@
 mod backends;
 mod config;
 mod endpoints;
-mod error;
 mod host;
 mod inbox;
 mod lifecycle;
@@ -32,8 +31,8 @@ mod wake;
 mod watch;
 
 pub use backends::Backends;
+pub use cocalc_daemon::start::Error;
 pub use config::{Config, RunnerKind, StorageKind};
-pub use error::Error;
 pub use host::Host;
 pub use lifecycle::Lifecycle;
 pub use startup::Startup;

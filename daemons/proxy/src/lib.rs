@@ -19,10 +19,9 @@
 
 mod config;
 mod endpoints;
-mod error;
 mod proxy;
 mod registrar;
 
+pub use cocalc_daemon::start::Error;
 pub use config::Config;
-pub use error::Error;
 pub use proxy::Proxy;

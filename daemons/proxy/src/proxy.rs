@@ -2,7 +2,6 @@
 
 use std::{
     fs::File,
-    path::{Path, PathBuf},
     sync::{Arc, OnceLock},
     time::Duration,
 };
@@ -23,6 +22,7 @@ use cocalc_core::{
 use cocalc_daemon::{
     join::{self, Joining, Kind, Membership},
     probe::Metrics,
+    start::{Error, listen, make_dir},
 };
 use cocalc_http::{ProxyIngress, Served, TokenHost, TokenPrecheck};
 use cocalc_sqlite::HostAcl;
@@ -31,7 +31,7 @@ use cocalc_transfer::DirectConnector;
 use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use crate::{config::Config, endpoints::ProxyEndpoints, error::Error, registrar::Registrar};
+use crate::{config::Config, endpoints::ProxyEndpoints, registrar::Registrar};
 
 /// How long the master may take to say where a project is.
 const LOOKUP_LIMIT: Duration = Duration::from_secs(2);
@@ -203,18 +203,4 @@ async fn join(
         join::load_or_join(&joining, &identity)
     });
     Ok(joined.await.map_err(|error| Error::open("membership")(error.into()))??)
-}
-
-async fn listen(key: &'static str, address: std::net::SocketAddr) -> Result<TcpListener, Error> {
-    TcpListener::bind(address).await.map_err(|source| Error::Listen { key, address, source })
-}
-
-fn make_dir(path: &Path) -> Result<PathBuf, Error> {
-    use std::os::unix::fs::DirBuilderExt;
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(path)
-        .map(|()| path.to_owned())
-        .map_err(|error| Error::File { path: path.into(), source: error.into() })
 }
