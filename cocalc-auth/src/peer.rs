@@ -118,7 +118,7 @@ pub fn assert(
     Ok(sign(identity, &claims))
 }
 
-/// Signs claims as they are. [`assert`] is what daemons call; this serves tests
+/// Signs claims as they are. [`assert()`] is what daemons call; this serves tests
 /// that need claims which nobody should sign.
 pub fn sign(identity: &Identity, claims: &PeerClaims) -> String {
     // Text and integers always become JSON.
