@@ -1,12 +1,22 @@
 //! Project volumes on one host.
 
+mod error;
+mod files;
+mod hold;
+mod sending;
+
 use std::{fmt, path::PathBuf};
 
 use async_trait::async_trait;
-use cocalc_ids::{ProjectId, SnapshotName, Timestamp, VolumeUuid};
+use cocalc_ids::{ProjectId, SnapshotName, Timestamp, TreePath, VolumeUuid};
 use serde::{Deserialize, Serialize};
 
-use crate::{BoxError, stream::BoxRead};
+pub use error::Error;
+pub use files::{Change, ChangeKind, Changes, Copied, CopyOptions, Footprint, NodeKind, Place};
+pub use hold::{Hold, Holds};
+pub use sending::{SendHeader, SendOptions, SendStream};
+
+use crate::stream::BoxRead;
 
 /// The result of a storage call.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -43,6 +53,7 @@ pub trait Storage: fmt::Debug + Send + Sync + 'static {
 
     /// Deletes the live volume and every snapshot of `project`. Deleting what
     /// is not there is harmless. Space may return later.
+    /// [`InUse`](Error::InUse) while a snapshot is held.
     async fn delete(&self, project: ProjectId) -> Result<()>;
 
     /// Freezes the project's files under `name`. A snapshot that has this name
@@ -56,7 +67,18 @@ pub trait Storage: fmt::Debug + Send + Sync + 'static {
     async fn snapshots(&self, project: ProjectId) -> Result<Vec<Snapshot>>;
 
     /// Deletes one snapshot. Deleting what is not there is harmless.
+    /// [`InUse`](Error::InUse) while it is held.
     async fn delete_snapshot(&self, project: ProjectId, name: &SnapshotName) -> Result<()>;
+
+    /// Keeps a snapshot from being deleted until the hold is dropped: for as
+    /// long as a move, a backup or a comparison reads it. Holds end with the
+    /// process. A stream holds what it sends by itself.
+    async fn hold(&self, project: ProjectId, name: &SnapshotName) -> Result<Hold>;
+
+    /// Whether the live volume may differ from snapshot `name` of it. Answers
+    /// in constant time, so it may say yes when nothing has changed; it never
+    /// says no when something has, and what was written before the call counts.
+    async fn changed_since(&self, project: ProjectId, name: &SnapshotName) -> Result<bool>;
 
     /// Makes the live volume a writable copy of snapshot `name`, replacing
     /// what was live, whose last state is kept as snapshot `former`. Also
@@ -72,12 +94,15 @@ pub trait Storage: fmt::Debug + Send + Sync + 'static {
     async fn set_aside(&self, project: ProjectId, keep_as: &SnapshotName) -> Result<Snapshot>;
 
     /// Makes a new live volume for `target` from snapshot `name` of `source`.
+    /// At once where the backend can and `options.same_owner` allows it;
+    /// otherwise every byte is copied, so that neither is charged for the
+    /// other.
     async fn clone_volume(
         &self,
         source: ProjectId,
         name: &SnapshotName,
         target: ProjectId,
-        options: &VolumeOptions,
+        options: &CloneOptions,
     ) -> Result<Volume>;
 
     /// What the project is charged, and its limit.
@@ -87,14 +112,43 @@ pub trait Storage: fmt::Debug + Send + Sync + 'static {
     /// `None` lifts it. [`Unsupported`](Error::Unsupported) without quotas.
     async fn set_limit(&self, project: ProjectId, limit_bytes: Option<u64>) -> Result<()>;
 
-    /// Streams snapshot `name`: whole, or as a delta to `base`, which the
-    /// receiver must have. The reader fails, and does not merely end, if the
-    /// sender fails. Dropping it stops the sender.
+    /// Bytes of the live volume, or of one snapshot, and how many of them
+    /// nothing else shares. Reads every extent: for people who ask, not for a
+    /// path that must be fast.
+    async fn footprint(&self, project: ProjectId, snapshot: Option<&SnapshotName>) -> Result<Footprint>;
+
+    /// What is different in snapshot `to`, or in the live volume, from snapshot
+    /// `from`: at most `max` changes, in the order of their paths (component
+    /// by component, by bytes), of those after `after`. What was renamed is
+    /// one removed and one added. Of a live volume that is being written, each
+    /// change is one that was true at some time during the call.
+    async fn diff(
+        &self,
+        project: ProjectId,
+        from: &SnapshotName,
+        to: Option<&SnapshotName>,
+        after: Option<&TreePath>,
+        max: usize,
+    ) -> Result<Changes>;
+
+    /// Copies a file, link or directory with all that is below it into a live
+    /// volume, with owners, modes, times, attributes, holes and hard links
+    /// among what is copied. What is at `to` appears whole, or not at all; its
+    /// directory must exist. Follows no link, neither on the way nor at the
+    /// end, whatever a running project does meanwhile. From a snapshot of the
+    /// same project this restores one path.
+    async fn copy(&self, from: &Place, to: &Place, options: &CopyOptions) -> Result<Copied>;
+
+    /// Streams snapshot `name`: whole, or as a delta to `options.base`, which
+    /// the receiver must have. The reader fails, and does not merely end, if
+    /// the sender fails. Dropping it stops the sender. Sent again with the same
+    /// options, a stream is the same byte for byte where
+    /// [`Capabilities::repeatable_streams`] says so.
     async fn send(
         &self,
         project: ProjectId,
         name: &SnapshotName,
-        base: Option<&SnapshotName>,
+        options: &SendOptions,
     ) -> Result<SendStream>;
 
     /// Applies a stream that [`send`](Self::send) of the same backend made on
@@ -105,8 +159,10 @@ pub trait Storage: fmt::Debug + Send + Sync + 'static {
     async fn receive(&self, header: &SendHeader, stream: BoxRead) -> Result<Snapshot>;
 }
 
-/// What a [`Storage`] backend can do.
-#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+/// What a [`Storage`] backend can do. The contract suite chooses its cases by
+/// it, and fails a backend that claims what it does not do.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(default)]
 pub struct Capabilities {
     /// The backend's name, for instance `btrfs`; streams only pass between
     /// stores with equal names.
@@ -115,6 +171,24 @@ pub struct Capabilities {
     pub deltas: bool,
     /// Whether limits are enforced.
     pub quotas: bool,
+    /// Whether [`Usage`] is found in constant time and covers snapshots.
+    pub constant_usage: bool,
+    /// Whether [`changed_since`](Storage::changed_since) ever says no.
+    pub detects_no_change: bool,
+    /// Whether clones and copies of one owner share their bytes, and so take
+    /// no space.
+    pub shares_bytes: bool,
+    /// Whether snapshots of a volume that is being written are of one moment.
+    pub atomic_snapshots: bool,
+    /// Whether the whole of a Unix file is kept by snapshots, copies and
+    /// streams: owners, devices, extended attributes of every class.
+    pub full_metadata: bool,
+    /// Whether the same snapshot sent again is the same stream, so that one
+    /// that was cut can be resumed.
+    pub repeatable_streams: bool,
+    /// The highest version of its stream format that it takes; a sender goes no
+    /// higher ([`SendOptions::version_max`]). 0 and 1 are the same.
+    pub stream_version: u32,
     /// What is weaker than in the best backend, for people; empty if nothing.
     pub weaknesses: Vec<String>,
 }
@@ -125,6 +199,16 @@ pub struct VolumeOptions {
     /// Limit in bytes over the live volume and its snapshots; no limit if
     /// `None`. Ignored, with a warning, by backends without quotas.
     pub limit_bytes: Option<u64>,
+}
+
+/// Options for a clone.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+pub struct CloneOptions {
+    /// Of the new volume.
+    pub volume: VolumeOptions,
+    /// Whether both projects are charged to one owner, so that they may share
+    /// bytes, of which only the source is charged for those it wrote.
+    pub same_owner: bool,
 }
 
 /// A live volume.
@@ -174,115 +258,4 @@ pub enum UsageSource {
     Quota,
     /// By walking the live volume: slow, and without snapshots.
     Walk,
-}
-
-/// Says what a stream holds. Travels before it.
-#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
-pub struct SendHeader {
-    /// The backend whose stream this is.
-    pub backend: String,
-    /// Whose snapshot this is.
-    pub project: ProjectId,
-    /// Its name, there and here.
-    pub name: SnapshotName,
-    /// Its [`Snapshot::origin`].
-    pub origin: VolumeUuid,
-    /// The snapshot it is a delta to, and that one's origin.
-    pub base: Option<(SnapshotName, VolumeUuid)>,
-    /// What the backend carries beside the stream, opaque to others; at most
-    /// 4 KiB.
-    pub extra: String,
-}
-
-/// A snapshot on its way to another host.
-pub struct SendStream {
-    /// What it holds.
-    pub header: SendHeader,
-    /// The bytes.
-    pub reader: BoxRead,
-}
-
-impl fmt::Debug for SendStream {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SendStream").field("header", &self.header).finish_non_exhaustive()
-    }
-}
-
-/// Why a storage call failed.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum Error {
-    /// The project has no live volume here.
-    #[error("project {project} has no volume here")]
-    NotFound {
-        /// The project.
-        project: ProjectId,
-    },
-    /// The project has no snapshot of that name here.
-    #[error("project {project} has no snapshot {name} here")]
-    NoSnapshot {
-        /// The project.
-        project: ProjectId,
-        /// The missing snapshot.
-        name: SnapshotName,
-    },
-    /// There is one already.
-    #[error("project {project} already has {what}")]
-    AlreadyExists {
-        /// The project.
-        project: ProjectId,
-        /// What there is, for instance `a volume`.
-        what: String,
-    },
-    /// The project's limit, or the volume, has no room.
-    #[error("no space to {operation} project {project}: {what} is full")]
-    NoSpace {
-        /// The project.
-        project: ProjectId,
-        /// What was being done.
-        operation: &'static str,
-        /// `the project's quota` or `the host's volume`.
-        what: &'static str,
-    },
-    /// The stream was cut, damaged, hostile, or not the announced one.
-    #[error("refused the stream for project {project}: {reason}")]
-    BadStream {
-        /// The project.
-        project: ProjectId,
-        /// What was wrong with it.
-        reason: String,
-    },
-    /// There are subvolumes among the project's files, which a snapshot would
-    /// not hold.
-    #[error(
-        "project {project} has subvolumes inside its files, which no snapshot holds: {}; move \
-         what is in them to ordinary directories, then delete them with `btrfs subvolume delete`",
-        .paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
-    )]
-    NestedVolumes {
-        /// The project.
-        project: ProjectId,
-        /// The first of them, below the volume.
-        paths: Vec<PathBuf>,
-    },
-    /// This backend has no such ability.
-    #[error("{backend} storage cannot {operation}")]
-    Unsupported {
-        /// The backend.
-        backend: &'static str,
-        /// What was asked.
-        operation: &'static str,
-    },
-    /// The backend failed.
-    #[error("{backend} could not {operation} project {project}")]
-    Backend {
-        /// The backend.
-        backend: &'static str,
-        /// What was being done.
-        operation: &'static str,
-        /// The project.
-        project: ProjectId,
-        /// Why.
-        source: BoxError,
-    },
 }

@@ -14,7 +14,7 @@ use std::{
 
 use cocalc_core::{
     ids::{ProjectId, VolumeUuid},
-    storage::{Error, Storage, VolumeOptions},
+    storage::{Error, SendOptions, Storage, VolumeOptions},
 };
 use cocalc_storage::Directory;
 use cocalc_testkit::storage::{FilesHarness, Host, agrees_with_model, scripts, storage};
@@ -73,7 +73,7 @@ async fn a_stream_carries_everything() {
     a.snapshot(project, &name).await.unwrap();
     let expected = common::manifest(&live);
     assert_eq!(common::manifest(&a.snapshot_path(project, &name).await.unwrap()), expected, "a snapshot");
-    let sent = a.send(project, &name, None).await.unwrap();
+    let sent = a.send(project, &name, &SendOptions::whole()).await.unwrap();
     b.receive(&sent.header, sent.reader).await.unwrap();
     assert_eq!(common::manifest(&b.snapshot_path(project, &name).await.unwrap()), expected, "received");
     let volume = b.restore(project, &name, &"former".parse().unwrap()).await.unwrap();
@@ -98,7 +98,7 @@ async fn hostile_streams_write_nothing_outside() {
     fs::create_dir(live.join("home/bbbb")).unwrap();
     fs::write(live.join("home/bbbb/planted"), "x").unwrap();
     a.snapshot(project, &name).await.unwrap();
-    let mut sent = a.send(project, &name, None).await.unwrap();
+    let mut sent = a.send(project, &name, &SendOptions::whole()).await.unwrap();
     let mut bytes = Vec::new();
     sent.reader.read_to_end(&mut bytes).await.unwrap();
     for (from, to) in [

@@ -16,7 +16,7 @@ use std::{
 
 use cocalc_core::{
     ids::{ImageDigest, ProjectId, SnapshotName, VolumeUuid},
-    storage::{Error, Storage, VolumeOptions},
+    storage::{CloneOptions, Error, SendOptions, Storage, VolumeOptions},
 };
 use cocalc_storage::{
     Btrfs, ImageError, OpenError, QuotaKind,
@@ -81,7 +81,7 @@ async fn stream_of(
     project: ProjectId,
     n: &str,
 ) -> (cocalc_core::storage::SendHeader, Vec<u8>) {
-    let mut sent = store.send(project, &name(n), None).await.unwrap();
+    let mut sent = store.send(project, &name(n), &SendOptions::whole()).await.unwrap();
     let mut bytes = Vec::new();
     sent.reader.read_to_end(&mut bytes).await.unwrap();
     (sent.header, bytes)
@@ -143,7 +143,7 @@ async fn streams_carry_everything() {
     let project = ProjectId::random();
     let live = f.a.create(project, &VolumeOptions::default()).await.unwrap().path.unwrap();
     f.a.snapshot(project, &name("empty")).await.unwrap();
-    let sent = f.a.send(project, &name("empty"), None).await.unwrap();
+    let sent = f.a.send(project, &name("empty"), &SendOptions::whole()).await.unwrap();
     f.b.receive(&sent.header, sent.reader).await.unwrap();
 
     common::plant(&live);
@@ -155,7 +155,7 @@ async fn streams_carry_everything() {
         common::manifest(&store.snapshot_path(project, &name(n)).await.unwrap())
     };
     assert_eq!(at(&f.a, "one").await, expected, "a snapshot");
-    let sent = f.a.send(project, &name("one"), Some(&name("empty"))).await.unwrap();
+    let sent = f.a.send(project, &name("one"), &SendOptions::since(Some(&name("empty")))).await.unwrap();
     f.b.receive(&sent.header, sent.reader).await.unwrap();
     assert_eq!(at(&f.b, "one").await, expected, "a delta, the root's own time included");
 
@@ -167,14 +167,14 @@ async fn streams_carry_everything() {
     common::set_time(&live, 1_111_111_111);
     f.a.snapshot(project, &name("two")).await.unwrap();
     let expected = common::manifest(&live);
-    let sent = f.a.send(project, &name("two"), Some(&name("one"))).await.unwrap();
+    let sent = f.a.send(project, &name("two"), &SendOptions::since(Some(&name("one")))).await.unwrap();
     f.b.receive(&sent.header, sent.reader).await.unwrap();
     assert_eq!(at(&f.b, "two").await, expected, "a second delta");
     let volume = f.b.restore(project, &name("two"), &name("former")).await.unwrap();
     assert_eq!(common::manifest(&volume.path.unwrap()), expected, "brought to life");
 
     let target = ProjectId::random();
-    let clone = f.b.clone_volume(project, &name("two"), target, &VolumeOptions::default()).await.unwrap();
+    let clone = f.b.clone_volume(project, &name("two"), target, &CloneOptions::default()).await.unwrap();
     assert_eq!(common::manifest(&clone.path.unwrap()), expected, "cloned");
 }
 
@@ -445,7 +445,7 @@ async fn what_is_set_aside_does_not_fill_the_quota() {
     for turn in 0..6 {
         let (moved, undo) = (name(&format!("move-{turn}")), name(&format!("undo-{turn}")));
         here.snapshot(project, &moved).await.unwrap();
-        let sent = here.send(project, &moved, None).await.unwrap();
+        let sent = here.send(project, &moved, &SendOptions::whole()).await.unwrap();
         there.receive(&sent.header, sent.reader).await.unwrap_or_else(|error| panic!("{turn}: {error:?}"));
         there.restore(project, &moved, &name("former")).await.unwrap();
         there.set_limit(project, Some(LIMIT)).await.unwrap();
@@ -563,7 +563,7 @@ async fn a_full_volume_takes_back_what_did_not_fit() {
     a.snapshot(project, &name("big")).await.unwrap();
     let there = b.create(kept, &VolumeOptions::default()).await.unwrap().path.unwrap();
     fs::write(there.join("home/precious"), "kept").unwrap();
-    let sent = a.send(project, &name("big"), None).await.unwrap();
+    let sent = a.send(project, &name("big"), &SendOptions::whole()).await.unwrap();
     let got = b.receive(&sent.header, sent.reader).await;
     assert!(matches!(got, Err(Error::NoSpace { what: "the host's volume", .. })), "{got:?}");
     assert!(b.snapshots(project).await.unwrap().is_empty());
@@ -640,12 +640,12 @@ async fn what_was_acknowledged_survives_a_power_cut() {
         copy.join("inner.img")
     };
 
-    let sent = a.send(project, &name("one"), None).await.unwrap();
+    let sent = a.send(project, &name("one"), &SendOptions::whole()).await.unwrap();
     let received = b.receive(&sent.header, sent.reader).await.unwrap();
     let after_receive = cut("after-receive");
     let volume = b.restore(project, &name("one"), &name("former")).await.unwrap();
     let after_restore = cut("after-restore");
-    b.clone_volume(project, &name("one"), cloned, &VolumeOptions::default()).await.unwrap();
+    b.clone_volume(project, &name("one"), cloned, &CloneOptions::default()).await.unwrap();
     let after_clone = cut("after-clone");
     b.delete(project).await.unwrap();
     let after_delete = cut("after-delete");
@@ -765,7 +765,7 @@ async fn a_sender_that_fails_is_heard_and_a_dropped_one_is_ended() {
         fs::write(live.join(format!("home/{number}")), vec![number; 1 << 20]).unwrap();
     }
     f.a.snapshot(project, &name("one")).await.unwrap();
-    let sent = f.a.send(project, &name("one"), None).await.unwrap();
+    let sent = f.a.send(project, &name("one"), &SendOptions::whole()).await.unwrap();
     drop(sent);
     // While it is being sent, a snapshot cannot go; it must be able to soon.
     let deadline = Instant::now() + Duration::from_secs(20);

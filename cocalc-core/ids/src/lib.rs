@@ -20,6 +20,7 @@ mod digest;
 mod epoch;
 mod name;
 mod time;
+mod tree_path;
 mod uuid_id;
 
 pub use access::{Action, Role, Scope};
@@ -27,6 +28,7 @@ pub use digest::ImageDigest;
 pub use epoch::Epoch;
 pub use name::{HostName, SnapshotName};
 pub use time::Timestamp;
+pub use tree_path::TreePath;
 pub use uuid_id::{AccountId, HostId, KeyId, MoveId, OperationId, ProjectId, ProxyId, SessionId, VolumeUuid};
 
 /// Says that a text is not the one canonical spelling of an identifier.

@@ -9,15 +9,16 @@ use std::{
 use async_trait::async_trait;
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bytes::Bytes;
-use cocalc_ids::{ProjectId, SnapshotName, Timestamp, VolumeUuid};
+use cocalc_ids::{ProjectId, SnapshotName, Timestamp, TreePath, VolumeUuid};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use tokio::io::AsyncReadExt as _;
 
 use crate::{
     storage::{
-        Capabilities, Error, Result, SendHeader, SendStream, Snapshot, Storage, Usage, UsageSource, Volume,
-        VolumeOptions,
+        Capabilities, Change, ChangeKind, Changes, CloneOptions, Copied, CopyOptions, Error, Footprint, Hold,
+        Holds, NodeKind, Place, Result, SendHeader, SendOptions, SendStream, Snapshot, Storage, Usage,
+        UsageSource, Volume, VolumeOptions,
     },
     stream::BoxRead,
 };
@@ -52,7 +53,10 @@ pub type Files = BTreeMap<String, Bytes>;
 /// # }
 /// ```
 #[derive(Clone, Debug, Default)]
-pub struct MemoryStorage(Arc<Mutex<BTreeMap<ProjectId, Project>>>);
+pub struct MemoryStorage {
+    projects: Arc<Mutex<BTreeMap<ProjectId, Project>>>,
+    holds: Holds,
+}
 
 #[derive(Debug, Default)]
 struct Project {
@@ -151,7 +155,7 @@ impl MemoryStorage {
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<ProjectId, Project>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.projects.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -182,6 +186,58 @@ impl Project {
     }
 }
 
+fn find<'a>(
+    projects: &'a BTreeMap<ProjectId, Project>,
+    project: ProjectId,
+    name: &SnapshotName,
+) -> Result<&'a (Snapshot, Files)> {
+    let found = projects.get(&project).and_then(|entry| entry.find(name));
+    found.ok_or_else(|| Error::NoSnapshot { project, name: name.clone() })
+}
+
+/// Whether `path` is `root` or below it.
+fn is_within(path: &str, root: &str) -> bool {
+    root.is_empty() || path.strip_prefix(root).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}
+
+/// What is directly in `directory` (empty, or ending with a slash), which
+/// exists because there are files in it; `true` for directories.
+fn names<'a>(directory: &str, files: &'a Files) -> BTreeMap<&'a str, bool> {
+    let inside = files.keys().filter_map(|path| path.strip_prefix(directory));
+    inside
+        .map(|rest| match rest.split_once('/') {
+            Some((name, _)) => (name, true),
+            None => (rest, false),
+        })
+        .collect()
+}
+
+/// Adds what is different in `directory`.
+fn compare(directory: &str, old: &Files, new: &Files, changes: &mut Vec<Change>) {
+    let (before, now) = (names(directory, old), names(directory, new));
+    let all: std::collections::BTreeSet<_> = before.keys().chain(now.keys()).collect();
+    for name in all {
+        let path = format!("{directory}{name}");
+        let size = |files: &Files| files.get(&path).map_or(0, |content| content.len() as u64);
+        let node = |is_directory: &bool| if *is_directory { NodeKind::Directory } else { NodeKind::File };
+        let (kind, node, bytes) = match (before.get(*name), now.get(*name)) {
+            (Some(true), Some(true)) => {
+                compare(&format!("{path}/"), old, new, changes);
+                continue;
+            }
+            (Some(false), Some(false)) if old.get(&path) == new.get(&path) => continue,
+            (Some(_), Some(is)) => (ChangeKind::Modified, node(is), size(new)),
+            (None, Some(is)) => (ChangeKind::Added, node(is), size(new)),
+            (Some(was), None) => (ChangeKind::Removed, node(was), size(old)),
+            (None, None) => continue,
+        };
+        // Paths of this store are plain text; one that is not is no path.
+        if let Ok(path) = TreePath::from_bytes(path.as_bytes()) {
+            changes.push(Change { path, kind, node, bytes });
+        }
+    }
+}
+
 fn volume(project: ProjectId, live: &Live) -> Volume {
     Volume { project, uuid: live.uuid, path: None }
 }
@@ -197,6 +253,13 @@ impl Storage for MemoryStorage {
             backend: BACKEND.to_owned(),
             deltas: true,
             quotas: true,
+            constant_usage: true,
+            detects_no_change: true,
+            shares_bytes: true,
+            atomic_snapshots: true,
+            full_metadata: false,
+            repeatable_streams: true,
+            stream_version: 1,
             weaknesses: vec!["everything is lost when the process ends".to_owned()],
         }
     }
@@ -226,7 +289,9 @@ impl Storage for MemoryStorage {
     }
 
     async fn delete(&self, project: ProjectId) -> Result<()> {
-        self.lock().remove(&project);
+        let mut projects = self.lock();
+        self.holds.refuse_any(project)?;
+        projects.remove(&project);
         Ok(())
     }
 
@@ -247,10 +312,25 @@ impl Storage for MemoryStorage {
     }
 
     async fn delete_snapshot(&self, project: ProjectId, name: &SnapshotName) -> Result<()> {
-        if let Some(entry) = self.lock().get_mut(&project) {
+        let mut projects = self.lock();
+        self.holds.refuse_held(project, name)?;
+        if let Some(entry) = projects.get_mut(&project) {
             entry.snapshots.retain(|(snapshot, _)| snapshot.name != *name);
         }
         Ok(())
+    }
+
+    async fn hold(&self, project: ProjectId, name: &SnapshotName) -> Result<Hold> {
+        let projects = self.lock();
+        find(&projects, project, name)?;
+        Ok(self.holds.take(project, name))
+    }
+
+    async fn changed_since(&self, project: ProjectId, name: &SnapshotName) -> Result<bool> {
+        let projects = self.lock();
+        let live = projects.get(&project).and_then(|entry| entry.live.as_ref());
+        let live = live.ok_or(Error::NotFound { project })?;
+        Ok(find(&projects, project, name)?.1 != live.files)
     }
 
     async fn restore(
@@ -299,12 +379,14 @@ impl Storage for MemoryStorage {
         source: ProjectId,
         name: &SnapshotName,
         target: ProjectId,
-        options: &VolumeOptions,
+        options: &CloneOptions,
     ) -> Result<Volume> {
-        let files = self.snapshot_files(source, name)?;
-        // The clone is charged for its own copy, so nothing may be shared.
-        let files: Files =
-            files.into_iter().map(|(path, content)| (path, Bytes::copy_from_slice(&content))).collect();
+        let mut files = self.snapshot_files(source, name)?;
+        if !options.same_owner {
+            // The clone is charged for its own copy, so nothing may be shared.
+            files.values_mut().for_each(|content| *content = Bytes::copy_from_slice(content));
+        }
+        let options = &options.volume;
         let size: u64 = files.values().map(|content| content.len() as u64).sum();
         let mut projects = self.lock();
         if projects.get(&target).is_some_and(|entry| entry.live.is_some()) {
@@ -335,21 +417,132 @@ impl Storage for MemoryStorage {
         Ok(())
     }
 
+    async fn footprint(&self, project: ProjectId, snapshot: Option<&SnapshotName>) -> Result<Footprint> {
+        let projects = self.lock();
+        let entry = projects.get(&project).ok_or(Error::NotFound { project })?;
+        let files = match snapshot {
+            Some(name) => &find(&projects, project, name)?.1,
+            None => &entry.live.as_ref().ok_or(Error::NotFound { project })?.files,
+        };
+        // Another owner's clone never shares; one of the same owner may.
+        let elsewhere: HashSet<_> = projects
+            .values()
+            .flat_map(|entry| {
+                let live = entry.live.iter().map(|live| &live.files);
+                live.chain(entry.snapshots.iter().map(|(_, files)| files))
+            })
+            .filter(|other| !std::ptr::eq(*other, files))
+            .flat_map(|other| other.values().map(|content| content.as_ptr()))
+            .collect();
+        let mut footprint = Footprint { entries: files.len() as u64, ..Footprint::default() };
+        for content in files.values() {
+            footprint.total_bytes += content.len() as u64;
+            if !elsewhere.contains(&content.as_ptr()) {
+                footprint.exclusive_bytes += content.len() as u64;
+            }
+        }
+        Ok(footprint)
+    }
+
+    async fn diff(
+        &self,
+        project: ProjectId,
+        from: &SnapshotName,
+        to: Option<&SnapshotName>,
+        after: Option<&TreePath>,
+        max: usize,
+    ) -> Result<Changes> {
+        let projects = self.lock();
+        let old = &find(&projects, project, from)?.1;
+        let new = match to {
+            Some(name) => &find(&projects, project, name)?.1,
+            None => {
+                let live = projects.get(&project).and_then(|entry| entry.live.as_ref());
+                &live.ok_or(Error::NotFound { project })?.files
+            }
+        };
+        let mut changes = Vec::new();
+        compare("", old, new, &mut changes);
+        if let Some(after) = after {
+            changes.retain(|change| change.path.names().gt(after.names()));
+        }
+        let more = changes.len() > max;
+        changes.truncate(max);
+        Ok(Changes { changes, more })
+    }
+
+    async fn copy(&self, from: &Place, to: &Place, options: &CopyOptions) -> Result<Copied> {
+        let refuse = |place: &Place, reason: &str| Error::Path {
+            project: place.project,
+            path: place.path.clone(),
+            reason: reason.to_owned(),
+        };
+        if to.snapshot.is_some() {
+            return Err(refuse(to, "snapshots never change"));
+        }
+        let mut projects = self.lock();
+        let source = match &from.snapshot {
+            Some(name) => &find(&projects, from.project, name)?.1,
+            None => {
+                let live = projects.get(&from.project).and_then(|entry| entry.live.as_ref());
+                &live.ok_or(Error::NotFound { project: from.project })?.files
+            }
+        };
+        let (source_root, target_root) = (from.path.to_string(), to.path.to_string());
+        let mut taken: Files = source
+            .iter()
+            .filter(|(path, _)| is_within(path, &source_root))
+            .map(|(path, content)| (format!("{target_root}{}", &path[source_root.len()..]), content.clone()))
+            .collect();
+        if taken.is_empty() {
+            return Err(refuse(from, "there is nothing"));
+        }
+        let shares = options.same_owner || from.project == to.project;
+        if !shares {
+            taken.values_mut().for_each(|content| *content = Bytes::copy_from_slice(content));
+        }
+        let entry = projects.get_mut(&to.project).ok_or(Error::NotFound { project: to.project })?;
+        let live = entry.live.as_mut().ok_or(Error::NotFound { project: to.project })?;
+        let Some((directory, _)) = to.path.split_last() else {
+            return Err(refuse(to, "the root itself is restored, not copied"));
+        };
+        let directory = directory.to_string();
+        let inside = |path: &String| path.len() > directory.len() && is_within(path, &directory);
+        if !directory.is_empty() && !live.files.keys().any(inside) {
+            return Err(refuse(to, "its directory does not exist"));
+        }
+        let former = live.files.clone();
+        if live.files.keys().any(|path| is_within(path, &target_root)) && !options.replace {
+            return Err(Error::AlreadyExists { project: to.project, what: format!("{:?}", to.path) });
+        }
+        live.files.retain(|path, _| !is_within(path, &target_root));
+        let bytes = taken.values().map(|content| content.len() as u64).sum();
+        let copied =
+            Copied { entries: taken.len() as u64, bytes, shared_bytes: if shares { bytes } else { 0 } };
+        live.files.append(&mut taken);
+        if entry.limit_bytes.is_some_and(|limit| entry.charged() > limit) {
+            if let Some(live) = &mut entry.live {
+                live.files = former;
+            }
+            let what = "the project's quota";
+            return Err(Error::NoSpace { project: to.project, operation: "copy into", what });
+        }
+        Ok(copied)
+    }
+
     async fn send(
         &self,
         project: ProjectId,
         name: &SnapshotName,
-        base: Option<&SnapshotName>,
+        options: &SendOptions,
     ) -> Result<SendStream> {
         let projects = self.lock();
-        let find = |name: &SnapshotName| {
-            projects
-                .get(&project)
-                .and_then(|entry| entry.find(name))
-                .ok_or_else(|| Error::NoSnapshot { project, name: name.clone() })
-        };
+        let find = |name: &SnapshotName| find(&projects, project, name);
         let (snapshot, files) = find(name)?;
-        let base = base.map(find).transpose()?;
+        let base = options.base.as_ref().map(find).transpose()?;
+        for source in &options.sources {
+            find(source)?;
+        }
         let none = Files::new();
         let old = base.map_or(&none, |(_, files)| files);
         let payload = Payload {
@@ -378,6 +571,8 @@ impl Storage for MemoryStorage {
             origin: snapshot.origin,
             base: base.map(|(snapshot, _)| (snapshot.name.clone(), snapshot.origin)),
             extra: String::new(),
+            estimated_bytes: stream.len() as u64,
+            left_out: Vec::new(),
         };
         Ok(SendStream { header, reader: Box::pin(Cursor::new(stream)) })
     }

@@ -9,9 +9,10 @@ use std::{
 
 use async_trait::async_trait;
 use cocalc_core::{
-    ids::{ProjectId, SnapshotName},
+    ids::{ProjectId, SnapshotName, TreePath},
     storage::{
-        Capabilities, Error, Result, SendHeader, SendStream, Snapshot, Storage, Usage, Volume, VolumeOptions,
+        Capabilities, Changes, CloneOptions, Copied, CopyOptions, Error, Footprint, Hold, Place, Result,
+        SendHeader, SendOptions, SendStream, Snapshot, Storage, Usage, Volume, VolumeOptions,
     },
     stream::BoxRead,
 };
@@ -28,11 +29,16 @@ pub enum Call {
     Snapshot,
     Snapshots,
     DeleteSnapshot,
+    Hold,
+    ChangedSince,
     Restore,
     SetAside,
     Clone,
     Usage,
     SetLimit,
+    Footprint,
+    Diff,
+    Copy,
     Send,
     Receive,
 }
@@ -178,6 +184,14 @@ impl Storage for FaultyStorage {
         self.pass(Call::DeleteSnapshot, project, self.inner.delete_snapshot(project, name)).await
     }
 
+    async fn hold(&self, project: ProjectId, name: &SnapshotName) -> Result<Hold> {
+        self.pass(Call::Hold, project, self.inner.hold(project, name)).await
+    }
+
+    async fn changed_since(&self, project: ProjectId, name: &SnapshotName) -> Result<bool> {
+        self.pass(Call::ChangedSince, project, self.inner.changed_since(project, name)).await
+    }
+
     async fn restore(
         &self,
         project: ProjectId,
@@ -196,7 +210,7 @@ impl Storage for FaultyStorage {
         source: ProjectId,
         name: &SnapshotName,
         target: ProjectId,
-        options: &VolumeOptions,
+        options: &CloneOptions,
     ) -> Result<Volume> {
         self.pass(Call::Clone, target, self.inner.clone_volume(source, name, target, options)).await
     }
@@ -209,19 +223,38 @@ impl Storage for FaultyStorage {
         self.pass(Call::SetLimit, project, self.inner.set_limit(project, limit_bytes)).await
     }
 
+    async fn footprint(&self, project: ProjectId, snapshot: Option<&SnapshotName>) -> Result<Footprint> {
+        self.pass(Call::Footprint, project, self.inner.footprint(project, snapshot)).await
+    }
+
+    async fn diff(
+        &self,
+        project: ProjectId,
+        from: &SnapshotName,
+        to: Option<&SnapshotName>,
+        after: Option<&TreePath>,
+        max: usize,
+    ) -> Result<Changes> {
+        self.pass(Call::Diff, project, self.inner.diff(project, from, to, after, max)).await
+    }
+
+    async fn copy(&self, from: &Place, to: &Place, options: &CopyOptions) -> Result<Copied> {
+        self.pass(Call::Copy, to.project, self.inner.copy(from, to, options)).await
+    }
+
     async fn send(
         &self,
         project: ProjectId,
         name: &SnapshotName,
-        base: Option<&SnapshotName>,
+        options: &SendOptions,
     ) -> Result<SendStream> {
         match self.meet(Call::Send) {
             Some(Fault::Before | Fault::After) => Err(injected(project)),
             Some(Fault::CutAfter(left)) => {
-                let SendStream { header, reader } = self.inner.send(project, name, base).await?;
+                let SendStream { header, reader } = self.inner.send(project, name, options).await?;
                 Ok(SendStream { header, reader: Box::pin(Cut { inner: reader, left }) })
             }
-            None => self.inner.send(project, name, base).await,
+            None => self.inner.send(project, name, options).await,
         }
     }
 

@@ -7,10 +7,11 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use cocalc_core::{
-    ids::{ProjectId, SnapshotName},
+    ids::{ProjectId, SnapshotName, TreePath},
     memory::storage::MemoryStorage,
     storage::{
-        Capabilities, Error, Result, SendHeader, SendStream, Snapshot, Storage, Usage, Volume, VolumeOptions,
+        Capabilities, Changes, CloneOptions, Copied, CopyOptions, Error, Footprint, Hold, Place, Result,
+        SendHeader, SendOptions, SendStream, Snapshot, Storage, Usage, Volume, VolumeOptions,
     },
     stream::BoxRead,
 };
@@ -57,7 +58,7 @@ async fn ordered_faults_come_once() {
     let name: SnapshotName = "s".parse().unwrap();
     store.snapshot(project, &name).await.unwrap();
     store.order(Call::Send, Fault::CutAfter(10));
-    let mut sent = store.send(project, &name, None).await.unwrap();
+    let mut sent = store.send(project, &name, &SendOptions::whole()).await.unwrap();
     let mut bytes = Vec::new();
     assert!(sent.reader.read_to_end(&mut bytes).await.is_err());
     assert_eq!(bytes.len(), 10);
@@ -167,6 +168,33 @@ impl Storage for Mutated {
         self.inner.delete_snapshot(project, name).await
     }
 
+    async fn hold(&self, project: ProjectId, name: &SnapshotName) -> Result<Hold> {
+        self.inner.hold(project, name).await
+    }
+
+    async fn changed_since(&self, project: ProjectId, name: &SnapshotName) -> Result<bool> {
+        self.inner.changed_since(project, name).await
+    }
+
+    async fn footprint(&self, project: ProjectId, snapshot: Option<&SnapshotName>) -> Result<Footprint> {
+        self.inner.footprint(project, snapshot).await
+    }
+
+    async fn diff(
+        &self,
+        project: ProjectId,
+        from: &SnapshotName,
+        to: Option<&SnapshotName>,
+        after: Option<&TreePath>,
+        max: usize,
+    ) -> Result<Changes> {
+        self.inner.diff(project, from, to, after, max).await
+    }
+
+    async fn copy(&self, from: &Place, to: &Place, options: &CopyOptions) -> Result<Copied> {
+        self.inner.copy(from, to, options).await
+    }
+
     async fn restore(
         &self,
         project: ProjectId,
@@ -204,7 +232,7 @@ impl Storage for Mutated {
         source: ProjectId,
         name: &SnapshotName,
         target: ProjectId,
-        options: &VolumeOptions,
+        options: &CloneOptions,
     ) -> Result<Volume> {
         if matches!(self.mutant, Mutant::CloneTwice) && self.inner.snapshots(source).await?.len() == 1 {
             self.inner.delete(target).await?;
@@ -227,10 +255,11 @@ impl Storage for Mutated {
         &self,
         project: ProjectId,
         name: &SnapshotName,
-        base: Option<&SnapshotName>,
+        options: &SendOptions,
     ) -> Result<SendStream> {
-        let base = if matches!(self.mutant, Mutant::SendIgnoresBase) { None } else { base };
-        self.inner.send(project, name, base).await
+        let whole = SendOptions::whole();
+        let options = if matches!(self.mutant, Mutant::SendIgnoresBase) { &whole } else { options };
+        self.inner.send(project, name, options).await
     }
 
     async fn receive(&self, header: &SendHeader, mut stream: BoxRead) -> Result<Snapshot> {

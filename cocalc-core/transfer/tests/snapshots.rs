@@ -148,6 +148,8 @@ fn header() -> SendHeader {
         origin: VolumeUuid::random(),
         base: None,
         extra: String::new(),
+        estimated_bytes: 0,
+        left_out: Vec::new(),
     }
 }
 

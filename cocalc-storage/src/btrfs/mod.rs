@@ -15,9 +15,10 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use cocalc_core::{
-    ids::{ProjectId, SnapshotName},
+    ids::{ProjectId, SnapshotName, TreePath},
     storage::{
-        Capabilities, Error, Result, SendHeader, SendStream, Snapshot, Storage, Usage, UsageSource, Volume,
+        Capabilities, Changes, CloneOptions, Copied, CopyOptions, Error, Footprint, Hold, Holds, Place,
+        Result, SendHeader, SendOptions, SendStream, Snapshot, Storage, Usage, UsageSource, Volume,
         VolumeOptions,
     },
     stream::BoxRead,
@@ -67,6 +68,7 @@ struct Store {
     weaknesses: Vec<String>,
     stall_limit: Duration,
     locks: Locks,
+    holds: Holds,
     /// Holds the lock that keeps a second process out.
     _marker: std::fs::File,
 }
@@ -137,6 +139,13 @@ impl Storage for Btrfs {
             backend: BACKEND.to_owned(),
             deltas: true,
             quotas: self.0.quotas.is_some(),
+            constant_usage: self.0.quotas.is_some(),
+            shares_bytes: true,
+            atomic_snapshots: true,
+            full_metadata: true,
+            repeatable_streams: true,
+            stream_version: 1,
+            detects_no_change: false,
             weaknesses: self.0.weaknesses.clone(),
         }
     }
@@ -183,6 +192,24 @@ impl Storage for Btrfs {
             .await
     }
 
+    async fn hold(&self, project: ProjectId, name: &SnapshotName) -> Result<Hold> {
+        let name = name.clone();
+        self.exclusive(project, "hold a snapshot of", move |store| {
+            store.layout.need(project, &name)?;
+            Ok(store.holds.take(project, &name))
+        })
+        .await
+    }
+
+    async fn changed_since(&self, project: ProjectId, name: &SnapshotName) -> Result<bool> {
+        let name = name.clone();
+        self.blocking(project, "look for changes of", move |store| {
+            store.layout.need(project, &name)?;
+            Ok(true)
+        })
+        .await
+    }
+
     async fn restore(
         &self,
         project: ProjectId,
@@ -203,7 +230,7 @@ impl Storage for Btrfs {
         source: ProjectId,
         name: &SnapshotName,
         target: ProjectId,
-        options: &VolumeOptions,
+        options: &CloneOptions,
     ) -> Result<Volume> {
         self.clone_from(source, name, target, options).await
     }
@@ -216,13 +243,32 @@ impl Storage for Btrfs {
         self.exclusive(project, "limit", move |store| store.set_limit(project, limit_bytes)).await
     }
 
+    async fn footprint(&self, _project: ProjectId, _snapshot: Option<&SnapshotName>) -> Result<Footprint> {
+        Err(Error::Unsupported { backend: BACKEND, operation: "measure what a project shares" })
+    }
+
+    async fn diff(
+        &self,
+        _project: ProjectId,
+        _from: &SnapshotName,
+        _to: Option<&SnapshotName>,
+        _after: Option<&TreePath>,
+        _max: usize,
+    ) -> Result<Changes> {
+        Err(Error::Unsupported { backend: BACKEND, operation: "compare snapshots" })
+    }
+
+    async fn copy(&self, _from: &Place, _to: &Place, _options: &CopyOptions) -> Result<Copied> {
+        Err(Error::Unsupported { backend: BACKEND, operation: "copy files" })
+    }
+
     async fn send(
         &self,
         project: ProjectId,
         name: &SnapshotName,
-        base: Option<&SnapshotName>,
+        options: &SendOptions,
     ) -> Result<SendStream> {
-        self.send_stream(project, name, base).await
+        self.send_stream(project, name, options).await
     }
 
     async fn receive(&self, header: &SendHeader, stream: BoxRead) -> Result<Snapshot> {

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use cocalc_core::ids::VolumeUuid;
+use cocalc_core::{ids::VolumeUuid, storage::Holds};
 use rustix::fs::FlockOperation;
 
 use super::{
@@ -167,6 +167,7 @@ impl BtrfsBuilder {
             weaknesses,
             stall_limit: self.stall_limit,
             locks: Locks::default(),
+            holds: Holds::default(),
             _marker: marker,
         };
         store.recover().map_err(|failure: Failure| failed(path, failure))?;

@@ -5,7 +5,7 @@ use std::{ffi::OsStr, process::Stdio, time::Duration};
 
 use cocalc_core::{
     ids::{ProjectId, SnapshotName, VolumeUuid},
-    storage::{Error, Result, SendHeader, Snapshot, Volume, VolumeOptions},
+    storage::{CloneOptions, Error, Result, SendHeader, SendOptions, Snapshot, Volume},
     stream::BoxRead,
 };
 use rustix::fs::{Timespec, Timestamps};
@@ -77,15 +77,15 @@ impl Btrfs {
         source: ProjectId,
         name: &SnapshotName,
         target: ProjectId,
-        options: &VolumeOptions,
+        options: &CloneOptions,
     ) -> Result<Volume> {
         let (from, options) = (name.clone(), options.clone());
-        let copies = self.0.quotas.is_some();
+        let copies = self.0.quotas.is_some() && !options.same_owner;
         let first = self.exclusive(target, "clone into", move |store| {
             let snapshot = store.layout.need(source, &from)?;
             store.refuse_live(target)?;
             let group = store.ensure_project(target)?;
-            store.apply(group, &options)?;
+            store.apply(group, &options.volume)?;
             if copies {
                 return Ok(None);
             }
@@ -96,7 +96,7 @@ impl Btrfs {
         if let Some(volume) = first.await? {
             return Ok(volume);
         }
-        let sent = self.send_stream(source, name, None).await?;
+        let sent = self.send_stream(source, name, &SendOptions::whole()).await?;
         let header = sent.header;
         let extra = serde_json::from_str(&header.extra).ok();
         self.applied(target, header.name, header.origin, None, extra, sent.reader, move |store, applied| {

@@ -11,7 +11,7 @@ use std::{
 
 use cocalc_core::{
     ids::{ProjectId, SnapshotName},
-    storage::{Result, SendHeader, SendStream},
+    storage::{Result, SendHeader, SendOptions, SendStream},
 };
 use serde::{Deserialize, Serialize};
 use tokio::{
@@ -39,9 +39,9 @@ impl Btrfs {
         &self,
         project: ProjectId,
         name: &SnapshotName,
-        base: Option<&SnapshotName>,
+        options: &SendOptions,
     ) -> Result<SendStream> {
-        let (name, base) = (name.clone(), base.cloned());
+        let (name, base) = (name.clone(), options.base.clone());
         let (header, paths) = self
             .blocking(project, "send", move |store| {
                 let snapshot = store.layout.need(project, &name)?;
@@ -66,6 +66,8 @@ impl Btrfs {
                     base,
                     extra: serde_json::to_string(&extra)
                         .map_err(|error| Failure::Wrong(error.to_string()))?,
+                    estimated_bytes: 0,
+                    left_out: Vec::new(),
                 };
                 Ok((header, paths))
             })

@@ -93,6 +93,7 @@ impl Store {
     }
 
     pub(super) fn delete(&self, project: ProjectId) -> Result<(), Failure> {
+        self.holds.refuse_any(project)?;
         let nothing =
             self.layout.live(project)?.is_none() && subvolume(&self.layout.snapshots(project))?.is_none();
         if nothing {
@@ -157,6 +158,7 @@ impl Store {
     }
 
     pub(super) fn delete_snapshot(&self, project: ProjectId, name: &SnapshotName) -> Result<(), Failure> {
+        self.holds.refuse_held(project, name)?;
         if let Some(found) = self.layout.find(project, name)? {
             self.destroy(found.info.tree)?;
             self.layout.commit()?;

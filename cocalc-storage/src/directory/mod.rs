@@ -13,10 +13,10 @@ use std::{
 use async_trait::async_trait;
 use cocalc_core::{
     BoxError,
-    ids::{ProjectId, SnapshotName, VolumeUuid},
+    ids::{ProjectId, SnapshotName, TreePath, VolumeUuid},
     storage::{
-        Capabilities, Error, Result, SendHeader, SendStream, Snapshot, Storage, Usage, UsageSource, Volume,
-        VolumeOptions,
+        Capabilities, Changes, CloneOptions, Copied, CopyOptions, Error, Footprint, Hold, Place, Result,
+        SendHeader, SendOptions, SendStream, Snapshot, Storage, Usage, UsageSource, Volume, VolumeOptions,
     },
     stream::BoxRead,
 };
@@ -148,7 +148,7 @@ impl Storage for Directory {
             weaknesses
                 .push("owners, devices and trusted attributes are not kept; not run as root".to_owned());
         }
-        Capabilities { backend: BACKEND.to_owned(), deltas: false, quotas: false, weaknesses }
+        Capabilities { backend: BACKEND.to_owned(), weaknesses, ..Capabilities::default() }
     }
 
     async fn create(&self, project: ProjectId, options: &VolumeOptions) -> Result<Volume> {
@@ -189,6 +189,24 @@ impl Storage for Directory {
             .await
     }
 
+    async fn hold(&self, project: ProjectId, name: &SnapshotName) -> Result<Hold> {
+        let name = name.clone();
+        self.exclusive(project, "hold a snapshot of", move |store| {
+            store.need(project, &name)?;
+            Ok(store.holds.take(project, &name))
+        })
+        .await
+    }
+
+    async fn changed_since(&self, project: ProjectId, name: &SnapshotName) -> Result<bool> {
+        let name = name.clone();
+        self.blocking(project, "look for changes of", move |store| {
+            store.need(project, &name)?;
+            Ok(true)
+        })
+        .await
+    }
+
     async fn restore(
         &self,
         project: ProjectId,
@@ -209,9 +227,9 @@ impl Storage for Directory {
         source: ProjectId,
         name: &SnapshotName,
         target: ProjectId,
-        options: &VolumeOptions,
+        options: &CloneOptions,
     ) -> Result<Volume> {
-        if options.limit_bytes.is_some() {
+        if options.volume.limit_bytes.is_some() {
             tracing::warn!("a limit is ignored: there are no quotas");
         }
         let name = name.clone();
@@ -232,13 +250,32 @@ impl Storage for Directory {
         Err(Error::Unsupported { backend: BACKEND, operation: "limit a project: it has no quotas" })
     }
 
+    async fn footprint(&self, _project: ProjectId, _snapshot: Option<&SnapshotName>) -> Result<Footprint> {
+        Err(Error::Unsupported { backend: BACKEND, operation: "measure what a project shares" })
+    }
+
+    async fn diff(
+        &self,
+        _project: ProjectId,
+        _from: &SnapshotName,
+        _to: Option<&SnapshotName>,
+        _after: Option<&TreePath>,
+        _max: usize,
+    ) -> Result<Changes> {
+        Err(Error::Unsupported { backend: BACKEND, operation: "compare snapshots" })
+    }
+
+    async fn copy(&self, _from: &Place, _to: &Place, _options: &CopyOptions) -> Result<Copied> {
+        Err(Error::Unsupported { backend: BACKEND, operation: "copy files" })
+    }
+
     async fn send(
         &self,
         project: ProjectId,
         name: &SnapshotName,
-        base: Option<&SnapshotName>,
+        options: &SendOptions,
     ) -> Result<SendStream> {
-        let (from, base) = (name.clone(), base.cloned());
+        let (from, base) = (name.clone(), options.base.clone());
         let (header, root) = self
             .blocking(project, "send", move |store| {
                 let snapshot = store.need(project, &from)?;
@@ -252,6 +289,8 @@ impl Storage for Directory {
                     origin: snapshot.origin,
                     base: base.transpose()?,
                     extra: String::new(),
+                    estimated_bytes: 0,
+                    left_out: Vec::new(),
                 };
                 Ok((header, root))
             })

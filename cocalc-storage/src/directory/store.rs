@@ -10,7 +10,7 @@ use std::{
 
 use cocalc_core::{
     ids::{ProjectId, SnapshotName, Timestamp, VolumeUuid},
-    storage::{Error, SendHeader, Snapshot, Volume},
+    storage::{Error, Holds, SendHeader, Snapshot, Volume},
 };
 use rustix::fs::{CWD, FlockOperation, RenameFlags};
 use serde::{Deserialize, Serialize};
@@ -50,6 +50,7 @@ struct Intent {
 #[derive(Debug)]
 pub(super) struct Store {
     pub(super) root: PathBuf,
+    pub(super) holds: Holds,
     /// Holds the lock that keeps a second process out.
     _lock: File,
 }
@@ -72,7 +73,7 @@ impl Store {
         for name in ["projects", "staging", "trash"] {
             make(&root.join(name)).doing("make a directory")?;
         }
-        let store = Self { root, _lock: lock };
+        let store = Self { root, holds: Holds::default(), _lock: lock };
         store.recover()?;
         Ok(store)
     }
@@ -227,10 +228,12 @@ impl Store {
     }
 
     pub(super) fn delete(&self, project: ProjectId) -> Result<(), Failure> {
+        self.holds.refuse_any(project)?;
         self.bury(&self.project_dir(project))
     }
 
     pub(super) fn delete_snapshot(&self, project: ProjectId, name: &SnapshotName) -> Result<(), Failure> {
+        self.holds.refuse_held(project, name)?;
         self.bury(&self.snapshot_dir(project, name))
     }
 

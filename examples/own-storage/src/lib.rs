@@ -11,9 +11,10 @@ use std::{
 
 use async_trait::async_trait;
 use cocalc_core::{
-    ids::{ProjectId, SnapshotName, Timestamp, VolumeUuid},
+    ids::{ProjectId, SnapshotName, Timestamp, TreePath, VolumeUuid},
     storage::{
-        Capabilities, Error, Result, SendHeader, SendStream, Snapshot, Storage, Usage, UsageSource, Volume,
+        Capabilities, Changes, CloneOptions, Copied, CopyOptions, Error, Footprint, Hold, Holds, Place,
+        Result, SendHeader, SendOptions, SendStream, Snapshot, Storage, Usage, UsageSource, Volume,
         VolumeOptions,
     },
     stream::BoxRead,
@@ -30,7 +31,10 @@ pub type Files = BTreeMap<String, Vec<u8>>;
 
 /// Shelves of volumes. Clones are the same shelves.
 #[derive(Clone, Debug, Default)]
-pub struct Shelves(Arc<Mutex<BTreeMap<ProjectId, Shelf>>>);
+pub struct Shelves {
+    shelves: Arc<Mutex<BTreeMap<ProjectId, Shelf>>>,
+    holds: Holds,
+}
 
 #[derive(Debug, Default)]
 struct Shelf {
@@ -127,7 +131,7 @@ impl Shelves {
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<ProjectId, Shelf>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.shelves.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -137,9 +141,11 @@ impl Storage for Shelves {
         let weaknesses = ["nothing survives the process", "no quotas", "every stream is whole"];
         Capabilities {
             backend: BACKEND.to_owned(),
-            deltas: false,
-            quotas: false,
+            repeatable_streams: true,
+            atomic_snapshots: true,
+            detects_no_change: true,
             weaknesses: weaknesses.map(str::to_owned).to_vec(),
+            ..Capabilities::default()
         }
     }
 
@@ -165,7 +171,9 @@ impl Storage for Shelves {
     }
 
     async fn delete(&self, project: ProjectId) -> Result<()> {
-        self.lock().remove(&project);
+        let mut shelves = self.lock();
+        self.holds.refuse_any(project)?;
+        shelves.remove(&project);
         Ok(())
     }
 
@@ -186,10 +194,24 @@ impl Storage for Shelves {
     }
 
     async fn delete_snapshot(&self, project: ProjectId, name: &SnapshotName) -> Result<()> {
-        if let Some(shelf) = self.lock().get_mut(&project) {
+        let mut shelves = self.lock();
+        self.holds.refuse_held(project, name)?;
+        if let Some(shelf) = shelves.get_mut(&project) {
             shelf.snapshots.retain(|(snapshot, _)| snapshot.name != *name);
         }
         Ok(())
+    }
+
+    async fn hold(&self, project: ProjectId, name: &SnapshotName) -> Result<Hold> {
+        let shelves = self.lock();
+        let found = shelves.get(&project).and_then(|shelf| shelf.find(name));
+        found.ok_or_else(|| Error::NoSnapshot { project, name: name.clone() })?;
+        Ok(self.holds.take(project, name))
+    }
+
+    async fn changed_since(&self, project: ProjectId, name: &SnapshotName) -> Result<bool> {
+        let (_, files) = self.read(project, name)?;
+        self.edit(project, |live| *live != files)
     }
 
     async fn restore(
@@ -234,10 +256,10 @@ impl Storage for Shelves {
         source: ProjectId,
         name: &SnapshotName,
         target: ProjectId,
-        options: &VolumeOptions,
+        options: &CloneOptions,
     ) -> Result<Volume> {
         let (_, files) = self.read(source, name)?;
-        let volume = self.create(target, options).await?;
+        let volume = self.create(target, &options.volume).await?;
         self.edit(target, |live| *live = files)?;
         Ok(volume)
     }
@@ -252,14 +274,33 @@ impl Storage for Shelves {
         Err(Error::Unsupported { backend: BACKEND, operation: "limit a project" })
     }
 
+    async fn footprint(&self, _project: ProjectId, _snapshot: Option<&SnapshotName>) -> Result<Footprint> {
+        Err(Error::Unsupported { backend: BACKEND, operation: "measure what a project shares" })
+    }
+
+    async fn diff(
+        &self,
+        _project: ProjectId,
+        _from: &SnapshotName,
+        _to: Option<&SnapshotName>,
+        _after: Option<&TreePath>,
+        _max: usize,
+    ) -> Result<Changes> {
+        Err(Error::Unsupported { backend: BACKEND, operation: "compare snapshots" })
+    }
+
+    async fn copy(&self, _from: &Place, _to: &Place, _options: &CopyOptions) -> Result<Copied> {
+        Err(Error::Unsupported { backend: BACKEND, operation: "copy files" })
+    }
+
     async fn send(
         &self,
         project: ProjectId,
         name: &SnapshotName,
-        base: Option<&SnapshotName>,
+        options: &SendOptions,
     ) -> Result<SendStream> {
         let (snapshot, files) = self.read(project, name)?;
-        let base = base.map(|base| self.read(project, base)).transpose()?;
+        let base = options.base.as_ref().map(|base| self.read(project, base)).transpose()?;
         let base = base.map(|(base, _)| (base.name, base.origin));
         let body = serde_json::to_vec(&(snapshot.origin, files)).map_err(|error| Error::Backend {
             backend: BACKEND,
@@ -276,6 +317,8 @@ impl Storage for Shelves {
             origin: snapshot.origin,
             base,
             extra: String::new(),
+            estimated_bytes: stream.len() as u64,
+            left_out: Vec::new(),
         };
         Ok(SendStream { header, reader: Box::pin(Cursor::new(stream)) })
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use cocalc_core::{
     BoxError,
     ids::{ProjectId, SnapshotName},
-    storage::{Storage, VolumeOptions},
+    storage::{SendOptions, Storage, VolumeOptions},
 };
 use own_storage::Shelves;
 
@@ -20,7 +20,7 @@ async fn main() -> Result<(), BoxError> {
     let (source, target): (Arc<dyn Storage>, Arc<dyn Storage>) = (Arc::new(alpha), Arc::new(beta.clone()));
     let (last, former): (SnapshotName, SnapshotName) = ("move-final".parse()?, "former".parse()?);
     let taken = source.set_aside(project, &last).await?;
-    let sent = source.send(project, &last, None).await?;
+    let sent = source.send(project, &last, &SendOptions::whole()).await?;
     let arrived = target.receive(&sent.header, sent.reader).await?;
     if arrived.origin != taken.origin {
         return Err("the receipt is for another snapshot".into());

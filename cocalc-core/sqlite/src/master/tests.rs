@@ -398,7 +398,7 @@ fn free_space_is_what_the_host_said_last() {
             backend: "btrfs".into(),
             deltas: true,
             quotas: true,
-            weaknesses: vec![],
+            ..Default::default()
         },
         runner: cocalc_core::runner::Capabilities {
             backend: "podman".into(),

@@ -9,6 +9,7 @@ use crate::{
     control::{CommandError, ErrorCode, MoveReply, ProjectConfig},
     grant::Refusal,
     router::HostAddress,
+    storage::SendOptions,
 };
 
 impl MoveHost {
@@ -48,7 +49,11 @@ impl MoveHost {
         }
         let snapshot = self.storage.snapshot(project, name).await.map_err(storage_error)?;
         let began = self.clock.boot();
-        let stream = self.storage.send(project, name, base.as_ref()).await.map_err(storage_error)?;
+        let stream = self
+            .storage
+            .send(project, name, &SendOptions::since(base.as_ref()))
+            .await
+            .map_err(storage_error)?;
         let progress = |bytes| (self.on_progress)(project, move_id, bytes);
         let delivered = self.transfer.send(host, &address, move_id, stream, &progress).await;
         let delivered = delivered.map_err(transfer_error)?;

@@ -18,7 +18,7 @@ use cocalc_core::{
     storage::{self, SendHeader, SendStream, Snapshot, Storage, Volume},
     stream::{BoxRead, BoxStream},
 };
-use cocalc_ids::{Epoch, HostId, MoveId, ProjectId, SnapshotName, Timestamp, VolumeUuid};
+use cocalc_ids::{Epoch, HostId, MoveId, ProjectId, SnapshotName, Timestamp, TreePath, VolumeUuid};
 use tokio::{io::AsyncReadExt, time::Instant};
 use tokio_util::sync::CancellationToken;
 
@@ -329,7 +329,7 @@ impl Site {
 #[async_trait]
 impl Storage for Site {
     fn capabilities(&self) -> storage::Capabilities {
-        storage::Capabilities { backend: "sim".into(), deltas: true, quotas: false, weaknesses: Vec::new() }
+        storage::Capabilities { backend: "sim".into(), deltas: true, ..storage::Capabilities::default() }
     }
 
     async fn create(&self, project: ProjectId, _: &storage::VolumeOptions) -> storage::Result<Volume> {
@@ -427,7 +427,7 @@ impl Storage for Site {
         project: ProjectId,
         _name: &SnapshotName,
         _target: ProjectId,
-        _options: &storage::VolumeOptions,
+        _options: &storage::CloneOptions,
     ) -> storage::Result<Volume> {
         Err(storage::Error::NotFound { project })
     }
@@ -440,11 +440,47 @@ impl Storage for Site {
         Err(storage::Error::Unsupported { backend: "sim", operation: "limit" })
     }
 
+    async fn hold(&self, project: ProjectId, name: &SnapshotName) -> storage::Result<storage::Hold> {
+        Ok(storage::Holds::default().take(project, name))
+    }
+
+    async fn changed_since(&self, _project: ProjectId, _name: &SnapshotName) -> storage::Result<bool> {
+        Ok(true)
+    }
+
+    async fn footprint(
+        &self,
+        _project: ProjectId,
+        _snapshot: Option<&SnapshotName>,
+    ) -> storage::Result<storage::Footprint> {
+        Err(storage::Error::Unsupported { backend: "sim", operation: "measure a project" })
+    }
+
+    async fn diff(
+        &self,
+        _project: ProjectId,
+        _from: &SnapshotName,
+        _to: Option<&SnapshotName>,
+        _after: Option<&TreePath>,
+        _max: usize,
+    ) -> storage::Result<storage::Changes> {
+        Err(storage::Error::Unsupported { backend: "sim", operation: "compare snapshots" })
+    }
+
+    async fn copy(
+        &self,
+        _from: &storage::Place,
+        _to: &storage::Place,
+        _options: &storage::CopyOptions,
+    ) -> storage::Result<storage::Copied> {
+        Err(storage::Error::Unsupported { backend: "sim", operation: "copy files" })
+    }
+
     async fn send(
         &self,
         project: ProjectId,
         name: &SnapshotName,
-        base: Option<&SnapshotName>,
+        options: &storage::SendOptions,
     ) -> storage::Result<SendStream> {
         self.storage_fault(project, "send")?;
         self.wait().await;
@@ -452,7 +488,7 @@ impl Storage for Site {
         let missing = |name: &SnapshotName| storage::Error::NoSnapshot { project, name: name.clone() };
         let snapshots = &world.machines[self.host].snapshots;
         let frozen = *snapshots.get(name).ok_or_else(|| missing(name))?;
-        let base = match base {
+        let base = match &options.base {
             Some(base) => Some((base.clone(), snapshots.get(base).ok_or_else(|| missing(base))?.origin)),
             None => None,
         };
@@ -468,7 +504,16 @@ impl Storage for Site {
             Box::pin(std::io::Cursor::new(whole))
         };
         let (name, origin) = (name.clone(), frozen.origin);
-        let header = SendHeader { backend: "sim".into(), project, name, origin, base, extra: String::new() };
+        let header = SendHeader {
+            backend: "sim".into(),
+            project,
+            name,
+            origin,
+            base,
+            extra: String::new(),
+            estimated_bytes: 8,
+            left_out: Vec::new(),
+        };
         Ok(SendStream { header, reader })
     }
 

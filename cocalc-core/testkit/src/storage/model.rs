@@ -2,7 +2,7 @@
 
 use cocalc_core::{
     ids::{ProjectId, SnapshotName},
-    storage::{Error, VolumeOptions},
+    storage::{CloneOptions, Error, SendOptions, VolumeOptions},
 };
 use proptest::{collection::vec, prelude::*};
 
@@ -120,12 +120,14 @@ async fn apply(h: &dyn Harness, projects: &[ProjectId; PROJECTS], op: &Op) -> &'
         Op::SetAside { host, project, name } => {
             outcome(&h.store(host).set_aside(projects[project], &n(name)).await)
         }
-        Op::Clone { host, source, name, target } => {
-            outcome(&h.store(host).clone_volume(projects[source], &n(name), projects[target], &options).await)
-        }
+        Op::Clone { host, source, name, target } => outcome(
+            &h.store(host)
+                .clone_volume(projects[source], &n(name), projects[target], &CloneOptions::default())
+                .await,
+        ),
         Op::Transfer { from, project, name, base } => {
             let base: Option<SnapshotName> = base.map(n);
-            match h.store(from).send(projects[project], &n(name), base.as_ref()).await {
+            match h.store(from).send(projects[project], &n(name), &SendOptions::since(base.as_ref())).await {
                 Ok(sent) => outcome(&h.store(from.other()).receive(&sent.header, sent.reader).await),
                 Err(error) => outcome::<()>(&Err(error)),
             }

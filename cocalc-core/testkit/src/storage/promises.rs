@@ -2,7 +2,7 @@
 
 use cocalc_core::{
     ids::{ProjectId, SnapshotName},
-    storage::{Error, VolumeOptions},
+    storage::{CloneOptions, Error, SendOptions, VolumeOptions},
 };
 
 use super::{Harness, Host, Tree};
@@ -233,10 +233,9 @@ pub(super) async fn set_aside(h: &dyn Harness) {
 pub(super) async fn clones(h: &dyn Harness) {
     let store = h.store(Host::First);
     let (source, target) = (project(h).await, ProjectId::random());
-    let options = VolumeOptions::default();
     assert!(
         matches!(
-            store.clone_volume(source, &name("s"), target, &options).await,
+            store.clone_volume(source, &name("s"), target, &CloneOptions::default()).await,
             Err(Error::NoSnapshot { project, .. }) if project == source
         ),
         "there is no snapshot to clone"
@@ -244,13 +243,13 @@ pub(super) async fn clones(h: &dyn Harness) {
     assert!(matches!(store.volume(target).await, Err(Error::NotFound { .. })), "refused: nothing is made");
     h.write(Host::First, source, "home/a", b"1").await.unwrap();
     store.snapshot(source, &name("s")).await.unwrap();
-    let made = store.clone_volume(source, &name("s"), target, &options).await.unwrap();
+    let made = store.clone_volume(source, &name("s"), target, &CloneOptions::default()).await.unwrap();
     assert_eq!(made.project, target);
     assert_eq!(h.live(Host::First, target).await.unwrap(), tree([("home/a", b"1")]), "a clone is equal");
     assert!(store.snapshots(target).await.unwrap().is_empty(), "a clone has no snapshots");
     assert!(
         matches!(
-            store.clone_volume(source, &name("s"), target, &options).await,
+            store.clone_volume(source, &name("s"), target, &CloneOptions::default()).await,
             Err(Error::AlreadyExists { project, .. }) if project == target
         ),
         "clone twice says AlreadyExists"
@@ -282,7 +281,7 @@ pub(super) async fn isolation(h: &dyn Harness) {
         "another project's snapshot cannot be restored"
     );
     assert!(
-        matches!(store.send(b, &name("s"), None).await, Err(Error::NoSnapshot { .. })),
+        matches!(store.send(b, &name("s"), &SendOptions::whole()).await, Err(Error::NoSnapshot { .. })),
         "another project's snapshot cannot be sent"
     );
     store.snapshot(b, &name("s")).await.unwrap();

@@ -9,7 +9,7 @@ use std::{
 
 use cocalc_core::{
     ids::{ProjectId, SnapshotName, VolumeUuid},
-    storage::{Error, SendHeader, Snapshot},
+    storage::{Error, SendHeader, SendOptions, Snapshot},
     stream::BoxRead,
 };
 use tokio::io::{AsyncRead, AsyncReadExt as _, ReadBuf};
@@ -31,7 +31,7 @@ async fn collect(
     base: Option<&str>,
 ) -> (SendHeader, Vec<u8>) {
     let base = base.map(name);
-    let mut sent = h.store(host).send(project, &name(n), base.as_ref()).await.unwrap();
+    let mut sent = h.store(host).send(project, &name(n), &SendOptions::since(base.as_ref())).await.unwrap();
     let mut bytes = Vec::new();
     sent.reader.read_to_end(&mut bytes).await.expect("the sender succeeds");
     assert!(sent.header.extra.len() <= 4096, "what travels beside the stream is at most 4 KiB");
@@ -83,7 +83,7 @@ async fn names(h: &dyn Harness, host: Host, project: ProjectId) -> Vec<SnapshotN
 
 async fn pass(h: &dyn Harness, from: Host, project: ProjectId, n: &str, base: Option<&str>) -> Snapshot {
     let base = base.map(name);
-    let sent = h.store(from).send(project, &name(n), base.as_ref()).await.unwrap();
+    let sent = h.store(from).send(project, &name(n), &SendOptions::since(base.as_ref())).await.unwrap();
     h.store(from.other()).receive(&sent.header, sent.reader).await.unwrap()
 }
 
@@ -107,7 +107,7 @@ pub(super) async fn whole(h: &dyn Harness) {
     let store = h.store(Host::Second);
     assert!(
         matches!(
-            h.store(Host::First).send(project, &name("none"), None).await,
+            h.store(Host::First).send(project, &name("none"), &SendOptions::whole()).await,
             Err(Error::NoSnapshot { name: missing, .. }) if missing == name("none")
         ),
         "what is not there cannot be sent"
@@ -202,7 +202,7 @@ pub(super) async fn refused(h: &dyn Harness) {
     first.snapshot(project, &name("two")).await.unwrap();
     assert!(
         matches!(
-            first.send(project, &name("two"), Some(&name("none"))).await,
+            first.send(project, &name("two"), &SendOptions::since(Some(&name("none")))).await,
             Err(Error::NoSnapshot { name: missing, .. }) if missing == name("none")
         ),
         "the base must be there"
@@ -289,7 +289,7 @@ pub(super) async fn cancelled(h: &dyn Harness) {
         tokio::time::timeout(Duration::from_millis(200), second.receive(&header, Box::pin(endless))).await;
     assert!(dropped.is_err(), "a stream that does not end is not received");
     assert!(names(h, Host::Second, project).await.is_empty(), "a dropped receive leaves nothing");
-    let sent = h.store(Host::First).send(project, &name("one"), None).await.unwrap();
+    let sent = h.store(Host::First).send(project, &name("one"), &SendOptions::whole()).await.unwrap();
     drop(sent);
     second.receive(&header, stream(&bytes)).await.expect("a dropped receive is in nobody's way");
     assert_eq!(names(h, Host::Second, project).await, [name("one")]);

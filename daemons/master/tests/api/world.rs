@@ -333,7 +333,7 @@ impl Host {
                     backend: "memory".into(),
                     deltas: true,
                     quotas: false,
-                    weaknesses: vec![],
+                    ..Default::default()
                 },
                 runner: runner::Capabilities {
                     backend: "script".into(),
