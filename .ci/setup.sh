@@ -17,7 +17,7 @@ packages=(
 case $goal in
   demo) ;;
   test) packages+=(
-          attr curl openssh-server python3-cryptography python3-jwt rsync
+          attr curl openssh-server python3-cryptography python3-jwt python3-venv rsync
         ) ;;
   bench) packages+=(curl nginx-light openssh-server wrk) ;;
   *) echo "setup.sh: unknown goal $goal" >&2; exit 2 ;;

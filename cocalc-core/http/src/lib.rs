@@ -67,6 +67,8 @@ mod cookies;
 mod credential;
 mod failures;
 mod framing;
+#[doc(hidden)]
+pub mod fuzzing;
 mod headers;
 mod host;
 mod limits;
