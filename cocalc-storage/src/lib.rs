@@ -32,6 +32,7 @@
 pub mod btrfs;
 mod child;
 pub mod directory;
+pub mod fail;
 mod failure;
 mod locks;
 pub mod loopback;

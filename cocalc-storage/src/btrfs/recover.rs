@@ -17,7 +17,10 @@ use super::{
     layout::{self, entries, need_subvolume, subvolume},
     sys::{self, Qgroup},
 };
-use crate::failure::{Doing as _, Failure};
+use crate::{
+    fail,
+    failure::{Doing as _, Failure},
+};
 
 /// What an operation is about to do.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -165,12 +168,15 @@ impl Store {
         work: impl FnOnce() -> Result<T, Failure>,
     ) -> Result<T, Failure> {
         let path = self.intend(intent)?;
+        fail::point("intent.written");
         let done = work();
+        fail::point("intent.done");
         if done.is_err() {
             // If this fails too, the intent stays for the next opening.
             self.settle(intent)?;
         }
         self.layout.commit()?;
+        fail::point("intent.committed");
         fs::remove_file(&path).doing("remove an intent")?;
         done
     }

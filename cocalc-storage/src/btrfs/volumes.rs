@@ -16,7 +16,10 @@ use super::{
     recover::Intent,
     sys::{self, Qgroup},
 };
-use crate::failure::{Doing as _, Failure};
+use crate::{
+    fail,
+    failure::{Doing as _, Failure},
+};
 
 /// The user that owns a project's files, and its group, as they are stored.
 const USER: u32 = 1000;
@@ -55,6 +58,7 @@ impl Store {
         sys::create_subvolume(&parent, &staged.name, group).doing("make a subvolume")?;
         furnish(&staged.path()).doing("furnish a volume")?;
         self.apply(group, options)?;
+        fail::point("create.staged");
         self.come_alive(project, &staged.path())
     }
 
@@ -84,6 +88,7 @@ impl Store {
     /// is.
     pub(super) fn come_alive(&self, project: ProjectId, staged: &Path) -> Result<Volume, Failure> {
         rename(staged, &self.layout.project(project), RenameFlags::NOREPLACE)?;
+        fail::point("create.in-place");
         self.layout.commit()?;
         self.live_volume(project)
     }
@@ -110,13 +115,16 @@ impl Store {
         if let Some(live) = self.layout.live(project)? {
             self.destroy_with_nested(live.info.tree, group)?;
         }
+        fail::point("delete.live");
         if let Some(group) = group {
             self.bury_group(group)?;
         }
+        fail::point("delete.group");
         // The snapshots are in it, and so go first.
         if let Some(holder) = subvolume(&self.layout.snapshots(project))? {
             self.destroy_with_nested(holder.info.tree, None)?;
         }
+        fail::point("delete.snapshots");
         Ok(())
     }
 
@@ -153,6 +161,7 @@ impl Store {
     ) -> Result<Snapshot, Failure> {
         let parent = open_directory(&self.layout.snapshots(project)).doing("open the snapshots")?;
         sys::create_snapshot(&live.fd, &parent, name.as_str(), true, group).doing("take a snapshot")?;
+        fail::point("snapshot.taken");
         let made = self.layout.need(project, name)?;
         Ok(layout::snapshot(project, name, &made.info))
     }
@@ -161,6 +170,7 @@ impl Store {
         self.holds.refuse_held(project, name)?;
         if let Some(found) = self.layout.find(project, name)? {
             self.destroy(found.info.tree)?;
+            fail::point("delete-snapshot.destroyed");
             self.layout.commit()?;
             self.forget_if_empty(project)?;
         }
@@ -187,6 +197,7 @@ impl Store {
         let staged = self.stage(group);
         let parent = open_directory(&self.layout.staging()).doing("open staging")?;
         sys::create_snapshot(&snapshot.fd, &parent, &staged.name, false, group).doing("copy a snapshot")?;
+        fail::point("restore.staged");
         let made = need_subvolume(&staged.path())?;
         // It only counts while that volume is the live one, so it may be
         // written before.
@@ -194,6 +205,7 @@ impl Store {
         let mark = serde_json::to_vec(&mark).map_err(|error| Failure::Wrong(error.to_string()))?;
         layout::write_atomically(&self.layout.snapshots(project).join(RESTORED), &mark)
             .doing("write down the restore")?;
+        fail::point("restore.marked");
 
         let Some(live) = live else {
             return self.come_alive(project, &staged.path());
@@ -201,7 +213,10 @@ impl Store {
         let intent = Intent::Replace { project, live: live.uuid(), kept: former.clone() };
         self.intending(&intent, || {
             self.freeze(project, &live, former, group)?;
-            rename(&staged.path(), &self.layout.project(project), RenameFlags::EXCHANGE)
+            fail::point("restore.frozen");
+            rename(&staged.path(), &self.layout.project(project), RenameFlags::EXCHANGE)?;
+            fail::point("restore.exchanged");
+            Ok(())
         })?;
         self.live_volume(project)
     }
@@ -231,7 +246,9 @@ impl Store {
             // Kept for people who undo things, not by the project: it must not
             // be in the way when the project comes back.
             let kept = self.freeze(project, &live, keep_as, None)?;
+            fail::point("set-aside.frozen");
             rename(&self.layout.project(project), &staged.path(), RenameFlags::NOREPLACE)?;
+            fail::point("set-aside.renamed");
             Ok(kept)
         })?;
         drop(staged);
