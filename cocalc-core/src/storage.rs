@@ -234,7 +234,8 @@ pub struct Snapshot {
     /// Identifies its content on every host: the uuid of the snapshot that was
     /// first taken, kept when it is sent on. The receipt of a move names it.
     pub origin: VolumeUuid,
-    /// When it was taken or received here.
+    /// When it was taken, on the host where that was, if the backend carries
+    /// it along; else when it was received here.
     pub created: Timestamp,
 }
 

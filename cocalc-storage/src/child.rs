@@ -31,18 +31,6 @@ impl Running {
         Self::start(command, stdin, stdout)
     }
 
-    /// Starts `program`, killed when this is dropped.
-    pub(crate) fn plain(
-        program: &'static str,
-        arguments: &[&OsStr],
-        stdin: Stdio,
-        stdout: Stdio,
-    ) -> io::Result<Self> {
-        let mut command = Command::new(program);
-        command.args(arguments);
-        Self::start(command, stdin, stdout)
-    }
-
     fn start(mut command: Command, stdin: Stdio, stdout: Stdio) -> io::Result<Self> {
         // A file takes what is said without a reader that could be too slow.
         let words = File::from(rustix::fs::memfd_create("stderr", MemfdFlags::CLOEXEC)?);

@@ -133,8 +133,14 @@ impl HostCommand {
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(tag = "step", rename_all = "snake_case")]
 pub enum MoveCommand {
+    /// Source: say what there is to be moved.
+    Survey {
+        /// The source's epoch.
+        epoch: Epoch,
+    },
     /// Destination: check space, image and backend, and expect streams of this
-    /// project from `source` only.
+    /// project from `source` only. Repeated with more snapshots, it expects
+    /// these too.
     Reserve {
         /// The source's epoch.
         epoch: Epoch,
@@ -144,9 +150,28 @@ pub enum MoveCommand {
         bytes: u64,
         /// How it is run.
         config: ProjectConfig,
+        /// The project's own snapshots, which are to come along.
+        #[serde(default)]
+        snapshots: Vec<Carried>,
+    },
+    /// Source: send one of the project's own snapshots, if it is still there,
+    /// as a delta to `base` if given and still there.
+    Carry {
+        /// The source's epoch.
+        epoch: Epoch,
+        /// Which snapshot.
+        snapshot: Carried,
+        /// A delta to what.
+        base: Option<SnapshotName>,
+        /// To whom.
+        destination: HostId,
+        /// Where that is.
+        address: HostAddress,
+        /// The highest version of streams that the destination takes.
+        version_max: u32,
     },
     /// Source: take snapshot `name` if it is not there, and send it, as a
-    /// delta to `base` if given, to the destination.
+    /// delta to `base` if given and still there, to the destination.
     Send {
         /// The source's epoch.
         epoch: Epoch,
@@ -158,6 +183,9 @@ pub enum MoveCommand {
         destination: HostId,
         /// Where that is.
         address: HostAddress,
+        /// The highest version of streams that the destination takes.
+        #[serde(default)]
+        version_max: u32,
     },
     /// Source: make new requests wait.
     Park {
@@ -182,6 +210,10 @@ pub enum MoveCommand {
         name: SnapshotName,
         /// What it must be.
         origin: VolumeUuid,
+        /// The snapshots that the project has. Others of it that lie there are
+        /// of an earlier stay.
+        #[serde(default)]
+        snapshots: Vec<Carried>,
     },
     /// Destination: hold the grant of the new epoch, and start if asked.
     Activate {
@@ -222,6 +254,16 @@ pub enum MoveCommand {
         /// Which.
         names: Vec<SnapshotName>,
     },
+}
+
+/// A snapshot that is the project's own and moves with it: its name, and what
+/// it is on every host.
+#[derive(Clone, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
+pub struct Carried {
+    /// Its name, on every host.
+    pub name: SnapshotName,
+    /// Its [`Snapshot::origin`].
+    pub origin: VolumeUuid,
 }
 
 /// How a project is made and run. Master and hosts keep it.
@@ -274,6 +316,13 @@ pub enum HostReply {
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(tag = "step", rename_all = "snake_case")]
 pub enum MoveReply {
+    /// What there is to be moved.
+    Surveyed {
+        /// What the source is charged for it, in bytes; 0 if unknown.
+        bytes: u64,
+        /// The project's own snapshots, oldest first.
+        snapshots: Vec<Carried>,
+    },
     /// The destination is ready.
     Reserved,
     /// The destination acknowledged the snapshot as complete and durable.
@@ -286,6 +335,14 @@ pub enum MoveReply {
         bytes: u64,
         /// How long it took, in milliseconds.
         millis: u64,
+        /// What the snapshot holds and did not arrive, in words for people.
+        #[serde(default)]
+        left_out: Vec<String>,
+    },
+    /// The snapshot that was to be carried has been deleted.
+    Gone {
+        /// Which snapshot.
+        snapshot: Carried,
     },
     /// Requests wait.
     Parked,
@@ -299,6 +356,10 @@ pub enum MoveReply {
         origin: VolumeUuid,
         /// Whether the project was running.
         was_running: bool,
+        /// The project's own snapshots, oldest first, which are no others until
+        /// it has moved.
+        #[serde(default)]
+        snapshots: Vec<Carried>,
     },
     /// The live volume at the destination is a copy of this snapshot.
     Staged {

@@ -18,7 +18,8 @@ mod host;
 mod peer;
 
 pub use host::{
-    CommandError, ErrorCode, HostCommand, HostReply, MoveCommand, MoveReply, ProjectConfig, ProjectReport,
+    Carried, CommandError, ErrorCode, HostCommand, HostReply, MoveCommand, MoveReply, ProjectConfig,
+    ProjectReport,
 };
 pub use peer::{
     Capabilities, HeldProject, Keepalive, KeepaliveReply, PeerReply, PeerRequest, Register, Registered,

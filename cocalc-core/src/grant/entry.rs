@@ -4,7 +4,7 @@ use cocalc_ids::{Epoch, HostId, MoveId, ProjectId, VolumeUuid};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    control::{CommandError, ErrorCode, ProjectConfig},
+    control::{Carried, CommandError, ErrorCode, ProjectConfig},
     router::{HostAddress, Reach, Route},
 };
 
@@ -38,6 +38,10 @@ pub struct Entry {
     pub start_pending: bool,
     /// It was deleted by command; it never comes back.
     pub deleted: bool,
+    /// Snapshots from an earlier stay that the project had no more when it
+    /// came back, and that have to go.
+    #[serde(default)]
+    pub stale: Vec<Carried>,
 }
 
 /// The freeze of an epoch, which nothing but a higher grant ends.
@@ -77,6 +81,17 @@ pub struct Reservation {
     pub staged: Option<VolumeUuid>,
     /// It was aborted, and what was received is being deleted.
     pub discarding: bool,
+    /// The project's own snapshots that may come.
+    #[serde(default)]
+    pub announced: Vec<Carried>,
+    /// What lay here of the project's snapshots when the move was first
+    /// expected; everything else was brought by it. `None` if nobody looked.
+    #[serde(default)]
+    pub had: Option<Vec<Carried>>,
+    /// What lies here and is none of the project's snapshots any more, once
+    /// the live volume stands.
+    #[serde(default)]
+    pub stale: Vec<Carried>,
 }
 
 /// Why a host does not do something to a project.
@@ -138,6 +153,7 @@ impl Entry {
             slot: None,
             start_pending: false,
             deleted: false,
+            stale: Vec::new(),
         }
     }
 
@@ -296,7 +312,42 @@ impl Entry {
             None => {}
         }
         self.seen = Some(epoch);
-        self.reserved = Some(Reservation { move_id, source, epoch, config, staged: None, discarding: false });
+        self.reserved = Some(Reservation {
+            move_id,
+            source,
+            epoch,
+            config,
+            staged: None,
+            discarding: false,
+            announced: Vec::new(),
+            had: None,
+            stale: Vec::new(),
+        });
+        Ok(())
+    }
+
+    /// Expects the project's own `snapshots` from the move that is reserved,
+    /// beside those that were announced before. `here` is what lies here of
+    /// them, which counts the first time: what comes later, the move brings.
+    ///
+    /// # Errors
+    ///
+    /// Refuses without the reservation.
+    pub fn announce(
+        &mut self,
+        move_id: MoveId,
+        snapshots: Vec<Carried>,
+        here: Vec<Carried>,
+    ) -> Result<(), Refusal> {
+        self.reservation(move_id)?;
+        if let Some(reserved) = &mut self.reserved {
+            reserved.had.get_or_insert(here);
+            for snapshot in snapshots {
+                if !reserved.announced.contains(&snapshot) {
+                    reserved.announced.push(snapshot);
+                }
+            }
+        }
         Ok(())
     }
 
@@ -317,18 +368,20 @@ impl Entry {
         Ok(())
     }
 
-    /// The live volume is a copy of `origin` now.
+    /// The live volume is a copy of `origin` now, and `stale` is what lies here
+    /// of snapshots that the project has no more.
     ///
     /// # Errors
     ///
     /// Refuses without the reservation, or if it is another copy already.
-    pub fn stage(&mut self, move_id: MoveId, origin: VolumeUuid) -> Result<(), Refusal> {
+    pub fn stage(&mut self, move_id: MoveId, origin: VolumeUuid, stale: Vec<Carried>) -> Result<(), Refusal> {
         let staged = self.reservation(move_id)?.staged;
         if staged.is_some_and(|staged| staged != origin) {
             return Err(self.busy(format!("move {move_id} staged another snapshot")));
         }
         if let Some(reserved) = &mut self.reserved {
             reserved.staged = Some(origin);
+            reserved.stale = stale;
         }
         Ok(())
     }
@@ -356,11 +409,16 @@ impl Entry {
         if reserved.staged.is_none() {
             return Err(Refusal::Unknown { project: self.project, reason: "nothing was staged" });
         }
-        self.reserved = None;
+        self.stale = self.reserved.take().map(|reserved| reserved.stale).unwrap_or_default();
         self.hold(epoch, config);
         self.start_pending = start;
         self.end(move_id);
         Ok(())
+    }
+
+    /// What was left of an earlier stay has been deleted.
+    pub fn tidied(&mut self) {
+        self.stale.clear();
     }
 
     /// Marks what `move_id` brought as worthless; nothing of it is accepted

@@ -8,38 +8,77 @@ mod destination;
 mod in_flight;
 mod source;
 
-use std::{collections::BTreeMap, fmt, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use async_trait::async_trait;
-use cocalc_ids::{Epoch, HostId, MoveId, ProjectId};
+use cocalc_ids::{Epoch, HostId, MoveId, ProjectId, SnapshotName};
 
-use self::in_flight::InFlight;
-use super::{UNDO_PREFIX, conflict_name, snapshot_prefix, undo_name};
+use self::{destination::Incoming, in_flight::InFlight, source::To};
+use super::{conflict_name, is_conflict, is_internal, is_undo, snapshot_prefix, undo_name};
 use crate::{
     BoxError,
     clock::{Clock, SystemClock},
-    control::{CommandError, ErrorCode, HostReply, MoveCommand, MoveReply, ProjectConfig, ProjectReport},
+    control::{
+        Carried, CommandError, ErrorCode, HostReply, MoveCommand, MoveReply, ProjectConfig, ProjectReport,
+    },
     grant::{Entry, Ledger, LedgerError},
     router::HostAddress,
     runner::{self, ProjectSpec, Runner, State},
-    storage::{self, SendHeader, SendStream, Snapshot, Storage},
+    storage::{self, Hold, SendHeader, SendStream, Snapshot, Storage},
     stream::BoxRead,
 };
 
 /// Carries a snapshot to another host, and brings back its receipt.
 #[async_trait]
 pub trait Transfer: fmt::Debug + Send + Sync + 'static {
-    /// Sends `stream` to `to` for `move_id`. `progress` hears how many bytes
-    /// are on the wire so far. Dropping the future cuts the stream, and the
-    /// receiver keeps nothing of it.
+    /// Sends a snapshot to `to` for `move_id`. `progress` hears how many bytes
+    /// of the stream have been sent so far, and never fewer than before. If the
+    /// connection breaks, a transfer may open the source again and go on.
+    /// Dropping the future cuts the stream, and the receiver keeps nothing of
+    /// it for long.
     async fn send(
         &self,
         to: HostId,
         address: &HostAddress,
         move_id: MoveId,
-        stream: SendStream,
+        source: &dyn StreamSource,
         progress: &(dyn Fn(u64) + Send + Sync),
     ) -> Result<Delivered, TransferError>;
+}
+
+/// A snapshot that can be read again.
+#[async_trait]
+pub trait StreamSource: Send + Sync {
+    /// Its stream from the beginning, with the same header each time.
+    ///
+    /// # Errors
+    ///
+    /// [`TransferError::Source`].
+    async fn open(&self) -> Result<SendStream, TransferError>;
+
+    /// Whether each of its streams is the same, byte for byte.
+    fn repeatable(&self) -> bool;
+}
+
+/// How far a stream is.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Sending {
+    /// Whose it is.
+    pub project: ProjectId,
+    /// For which move.
+    pub move_id: MoveId,
+    /// Which snapshot.
+    pub name: SnapshotName,
+    /// Bytes of it that have been sent.
+    pub bytes: u64,
+    /// About how many it has; 0 if nobody knows.
+    pub estimated_bytes: u64,
 }
 
 /// The receiver's receipt.
@@ -100,7 +139,10 @@ pub trait Inbound: fmt::Debug + Send + Sync + 'static {
 type Admission = dyn Fn(&ProjectConfig, u64) -> Result<(), CommandError> + Send + Sync;
 
 /// Hears of bytes on the wire.
-type OnProgress = dyn Fn(ProjectId, MoveId, u64) + Send + Sync;
+type OnProgress = dyn Fn(&Sending) + Send + Sync;
+
+/// The snapshot that the next stream of a move is a delta to.
+type Bases = Arc<Mutex<BTreeMap<ProjectId, Hold>>>;
 
 /// Executes the steps of moves on one host. Clones share it.
 #[derive(Clone)]
@@ -117,6 +159,7 @@ pub struct MoveHost {
     /// Sends and receives under way, so that an abort can end them.
     sends: InFlight,
     receives: InFlight,
+    bases: Bases,
 }
 
 impl fmt::Debug for MoveHost {
@@ -151,8 +194,9 @@ impl MoveHostBuilder {
         self
     }
 
-    /// Hears how many bytes of a stream are on the wire. Default: nobody does.
-    pub fn on_progress(mut self, hear: impl Fn(ProjectId, MoveId, u64) + Send + Sync + 'static) -> Self {
+    /// Hears how far a stream is, after every piece of it. Default: nobody
+    /// does.
+    pub fn on_progress(mut self, hear: impl Fn(&Sending) + Send + Sync + 'static) -> Self {
         self.0.on_progress = Arc::new(hear);
         self
     }
@@ -186,11 +230,12 @@ impl MoveHost {
             transfer,
             clock: Arc::new(SystemClock),
             admission: Arc::new(|_, _| Ok(())),
-            on_progress: Arc::new(|_, _, _| ()),
+            on_progress: Arc::new(|_| ()),
             park_max: Duration::from_secs(60),
             stop_grace: Duration::from_secs(10),
             sends: InFlight::default(),
             receives: InFlight::default(),
+            bases: Bases::default(),
         })
     }
 
@@ -203,18 +248,25 @@ impl MoveHost {
     #[tracing::instrument(name = "move.step", skip_all, fields(%move_id, %project, step = name(&step)))]
     pub async fn execute(&self, move_id: MoveId, project: ProjectId, step: MoveCommand) -> HostReply {
         let done = match step {
-            MoveCommand::Reserve { epoch, source, bytes, config } => {
-                self.reserve(move_id, project, source, epoch, bytes, config).await
+            MoveCommand::Survey { epoch } => self.survey(move_id, project, epoch).await,
+            MoveCommand::Reserve { epoch, source, bytes, config, snapshots } => {
+                let incoming = Incoming { source, epoch, bytes, config, snapshots };
+                self.reserve(move_id, project, incoming).await
             }
-            MoveCommand::Send { epoch, name, base, destination, address } => {
-                self.send(move_id, project, epoch, name, base, (destination, address)).await
+            MoveCommand::Carry { epoch, snapshot, base, destination, address, version_max } => {
+                let to = To { host: destination, address, base, version_max };
+                self.carry(move_id, project, epoch, snapshot, to).await
+            }
+            MoveCommand::Send { epoch, name, base, destination, address, version_max } => {
+                let to = To { host: destination, address, base, version_max };
+                self.send(move_id, project, epoch, name, to).await
             }
             MoveCommand::Park { epoch } => self.park(move_id, project, epoch),
             MoveCommand::Freeze { epoch, name, grace_ms } => {
                 self.freeze(move_id, project, epoch, name, Duration::from_millis(grace_ms)).await
             }
-            MoveCommand::Stage { epoch, name, origin } => {
-                self.stage(move_id, project, epoch, name, origin).await
+            MoveCommand::Stage { epoch, name, origin, snapshots } => {
+                self.stage(move_id, project, epoch, (name, origin), snapshots).await
             }
             MoveCommand::Activate { epoch, config, start } => {
                 self.activate(move_id, project, epoch, config, start).await
@@ -359,7 +411,7 @@ impl MoveHost {
         // What a move has frozen is its undo; anything else is a conflict that
         // people should look at.
         let name = entry.frozen.map_or_else(|| conflict_name(epoch), |frozen| undo_name(frozen.move_id));
-        self.sends.stop(project).await;
+        self.end_sends(project).await;
         self.runner.stop(project, self.stop_grace).await.map_err(runner_error)?;
         self.runner.remove(project).await.map_err(runner_error)?;
         if self.has_volume(project).await? {
@@ -372,6 +424,65 @@ impl MoveHost {
             };
             self.ledger.change(project, let_go).await?;
         }
+        Ok(())
+    }
+
+    /// Ends what is being sent of a project, and holds no base any more.
+    async fn end_sends(&self, project: ProjectId) {
+        self.sends.stop(project).await;
+        self.bases().remove(&project);
+    }
+
+    fn bases(&self) -> MutexGuard<'_, BTreeMap<ProjectId, Hold>> {
+        self.bases.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The project's own snapshots here, oldest first, without those that it
+    /// had no more when it came back.
+    ///
+    /// # Errors
+    ///
+    /// If the storage fails.
+    pub async fn own_snapshots(&self, project: ProjectId) -> Result<Vec<Snapshot>, CommandError> {
+        let stale = self.ledger.entry(project).map(|entry| entry.stale).unwrap_or_default();
+        let mut all = self.storage.snapshots(project).await.map_err(storage_error)?;
+        all.retain(|snapshot| !is_internal(&snapshot.name) && !stale.contains(&carried(snapshot)));
+        Ok(all)
+    }
+
+    /// Deletes the undo of moves from here that are older than `age`, and with
+    /// it the snapshots that the project had here. What a conflict has left is
+    /// kept for people. To be called now and then.
+    pub async fn expire_undo(&self, age: Duration) {
+        for entry in self.ledger.entries() {
+            if let Err(error) = self.expire_undo_of(entry.project, age).await {
+                tracing::warn!(project = %entry.project, error = %error.message, "cannot delete an undo");
+            }
+        }
+    }
+
+    async fn expire_undo_of(&self, project: ProjectId, age: Duration) -> Result<(), CommandError> {
+        let gone = |entry: &Entry| entry.granted.is_none() && entry.reserved.is_none();
+        if !self.ledger.entry(project).is_some_and(|entry| gone(&entry)) {
+            return Ok(());
+        }
+        let _turn = self.ledger.turn(project).await;
+        if !self.ledger.entry(project).is_some_and(|entry| gone(&entry)) {
+            return Ok(());
+        }
+        let all = self.storage.snapshots(project).await.map_err(storage_error)?;
+        let (undo, others): (Vec<_>, Vec<_>) =
+            all.into_iter().partition(|snapshot| is_undo(snapshot.name.as_str()));
+        let now = self.clock.wall();
+        let Some(newest) = undo.iter().map(|snapshot| snapshot.created).max() else { return Ok(()) };
+        if now < newest.plus(age) || others.iter().any(|snapshot| is_conflict(snapshot.name.as_str())) {
+            return Ok(());
+        }
+        // The undo last: what is cut off is found again by it.
+        for snapshot in others.iter().chain(&undo) {
+            self.storage.delete_snapshot(project, &snapshot.name).await.map_err(storage_error)?;
+        }
+        tracing::info!(%project, snapshots = others.len(), "the undo of a move has expired");
         Ok(())
     }
 
@@ -398,9 +509,8 @@ impl MoveHost {
     async fn delete_older_undo(&self, move_id: MoveId, project: ProjectId) -> Result<(), CommandError> {
         let keep = undo_name(move_id);
         for snapshot in self.storage.snapshots(project).await.map_err(storage_error)? {
-            // Not what people have named so.
-            let of = snapshot.name.as_str().strip_prefix(UNDO_PREFIX);
-            if of.is_some_and(|id| id.parse::<MoveId>().is_ok()) && snapshot.name != keep {
+            // Not what people have named nearly so.
+            if is_undo(snapshot.name.as_str()) && snapshot.name != keep {
                 self.storage.delete_snapshot(project, &snapshot.name).await.map_err(storage_error)?;
             }
         }
@@ -413,7 +523,7 @@ impl MoveHost {
         &self,
         move_id: MoveId,
         project: ProjectId,
-        names: Vec<cocalc_ids::SnapshotName>,
+        names: Vec<SnapshotName>,
     ) -> Result<MoveReply, CommandError> {
         let _turn = self.ledger.turn(project).await;
         let entry = self.ledger.entry(project);
@@ -429,6 +539,22 @@ impl MoveHost {
             self.storage.delete_snapshot(project, name).await.map_err(storage_error)?;
         }
         self.delete_move_snapshots(move_id, project).await?;
+        let stale = entry.as_ref().map(|entry| entry.stale.clone()).unwrap_or_default();
+        if !stale.is_empty() {
+            for snapshot in self.storage.snapshots(project).await.map_err(storage_error)? {
+                if stale.contains(&carried(&snapshot)) {
+                    self.storage.delete_snapshot(project, &snapshot.name).await.map_err(storage_error)?;
+                }
+            }
+            let tidied = move |entry: &mut Entry| {
+                // Not what another move has found meanwhile.
+                if entry.stale == stale {
+                    entry.tidied();
+                }
+                Ok(())
+            };
+            self.ledger.change(project, tidied).await.map_err(ledger_error)?;
+        }
         if entry.is_some_and(|entry| entry.may_run().is_some()) {
             // It lives here again: what was its undo here is over.
             self.delete_older_undo(move_id, project).await?;
@@ -437,8 +563,15 @@ impl MoveHost {
     }
 }
 
+/// A snapshot as moves know it.
+fn carried(snapshot: &Snapshot) -> Carried {
+    Carried { name: snapshot.name.clone(), origin: snapshot.origin }
+}
+
 fn name(step: &MoveCommand) -> &'static str {
     match step {
+        MoveCommand::Survey { .. } => "survey",
+        MoveCommand::Carry { .. } => "carry",
         MoveCommand::Reserve { .. } => "reserve",
         MoveCommand::Send { .. } => "send",
         MoveCommand::Park { .. } => "park",

@@ -7,11 +7,14 @@ use serde::{Deserialize, Serialize};
 
 use super::{snapshot_name, undo_name};
 use crate::{
-    control::{CommandError, ErrorCode, HostCommand, MoveCommand, MoveReply, ProjectConfig},
+    control::{Carried, CommandError, ErrorCode, HostCommand, MoveCommand, MoveReply, ProjectConfig},
     router::HostAddress,
 };
 
-/// What a move is about; constant.
+/// How many remarks on what did not arrive are kept.
+const LEFT_OUT_MAX: usize = 12;
+
+/// What a move is about; constant, but for the size, which the source knows.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct MoveSpec {
     /// Which move; the project's fence.
@@ -28,8 +31,12 @@ pub struct MoveSpec {
     pub epoch: Epoch,
     /// How the project is run.
     pub config: ProjectConfig,
-    /// What the source is charged for it, in bytes; 0 if unknown.
+    /// What the source is charged for it, in bytes; 0 if unknown. The survey
+    /// replaces it.
     pub bytes: u64,
+    /// The highest version of streams that the destination takes.
+    #[serde(default)]
+    pub stream_version: u32,
     /// Whether deltas of this storage are worth sending: without them, the
     /// whole volume is sent once, after the freeze.
     pub deltas: bool,
@@ -92,15 +99,21 @@ impl Default for Tuning {
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Step {
+    /// The source says what there is to be moved.
+    Surveying,
     /// The destination prepares.
     Reserving,
-    /// Snapshots are sent while the project runs.
+    /// The project's own snapshots are sent, while it runs.
+    Carrying,
+    /// Snapshots of the move are sent while the project runs.
     Seeding,
     /// The source makes new requests wait.
     Parking,
     /// The source stops the project for good.
     Freezing,
-    /// The final snapshot is sent.
+    /// The destination hears of snapshots that were taken meanwhile.
+    Announcing,
+    /// These and the final snapshot are sent.
     CatchingUp,
     /// The destination makes it the live volume; its receipt is the commit.
     Staging,
@@ -133,7 +146,11 @@ pub struct MoveState {
     pub step: Step,
     /// How often the step was tried and did not succeed.
     pub attempts: u32,
-    /// The snapshots that the destination has acknowledged, oldest first.
+    /// The project's own snapshots, oldest first.
+    #[serde(default)]
+    pub snapshots: Vec<Planned>,
+    /// The snapshots of this move that the destination has acknowledged,
+    /// oldest first.
     pub rounds: Vec<Round>,
     /// The final snapshot, once the source has frozen.
     pub frozen: Option<VolumeUuid>,
@@ -143,13 +160,26 @@ pub struct MoveState {
     pub froze: bool,
     /// Bytes on the wire so far.
     pub bytes_sent: u64,
+    /// What the files have and did not arrive, in words for people.
+    #[serde(default)]
+    pub left_out: Vec<String>,
     /// The owner's epoch since the commit or the abort.
     pub new_epoch: Option<Epoch>,
     /// Why it was aborted, or what the present step is held up by.
     pub failure: Option<Failure>,
 }
 
-/// A snapshot that the destination has.
+/// A snapshot of the project's own.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Planned {
+    /// Which.
+    #[serde(flatten)]
+    pub snapshot: Carried,
+    /// Whether the destination has it.
+    pub arrived: bool,
+}
+
+/// A snapshot of the move that the destination has.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct Round {
     /// Its name on both hosts.
@@ -251,11 +281,17 @@ pub enum Change {
 pub struct Progress {
     /// What is being done.
     pub step: Step,
-    /// Snapshots that arrived.
+    /// Snapshots of the move that arrived.
     pub rounds: usize,
+    /// How many of the project's own snapshots are at the destination.
+    pub snapshots_arrived: usize,
+    /// And how many there are.
+    pub snapshots: usize,
+    /// What did not arrive, in words for people.
+    pub left_out: Vec<String>,
     /// Bytes on the wire so far.
     pub bytes_sent: u64,
-    /// The size of the first stream, as far as it is known beforehand.
+    /// What the source is charged for the project, as far as it is known.
     pub bytes_expected: u64,
     /// Whether it can still be cancelled.
     pub cancellable: bool,
@@ -269,13 +305,15 @@ impl MoveState {
         Self {
             spec,
             revision: 1,
-            step: Step::Reserving,
+            step: Step::Surveying,
             attempts: 0,
+            snapshots: Vec::new(),
             rounds: Vec::new(),
             frozen: None,
             was_running: false,
             froze: false,
             bytes_sent: 0,
+            left_out: Vec::new(),
             new_epoch: None,
             failure: None,
         }
@@ -290,7 +328,7 @@ impl MoveState {
     /// streams, which the abort's commands end before they answer. Every other
     /// step is waited for.
     pub fn interruptible(&self) -> bool {
-        matches!(self.step, Step::Seeding | Step::CatchingUp)
+        matches!(self.step, Step::Carrying | Step::Seeding | Step::CatchingUp)
     }
 
     /// How it ended; `None` while it goes on.
@@ -320,6 +358,9 @@ impl MoveState {
         Progress {
             step: self.step,
             rounds: self.rounds.len(),
+            snapshots_arrived: self.snapshots.iter().filter(|planned| planned.arrived).count(),
+            snapshots: self.snapshots.len(),
+            left_out: self.left_out.clone(),
             bytes_sent: self.bytes_sent,
             bytes_expected: self.spec.bytes,
             cancellable: self.cancellable(),
@@ -345,10 +386,14 @@ impl MoveState {
         // Only states after a commit or abort ask for it, and those have it.
         let new_epoch = self.new_epoch.unwrap_or(spec.epoch);
         let (host, step, millis) = match self.step {
-            Step::Reserving => {
+            Step::Surveying => (source, MoveCommand::Survey { epoch: spec.epoch }, tuning.step_ms),
+            Step::Reserving | Step::Announcing => {
                 let (epoch, bytes, config) = (spec.epoch, spec.bytes, spec.config.clone());
-                (destination, MoveCommand::Reserve { epoch, source, bytes, config }, tuning.step_ms)
+                let snapshots = self.snapshots.iter().map(|planned| planned.snapshot.clone()).collect();
+                let reserve = MoveCommand::Reserve { epoch, source, bytes, config, snapshots };
+                (destination, reserve, tuning.step_ms)
             }
+            Step::Carrying => (source, self.next_stream(), tuning.seed_ms),
             Step::Seeding => (source, self.send(&self.round_name()), tuning.seed_ms),
             Step::Parking => (source, MoveCommand::Park { epoch: spec.epoch }, tuning.step_ms),
             Step::Freezing => {
@@ -358,14 +403,16 @@ impl MoveState {
             }
             Step::CatchingUp => {
                 let millis = if spec.deltas { tuning.catch_up_ms } else { tuning.seed_ms };
-                (source, self.send(&self.final_name()), millis)
+                (source, self.next_stream(), millis)
             }
             Step::Staging => {
                 let (name, epoch) = (self.final_name(), spec.epoch);
                 // A staging without a final snapshot cannot be reached; were
                 // it, the destination would refuse this origin.
                 let origin = self.frozen.unwrap_or(VolumeUuid::from_bytes([0; 16]));
-                (destination, MoveCommand::Stage { epoch, name, origin }, tuning.step_ms)
+                let arrived = self.snapshots.iter().filter(|planned| planned.arrived);
+                let snapshots = arrived.map(|planned| planned.snapshot.clone()).collect();
+                (destination, MoveCommand::Stage { epoch, name, origin, snapshots }, tuning.step_ms)
             }
             Step::Activating => {
                 let (config, start) = (spec.config.clone(), self.was_running);
@@ -436,12 +483,46 @@ impl MoveState {
 
     fn receive(&mut self, receipt: MoveReply) -> Option<Change> {
         let change = match (self.step, receipt) {
-            (Step::Reserving, MoveReply::Reserved) => {
-                self.step = if self.spec.deltas { Step::Seeding } else { Step::Parking };
+            (Step::Surveying, MoveReply::Surveyed { bytes, snapshots }) => {
+                if bytes > 0 {
+                    self.spec.bytes = bytes;
+                }
+                self.plan(snapshots);
+                self.step = Step::Reserving;
                 Change::None
             }
-            (Step::Seeding, MoveReply::Sent { name, origin, bytes, millis }) if name == self.round_name() => {
-                self.bytes_sent = self.bytes_sent.saturating_add(bytes);
+            (Step::Reserving, MoveReply::Reserved) => {
+                self.carry_on();
+                Change::None
+            }
+            (Step::Announcing, MoveReply::Reserved) => {
+                self.step = Step::CatchingUp;
+                Change::None
+            }
+            // One of the project's own arrived.
+            (
+                Step::Carrying | Step::CatchingUp,
+                MoveReply::Sent { name, origin, bytes, millis: _, left_out },
+            ) if self.waiting().is_some_and(|next| next.name == name && next.origin == origin) => {
+                if let Some(next) = self.snapshots.iter_mut().find(|planned| !planned.arrived) {
+                    next.arrived = true;
+                }
+                self.sent(bytes, left_out);
+                self.carry_on();
+                Change::None
+            }
+            // It was deleted meanwhile, which is nobody's fault.
+            (Step::Carrying | Step::CatchingUp, MoveReply::Gone { snapshot })
+                if self.waiting() == Some(&snapshot) =>
+            {
+                self.snapshots.retain(|planned| planned.snapshot != snapshot);
+                self.carry_on();
+                Change::None
+            }
+            (Step::Seeding, MoveReply::Sent { name, origin, bytes, millis, left_out })
+                if name == self.round_name() =>
+            {
+                self.sent(bytes, left_out);
                 self.rounds.push(Round { name, origin, bytes, millis });
                 if self.small_enough() {
                     self.step = Step::Parking;
@@ -456,16 +537,18 @@ impl MoveState {
                 self.froze = true;
                 Change::None
             }
-            (Step::Freezing, MoveReply::Frozen { epoch, name, origin, was_running })
+            (Step::Freezing, MoveReply::Frozen { epoch, name, origin, was_running, snapshots })
                 if epoch == self.spec.epoch && name == self.final_name() =>
             {
                 self.frozen = Some(origin);
                 self.was_running = was_running;
-                self.step = Step::CatchingUp;
+                self.plan(snapshots);
+                let late = self.waiting().is_some();
+                self.step = if late { Step::Announcing } else { Step::CatchingUp };
                 Change::None
             }
-            (Step::CatchingUp, MoveReply::Sent { name, origin, bytes, millis })
-                if name == self.final_name() =>
+            (Step::CatchingUp, MoveReply::Sent { name, origin, bytes, millis, left_out })
+                if name == self.final_name() && self.waiting().is_none() =>
             {
                 if self.frozen != Some(origin) {
                     // The destination has something else under that name.
@@ -473,7 +556,7 @@ impl MoveState {
                     let code = Some(ErrorCode::Failed);
                     return Some(self.abort(Failure { step: self.step, code, message }));
                 }
-                self.bytes_sent = self.bytes_sent.saturating_add(bytes);
+                self.sent(bytes, left_out);
                 self.rounds.push(Round { name, origin, bytes, millis });
                 self.step = Step::Staging;
                 Change::None
@@ -575,6 +658,72 @@ impl MoveState {
         }
     }
 
+    /// Replaces the list of the project's own snapshots; what has arrived stays
+    /// so.
+    fn plan(&mut self, snapshots: Vec<Carried>) {
+        let before = std::mem::take(&mut self.snapshots);
+        let arrived = |snapshot: &Carried| {
+            before.iter().any(|planned| planned.arrived && planned.snapshot == *snapshot)
+        };
+        let planned = snapshots.into_iter().map(|snapshot| Planned { arrived: arrived(&snapshot), snapshot });
+        self.snapshots = planned.collect();
+    }
+
+    /// The next of the project's own snapshots to be carried.
+    fn waiting(&self) -> Option<&Carried> {
+        self.snapshots.iter().find(|planned| !planned.arrived).map(|planned| &planned.snapshot)
+    }
+
+    /// After a snapshot was carried, or if there are none: the next one, or the
+    /// next step.
+    fn carry_on(&mut self) {
+        self.attempts = 0;
+        if self.step == Step::CatchingUp {
+            return;
+        }
+        self.step = match self.waiting() {
+            Some(_) => Step::Carrying,
+            None if self.spec.deltas => Step::Seeding,
+            None => Step::Parking,
+        };
+    }
+
+    fn sent(&mut self, bytes: u64, left_out: Vec<String>) {
+        self.bytes_sent = self.bytes_sent.saturating_add(bytes);
+        for what in left_out {
+            if !self.left_out.contains(&what) && self.left_out.len() < LEFT_OUT_MAX {
+                self.left_out.push(what);
+            }
+        }
+    }
+
+    /// What the next stream is a delta to: the newest that the destination
+    /// has and that is not newer.
+    fn base(&self) -> Option<SnapshotName> {
+        if !self.spec.deltas {
+            return None;
+        }
+        let carried = self.snapshots.iter().take_while(|planned| planned.arrived).last();
+        let round = self.rounds.last().map(|round| &round.name);
+        round.or_else(|| carried.map(|planned| &planned.snapshot.name)).cloned()
+    }
+
+    /// One of the project's own snapshots, and when all have arrived the final
+    /// one.
+    fn next_stream(&self) -> MoveCommand {
+        match self.waiting() {
+            Some(snapshot) => MoveCommand::Carry {
+                epoch: self.spec.epoch,
+                snapshot: snapshot.clone(),
+                base: self.base(),
+                destination: self.spec.destination,
+                address: self.spec.destination_address.clone(),
+                version_max: self.spec.stream_version,
+            },
+            None => self.send(&self.final_name()),
+        }
+    }
+
     fn round_name(&self) -> SnapshotName {
         snapshot_name(self.spec.move_id, &self.rounds.len().to_string())
     }
@@ -587,9 +736,10 @@ impl MoveState {
         MoveCommand::Send {
             epoch: self.spec.epoch,
             name: name.clone(),
-            base: self.rounds.last().map(|round| round.name.clone()),
+            base: self.base(),
             destination: self.spec.destination,
             address: self.spec.destination_address.clone(),
+            version_max: self.spec.stream_version,
         }
     }
 

@@ -4,7 +4,9 @@ use cocalc_ids::{Epoch, HostId, ProjectId, VolumeUuid};
 
 use super::*;
 use crate::{
-    control::{CommandError, ErrorCode, HostCommand, MoveCommand, MoveReply, ProjectConfig, ProjectReport},
+    control::{
+        Carried, CommandError, ErrorCode, HostCommand, MoveCommand, MoveReply, ProjectConfig, ProjectReport,
+    },
     router::HostAddress,
     runner,
 };
@@ -19,6 +21,7 @@ fn spec(deltas: bool) -> MoveSpec {
         epoch: Epoch::new(7).unwrap(),
         config: ProjectConfig::default(),
         bytes: 1 << 30,
+        stream_version: 2,
         deltas,
         tuning: Tuning::default(),
     }
@@ -28,20 +31,33 @@ fn origin(number: u8) -> VolumeUuid {
     VolumeUuid::from_random_bytes([number; 16])
 }
 
+/// Snapshots of the project's own.
+fn own(numbers: &[u8]) -> Vec<Carried> {
+    let carried = |n: &u8| Carried { name: format!("daily-{n}").parse().unwrap(), origin: origin(200 + n) };
+    numbers.iter().map(carried).collect()
+}
+
 /// The receipt of a host that does what it is told.
 fn receipt(state: &MoveState, bytes: u64) -> MoveReply {
     let Todo::Command { command: HostCommand::Move { step, project, .. }, .. } = state.todo() else {
         panic!("nothing to do")
     };
     match step {
+        MoveCommand::Survey { .. } => MoveReply::Surveyed { bytes: 2 << 30, snapshots: own(&[1, 2, 3]) },
         MoveCommand::Reserve { .. } => MoveReply::Reserved,
+        MoveCommand::Carry { snapshot: Carried { name, origin }, .. } => {
+            MoveReply::Sent { name, origin, bytes, millis: 60_000, left_out: Vec::new() }
+        }
         MoveCommand::Send { name, .. } => {
             let origin = state.frozen.unwrap_or(origin(100));
-            MoveReply::Sent { name, origin, bytes, millis: 60_000 }
+            let left_out = vec![format!("what {name} left out")];
+            MoveReply::Sent { name, origin, bytes, millis: 60_000, left_out }
         }
         MoveCommand::Park { .. } => MoveReply::Parked,
         MoveCommand::Freeze { epoch, name, .. } => {
-            MoveReply::Frozen { epoch, name, origin: origin(9), was_running: true }
+            // The second was deleted, and a fourth was taken.
+            let snapshots = own(&[1, 3, 4]);
+            MoveReply::Frozen { epoch, name, origin: origin(9), was_running: true, snapshots }
         }
         MoveCommand::Stage { origin, .. } => MoveReply::Staged { origin },
         MoveCommand::Activate { epoch, .. } => {
@@ -110,7 +126,10 @@ fn e(number: u64) -> Epoch {
 #[test]
 fn rounds_end_when_a_delta_is_small_or_no_longer_shrinks_or_there_were_enough() {
     let rounds = |sizes: &[u64]| {
-        let mut state = obey(&MoveState::new(spec(true)), 0).0;
+        let mut state = MoveState::new(spec(true));
+        while state.step < Step::Seeding {
+            state = obey(&state, 0).0;
+        }
         for size in sizes {
             assert_eq!(state.step, Step::Seeding, "{sizes:?}");
             let base = match state.todo() {
@@ -120,7 +139,9 @@ fn rounds_end_when_a_delta_is_small_or_no_longer_shrinks_or_there_were_enough() 
                 } => base,
                 other => panic!("{other:?}"),
             };
-            assert_eq!(base, state.rounds.last().map(|round| round.name.clone()), "deltas build on deltas");
+            let newest = own(&[3]).remove(0).name;
+            let before = state.rounds.last().map_or(newest, |round| round.name.clone());
+            assert_eq!(base, Some(before), "deltas build on deltas, the first on the newest snapshot");
             state = obey(&state, *size).0;
         }
         state.step
@@ -208,14 +229,18 @@ fn receipts_of_other_steps_names_epochs_and_origins_change_nothing() {
     }
     let at = |step| all.iter().find(|state| state.step == step).unwrap();
     let freezing = at(Step::Freezing);
-    let MoveReply::Frozen { name, origin, was_running, .. } = receipt(freezing, 0) else { panic!() };
-    let stale = MoveReply::Frozen { epoch: e(6), name, origin, was_running };
+    let MoveReply::Frozen { name, origin, was_running, snapshots, .. } = receipt(freezing, 0) else {
+        panic!()
+    };
+    let stale = MoveReply::Frozen { epoch: e(6), name, origin, was_running, snapshots };
     assert!(freezing.after(Event::Receipt(stale)).is_none());
     let wrong = MoveReply::Staged { origin: self::origin(77) };
     assert!(at(Step::Staging).after(Event::Receipt(wrong)).is_none(), "never committed on another copy");
-    let MoveReply::Sent { name, bytes, millis, .. } = receipt(at(Step::CatchingUp), 5) else { panic!() };
-    let other = MoveReply::Sent { name, origin: self::origin(77), bytes, millis };
-    let (aborted, change) = at(Step::CatchingUp).after(Event::Receipt(other)).unwrap();
+    // The last stream: before it, what was taken meanwhile is carried.
+    let last = all.iter().rfind(|state| state.step == Step::CatchingUp).unwrap();
+    let MoveReply::Sent { name, bytes, millis, left_out, .. } = receipt(last, 5) else { panic!() };
+    let other = MoveReply::Sent { name, origin: self::origin(77), bytes, millis, left_out };
+    let (aborted, change) = last.after(Event::Receipt(other)).unwrap();
     assert_eq!(aborted.step, Step::Thawing);
     assert!(matches!(change, Change::Regrant { .. }));
 }
@@ -248,6 +273,108 @@ fn every_snapshot_of_a_move_is_named_after_it_and_cleaned() {
     assert!(names.iter().all(|name| name.as_str().starts_with(&snapshot_prefix(last.spec.move_id))));
     assert!(last.rounds.iter().all(|round| names.contains(&round.name)));
     assert!(!names.contains(&undo_name(last.spec.move_id)));
+}
+
+/// What each stream of a move is: its snapshot, and what it is a delta to.
+fn streams(line: &[(MoveState, Change)]) -> Vec<(String, Option<String>)> {
+    let prefix = snapshot_prefix(line[0].0.spec.move_id);
+    let short = |name: &SnapshotName| name.as_str().replace(&prefix, "");
+    let stream = |(state, _): &(MoveState, Change)| match state.todo() {
+        Todo::Command { command: HostCommand::Move { step, .. }, .. } => match step {
+            MoveCommand::Carry { snapshot, base, .. } => {
+                Some((short(&snapshot.name), base.as_ref().map(short)))
+            }
+            MoveCommand::Send { name, base, .. } => Some((short(&name), base.as_ref().map(short))),
+            _ => None,
+        },
+        _ => None,
+    };
+    line.iter().filter_map(stream).collect()
+}
+
+#[test]
+fn snapshots_come_along_each_as_a_delta_to_the_one_before() {
+    let streams = streams(&line(true));
+    let expected = [
+        ("daily-1", None),
+        ("daily-2", Some("daily-1")),
+        ("daily-3", Some("daily-2")),
+        ("0", Some("daily-3")),
+        ("1", Some("0")),
+        ("2", Some("1")),
+        ("daily-4", Some("2")),
+        ("final", Some("2")),
+    ];
+    let expected = expected.map(|(name, base)| (name.to_owned(), base.map(str::to_owned)));
+    assert_eq!(streams, expected);
+    let whole: Vec<_> = self::streams(&line(false));
+    assert!(whole.iter().all(|(_, base)| base.is_none()), "{whole:?}");
+    assert_eq!(whole.len(), 5, "three, one that was taken meanwhile, and all of it: {whole:?}");
+}
+
+#[test]
+fn the_destination_hears_of_every_snapshot_before_it_comes_and_at_the_end_of_those_that_count() {
+    let line = line(true);
+    let mut announced = BTreeSet::new();
+    for (state, _) in &line {
+        let Todo::Command { command: HostCommand::Move { step, .. }, .. } = state.todo() else { continue };
+        match step {
+            MoveCommand::Reserve { snapshots, bytes, .. } => {
+                assert_eq!(bytes, 2 << 30, "as the source measured it");
+                announced.extend(snapshots);
+            }
+            MoveCommand::Carry { snapshot, .. } => assert!(announced.contains(&snapshot), "{snapshot:?}"),
+            MoveCommand::Stage { snapshots, .. } => assert_eq!(snapshots, own(&[1, 3, 4])),
+            _ => {}
+        }
+    }
+    let last = &line.last().unwrap().0;
+    assert_eq!((last.progress().snapshots, last.progress().snapshots_arrived), (3, 3));
+    assert!(!last.left_out.is_empty(), "people hear of what did not arrive");
+}
+
+#[test]
+fn a_snapshot_that_was_deleted_meanwhile_is_passed_over() {
+    let mut state = MoveState::new(spec(true));
+    while state.step != Step::Carrying {
+        state = obey(&state, 0).0;
+    }
+    let [first, second, third] = <[Carried; 3]>::try_from(own(&[1, 2, 3])).unwrap();
+    let other = Event::Receipt(MoveReply::Gone { snapshot: second.clone() });
+    assert!(state.after(other).is_none(), "it was not asked for");
+    for gone in [first, second, third] {
+        let event = Event::Receipt(MoveReply::Gone { snapshot: gone });
+        assert_eq!(state.step, Step::Carrying);
+        state = state.after(event.clone()).unwrap().0;
+        assert!(state.after(event).is_none(), "told twice");
+    }
+    assert_eq!((state.step, state.snapshots.len()), (Step::Seeding, 0));
+    let Todo::Command { command: HostCommand::Move { step: MoveCommand::Send { base, .. }, .. }, .. } =
+        state.todo()
+    else {
+        panic!()
+    };
+    assert_eq!(base, None, "nothing is there to build on");
+}
+
+#[test]
+fn only_names_that_hosts_make_are_theirs() {
+    let id = MoveId::from_random_bytes([1; 16]);
+    for (name, internal) in [
+        (format!("move-{id}.0"), true),
+        (format!("move-{id}.final"), true),
+        (format!("undo-{id}"), true),
+        ("conflict-7".to_owned(), true),
+        ("move-house.1".to_owned(), false),
+        (format!("move-{id}"), false),
+        ("undo-the-mess".to_owned(), false),
+        ("conflict-of-interest".to_owned(), false),
+        ("monday".to_owned(), false),
+    ] {
+        assert_eq!(is_internal(&name.parse().unwrap()), internal, "{name}");
+    }
+    assert!(is_internal(&undo_name(id)) && is_internal(&conflict_name(None)));
+    assert!(is_internal(&snapshot_name(id, "former")));
 }
 
 #[test]

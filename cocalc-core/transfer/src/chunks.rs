@@ -1,23 +1,18 @@
 //! The bytes of a snapshot on the wire: chunks with their length before them,
-//! and at the end the SHA-256 of all of them.
-//!
-//! The last chunk is held back until the hash has been checked, so whoever
-//! applies the stream cannot have come to its end before it is known to be
-//! whole.
+//! and at the end the SHA-256 of all of them, those before a broken connection
+//! included.
 
 use std::{io, time::Duration};
 
 use bytes::Bytes;
 use cocalc_core::stream::BoxRead;
-use futures_util::stream;
-use sha2::{Digest, Sha256};
+use ring::digest::{Context, Digest, SHA256};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     time::timeout,
 };
-use tokio_util::io::StreamReader;
 
-use crate::frame::invalid;
+use crate::{frame::invalid, throttle::Throttle};
 
 /// The largest chunk.
 pub(crate) const CHUNK_BYTES_MAX: usize = 1 << 20;
@@ -46,18 +41,50 @@ pub(crate) enum PumpError {
     Wire(io::Error),
 }
 
-/// Sends all of `reader`, and returns how many bytes that were.
+/// The bytes of a stream so far: how many, and their hash.
+#[derive(Clone)]
+pub(crate) struct Prefix {
+    hash: Context,
+    pub(crate) bytes: u64,
+}
+
+impl Default for Prefix {
+    fn default() -> Self {
+        Self { hash: Context::new(&SHA256), bytes: 0 }
+    }
+}
+
+impl Prefix {
+    pub(crate) fn add(&mut self, bytes: &[u8]) {
+        self.hash.update(bytes);
+        self.bytes += bytes.len() as u64;
+    }
+
+    pub(crate) fn digest(&self) -> Digest {
+        self.hash.clone().finish()
+    }
+
+    pub(crate) fn hex(&self) -> String {
+        self.digest().as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+}
+
+/// Sends the rest of `reader`, of which `before` has been sent already, and
+/// returns how many bytes all of it were.
 pub(crate) async fn pump(
     mut reader: BoxRead,
+    mut before: Prefix,
     to: &mut (impl AsyncWrite + Unpin),
     pace: Pace,
+    throttle: &Throttle,
     progress: &(dyn Fn(u64) + Send + Sync),
 ) -> Result<u64, PumpError> {
-    let mut hash = Sha256::new();
-    let mut buffer = vec![0; READ_BYTES];
-    let mut total = 0u64;
+    const LENGTH: usize = 4;
+    let mut buffer = vec![0; LENGTH + READ_BYTES];
     loop {
-        let read = match timeout(pace.beat, reader.read(&mut buffer)).await {
+        let (length, body) = buffer.split_at_mut(LENGTH);
+        let most = throttle.piece(READ_BYTES);
+        let read = match timeout(pace.beat, reader.read(&mut body[..most])).await {
             Ok(read) => read.map_err(PumpError::Source)?,
             // Comparing two large snapshots can be silent for long.
             Err(_) => {
@@ -65,20 +92,33 @@ pub(crate) async fn pump(
                 continue;
             }
         };
-        let chunk = &buffer[..read];
         // At most READ_BYTES, which fits.
-        let length = u32::try_from(read).unwrap_or(STILL_HERE);
-        write(to, &length.to_be_bytes(), pace).await?;
+        length.copy_from_slice(&u32::try_from(read).unwrap_or(STILL_HERE).to_be_bytes());
+        before.add(&body[..read]);
+        throttle.wait(read).await;
+        write(to, &buffer[..LENGTH + read], pace).await?;
         if read == 0 {
             break;
         }
-        hash.update(chunk);
-        write(to, chunk, pace).await?;
-        total += read as u64;
-        progress(total);
+        progress(before.bytes);
     }
-    write(to, &hash.finalize(), pace).await?;
-    Ok(total)
+    write(to, before.digest().as_ref(), pace).await?;
+    Ok(before.bytes)
+}
+
+/// Reads `prefix` of the stream again, and leaves the reader behind it; `None`
+/// if the stream is not so long.
+pub(crate) async fn reread(reader: &mut BoxRead, bytes: u64) -> io::Result<Option<Prefix>> {
+    let mut prefix = Prefix::default();
+    let mut buffer = vec![0; READ_BYTES];
+    while prefix.bytes < bytes {
+        let most = usize::try_from(bytes - prefix.bytes).unwrap_or(READ_BYTES).min(READ_BYTES);
+        match reader.read(&mut buffer[..most]).await? {
+            0 => return Ok(None),
+            read => prefix.add(&buffer[..read]),
+        }
+    }
+    Ok(Some(prefix))
 }
 
 async fn write(to: &mut (impl AsyncWrite + Unpin), bytes: &[u8], pace: Pace) -> Result<(), PumpError> {
@@ -92,66 +132,41 @@ async fn write(to: &mut (impl AsyncWrite + Unpin), bytes: &[u8], pace: Pace) -> 
     }
 }
 
-/// The bytes that [`pump`] sent, or an error in the place of their end.
-pub(crate) fn reader(from: impl AsyncRead + Send + Unpin + 'static, pace: Pace) -> BoxRead {
-    let chunks = Chunks { from, pace, hash: Sha256::new(), held: None, ended: false };
-    Box::pin(StreamReader::new(Box::pin(stream::try_unfold(chunks, Chunks::next))))
+/// What comes off the wire.
+pub(crate) enum Piece {
+    Chunk(Bytes),
+    /// The end, with the hash of everything before.
+    End(Vec<u8>),
 }
 
-struct Chunks<R> {
-    from: R,
-    pace: Pace,
-    hash: Sha256,
-    /// The last chunk, which is given out when what follows it is known.
-    held: Option<Bytes>,
-    ended: bool,
+/// The next piece of what [`pump`] sends. Not cancel safe.
+pub(crate) async fn next(from: &mut (impl AsyncRead + Unpin), pace: Pace) -> io::Result<Piece> {
+    loop {
+        let length = match read(from, 4, pace).await?.as_slice() {
+            &[a, b, c, d] => u32::from_be_bytes([a, b, c, d]),
+            _ => return Err(invalid("no length")),
+        };
+        match length {
+            STILL_HERE => {}
+            0 => return Ok(Piece::End(read(from, SHA256.output_len(), pace).await?)),
+            length if length as usize > CHUNK_BYTES_MAX => return Err(invalid("a chunk is too long")),
+            length => return Ok(Piece::Chunk(read(from, length as usize, pace).await?.into())),
+        }
+    }
 }
 
-impl<R: AsyncRead + Unpin> Chunks<R> {
-    async fn next(mut self) -> io::Result<Option<(Bytes, Self)>> {
-        while !self.ended {
-            let length = match self.read(4).await?.as_slice() {
-                &[a, b, c, d] => u32::from_be_bytes([a, b, c, d]),
-                _ => return Err(invalid("no length")),
-            };
-            if length == STILL_HERE {
-                continue;
-            }
-            if length as usize > CHUNK_BYTES_MAX {
-                return Err(invalid("a chunk is too long"));
-            }
-            let before = if length == 0 {
-                self.ended = true;
-                let expected = std::mem::take(&mut self.hash).finalize();
-                if self.read(expected.len()).await? != expected.as_slice() {
-                    return Err(invalid("the stream is damaged"));
-                }
-                self.held.take()
-            } else {
-                let chunk = self.read(length as usize).await?;
-                self.hash.update(&chunk);
-                self.held.replace(chunk.into())
-            };
-            if let Some(chunk) = before {
-                return Ok(Some((chunk, self)));
-            }
-        }
-        Ok(None)
+/// Reads exactly `length` bytes; each read within the stall limit.
+async fn read(from: &mut (impl AsyncRead + Unpin), length: usize, pace: Pace) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(length);
+    let mut rest = from.take(length as u64);
+    while bytes.len() < length {
+        match timeout(pace.stall, rest.read_buf(&mut bytes)).await {
+            Ok(Ok(0)) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(read) => read?,
+            Err(_) => return Err(stalled()),
+        };
     }
-
-    /// Reads exactly `length` bytes; each read within the stall limit.
-    async fn read(&mut self, length: usize) -> io::Result<Vec<u8>> {
-        let mut bytes = Vec::with_capacity(length);
-        let mut rest = (&mut self.from).take(length as u64);
-        while bytes.len() < length {
-            match timeout(self.pace.stall, rest.read_buf(&mut bytes)).await {
-                Ok(Ok(0)) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(read) => read?,
-                Err(_) => return Err(stalled()),
-            };
-        }
-        Ok(bytes)
-    }
+    Ok(bytes)
 }
 
 pub(crate) fn stalled() -> io::Error {
@@ -167,15 +182,22 @@ mod tests {
     async fn wire(content: &[u8]) -> Vec<u8> {
         let mut wire = Vec::new();
         let reader = Box::pin(std::io::Cursor::new(content.to_vec()));
-        let sent = pump(reader, &mut wire, PACE, &|_| ()).await.unwrap();
+        let free = Throttle::default();
+        let sent = pump(reader, Prefix::default(), &mut wire, PACE, &free, &|_| ()).await.unwrap();
         assert_eq!(sent, content.len() as u64);
         wire
     }
 
+    /// What a receiver reads of what comes off the wire.
+    fn reader(mut from: impl AsyncRead + Send + Unpin + 'static) -> BoxRead {
+        let (mut feeder, reader) = crate::session::channel();
+        tokio::spawn(async move { feeder.feed(&mut from, PACE).await });
+        reader
+    }
+
     async fn unwire(wire: Vec<u8>) -> (Vec<u8>, io::Result<usize>) {
         let mut content = Vec::new();
-        let mut reader = reader(std::io::Cursor::new(wire), PACE);
-        let end = reader.read_to_end(&mut content).await;
+        let end = reader(std::io::Cursor::new(wire)).read_to_end(&mut content).await;
         (content, end)
     }
 
@@ -213,7 +235,8 @@ mod tests {
         let (mut source, slow) = tokio::io::duplex(64);
         let sending = tokio::spawn(async move {
             let mut near = near;
-            pump(Box::pin(slow), &mut near, PACE, &|_| ()).await.unwrap();
+            let free = Throttle::default();
+            pump(Box::pin(slow), Prefix::default(), &mut near, PACE, &free, &|_| ()).await.unwrap();
         });
         let writing = tokio::spawn(async move {
             for _ in 0..3 {
@@ -222,12 +245,14 @@ mod tests {
             }
         });
         let mut content = Vec::new();
-        reader(far, PACE).read_to_end(&mut content).await.unwrap();
+        reader(far).read_to_end(&mut content).await.unwrap();
         assert_eq!(content, b"xxx");
         writing.await.unwrap();
         sending.await.unwrap();
         let (_near, far) = tokio::io::duplex(64);
-        let error = reader(far, PACE).read_to_end(&mut content).await.unwrap_err();
+        let (mut feeder, _reader) = crate::session::channel();
+        let mut far = far;
+        let error = feeder.feed(&mut far, PACE).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
     }
 }

@@ -36,6 +36,22 @@ pub(crate) enum Welcome {
 pub(crate) struct Offer {
     pub(crate) move_id: MoveId,
     pub(crate) header: SendHeader,
+    /// Whether the sender can begin again, so that what has come is worth
+    /// keeping when the connection breaks.
+    #[serde(default)]
+    pub(crate) again: bool,
+}
+
+/// What the sender says to [`Answer::Resume`].
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Decision {
+    /// It still looks. Said every few seconds.
+    Checking,
+    /// The stream still begins so; the rest follows.
+    Continue,
+    /// It does not: throw that away, and say `Go`.
+    Restart,
 }
 
 /// What the receiver of a snapshot says.
@@ -44,6 +60,8 @@ pub(crate) struct Offer {
 pub(crate) enum Answer {
     /// Send it.
     Go,
+    /// So much of it has come already, with this hash in hexadecimal.
+    Resume { bytes: u64, sha256: String },
     /// It is being taken in. Said every few seconds, so that silence means a
     /// dead connection.
     Working,

@@ -16,7 +16,8 @@
 //! |---|---|
 //! | [`PeerListener`] | accepts peers, and hands each stream to a [`PeerHandler`] |
 //! | [`DirectConnector`] | the [`Connector`](cocalc_core::connector::Connector) that dials them |
-//! | [`PeerTransfer`], [`receive_snapshot`] | the two ends of a snapshot's way to another host |
+//! | [`PeerTransfer`], [`SnapshotReceiver`] | the two ends of a snapshot's way to another host, over as many connections as it takes |
+//! | [`Throttle`] | how fast snapshots leave a host |
 //!
 //! It is no VPN and no proxy: it carries one stream per connection, to a peer
 //! that can be dialed.
@@ -66,10 +67,13 @@ mod frame;
 mod listener;
 mod receive;
 mod send;
+mod session;
+mod throttle;
 mod tls;
 
 pub use connector::{AddressBook, DirectConnector};
 pub use listener::{Incoming, PeerDirectory, PeerHandler, PeerListener, PeerListenerBuilder};
-pub use receive::receive_snapshot;
+pub use receive::{SnapshotReceiver, SnapshotReceiverBuilder};
 pub use send::PeerTransfer;
+pub use throttle::Throttle;
 pub use tls::SetupError;

@@ -17,12 +17,12 @@ use cocalc_core::{
     connector::Peer,
     control::{CommandError, ErrorCode},
     ids::{HostId, MoveId, ProjectId, Timestamp, VolumeUuid},
-    moves::host::{Inbound, Transfer, TransferError},
+    moves::host::{Inbound, StreamSource, Transfer, TransferError},
     router::HostAddress,
     storage::{SendHeader, SendStream, Snapshot},
     stream::BoxRead,
 };
-use cocalc_transfer::{Incoming, PeerListener, PeerTransfer, receive_snapshot};
+use cocalc_transfer::{Incoming, PeerListener, PeerTransfer, SnapshotReceiver};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, ReadBuf},
     net::{TcpListener, TcpStream},
@@ -120,10 +120,11 @@ async fn way() -> Way {
     let key = source_key.public_key();
     let directory = move |asked: &PublicKey| (*asked == key).then_some(Peer::Host(source));
     let inbound = Arc::clone(&destination);
+    let receiver = SnapshotReceiver::new(destination.clone());
     let handler = move |incoming: Incoming| {
-        let inbound = Arc::clone(&inbound);
+        let (inbound, receiver) = (Arc::clone(&inbound), receiver.clone());
         async move {
-            if let Err(error) = receive_snapshot(&*inbound, incoming).await {
+            if let Err(error) = receiver.serve(incoming).await {
                 inbound.failures.lock().unwrap().push(error.to_string());
             }
         }
@@ -157,13 +158,31 @@ fn content(size: usize) -> Vec<u8> {
     (0..size).map(|i| (i * 31 % 251) as u8).collect()
 }
 
-fn stream(header: &SendHeader, bytes: Vec<u8>) -> SendStream {
-    SendStream { header: header.clone(), reader: Box::pin(io::Cursor::new(bytes)) }
+/// Something to send that cannot be read again.
+struct Once(Mutex<Option<SendStream>>);
+
+#[async_trait]
+impl StreamSource for Once {
+    async fn open(&self) -> Result<SendStream, TransferError> {
+        Ok(self.0.lock().unwrap().take().expect("it is not read again"))
+    }
+
+    fn repeatable(&self) -> bool {
+        false
+    }
+}
+
+fn once(header: SendHeader, reader: impl AsyncRead + Send + 'static) -> Once {
+    Once(Mutex::new(Some(SendStream { header, reader: Box::pin(reader) })))
+}
+
+fn stream(header: &SendHeader, bytes: Vec<u8>) -> Once {
+    once(header.clone(), io::Cursor::new(bytes))
 }
 
 impl Way {
-    async fn send(&self, stream: SendStream) -> Result<u64, TransferError> {
-        let sending = self.transfer.send(self.to, &self.address, self.move_id, stream, &|_| ());
+    async fn send(&self, stream: Once) -> Result<u64, TransferError> {
+        let sending = self.transfer.send(self.to, &self.address, self.move_id, &stream, &|_| ());
         timeout(SOON, sending).await.expect("it ends").map(|delivered| delivered.bytes)
     }
 
@@ -190,7 +209,7 @@ async fn what_is_sent_arrives_once() {
         let hear = Arc::clone(&heard);
         let progress = move |bytes| hear.lock().unwrap().push(bytes);
         let sending = stream(&header, bytes.clone());
-        let sending = way.transfer.send(way.to, &way.address, way.move_id, sending, &progress);
+        let sending = way.transfer.send(way.to, &way.address, way.move_id, &sending, &progress);
         let delivered = timeout(SOON, sending).await.unwrap().unwrap();
         assert_eq!(delivered.bytes, size as u64);
         assert_eq!(delivered.snapshot.origin, header.origin);
@@ -249,7 +268,7 @@ impl AsyncRead for Broken {
 async fn a_source_that_fails_leaves_nothing() {
     let way = way().await;
     for good in [0, 100, 3 << 20] {
-        let sending = SendStream { header: header(), reader: Box::pin(Broken(good)) };
+        let sending = once(header(), Broken(good));
         let error = way.send(sending).await.unwrap_err();
         assert!(matches!(error, TransferError::Source { .. }), "{error}");
     }
@@ -261,12 +280,12 @@ async fn a_source_that_fails_leaves_nothing() {
 async fn a_sender_that_goes_away_leaves_nothing() {
     let way = way().await;
     // Endless, so that it is certainly in the middle.
-    let sending = SendStream { header: header(), reader: Box::pin(Broken(u64::MAX)) };
+    let sending = once(header(), Broken(u64::MAX));
     let begun = Arc::new(Mutex::new(0));
     let hear = Arc::clone(&begun);
     let progress = move |bytes| *hear.lock().unwrap() = bytes;
     {
-        let sending = way.transfer.send(way.to, &way.address, way.move_id, sending, &progress);
+        let sending = way.transfer.send(way.to, &way.address, way.move_id, &sending, &progress);
         let started = async {
             while *begun.lock().unwrap() < 1 << 20 {
                 tokio::time::sleep(Duration::from_millis(1)).await;
@@ -305,7 +324,7 @@ async fn a_cut_wire_leaves_nothing_and_the_next_attempt_succeeds() {
         let peer = cutting_wire(way.address.peer.clone(), after).await;
         let address = HostAddress { peer, ..way.address.clone() };
         let sending = stream(&header, bytes.clone());
-        let sending = way.transfer.send(way.to, &address, way.move_id, sending, &|_| ());
+        let sending = way.transfer.send(way.to, &address, way.move_id, &sending, &|_| ());
         let error = timeout(SOON, sending).await.expect("it ends").unwrap_err();
         assert!(matches!(error, TransferError::Cut { .. }), "{after}: {error}");
         assert_eq!(way.kept(), 0, "{after}");
@@ -321,8 +340,8 @@ async fn a_slow_receiver_holds_the_sender_back() {
     let sent = Arc::new(Mutex::new(0));
     let hear = Arc::clone(&sent);
     let progress = move |bytes| *hear.lock().unwrap() = bytes;
-    let sending = SendStream { header: header(), reader: Box::pin(Broken(u64::MAX)) };
-    let sending = way.transfer.send(way.to, &way.address, way.move_id, sending, &progress);
+    let sending = once(header(), Broken(u64::MAX));
+    let sending = way.transfer.send(way.to, &way.address, way.move_id, &sending, &progress);
     // At 64 KiB per 20 ms, a second is 3 MiB. What lies between the two is
     // bounded by the sockets' buffers and two chunks, far below what an
     // unbounded queue would take from an endless source in that time.
@@ -337,7 +356,7 @@ async fn a_receiver_that_stands_still_is_given_up() {
     let mut way = way().await;
     *way.destination.slow.lock().unwrap() = Duration::from_secs(3600);
     way.transfer = way.transfer.clone().stall_limit(Duration::from_millis(300));
-    let sending = SendStream { header: header(), reader: Box::pin(Broken(u64::MAX)) };
+    let sending = once(header(), Broken(u64::MAX));
     let error = way.send(sending).await.unwrap_err();
     assert!(matches!(error, TransferError::Cut { .. }), "{error}");
 }

@@ -11,6 +11,11 @@ const COMMAND_HEADER: usize = 4 + 2 + 4;
 const COMMAND_MAX: [usize; 2] = [64 << 10, 144 << 10];
 /// As the kernel limits it.
 const PATH_MAX: usize = 4096;
+/// The longest that encoded data is when it is decoded; who applies it takes
+/// so much memory.
+const UNENCODED_MAX: u64 = 128 << 10;
+/// How many ways to compress there are (`linux/btrfs.h`).
+const COMPRESSIONS: u64 = 8;
 
 /// Commands, as in the kernel's `fs/btrfs/send.h`.
 mod command {
@@ -18,6 +23,8 @@ mod command {
     pub(super) const SNAPSHOT: u16 = 2;
     pub(super) const SYMLINK: u16 = 8;
     pub(super) const END: u16 = 21;
+    /// Names an extent without its data: nothing would be written.
+    pub(super) const UPDATE_EXTENT: u16 = 22;
     /// The last of each version.
     pub(super) const LAST: [u16; 2] = [22, 25];
 }
@@ -31,13 +38,19 @@ mod attribute {
     pub(super) const DATA: u16 = 19;
     pub(super) const CLONE_UUID: u16 = 20;
     pub(super) const CLONE_PATH: u16 = 22;
+    pub(super) const UNENCODED_FILE_LEN: u16 = 27;
+    pub(super) const UNENCODED_LEN: u16 = 28;
+    pub(super) const UNENCODED_OFFSET: u16 = 29;
+    pub(super) const COMPRESSION: u16 = 30;
+    pub(super) const ENCRYPTION: u16 = 31;
     /// The last of each version.
     pub(super) const LAST: [u16; 2] = [24, 31];
 }
 
 /// Walks a Btrfs send stream and lets through only what is safe to apply: one
-/// subvolume, the announced one, whole commands with right checksums, paths
-/// that stay inside, and clones from nothing but itself and its base.
+/// subvolume, the announced one, with its data, whole commands with right
+/// checksums, paths that stay inside, encoded data of a bounded length, and
+/// clones from nothing but itself, its base and the announced sources.
 ///
 /// What it lets through can still say anything *within* the subvolume, device
 /// nodes and setuid files included; volumes are mounted `nosuid,nodev`.
@@ -57,6 +70,7 @@ pub struct StreamGuard {
     name: String,
     origin: VolumeUuid,
     base: Option<VolumeUuid>,
+    sources: Vec<VolumeUuid>,
     /// What is not a whole command yet; less than the longest one.
     pending: Vec<u8>,
     stage: Stage,
@@ -84,7 +98,14 @@ impl StreamGuard {
     /// Expects snapshot `name` with this origin, as a delta to the snapshot
     /// whose origin is `base`, or whole.
     pub fn new(name: &SnapshotName, origin: VolumeUuid, base: Option<VolumeUuid>) -> Self {
-        Self { name: name.to_string(), origin, base, pending: Vec::new(), stage: Stage::Header }
+        let (name, sources, pending) = (name.to_string(), Vec::new(), Vec::new());
+        Self { name, origin, base, sources, pending, stage: Stage::Header }
+    }
+
+    /// Lets it clone from snapshots with these origins too.
+    pub fn sources(mut self, sources: Vec<VolumeUuid>) -> Self {
+        self.sources = sources;
+        self
     }
 
     /// Takes the next bytes of the stream, and appends to `safe` what may be
@@ -94,16 +115,40 @@ impl StreamGuard {
     ///
     /// The first thing that is not safe. The guard must not be used after it.
     pub fn push(&mut self, bytes: &[u8], safe: &mut Vec<u8>) -> Result<(), Refused> {
-        self.pending.extend_from_slice(bytes);
-        let pending = std::mem::take(&mut self.pending);
-        let mut rest = pending.as_slice();
-        while let Some(length) = self.step(rest)? {
-            let (done, after) = rest.split_at(length);
-            safe.extend_from_slice(done);
+        let mut rest = bytes;
+        // First what was not whole before; most of it is checked where it
+        // lies.
+        while !self.pending.is_empty() && !rest.is_empty() {
+            let missing = self.missing().min(rest.len());
+            let (more, after) = rest.split_at(missing);
+            self.pending.extend_from_slice(more);
             rest = after;
+            let mut pending = std::mem::take(&mut self.pending);
+            if self.step(&pending)?.is_some() {
+                safe.append(&mut pending);
+            }
+            self.pending = pending;
         }
-        self.pending = rest.to_vec();
+        let mut done = 0;
+        while let Some(length) = self.step(&rest[done..])? {
+            done += length;
+        }
+        safe.extend_from_slice(&rest[..done]);
+        self.pending.extend_from_slice(&rest[done..]);
         Ok(())
+    }
+
+    /// How many bytes the unit that has begun needs at least.
+    fn missing(&self) -> usize {
+        let have = self.pending.len();
+        let whole = match (self.stage, self.pending.first_chunk::<4>()) {
+            (Stage::Header, _) => MAGIC.len() + 4,
+            (_, Some(length)) if have >= COMMAND_HEADER => {
+                COMMAND_HEADER + u32::from_le_bytes(*length) as usize
+            }
+            _ => COMMAND_HEADER,
+        };
+        whole.saturating_sub(have).max(1)
     }
 
     /// Says whether the stream, which has ended, was whole.
@@ -163,6 +208,9 @@ impl StreamGuard {
         if !crc32c::crc32c_append(sum, body) != u32::from_le_bytes([s0, s1, s2, s3]) {
             return refuse("a checksum is wrong");
         }
+        if command == command::UPDATE_EXTENT {
+            return refuse("it comes without the data of its files");
+        }
         if command == 0 || command > command::LAST[version] {
             return refuse(format!("it has an unknown command {command}"));
         }
@@ -218,16 +266,31 @@ impl StreamGuard {
                 contained(value, false)
             }
             attribute::CLONE_UUID => {
-                let ours = value == self.origin.as_bytes();
-                if ours || self.base.is_some_and(|base| value == base.as_bytes()) {
+                let mut ours = [self.origin].into_iter().chain(self.base).chain(self.sources.iter().copied());
+                if ours.any(|uuid| value == uuid.as_bytes()) {
                     Ok(())
                 } else {
                     refuse("it clones from a subvolume that is not its own")
                 }
             }
+            attribute::UNENCODED_FILE_LEN | attribute::UNENCODED_LEN | attribute::UNENCODED_OFFSET => {
+                bounded(value, UNENCODED_MAX)
+            }
+            attribute::COMPRESSION => bounded(value, COMPRESSIONS - 1),
+            attribute::ENCRYPTION => bounded(value, 0),
             _ => Ok(()),
         })
     }
+}
+
+/// Refuses a little-endian number above `max`.
+fn bounded(value: &[u8], max: u64) -> Result<(), Refused> {
+    let mut bytes = [0; 8];
+    match bytes.get_mut(..value.len()) {
+        Some(low) => low.copy_from_slice(value),
+        None => return refuse("an attribute is too long"),
+    }
+    if u64::from_le_bytes(bytes) > max { refuse("encoded data is not as it can be") } else { Ok(()) }
 }
 
 /// Calls `check` for each attribute of a command.

@@ -137,7 +137,7 @@ impl Layout {
 
 /// A snapshot, as the contract shows it.
 pub(super) fn snapshot(project: ProjectId, name: &SnapshotName, info: &sys::SubvolInfo) -> Snapshot {
-    let (secs, nanos) = info.created;
+    let (secs, nanos) = taken(info);
     let millis = i64::try_from(secs).unwrap_or(0).saturating_mul(1000) + i64::from(nanos / 1_000_000);
     Snapshot {
         project,
@@ -146,6 +146,11 @@ pub(super) fn snapshot(project: ProjectId, name: &SnapshotName, info: &sys::Subv
         origin: origin(info),
         created: Timestamp::from_millis(millis),
     }
+}
+
+/// When a snapshot was taken, on whichever host that was.
+pub(super) fn taken(info: &sys::SubvolInfo) -> (u64, u32) {
+    if info.received_uuid != [0; 16] && info.sent_time != (0, 0) { info.sent_time } else { info.created }
 }
 
 /// The uuid that a snapshot has on every host.

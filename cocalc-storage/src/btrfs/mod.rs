@@ -1,5 +1,6 @@
 //! Project volumes as Btrfs subvolumes.
 
+mod contents;
 mod files;
 mod guard;
 mod images;
@@ -68,6 +69,8 @@ struct Store {
     quotas: Option<Quotas>,
     weaknesses: Vec<String>,
     stall_limit: Duration,
+    /// The highest version of streams that can be received here.
+    stream_version: u32,
     locks: Locks,
     holds: Holds,
     /// Holds the lock that keeps a second process out.
@@ -145,7 +148,7 @@ impl Storage for Btrfs {
             atomic_snapshots: true,
             full_metadata: true,
             repeatable_streams: true,
-            stream_version: 1,
+            stream_version: self.0.stream_version,
             detects_no_change: false,
             weaknesses: self.0.weaknesses.clone(),
         }

@@ -166,6 +166,7 @@ impl BtrfsBuilder {
             quotas,
             weaknesses,
             stall_limit: self.stall_limit,
+            stream_version: super::receive::stream_version(),
             locks: Locks::default(),
             holds: Holds::default(),
             _marker: marker,

@@ -20,7 +20,7 @@ use super::{
     guard::StreamGuard,
     layout::{self, need_subvolume, open_directory},
     recover::{Intent, Staged},
-    send::Extra,
+    send::{Extra, PIPE_BYTES},
     sys::{self, Qgroup},
 };
 use crate::{
@@ -28,7 +28,28 @@ use crate::{
     failure::{Doing as _, Failure},
 };
 
-const CHUNK: usize = 128 << 10;
+const CHUNK: usize = 256 << 10;
+
+/// More than `btrfs receive` ever needs: a stream that makes it take more is
+/// not an honest one.
+const MEMORY_MAX: &str = "--as=1073741824";
+
+/// The highest version of streams that this kernel and `btrfs` program take.
+pub(super) fn stream_version() -> u32 {
+    let kernel = std::fs::read_to_string("/sys/fs/btrfs/features/send_stream_version");
+    let kernel: u32 = kernel.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(1);
+    // Programs before 6.0.2 lose data when they fall back from an encoded
+    // write, those before 6.2 damage what zstd has compressed.
+    let said = std::process::Command::new("btrfs").arg("--version").output();
+    let said = said.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+    if kernel >= 2 && program_version(&said) >= Some((6, 2)) { 2 } else { 1 }
+}
+
+fn program_version(said: &str) -> Option<(u32, u32)> {
+    let (_, version) = said.lines().next()?.split_once(" v")?;
+    let mut parts = version.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+    Some((parts.next()?.ok()?, parts.next().and_then(Result::ok).unwrap_or(0)))
+}
 
 /// A stream that was applied in staging.
 struct Applied {
@@ -53,7 +74,15 @@ impl Btrfs {
             extra => Some(serde_json::from_str(extra).map_err(|error| bad(error.to_string()))?),
         };
         let announced = header.clone();
-        let admitted = self.exclusive(project, "receive", move |store| store.admit(&announced)).await?;
+        let sources = extra.as_ref().map(|extra: &Extra| extra.sources.clone()).unwrap_or_default();
+        let admitted = self.exclusive(project, "receive", move |store| {
+            let admitted = store.admit(&announced)?;
+            if admitted.is_none() {
+                store.admit_sources(project, &sources)?;
+            }
+            Ok(admitted)
+        });
+        let admitted = admitted.await?;
         if let Some(snapshot) = admitted {
             return Ok(snapshot);
         }
@@ -126,7 +155,8 @@ impl Btrfs {
         let this = self.clone();
         let task = tokio::spawn(async move {
             let staging = VolumeUuid::random().to_string();
-            let guard = StreamGuard::new(&name, origin, base.map(|(_, origin)| origin));
+            let sources = extra.as_ref().map(|extra| extra.sources.clone()).unwrap_or_default();
+            let guard = StreamGuard::new(&name, origin, base.map(|(_, origin)| origin)).sources(sources);
             let prepared = {
                 let staging = staging.clone();
                 this.exclusive(project, "receive", move |store| store.prepare(project, &staging)).await
@@ -182,6 +212,22 @@ impl Store {
         Ok(None)
     }
 
+    /// Refuses a stream that wants to refer to anything but snapshots that the
+    /// project has here.
+    fn admit_sources(&self, project: ProjectId, sources: &[VolumeUuid]) -> Result<(), Failure> {
+        if sources.is_empty() {
+            return Ok(());
+        }
+        let here = self.layout.list_snapshots(project)?;
+        match sources.iter().find(|source| here.iter().all(|snapshot| snapshot.origin != **source)) {
+            Some(source) => {
+                let reason = format!("it refers to {source}, which is no snapshot of the project here");
+                Err(Error::BadStream { project, reason }.into())
+            }
+            None => Ok(()),
+        }
+    }
+
     /// Makes the subvolume in staging to receive into. It is in the project's
     /// quota group, and so is by inheritance what is received, while it is.
     fn prepare(&self, project: ProjectId, staging: &str) -> Result<Option<Qgroup>, Failure> {
@@ -212,7 +258,7 @@ impl Store {
         self.layout.commit()?;
         let staged = self.stage(applied.group);
         let made = self.copy(&received, &staged)?;
-        if let Some(Extra { root_mtime: (tv_sec, nanos) }) = applied.extra {
+        if let Some(Extra { root_mtime: (tv_sec, nanos), .. }) = applied.extra {
             let times = Timestamps {
                 last_access: Timespec { tv_sec: 0, tv_nsec: rustix::fs::UTIME_OMIT },
                 last_modification: Timespec { tv_sec, tv_nsec: nanos.min(999_999_999).into() },
@@ -232,7 +278,8 @@ impl Store {
         }
         let (received, staged) = self.copy_of(applied)?;
         let copy = need_subvolume(&staged.path())?;
-        sys::set_received(&copy.fd, &received.info).doing("mark a snapshot as received")?;
+        let taken = applied.extra.as_ref().map_or((0, 0), |extra| extra.taken);
+        sys::set_received(&copy.fd, &received.info, taken).doing("mark a snapshot as received")?;
         let name = &applied.name;
         self.intending(&Intent::Snapshot { project, name: name.clone() }, || {
             let place = self.layout.snapshot(project, name);
@@ -280,9 +327,9 @@ async fn feed(
 ) -> Result<(), Rejected> {
     // -C confines it to its directory: without it, a crafted stream writes
     // anywhere as root. -e: end at the stream's end.
-    let arguments = ["receive", "-q", "-e", "-C"].map(OsStr::new);
+    let arguments = [MEMORY_MAX, "--core=0", "--", "btrfs", "receive", "-q", "-e", "-C"].map(OsStr::new);
     let arguments = [arguments.as_slice(), &[place]].concat();
-    let mut running = Running::confined("btrfs", &arguments, Stdio::piped(), Stdio::null())
+    let mut running = Running::confined("prlimit", &arguments, Stdio::piped(), Stdio::null())
         .doing("start btrfs receive")
         .map_err(Rejected::Io)?;
     let pumped = tokio::select! {
@@ -318,6 +365,8 @@ async fn pump(
     let Some(mut stdin) = running.child.stdin.take() else {
         return Err(Rejected::Child("btrfs receive has no input".to_owned()));
     };
+    // Slower without, where the user has too many pipes.
+    let _ = rustix::pipe::fcntl_setpipe_size(&stdin, PIPE_BYTES);
     let mut chunk = vec![0; CHUNK];
     let mut safe = Vec::with_capacity(2 * CHUNK);
     loop {
@@ -337,6 +386,24 @@ async fn pump(
                 return Err(Rejected::Child(format!("btrfs receive failed, {status}: {}", running.words())));
             }
             Err(_) => return Err(Rejected::Child("btrfs receive takes no more".to_owned())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_version_of_the_program_is_read() {
+        for (said, version) in [
+            ("btrfs-progs v6.2\n", Some((6, 2))),
+            ("btrfs-progs v6.14.1\n-EXPERIMENTAL", Some((6, 14))),
+            ("btrfs-progs v5.16.2", Some((5, 16))),
+            ("", None),
+            ("what?", None),
+        ] {
+            assert_eq!(program_version(said), version, "{said}");
         }
     }
 }

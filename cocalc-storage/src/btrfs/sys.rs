@@ -7,6 +7,8 @@
     reason = "each block is one ioctl on an open descriptor with the structure its number names"
 )]
 
+pub(super) mod stream;
+
 use std::{
     ffi::OsStr,
     io,
@@ -248,7 +250,9 @@ pub(super) struct SubvolInfo {
     pub(super) created_transid: u64,
     /// The sender's transaction, of a received subvolume.
     sent_transid: u64,
-    sent_time: Timespec,
+    /// When the snapshot was taken that this one was received as; zero if
+    /// nobody said so.
+    pub(super) sent_time: (u64, u32),
 }
 
 /// Whether this descriptor is on Btrfs.
@@ -455,7 +459,7 @@ pub(super) fn subvolume_info(fd: impl AsFd) -> io::Result<SubvolInfo> {
         created: (args.otime.sec, args.otime.nsec),
         created_transid: args.otransid,
         sent_transid: args.stransid,
-        sent_time: args.stime,
+        sent_time: (args.stime.sec, args.stime.nsec),
     })
 }
 
@@ -467,13 +471,13 @@ pub(super) fn set_read_only(fd: impl AsFd) -> io::Result<()> {
 }
 
 /// Says of the writable subvolume `fd` that it holds what `received`, of which
-/// it is an unchanged copy, was received as.
-pub(super) fn set_received(fd: impl AsFd, received: &SubvolInfo) -> io::Result<()> {
+/// it is an unchanged copy, was received as, and when that was taken.
+pub(super) fn set_received(fd: impl AsFd, received: &SubvolInfo, taken: (u64, u32)) -> io::Result<()> {
     let mut args = ReceivedArgs {
         uuid: received.received_uuid,
         stransid: received.sent_transid,
         rtransid: 0,
-        stime: received.sent_time,
+        stime: Timespec { sec: taken.0, nsec: taken.1 },
         rtime: Timespec::default(),
         flags: 0,
         reserved: [0; 16],

@@ -33,7 +33,7 @@ fn granted() -> Entry {
 fn staged(origin: VolumeUuid) -> Entry {
     let mut entry = fresh();
     entry.reserve(move_id(1), host(1), E1, config()).unwrap();
-    entry.stage(move_id(1), origin).unwrap();
+    entry.stage(move_id(1), origin, Vec::new()).unwrap();
     entry
 }
 
@@ -94,8 +94,8 @@ fn a_destination_activates_only_what_it_staged() {
     assert!(entry.expects(move_id(1), host(1)).is_ok());
     assert!(entry.expects(move_id(1), host(2)).is_err() && entry.expects(move_id(2), host(1)).is_err());
     assert!(matches!(entry.activate(move_id(1), e(2), config(), true), Err(Refusal::Unknown { .. })));
-    entry.stage(move_id(1), origin).unwrap();
-    assert!(entry.stage(move_id(1), VolumeUuid::from_random_bytes([6; 16])).is_err());
+    entry.stage(move_id(1), origin, Vec::new()).unwrap();
+    assert!(entry.stage(move_id(1), VolumeUuid::from_random_bytes([6; 16]), Vec::new()).is_err());
     assert!(entry.expects(move_id(1), host(1)).is_err(), "what stands is not sent over");
     // Never under the source's own epoch.
     assert!(entry.activate(move_id(1), E1, config(), true).is_err());
@@ -112,7 +112,7 @@ fn a_discarded_move_does_not_come_back() {
     let mut entry = staged(VolumeUuid::from_random_bytes([5; 16]));
     assert!(entry.discard(move_id(1)));
     assert!(entry.activate(move_id(1), e(2), config(), true).is_err());
-    assert!(entry.stage(move_id(1), VolumeUuid::from_random_bytes([5; 16])).is_err());
+    assert!(entry.stage(move_id(1), VolumeUuid::from_random_bytes([5; 16]), Vec::new()).is_err());
     assert!(entry.needs_slot(), "files of it still lie here");
     entry.discarded(move_id(1));
     assert!(!entry.needs_slot());
@@ -140,7 +140,7 @@ fn news_of_another_owner_end_what_is_held_and_what_is_expected() {
     let origin = VolumeUuid::from_random_bytes([5; 16]);
     let mut expecting = staged(origin);
     expecting.observe(host(0), host(1), E1, None);
-    assert!(expecting.stage(move_id(1), origin).is_ok(), "the source has it still, as expected");
+    assert!(expecting.stage(move_id(1), origin, Vec::new()).is_ok(), "the source has it still, as expected");
     expecting.observe(host(0), host(1), e(2), None);
     assert!(expecting.activate(move_id(1), e(2), config(), true).is_err(), "it was aborted");
 }
@@ -154,7 +154,7 @@ fn a_late_retirement_does_not_touch_a_project_that_has_returned() {
     let reserved = entry.clone();
     entry.retire(move_id(1), host(1), e(2), HostAddress::default()).unwrap();
     assert_eq!(entry.reserved, reserved.reserved);
-    entry.stage(move_id(2), VolumeUuid::from_random_bytes([5; 16])).unwrap();
+    entry.stage(move_id(2), VolumeUuid::from_random_bytes([5; 16]), Vec::new()).unwrap();
     entry.activate(move_id(2), e(3), config(), false).unwrap();
     entry.retire(move_id(1), host(1), e(2), HostAddress::default()).unwrap();
     assert_eq!(entry.may_run(), Some(e(3)));
@@ -213,7 +213,7 @@ fn apply(entry: &mut Entry, op: &Op) -> Result<(), Refusal> {
             Ok(())
         }
         Op::Reserve(m, n) => entry.reserve(move_id(m), host(1), e(n), config()),
-        Op::Stage(m) => entry.stage(move_id(m), origin),
+        Op::Stage(m) => entry.stage(move_id(m), origin, Vec::new()),
         Op::Activate(m, n) => entry.activate(move_id(m), e(n), config(), true),
         Op::Discard(m) => {
             entry.discard(move_id(m));

@@ -3,26 +3,42 @@
 use async_trait::async_trait;
 use cocalc_ids::{Epoch, HostId, MoveId, ProjectId, SnapshotName, VolumeUuid};
 
-use super::{Inbound, MoveHost, ledger_error, runner_error, storage_error};
+use super::{Inbound, MoveHost, carried, ledger_error, runner_error, storage_error};
 use crate::{
-    control::{CommandError, ErrorCode, MoveReply, ProjectConfig},
+    control::{Carried, CommandError, ErrorCode, MoveReply, ProjectConfig},
     grant::Entry,
-    moves::snapshot_name,
+    moves::{CARRIED_MAX, is_conflict, is_internal, snapshot_name},
     storage::{self, SendHeader, Snapshot},
     stream::BoxRead,
 };
+
+/// What is to come.
+pub(super) struct Incoming {
+    pub(super) source: HostId,
+    pub(super) epoch: Epoch,
+    pub(super) bytes: u64,
+    pub(super) config: ProjectConfig,
+    pub(super) snapshots: Vec<Carried>,
+}
 
 impl MoveHost {
     pub(super) async fn reserve(
         &self,
         move_id: MoveId,
         project: ProjectId,
-        source: HostId,
-        epoch: Epoch,
-        bytes: u64,
-        config: ProjectConfig,
+        incoming: Incoming,
     ) -> Result<MoveReply, CommandError> {
-        (self.admission)(&config, bytes)?;
+        let Incoming { source, epoch, bytes, config, snapshots } = incoming;
+        if snapshots.len() > CARRIED_MAX || snapshots.iter().any(|snapshot| is_internal(&snapshot.name)) {
+            let message =
+                format!("the snapshots announced for project {project} are too many, or not its own");
+            return Err(CommandError { code: ErrorCode::Invalid, message });
+        }
+        let reserved = self.ledger.entry(project).and_then(|entry| entry.reserved);
+        if !reserved.is_some_and(|reserved| reserved.move_id == move_id && !reserved.discarding) {
+            // Only once: later on, what has arrived takes the space.
+            (self.admission)(&config, bytes)?;
+        }
         let _turn = self.ledger.turn(project).await;
         if let Some(entry) = self.ledger.entry(project)
             && let Some(held) = entry.reserved
@@ -42,7 +58,12 @@ impl MoveHost {
             let seen = self.ledger.observe(project, source, epoch, None).await.map_err(ledger_error)?;
             self.put_aside(&seen.unwrap_or(before)).await?;
         }
-        let reserve = move |entry: &mut Entry| entry.reserve(move_id, source, epoch, config);
+        let here = self.storage.snapshots(project).await.map_err(storage_error)?;
+        let here = here.iter().filter(|snapshot| !is_internal(&snapshot.name)).map(carried).collect();
+        let reserve = move |entry: &mut Entry| {
+            entry.reserve(move_id, source, epoch, config)?;
+            entry.announce(move_id, snapshots, here)
+        };
         self.ledger.change(project, reserve).await.map_err(ledger_error)?;
         Ok(MoveReply::Reserved)
     }
@@ -52,8 +73,8 @@ impl MoveHost {
         move_id: MoveId,
         project: ProjectId,
         epoch: Epoch,
-        name: SnapshotName,
-        origin: VolumeUuid,
+        (name, origin): (SnapshotName, VolumeUuid),
+        own: Vec<Carried>,
     ) -> Result<MoveReply, CommandError> {
         let _turn = self.ledger.turn(project).await;
         let entry = self.ledger.known(project)?;
@@ -67,6 +88,16 @@ impl MoveHost {
         }
         self.receives.stop(project).await;
         let snapshots = self.storage.snapshots(project).await.map_err(storage_error)?;
+        let here: Vec<Carried> = snapshots.iter().map(carried).collect();
+        if let Some(missing) = own.iter().find(|snapshot| !here.contains(snapshot)) {
+            let message = format!("{} of project {project} has not arrived", missing.name);
+            return Err(CommandError { code: ErrorCode::NotFound, message });
+        }
+        // Of an earlier stay, and deleted since. Where there was a conflict,
+        // nobody knows what they are worth.
+        let conflict = here.iter().any(|snapshot| is_conflict(snapshot.name.as_str()));
+        let stale = |snapshot: &Carried| !conflict && !is_internal(&snapshot.name) && !own.contains(snapshot);
+        let stale = here.into_iter().filter(stale).collect();
         match snapshots.iter().find(|snapshot| snapshot.name == name) {
             Some(snapshot) if snapshot.origin == origin => {}
             Some(_) => {
@@ -85,7 +116,7 @@ impl MoveHost {
             Ok(()) | Err(storage::Error::Unsupported { .. }) => {}
             Err(error) => return Err(storage_error(error)),
         }
-        let stage = move |entry: &mut Entry| entry.stage(move_id, origin);
+        let stage = move |entry: &mut Entry| entry.stage(move_id, origin, stale);
         self.ledger.change(project, stage).await.map_err(ledger_error)?;
         Ok(MoveReply::Staged { origin })
     }
@@ -144,6 +175,13 @@ impl MoveHost {
                 let doomed = snapshot_name(move_id, "discarded");
                 self.storage.set_aside(project, &doomed).await.map_err(storage_error)?;
             }
+            if let Some(had) = entry.reserved.as_ref().and_then(|reserved| reserved.had.as_ref()) {
+                for snapshot in self.storage.snapshots(project).await.map_err(storage_error)? {
+                    if !is_internal(&snapshot.name) && !had.contains(&carried(&snapshot)) {
+                        self.storage.delete_snapshot(project, &snapshot.name).await.map_err(storage_error)?;
+                    }
+                }
+            }
         }
         self.delete_move_snapshots(move_id, project).await?;
         let forget = move |entry: &mut Entry| {
@@ -155,15 +193,31 @@ impl MoveHost {
     }
 
     fn expected(&self, from: HostId, move_id: MoveId, header: &SendHeader) -> Result<(), CommandError> {
-        self.ledger.known(header.project)?.expects(move_id, from)?;
-        let ours = |name: &SnapshotName| name.as_str().starts_with(&super::snapshot_prefix(move_id));
-        // A name outside of the move's could take the place of, or pose as, a
-        // snapshot that people made.
-        if ours(&header.name) {
+        let entry = self.ledger.known(header.project)?;
+        entry.expects(move_id, from)?;
+        let this = Carried { name: header.name.clone(), origin: header.origin };
+        let announced = entry.reserved.is_some_and(|reserved| reserved.announced.contains(&this));
+        // Any other name could take the place of, or pose as, a snapshot that
+        // people made.
+        if announced || header.name.as_str().starts_with(&super::snapshot_prefix(move_id)) {
             return Ok(());
         }
         let message = format!("{} is not a snapshot of move {move_id}", header.name);
         Err(CommandError { code: ErrorCode::Invalid, message })
+    }
+
+    /// Deletes what has the name of a snapshot that comes and is another: it is
+    /// of an earlier stay, and the owner has deleted it since.
+    async fn make_way(&self, header: &SendHeader) -> Result<(), CommandError> {
+        let project = header.project;
+        let here = self.storage.snapshots(project).await.map_err(storage_error)?;
+        let in_the_way = here.iter().any(|s| s.name == header.name && s.origin != header.origin);
+        let conflict = here.iter().any(|snapshot| is_conflict(snapshot.name.as_str()));
+        // The storage refuses what is still in the way.
+        if in_the_way && !conflict && !is_internal(&header.name) {
+            self.storage.delete_snapshot(project, &header.name).await.map_err(storage_error)?;
+        }
+        Ok(())
     }
 }
 
@@ -190,6 +244,7 @@ impl Inbound for MoveHost {
         let receive = async {
             // Asked again when its turn has come: an abort may have come first.
             self.expected(from, move_id, header)?;
+            self.make_way(header).await?;
             self.storage.receive(header, stream).await.map_err(storage_error)
         };
         self.receives.run(header.project, receive).await.unwrap_or_else(|| {

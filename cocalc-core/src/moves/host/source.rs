@@ -1,71 +1,169 @@
 //! The steps of the host that has the project.
 
-use std::time::Duration;
-
-use cocalc_ids::{Epoch, HostId, MoveId, ProjectId, SnapshotName};
-
-use super::{MoveHost, is_up, ledger_error, runner_error, storage_error, transfer_error};
-use crate::{
-    control::{CommandError, ErrorCode, MoveReply, ProjectConfig},
-    grant::Refusal,
-    router::HostAddress,
-    storage::SendOptions,
+use std::{
+    sync::{Mutex, PoisonError},
+    time::Duration,
 };
 
+use async_trait::async_trait;
+use cocalc_ids::{Epoch, HostId, MoveId, ProjectId, SnapshotName};
+
+use super::{
+    MoveHost, Sending, StreamSource, TransferError, carried, is_up, ledger_error, runner_error,
+    storage_error, transfer_error,
+};
+use crate::{
+    control::{Carried, CommandError, ErrorCode, MoveReply, ProjectConfig},
+    grant::Refusal,
+    moves::CARRIED_MAX,
+    router::HostAddress,
+    storage::{self, SendOptions, SendStream, Storage},
+};
+
+/// How long a survey measures the project before it goes on without.
+const MEASURE_LIMIT: Duration = Duration::from_secs(20);
+
+/// How and where a snapshot is sent.
+pub(super) struct To {
+    pub(super) host: HostId,
+    pub(super) address: HostAddress,
+    pub(super) base: Option<SnapshotName>,
+    pub(super) version_max: u32,
+}
+
 impl MoveHost {
+    pub(super) async fn survey(
+        &self,
+        move_id: MoveId,
+        project: ProjectId,
+        epoch: Epoch,
+    ) -> Result<MoveReply, CommandError> {
+        self.ledger.known(project)?.source(move_id, epoch)?;
+        let snapshots = self.list_carried(project).await?;
+        // A backend without quotas walks the files, which may take long.
+        let usage = tokio::time::timeout(MEASURE_LIMIT, self.storage.usage(project)).await;
+        let bytes = match usage {
+            Ok(Ok(usage)) => usage.charged_bytes,
+            Ok(Err(error)) => {
+                tracing::warn!(%project, error = %crate::chain(&error), "cannot measure what is to be moved");
+                0
+            }
+            Err(_) => 0,
+        };
+        Ok(MoveReply::Surveyed { bytes, snapshots })
+    }
+
+    async fn list_carried(&self, project: ProjectId) -> Result<Vec<Carried>, CommandError> {
+        let own = self.own_snapshots(project).await?;
+        if own.len() > CARRIED_MAX {
+            let message = format!(
+                "project {project} has {} snapshots, and {CARRIED_MAX} can be moved with it: delete some first",
+                own.len()
+            );
+            return Err(CommandError { code: ErrorCode::Invalid, message });
+        }
+        Ok(own.iter().map(carried).collect())
+    }
+
+    pub(super) async fn carry(
+        &self,
+        move_id: MoveId,
+        project: ProjectId,
+        epoch: Epoch,
+        snapshot: Carried,
+        to: To,
+    ) -> Result<MoveReply, CommandError> {
+        let work = async {
+            self.ledger.known(project)?.source(move_id, epoch)?;
+            // In its turn, so that it cannot go between the look and the hold.
+            let there = self.own_snapshots(project).await?.iter().any(|own| carried(own) == snapshot);
+            let hold = if there { self.storage.hold(project, &snapshot.name).await.ok() } else { None };
+            let Some(hold) = hold else { return Ok(MoveReply::Gone { snapshot }) };
+            let sent = self.deliver(move_id, project, &snapshot, to).await?;
+            // What follows is a delta to it.
+            self.bases().insert(project, hold);
+            Ok(sent)
+        };
+        self.in_lane(project, work).await
+    }
+
     pub(super) async fn send(
         &self,
         move_id: MoveId,
         project: ProjectId,
         epoch: Epoch,
         name: SnapshotName,
-        base: Option<SnapshotName>,
-        to: (HostId, HostAddress),
+        to: To,
     ) -> Result<MoveReply, CommandError> {
-        // Not in the project's turn: it may take hours, and starts and stops
-        // go on meanwhile. The lane keeps a repeated command waiting until
-        // the first has ended; the receiver then has it already.
-        let sent = self.sends.run(project, self.send_now(move_id, project, epoch, &name, base, to)).await;
-        sent.unwrap_or_else(|| {
+        let work = async {
+            self.ledger.known(project)?.source(move_id, epoch)?;
+            if !name.as_str().starts_with(&super::snapshot_prefix(move_id)) {
+                let message = format!("{name} is not a snapshot of move {move_id}");
+                return Err(CommandError { code: ErrorCode::Invalid, message });
+            }
+            let snapshot = self.storage.snapshot(project, &name).await.map_err(storage_error)?;
+            self.deliver(move_id, project, &carried(&snapshot), to).await
+        };
+        self.in_lane(project, work).await
+    }
+
+    /// Not in the project's turn: it may take hours, and starts and stops go
+    /// on meanwhile. The lane keeps a repeated command waiting until the first
+    /// has ended; the receiver then has it already.
+    async fn in_lane(
+        &self,
+        project: ProjectId,
+        work: impl Future<Output = Result<MoveReply, CommandError>>,
+    ) -> Result<MoveReply, CommandError> {
+        self.sends.run(project, work).await.unwrap_or_else(|| {
             let message = format!("sending project {project} was stopped");
             Err(CommandError { code: ErrorCode::Unavailable, message })
         })
     }
 
-    async fn send_now(
+    async fn deliver(
         &self,
         move_id: MoveId,
         project: ProjectId,
-        epoch: Epoch,
-        name: &SnapshotName,
-        base: Option<SnapshotName>,
-        (host, address): (HostId, HostAddress),
+        snapshot: &Carried,
+        to: To,
     ) -> Result<MoveReply, CommandError> {
-        let entry = self.ledger.known(project)?;
-        entry.source(move_id, epoch)?;
-        if !name.as_str().starts_with(&super::snapshot_prefix(move_id)) {
-            let message = format!("{name} is not a snapshot of move {move_id}");
-            return Err(CommandError { code: ErrorCode::Invalid, message });
-        }
-        let snapshot = self.storage.snapshot(project, name).await.map_err(storage_error)?;
         let began = self.clock.boot();
-        let stream = self
-            .storage
-            .send(project, name, &SendOptions::since(base.as_ref()))
-            .await
-            .map_err(storage_error)?;
-        let progress = |bytes| (self.on_progress)(project, move_id, bytes);
-        let delivered = self.transfer.send(host, &address, move_id, stream, &progress).await;
+        let Carried { name, origin } = snapshot;
+        let options = SendOptions { base: to.base, version_max: to.version_max, ..SendOptions::default() };
+        let mut source = Reader { storage: &*self.storage, project, name, options, first: Mutex::default() };
+        let first = match self.storage.send(project, name, &source.options).await {
+            // What it was to be a delta to was deleted since.
+            Err(storage::Error::NoSnapshot { name: missing, .. })
+                if source.options.base.as_ref() == Some(&missing) =>
+            {
+                source.options.base = None;
+                self.storage.send(project, name, &source.options).await
+            }
+            other => other,
+        };
+        let first = first.map_err(storage_error)?;
+        let (estimated_bytes, left_out) = (first.header.estimated_bytes, first.header.left_out.clone());
+        *source.first.get_mut().unwrap_or_else(PoisonError::into_inner) = Some(first);
+        let progress = |bytes| {
+            let name = name.clone();
+            (self.on_progress)(&Sending { project, move_id, name, bytes, estimated_bytes });
+        };
+        let delivered = self.transfer.send(to.host, &to.address, move_id, &source, &progress).await;
         let delivered = delivered.map_err(transfer_error)?;
-        if delivered.snapshot.origin != snapshot.origin {
-            let message = format!("host {host} acknowledged another snapshot than {name}");
+        if delivered.snapshot.origin != *origin {
+            let message = format!("host {} acknowledged another snapshot than {name}", to.host);
             return Err(CommandError { code: ErrorCode::Failed, message });
+        }
+        if !left_out.is_empty() {
+            tracing::warn!(%project, %move_id, %name, left_out = left_out.join("; "), "not all can be moved");
         }
         Ok(MoveReply::Sent {
             name: name.clone(),
-            origin: snapshot.origin,
+            origin: *origin,
             bytes: delivered.bytes,
             millis: u64::try_from(self.clock.boot().saturating_sub(began).as_millis()).unwrap_or(u64::MAX),
+            left_out,
         })
     }
 
@@ -107,7 +205,9 @@ impl MoveHost {
         let was_running = entry.frozen.is_some_and(|frozen| frozen.was_running);
         self.runner.stop(project, grace).await.map_err(runner_error)?;
         let snapshot = self.storage.snapshot(project, &name).await.map_err(storage_error)?;
-        Ok(MoveReply::Frozen { epoch, name, origin: snapshot.origin, was_running })
+        // Nobody takes or deletes one from here on.
+        let snapshots = self.list_carried(project).await?;
+        Ok(MoveReply::Frozen { epoch, name, origin: snapshot.origin, was_running, snapshots })
     }
 
     pub(super) async fn thaw(
@@ -130,7 +230,7 @@ impl MoveHost {
         let thaw =
             move |entry: &mut crate::grant::Entry| entry.thaw(move_id, epoch, config, start || running);
         let entry = self.ledger.change(project, thaw).await.map_err(ledger_error)?;
-        self.sends.stop(project).await;
+        self.end_sends(project).await;
         if entry.granted == Some(epoch) {
             if entry.start_pending {
                 let status = self.runner.status(project).await.map_err(runner_error)?;
@@ -167,7 +267,7 @@ impl MoveHost {
         if past {
             return Ok(MoveReply::Retired);
         }
-        self.sends.stop(project).await;
+        self.end_sends(project).await;
         self.runner.stop(project, self.stop_grace).await.map_err(runner_error)?;
         self.runner.remove(project).await.map_err(runner_error)?;
         if self.has_volume(project).await? {
@@ -176,5 +276,33 @@ impl MoveHost {
         self.delete_older_undo(move_id, project).await?;
         self.ledger.free_slot(project).await.map_err(ledger_error)?;
         Ok(MoveReply::Retired)
+    }
+}
+
+/// Reads a snapshot as often as it is needed.
+struct Reader<'a> {
+    storage: &'a dyn Storage,
+    project: ProjectId,
+    name: &'a SnapshotName,
+    options: SendOptions,
+    /// The first of its streams, which is open already.
+    first: Mutex<Option<SendStream>>,
+}
+
+#[async_trait]
+impl StreamSource for Reader<'_> {
+    async fn open(&self) -> Result<SendStream, TransferError> {
+        let first = self.first.lock().unwrap_or_else(PoisonError::into_inner).take();
+        match first {
+            Some(stream) => Ok(stream),
+            None => {
+                let stream = self.storage.send(self.project, self.name, &self.options).await;
+                stream.map_err(|error| TransferError::Source { source: error.into() })
+            }
+        }
+    }
+
+    fn repeatable(&self) -> bool {
+        self.storage.capabilities().repeatable_streams
     }
 }

@@ -1,6 +1,8 @@
 //! What must hold when a move has ended and the faults have stopped.
 
-use cocalc_core::moves::{MoveOutcome, undo_name};
+use std::{collections::BTreeMap, time::Duration};
+
+use cocalc_core::moves::{MoveOutcome, is_internal, undo_name};
 
 use super::{host, world::Shared};
 
@@ -24,6 +26,7 @@ pub(super) async fn at_the_end(world: &Shared) {
             host::try_start(world, host).await;
         }
     }
+    let world_of = world;
     let mut world = world.lock();
     world.check();
     let (epoch, written) = (world.row.1, world.written);
@@ -69,7 +72,49 @@ pub(super) async fn at_the_end(world: &Shared) {
     if left > 0 {
         wrong.push("snapshots of the move are left");
     }
+    let own = |machine: &super::world::Machine| -> BTreeMap<_, _> {
+        let all = machine.snapshots.iter().filter(|(name, _)| !is_internal(name));
+        all.map(|(name, frozen)| (name.clone(), *frozen)).collect()
+    };
+    if own(&world.machines[owner]) != world.own {
+        let (has, should) = (own(&world.machines[owner]), world.own.clone());
+        world.event(&format!("{:?} instead of {:?}", has.keys(), should.keys()));
+        wrong.push("the owner has other snapshots than the project");
+    }
+    if entries[owner].as_ref().is_some_and(|entry| !entry.stale.is_empty()) {
+        wrong.push("the owner still has to delete what is of an earlier stay");
+    }
+    if owner == 0 {
+        let left = own(&world.machines[1]);
+        if left.iter().any(|(name, frozen)| world.earlier.get(name) != Some(frozen)) {
+            wrong.push("what an aborted move has brought is left");
+        }
+        // One that had the name of another made way for it.
+        let (before, replaced) = (&world.earlier, &world.replaced);
+        if before.keys().any(|name| !left.contains_key(name) && !replaced.contains(name)) {
+            wrong.push("an aborted move has deleted snapshots of an earlier stay");
+        }
+    }
     for what in wrong {
         world.violate(what);
+    }
+    drop(world);
+    if owner == 1 {
+        expire(world_of).await;
+    }
+}
+
+/// A day later nothing is left at the source.
+async fn expire(world: &Shared) {
+    for _ in 0..3 {
+        let daemon = world.lock().machines[0].daemon.clone();
+        if let Some(daemon) = daemon {
+            daemon.stop.run_until_cancelled(daemon.moves.expire_undo(Duration::from_secs(86_400))).await;
+        }
+        tokio::time::sleep(Duration::from_secs(10)).await;
+    }
+    let mut world = world.lock();
+    if !world.machines[0].snapshots.is_empty() {
+        world.violate("the undo does not expire");
     }
 }

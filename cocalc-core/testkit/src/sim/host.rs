@@ -10,7 +10,7 @@ use cocalc_core::{
     control::ProjectConfig,
     grant::{Entry, Ledger, LedgerStore},
     moves::{
-        host::{Delivered, Inbound, MoveHost, Transfer, TransferError},
+        host::{Delivered, Inbound, MoveHost, StreamSource, Transfer, TransferError},
         undo_name,
     },
     router::HostAddress,
@@ -144,6 +144,7 @@ pub(super) async fn place(world: &Shared) {
             let undo = Frozen { content: 0, origin: VolumeUuid::from_random_bytes([9; 16]) };
             machine.snapshots.insert(undo_name(earlier), undo);
         }
+        furnish(&mut world);
         (world.project, world.machines[0].daemon.clone().expect("no faults yet"), world.wanted)
     };
     daemon.ledger.create(project, Epoch::FIRST, ProjectConfig::default()).await.expect("a new project");
@@ -151,6 +152,78 @@ pub(super) async fn place(world: &Shared) {
         try_start(world, 0).await;
     }
     world.lock().unleash();
+}
+
+/// The snapshots that the project has, and what lies at the second host of an
+/// earlier stay: some of them, some that the project has no more, and one that
+/// has the name of another.
+fn furnish(world: &mut World) {
+    for number in 0..4 {
+        let name: SnapshotName = format!("daily-{number}").parse().expect("a name");
+        let frozen = Frozen { content: number, origin: world.uuid() };
+        let (owned, known) = (world.below(3) > 0, world.below(3));
+        if owned {
+            world.machines[0].snapshots.insert(name.clone(), frozen);
+            world.own.insert(name.clone(), frozen);
+        }
+        let there = match known {
+            0 => continue,
+            1 => frozen,
+            _ => Frozen { content: 77, origin: world.uuid() },
+        };
+        if owned && there != frozen {
+            world.replaced.insert(name.clone());
+        }
+        world.machines[1].snapshots.insert(name.clone(), there);
+        world.earlier.insert(name, there);
+    }
+}
+
+/// The schedule takes snapshots and deletes old ones, on the host that may run
+/// the project.
+pub(super) async fn keep_house(world: Shared) {
+    for number in 0.. {
+        let (delay, host, take, which) = {
+            let mut world = world.lock();
+            // Once the move is over, now and then is enough.
+            let below = if world.stored.outcome().is_none() { 8000 } else { 40_000 };
+            let chosen = (usize::from(world.below(2) == 1), world.below(2) == 0, world.below(1 << 20));
+            (world.millis(below), chosen.0, chosen.1, chosen.2)
+        };
+        tokio::time::sleep(delay).await;
+        let (project, daemon, incarnation) = {
+            let world = world.lock();
+            let machine = &world.machines[host];
+            (world.project, machine.daemon.clone(), machine.incarnation)
+        };
+        let Some(daemon) = daemon else { continue };
+        let site = Site { world: world.clone(), host, incarnation };
+        let work = async {
+            let _turn = daemon.ledger.turn(project).await;
+            if !daemon.ledger.entry(project).is_some_and(|entry| entry.may_run().is_some()) {
+                return;
+            }
+            let done = |w: &mut World| {
+                let machine = &mut w.machines[host];
+                let Some(content) = machine.live else { return };
+                if take {
+                    let name: SnapshotName = format!("auto-{number}").parse().expect("a name");
+                    let frozen = Frozen { content, origin: w.uuid() };
+                    w.machines[host].snapshots.insert(name.clone(), frozen);
+                    w.own.insert(name, frozen);
+                } else if !w.own.is_empty() {
+                    let nth = usize::try_from(which).unwrap_or(0) % w.own.len();
+                    let name = w.own.keys().nth(nth).cloned().expect("there is one");
+                    w.own.remove(&name);
+                    if w.machines[host].snapshots.remove(&name).is_none() {
+                        w.violate("the owner lacks one of the project's snapshots");
+                    }
+                }
+            };
+            site.effect(if take { "takes a snapshot by schedule" } else { "deletes an old one" }, done).await;
+        };
+        daemon.stop.run_until_cancelled(work).await;
+    }
 }
 
 /// The project writes whenever it runs, daemon or not.
@@ -557,9 +630,10 @@ impl Transfer for Site {
         to: HostId,
         _address: &HostAddress,
         move_id: MoveId,
-        stream: SendStream,
+        source: &dyn StreamSource,
         progress: &(dyn Fn(u64) + Send + Sync),
     ) -> Result<Delivered, TransferError> {
+        let stream = source.open().await?;
         let cut = || TransferError::Cut { host: to, source: "the network".into() };
         self.wait().await;
         let (peer, here, bytes, lost) = {

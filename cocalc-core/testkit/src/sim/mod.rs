@@ -13,7 +13,10 @@
 //!
 //! At the end, when the faults have stopped: the move has ended, the fence is
 //! lifted, exactly one host owns the project and can start it, and the other
-//! one holds no live copy, no reservation and no snapshot of the move.
+//! one holds no live copy, no reservation and no snapshot of the move. The
+//! owner has the project's own snapshots, each with its content: those taken
+//! and not deleted meanwhile, and none that was deleted. Where nothing has
+//! moved, the destination has of them what it had before.
 
 mod check;
 mod host;
@@ -77,6 +80,7 @@ async fn simulate(seed: u64, faults: &Faults, single: Option<(Fault, u64)>) -> (
     }
     host::place(&world).await;
     let writer = tokio::spawn(host::write_while_running(world.clone()));
+    let house = tokio::spawn(host::keep_house(world.clone()));
     let meddler = tokio::spawn(host::meddle(world.clone()));
     let master = tokio::spawn(master::run(world.clone()));
     // Long enough for every back-off after the faults have stopped.
@@ -90,6 +94,7 @@ async fn simulate(seed: u64, faults: &Faults, single: Option<(Fault, u64)>) -> (
     tokio::time::sleep_until(calm).await;
     tokio::time::sleep(Duration::from_secs(70)).await;
     meddler.abort();
+    house.abort();
     writer.abort();
     check::at_the_end(&world).await;
     if let Some(violation) = world.violation() {

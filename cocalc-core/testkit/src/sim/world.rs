@@ -1,7 +1,7 @@
 //! What exists: the master's rows, and the disks and machines of two hosts.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     hash::{DefaultHasher, Hash, Hasher},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -174,6 +174,12 @@ pub(super) struct World {
     pub(super) written: u64,
     /// Whether the project ran before the move, and is to run after it.
     pub(super) wanted: bool,
+    /// The project's own snapshots, as its owner has them.
+    pub(super) own: BTreeMap<SnapshotName, Frozen>,
+    /// What lay at the second host of them before the move.
+    pub(super) earlier: BTreeMap<SnapshotName, Frozen>,
+    /// The names under which the first host had others than the second.
+    pub(super) replaced: BTreeSet<SnapshotName>,
 }
 
 pub(super) struct Machine {
@@ -187,7 +193,7 @@ pub(super) struct Machine {
 }
 
 /// A snapshot: how many writes are in it, and which one it is.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) struct Frozen {
     pub(super) content: u64,
     pub(super) origin: VolumeUuid,
@@ -223,6 +229,7 @@ impl Shared {
             epoch: Epoch::FIRST,
             config: ProjectConfig::default(),
             bytes: 1 << 30,
+            stream_version: 2,
             deltas,
             tuning,
         };
@@ -255,6 +262,9 @@ impl Shared {
             machines: ids.map(machine),
             written: 0,
             wanted,
+            own: BTreeMap::new(),
+            earlier: BTreeMap::new(),
+            replaced: BTreeSet::new(),
         })))
     }
 
