@@ -13,6 +13,7 @@
 //! | [`control`] | the messages between master, hosts and proxies |
 //! | [`grant`] | what a host may run: epochs, grants, freezes |
 //! | [`moves`] | the move of a project as a pure state machine, and its driver |
+//! | [`snapshots`] | automatic snapshots: schedule, retention, and the keeper that does it |
 //! | [`memory`] | strict in-memory backends, for tests and for embedders' tests |
 
 pub mod auth;
@@ -27,6 +28,7 @@ pub mod memory;
 pub mod moves;
 pub mod router;
 pub mod runner;
+pub mod snapshots;
 pub mod storage;
 pub mod stream;
 pub mod subject;

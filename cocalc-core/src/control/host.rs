@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use cocalc_ids::{Epoch, HostId, ImageDigest, MoveId, ProjectId, SnapshotName, VolumeUuid};
+use cocalc_ids::{Epoch, HostId, ImageDigest, MoveId, ProjectId, SnapshotName, TreePath, VolumeUuid};
 use serde::{Deserialize, Serialize};
 
 use crate::{
     router::HostAddress,
     runner::{Limits, Status},
-    storage::Snapshot,
+    snapshots::Policy,
+    storage::{Changes, Copied, CopyOptions, Footprint, Place, Snapshot, Usage},
 };
 
 /// What the master tells a host to do with a project it owns.
@@ -98,6 +99,85 @@ pub enum HostCommand {
         /// Under which name the present state is kept.
         former: SnapshotName,
     },
+    /// Bring one path back from a snapshot, whether the project runs or not.
+    RestorePath {
+        /// Which project.
+        project: ProjectId,
+        /// Under which grant.
+        epoch: Epoch,
+        /// From which snapshot.
+        name: SnapshotName,
+        /// Which path.
+        path: TreePath,
+        /// Under which name the present state is kept.
+        former: SnapshotName,
+    },
+    /// Say what is different between two of its states.
+    Diff {
+        /// Which project.
+        project: ProjectId,
+        /// Under which grant.
+        epoch: Epoch,
+        /// From this snapshot.
+        from: SnapshotName,
+        /// To this one; to what is live if `None`.
+        to: Option<SnapshotName>,
+        /// Only what comes after this path.
+        after: Option<TreePath>,
+        /// At most so many; there may be fewer, so that they fit a frame.
+        max: usize,
+    },
+    /// Copy a path of a project on the same host, or of one of its snapshots,
+    /// into this one.
+    Copy {
+        /// Which project.
+        project: ProjectId,
+        /// Under which grant.
+        epoch: Epoch,
+        /// What is copied.
+        from: Place,
+        /// Under which grant of the project that it is copied from.
+        from_epoch: Epoch,
+        /// To where.
+        to: TreePath,
+        /// How.
+        options: CopyOptions,
+    },
+    /// Take a new project that is a copy of another on this host.
+    Clone {
+        /// Which project is new.
+        project: ProjectId,
+        /// Its epoch.
+        epoch: Epoch,
+        /// How it is made and run.
+        config: ProjectConfig,
+        /// Of which project.
+        source: ProjectId,
+        /// Under which grant of that one.
+        source_epoch: Epoch,
+        /// Of which snapshot; of its present state if `None`.
+        name: Option<SnapshotName>,
+        /// Whether both are charged to one owner.
+        same_owner: bool,
+    },
+    /// Run it otherwise from now on, as far as that needs no start.
+    Configure {
+        /// Which project.
+        project: ProjectId,
+        /// Under which grant.
+        epoch: Epoch,
+        /// How it is run.
+        config: ProjectConfig,
+    },
+    /// Say what it is charged.
+    Usage {
+        /// Which project.
+        project: ProjectId,
+        /// Under which grant.
+        epoch: Epoch,
+        /// Whether its files are counted, too, which takes long.
+        count: bool,
+    },
     /// A step of a move.
     Move {
         /// Which move; the project's fence.
@@ -123,6 +203,12 @@ impl HostCommand {
             | Self::Snapshots { project, .. }
             | Self::DeleteSnapshot { project, .. }
             | Self::RestoreSnapshot { project, .. }
+            | Self::RestorePath { project, .. }
+            | Self::Diff { project, .. }
+            | Self::Copy { project, .. }
+            | Self::Clone { project, .. }
+            | Self::Configure { project, .. }
+            | Self::Usage { project, .. }
             | Self::Move { project, .. } => *project,
         }
     }
@@ -274,8 +360,13 @@ pub struct ProjectConfig {
     /// What it may use.
     #[serde(default)]
     pub limits: Limits,
-    /// The limit of its volume, in bytes.
+    /// Its plan: how many bytes its files may take. What its snapshots may
+    /// take beyond that is a matter of the policy.
     pub quota_bytes: Option<u64>,
+    /// When automatic snapshots are taken, and which are kept; `None` for what
+    /// its host does.
+    #[serde(default)]
+    pub snapshots: Option<Policy>,
     /// Extra environment variables.
     #[serde(default)]
     pub env: BTreeMap<String, String>,
@@ -301,6 +392,22 @@ pub enum HostReply {
         /// Oldest first.
         snapshots: Vec<Snapshot>,
     },
+    /// What is different.
+    Changes {
+        /// In which project.
+        project: ProjectId,
+        /// The next of them.
+        changes: Changes,
+    },
+    /// What was copied.
+    Copied {
+        /// Into which project.
+        project: ProjectId,
+        /// How much.
+        copied: Copied,
+    },
+    /// What it is charged.
+    Usage(UsageReport),
     /// The receipt of a step of a move.
     Move {
         /// Which move.
@@ -400,6 +507,25 @@ pub struct ProjectReport {
     pub phases: Vec<(String, u64)>,
 }
 
+/// What a project is charged, and may be.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct UsageReport {
+    /// Which project.
+    pub project: ProjectId,
+    /// What it is charged, with the limit of files and snapshots together.
+    pub usage: Usage,
+    /// How many bytes its files may take; `None` without a limit.
+    pub plan_bytes: Option<u64>,
+    /// How many its snapshots may take beyond that.
+    pub allowance_bytes: Option<u64>,
+    /// How its snapshots are kept.
+    pub policy: Policy,
+    /// What its owner should know, in words.
+    pub notice: Option<String>,
+    /// Its files, counted.
+    pub footprint: Option<Footprint>,
+}
+
 /// Why a command was not done.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize, thiserror::Error)]
 #[error("{message}")]
@@ -421,6 +547,10 @@ pub enum ErrorCode {
     Busy,
     /// The project, snapshot or image is not there.
     NotFound,
+    /// There is one already.
+    Exists,
+    /// The snapshot is in use, by a move or a backup.
+    InUse,
     /// No space.
     NoSpace,
     /// The command makes no sense.

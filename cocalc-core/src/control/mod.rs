@@ -19,7 +19,7 @@ mod peer;
 
 pub use host::{
     Carried, CommandError, ErrorCode, HostCommand, HostReply, MoveCommand, MoveReply, ProjectConfig,
-    ProjectReport,
+    ProjectReport, UsageReport,
 };
 pub use peer::{
     Capabilities, HeldProject, Keepalive, KeepaliveReply, PeerReply, PeerRequest, Register, Registered,

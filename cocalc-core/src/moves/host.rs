@@ -589,7 +589,9 @@ fn name(step: &MoveCommand) -> &'static str {
 pub fn storage_error(error: storage::Error) -> CommandError {
     let code = match &error {
         storage::Error::NotFound { .. } | storage::Error::NoSnapshot { .. } => ErrorCode::NotFound,
-        storage::Error::AlreadyExists { .. } => ErrorCode::Invalid,
+        storage::Error::AlreadyExists { .. } => ErrorCode::Exists,
+        storage::Error::InUse { .. } => ErrorCode::InUse,
+        storage::Error::Path { .. } => ErrorCode::Invalid,
         storage::Error::NoSpace { .. } => ErrorCode::NoSpace,
         storage::Error::NestedVolumes { .. } | storage::Error::Unsupported { .. } => ErrorCode::Invalid,
         _ => ErrorCode::Failed,

@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
-use cocalc_core::ids::HostName;
+use cocalc_core::{ids::HostName, snapshots::Policy};
 use serde::Deserialize;
 
 /// What a host is told. Every key is also `COCALC_HOST_<KEY>`.
@@ -46,6 +46,24 @@ pub struct Config {
     /// ranges and networks follow from it.
     #[serde(default)]
     pub machine_slot: u16,
+    /// Automatic snapshots of projects whose owner has said nothing else.
+    #[serde(default)]
+    pub snapshots: Policy,
+    /// How many projects are looked at in a second, at most, to take their
+    /// snapshots; 1 to 1000.
+    #[serde(default = "snapshots_per_sec")]
+    pub snapshots_per_sec: u16,
+    /// How long a project that has moved away can be had back here, in hours.
+    #[serde(default = "undo_hours")]
+    pub undo_hours: u32,
+}
+
+fn snapshots_per_sec() -> u16 {
+    16
+}
+
+fn undo_hours() -> u32 {
+    24
 }
 
 /// What keeps the projects' files.
@@ -90,6 +108,9 @@ impl Config {
         if self.data_dir.starts_with(&self.volume) {
             return Err("data_dir: must not be inside the volume, which tenants can fill".into());
         }
+        if !(1..=1000).contains(&self.snapshots_per_sec) {
+            return Err("snapshots_per_sec: 1 to 1000".into());
+        }
         Ok(())
     }
 }
@@ -119,5 +140,24 @@ mod tests {
             let error = parse(&GOOD.replace(from, to)).unwrap_err();
             assert!(error.contains(key), "{error}");
         }
+    }
+
+    #[test]
+    fn snapshots_are_configured_in_a_table_and_by_the_environment() {
+        let text = format!("{GOOD}[snapshots]\nhourly = 12\n");
+        let config: Config = cocalc_daemon::config::parse(
+            "host",
+            &text,
+            [("COCALC_HOST_SNAPSHOTS_ALLOWANCE_PERCENT".to_owned(), "80".to_owned())],
+        )
+        .unwrap();
+        let fields = config.snapshots.fields();
+        assert_eq!((fields.hourly, fields.allowance_percent, fields.daily), (12, 80, 7));
+        assert_eq!(parse(GOOD).unwrap().snapshots, Policy::default());
+        for (table, key) in [("yearly = 1", "yearly"), ("hourly = 101", "hourly"), ("interval_secs = 1", "interval_secs")] {
+            let error = parse(&format!("{GOOD}[snapshots]\n{table}\n")).unwrap_err();
+            assert!(error.contains(key), "{error}");
+        }
+        assert!(parse(&format!("{GOOD}snapshots_per_sec = 0\n")).unwrap_err().contains("snapshots_per_sec"));
     }
 }

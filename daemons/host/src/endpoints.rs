@@ -7,7 +7,7 @@ use std::{
 
 use async_trait::async_trait;
 use cocalc_auth_live::Knowledge;
-use cocalc_core::{auth::Tier, ids::ProjectId};
+use cocalc_core::{auth::Tier, ids::ProjectId, snapshots::Keeper};
 use cocalc_daemon::probe::Metrics;
 use cocalc_http::{Body, Client, Endpoints};
 use http::{Request, Response, StatusCode, header};
@@ -23,6 +23,7 @@ pub(crate) struct HostEndpoints {
     pub(crate) backends: Backends,
     pub(crate) knowledge: Arc<Knowledge>,
     pub(crate) connected: watch::Receiver<bool>,
+    pub(crate) keeper: Keeper,
     pub(crate) metrics: Metrics,
 }
 
@@ -78,6 +79,15 @@ impl HostEndpoints {
             Tier::Grace => 1,
             Tier::Expired => 2,
         };
+        let kept = self.keeper.numbers();
+        let overdue = "How long the longest overdue automatic snapshot has been due.";
+        gauge("cocalc_host_snapshots_overdue_secs", overdue, kept.overdue.as_secs());
+        let counter =
+            |name, help, value: u64| self.metrics.counter(name, help).store(value, Ordering::Relaxed);
+        counter("cocalc_host_snapshots_taken_total", "Automatic snapshots taken.", kept.taken);
+        counter("cocalc_host_snapshots_deleted_total", "Automatic snapshots deleted.", kept.deleted);
+        let failed = "Looks at a project's automatic snapshots that failed.";
+        counter("cocalc_host_snapshots_failures_total", failed, kept.failed);
         gauge("cocalc_host_auth_tier", "0 fresh, 1 in grace, 2 expired.", tier);
     }
 }

@@ -16,6 +16,7 @@ use cocalc_core::{
     memory::router::LocalRouter,
     moves::host::{Inbound, MoveHost},
     router::{HostAddress, Router},
+    snapshots::{Keeper, KeeperSettings},
     wake::Wake,
 };
 use cocalc_daemon::{
@@ -99,11 +100,19 @@ impl Host {
         .admission(admission(backends.clone()))
         .build();
         let images = backends.clone();
+        let keeper = Keeper::new(
+            ledger.clone(),
+            Arc::clone(&backends.storage),
+            Arc::clone(&backends.runner),
+            Arc::new(SystemClock),
+            KeeperSettings { policy: config.snapshots, round_max: config.snapshots_per_sec.into() },
+        );
         let lifecycle = Lifecycle::new(
             ledger.clone(),
             Arc::clone(&backends.storage),
             Arc::clone(&backends.runner),
             moves.clone(),
+            keeper.clone(),
             Arc::new(move |digest| images.image(digest)),
         );
         // Before anybody can ask for anything: what a crash cut off is ended.
@@ -169,6 +178,7 @@ impl Host {
             backends: backends.clone(),
             knowledge: Arc::clone(&knowledge),
             connected: driver.connected(),
+            keeper: keeper.clone(),
             metrics: Metrics::default(),
         };
         let http =
@@ -196,6 +206,8 @@ impl Host {
         background.spawn(watch::space(peer, Arc::clone(&bus), backends.clone()));
         background.spawn(watch::states(peer, bus, ledger.clone(), Arc::clone(&backends.runner), lifecycle));
         background.spawn(watch::departures(ledger.clone(), knowledge));
+        background.spawn(keeper.run());
+        background.spawn(watch::undo(moves.clone(), Duration::from_secs(3_600 * u64::from(config.undo_hours))));
         background.spawn(start_pending(ledger, moves));
 
         let shutdown = CancellationToken::new();

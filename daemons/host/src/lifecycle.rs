@@ -1,5 +1,7 @@
 //! Carries out the master's commands, each under the grant it names.
 
+mod files;
+
 use std::{
     collections::BTreeMap,
     fmt,
@@ -14,8 +16,11 @@ use cocalc_core::{
     ids::{Epoch, ImageDigest, ProjectId, SnapshotName},
     moves::host::{MoveHost, runner_error, storage_error},
     runner::{ProjectSpec, Runner, State},
+    snapshots::Keeper,
     storage::{self, Storage, VolumeOptions},
 };
+
+use self::files::{Comparison, Original};
 
 /// The longest grace a stop may be given.
 const GRACE_MAX: Duration = Duration::from_secs(600);
@@ -27,6 +32,7 @@ pub struct Lifecycle {
     storage: Arc<dyn Storage>,
     runner: Arc<dyn Runner>,
     moves: MoveHost,
+    keeper: Keeper,
     images: Arc<dyn Fn(ImageDigest) -> Option<PathBuf> + Send + Sync>,
     /// Why the last start of a project failed, until one succeeds.
     failures: Arc<Mutex<BTreeMap<ProjectId, String>>>,
@@ -45,9 +51,10 @@ impl Lifecycle {
         storage: Arc<dyn Storage>,
         runner: Arc<dyn Runner>,
         moves: MoveHost,
+        keeper: Keeper,
         images: Arc<dyn Fn(ImageDigest) -> Option<PathBuf> + Send + Sync>,
     ) -> Self {
-        Self { ledger, storage, runner, moves, images, failures: Arc::default() }
+        Self { ledger, storage, runner, moves, keeper, images, failures: Arc::default() }
     }
 
     /// Carries out one command. Repeating it is harmless.
@@ -75,6 +82,21 @@ impl Lifecycle {
             HostCommand::RestoreSnapshot { project, epoch, name, former } => {
                 self.restore(project, epoch, &name, &former).await
             }
+            HostCommand::RestorePath { project, epoch, name, path, former } => {
+                self.restore_path(project, epoch, name, path, &former).await
+            }
+            HostCommand::Diff { project, epoch, from, to, after, max } => {
+                self.diff(project, epoch, Comparison { from, to, after, max }).await
+            }
+            HostCommand::Copy { project, epoch, from, from_epoch, to, options } => {
+                self.copy(project, epoch, from, from_epoch, to, options).await
+            }
+            HostCommand::Clone { project, epoch, config, source, source_epoch, name, same_owner } => {
+                let original = Original { source, epoch: source_epoch, name, same_owner };
+                self.clone_project(project, epoch, config, original).await
+            }
+            HostCommand::Configure { project, epoch, config } => self.configure(project, epoch, config).await,
+            HostCommand::Usage { project, epoch, count } => self.usage(project, epoch, count).await,
             HostCommand::Move { move_id, project, step } => {
                 return self.moves.execute(move_id, project, step).await;
             }
@@ -93,7 +115,7 @@ impl Lifecycle {
     ) -> Result<HostReply, CommandError> {
         let _turn = self.ledger.turn(project).await;
         self.check_image(&config)?;
-        let options = VolumeOptions { limit_bytes: config.quota_bytes };
+        let options = VolumeOptions { limit_bytes: self.keeper.limit_bytes(&config) };
         self.ledger.create(project, epoch, config).await?;
         match self.storage.create(project, &options).await {
             // An earlier try of the same command made it.
@@ -182,6 +204,7 @@ impl Lifecycle {
         let _turn = self.ledger.turn(project).await;
         let entry = self.ledger.permit(project, epoch)?;
         self.runner.stop(project, grace).await.map_err(runner_error)?;
+        self.keeper.stopped(&entry).await;
         // The next start finds everything prepared.
         let (moves, runner) = (self.moves.clone(), Arc::clone(&self.runner));
         if let Ok(spec) = moves.spec(&entry).await
