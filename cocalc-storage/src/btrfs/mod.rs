@@ -1,5 +1,7 @@
 //! Project volumes as Btrfs subvolumes.
 
+mod changed;
+mod commit;
 mod contents;
 mod files;
 mod guard;
@@ -149,7 +151,7 @@ impl Storage for Btrfs {
             full_metadata: true,
             repeatable_streams: true,
             stream_version: self.0.stream_version,
-            detects_no_change: false,
+            detects_no_change: true,
             weaknesses: self.0.weaknesses.clone(),
         }
     }
@@ -207,11 +209,7 @@ impl Storage for Btrfs {
 
     async fn changed_since(&self, project: ProjectId, name: &SnapshotName) -> Result<bool> {
         let name = name.clone();
-        self.blocking(project, "look for changes of", move |store| {
-            store.layout.need(project, &name)?;
-            Ok(true)
-        })
-        .await
+        self.blocking(project, "look for changes of", move |store| store.changed_since(project, &name)).await
     }
 
     async fn restore(
