@@ -53,17 +53,10 @@ pub struct Config {
     /// snapshots; 1 to 1000.
     #[serde(default = "snapshots_per_sec")]
     pub snapshots_per_sec: u16,
-    /// How long a project that has moved away can be had back here, in hours.
-    #[serde(default = "undo_hours")]
-    pub undo_hours: u32,
 }
 
 fn snapshots_per_sec() -> u16 {
     16
-}
-
-fn undo_hours() -> u32 {
-    24
 }
 
 /// What keeps the projects' files.

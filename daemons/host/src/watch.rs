@@ -9,7 +9,6 @@ use cocalc_core::{
     control::{PeerRequest, api_subject},
     grant::Ledger,
     ids::ProjectId,
-    moves::host::MoveHost,
     router::Reach,
     runner::{Runner, State},
 };
@@ -75,18 +74,6 @@ pub(crate) async fn space(peer: Peer, bus: Arc<dyn Bus>, backends: Backends) {
         if tell(&*bus, peer, PeerRequest::Space { free_bytes }).await {
             told = Some(free_bytes);
         }
-    }
-}
-
-/// How often what a move left is looked at.
-const UNDO_INTERVAL: Duration = Duration::from_secs(600);
-
-/// Deletes what moves from here have left, when it is older than `age`, until
-/// the future is dropped.
-pub(crate) async fn undo(moves: MoveHost, age: Duration) {
-    loop {
-        tokio::time::sleep(UNDO_INTERVAL).await;
-        moves.expire_undo(age).await;
     }
 }
 

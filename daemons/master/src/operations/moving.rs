@@ -91,6 +91,7 @@ impl Shared {
             config: found.config,
             bytes: 0,
             deltas: from.1 && at.1,
+            stream_version: 0,
             tuning: Tuning::default(),
         };
         let operation = self

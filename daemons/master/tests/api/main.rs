@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by it, in its helpers too")]
 
 mod document;
+mod files;
 mod moves;
 mod promises;
 mod world;
