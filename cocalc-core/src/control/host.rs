@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use cocalc_ids::{Epoch, HostId, ImageDigest, MoveId, ProjectId, SnapshotName, TreePath, VolumeUuid};
+use cocalc_ids::{Epoch, HostId, ImageDigest, MoveId, OperationId, ProjectId, SnapshotName, TreePath, VolumeUuid};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -101,6 +101,9 @@ pub enum HostCommand {
     },
     /// Bring one path back from a snapshot, whether the project runs or not.
     RestorePath {
+        /// For which operation: it is done once, and not again after the
+        /// project's owner has gone on working.
+        operation: OperationId,
         /// Which project.
         project: ProjectId,
         /// Under which grant.
@@ -130,6 +133,8 @@ pub enum HostCommand {
     /// Copy a path of a project on the same host, or of one of its snapshots,
     /// into this one.
     Copy {
+        /// For which operation: it is done once.
+        operation: OperationId,
         /// Which project.
         project: ProjectId,
         /// Under which grant.

@@ -288,8 +288,8 @@ impl Keeper {
         if let Some(last) = latest(names, now) {
             match storage.changed_since(project, last).await {
                 Ok(false) => return Ok((last.clone(), false)),
-                // It may have been deleted this moment.
-                Ok(true) | Err(storage::Error::NoSnapshot { .. }) => {}
+                // It may have been deleted this moment; and who cannot tell says yes.
+                Ok(true) | Err(storage::Error::NoSnapshot { .. } | storage::Error::Unsupported { .. }) => {}
                 Err(error) => return Err(error),
             }
         }

@@ -9,7 +9,7 @@
 //! by the same rule but on their own: they neither count against the others
 //! nor stay in any number.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
 use cocalc_ids::{SnapshotName, Timestamp};
 
@@ -60,6 +60,10 @@ pub fn latest<'a>(
 
 type Dated<'a> = Vec<(Timestamp, &'a SnapshotName)>;
 
+/// By so much a snapshot may be of a time to come and count as of now: a name
+/// that is taken is passed over for the next second's.
+const SLACK: Duration = Duration::from_secs(60);
+
 /// The automatic ones, each with its time, oldest first: those up to `now`, and
 /// those of times to come.
 fn sorted<'a>(names: impl IntoIterator<Item = &'a SnapshotName>, now: Timestamp) -> (Dated<'a>, Dated<'a>) {
@@ -67,7 +71,7 @@ fn sorted<'a>(names: impl IntoIterator<Item = &'a SnapshotName>, now: Timestamp)
         names.into_iter().filter_map(|name| auto_time(name).map(|at| (at, name))).collect();
     dated.sort();
     dated.dedup();
-    let split = dated.partition_point(|(at, _)| *at <= now);
+    let split = dated.partition_point(|(at, _)| *at <= now.plus(SLACK));
     let future = dated.split_off(split);
     (dated, future)
 }
@@ -237,7 +241,7 @@ mod tests {
             let kept = left(&policy, &all, NOW);
             prop_assert_eq!(kept.iter().max(), all.iter().max());
             let past = |list: &[SnapshotName]| -> Vec<SnapshotName> {
-                list.iter().filter(|name| auto_time(name).unwrap().secs() <= NOW).cloned().collect()
+                list.iter().filter(|name| auto_time(name).unwrap().secs() <= NOW + 60).cloned().collect()
             };
             prop_assert_eq!(past(&kept).into_iter().max(), past(&all).into_iter().max());
             let distinct: BTreeSet<_> = kept.iter().collect();

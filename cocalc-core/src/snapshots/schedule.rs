@@ -293,7 +293,7 @@ mod tests {
             }
             // All that it still has are looked at in a bounded number of ticks.
             let wanted: BTreeSet<_> = schedule.projects.keys().copied().collect();
-            now += Duration::from_secs(2_000);
+            now += Duration::from_secs(4_000);
             let mut seen = BTreeSet::new();
             for _ in 0..wanted.len().div_ceil(3) {
                 for project in schedule.due(now, 3) {

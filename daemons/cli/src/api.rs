@@ -70,6 +70,17 @@ impl Api {
         self.answer(request.send_json(body))
     }
 
+    /// Puts something in the place of what was there.
+    pub(crate) fn put(&self, path: &str, body: &Value) -> Result<Value, Failure> {
+        let key = idempotency_key()?;
+        let request = self
+            .agent
+            .put(format!("{}{path}", self.base))
+            .header("authorization", self.bearer())
+            .header("idempotency-key", &key);
+        self.answer(request.send_json(body))
+    }
+
     /// Deletes a resource.
     pub(crate) fn delete(&self, path: &str) -> Result<Value, Failure> {
         let key = idempotency_key()?;
@@ -125,11 +136,12 @@ impl Api {
             match seen["state"].as_str() {
                 Some("done" | "succeeded") => return Ok(seen),
                 Some("failed" | "cancelled" | "canceled") => {
-                    return Err(Failure::failed(format!(
+                    let message = format!(
                         "operation {operation} {}: {}",
                         seen["state"].as_str().unwrap_or_default(),
                         reason(&seen)
-                    )));
+                    );
+                    return Err(Failure::new(exit_of(&seen["error"]["code"]), message));
                 }
                 _ if Instant::now() >= deadline => {
                     return Err(Failure::new(
@@ -143,6 +155,29 @@ impl Api {
             }
         }
     }
+}
+
+/// The exit code for an operation that failed with this code: the same as for
+/// a call that is refused with it.
+fn exit_of(code: &Value) -> Exit {
+    match code.as_str().unwrap_or_default() {
+        "not_found" => Exit::NotFound,
+        "invalid_request" => Exit::Usage,
+        "project_busy" | "already_exists" | "snapshot_exists" | "snapshot_in_use" | "other_host"
+        | "stale_epoch" | "project_has_snapshots" => Exit::Conflict,
+        "host_unavailable" => Exit::Unreachable,
+        _ => Exit::Failed,
+    }
+}
+
+/// A text as part of an address.
+pub(crate) fn encoded(text: &str) -> String {
+    text.bytes()
+        .map(|byte| match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => char::from(byte).to_string(),
+            _ => format!("%{byte:02X}"),
+        })
+        .collect()
 }
 
 /// What an operation says about its failure.

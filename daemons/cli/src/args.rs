@@ -228,6 +228,37 @@ pub(crate) enum Project {
         #[command(flatten)]
         wait: WaitOptions,
     },
+    /// Copy a file or directory from one project to another on the same host.
+    Copy {
+        /// ID:PATH, the path as `snapshot diff` writes it, for instance
+        /// `…:home/data`.
+        source: String,
+        /// ID:PATH; a path that ends in / is a directory to copy into.
+        destination: String,
+        /// From this snapshot of the source, rather than its present state.
+        #[arg(long)]
+        snapshot: Option<String>,
+        /// Replace what is there.
+        #[arg(long)]
+        replace: bool,
+    },
+    /// Make a new project of yours that is a copy of this one, on its host.
+    Clone {
+        id: String,
+        /// The new one's title; otherwise the same.
+        #[arg(long)]
+        name: Option<String>,
+        /// Of this snapshot, rather than of the present state.
+        #[arg(long)]
+        snapshot: Option<String>,
+    },
+    /// Say what it takes, and what it may.
+    Usage {
+        id: String,
+        /// Count its files, too: what is its own, and what is shared.
+        #[arg(long)]
+        du: bool,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -243,8 +274,72 @@ pub(crate) enum Snapshot {
     List { project: String },
     /// Delete one.
     Delete { project: String, name: String },
-    /// Go back to one; the project must be stopped.
-    Restore { project: String, name: String },
+    /// Go back to one, keeping the present state as another; the project must
+    /// be stopped, unless only one path is brought back.
+    Restore {
+        project: String,
+        name: String,
+        /// Only this file or directory, as `snapshot diff` writes it.
+        #[arg(long)]
+        path: Option<String>,
+    },
+    /// Say what is different from one.
+    Diff {
+        project: String,
+        name: String,
+        /// To this one, rather than to the present state.
+        #[arg(long)]
+        to: Option<String>,
+    },
+    /// Show how automatic ones are kept, or change it.
+    Policy(Policy),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Policy {
+    pub(crate) project: String,
+    /// Do as its host does.
+    #[arg(long)]
+    pub(crate) reset: bool,
+    #[command(flatten)]
+    pub(crate) fields: PolicyFields,
+}
+
+/// What a policy says; what is left out stays.
+#[derive(Clone, Debug, Default, Args, serde::Serialize)]
+pub(crate) struct PolicyFields {
+    /// Whether any are taken.
+    #[arg(long, conflicts_with = "reset")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) enabled: Option<bool>,
+    /// How often one is taken, if anything has changed.
+    #[arg(long, conflicts_with = "reset")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) interval_secs: Option<u32>,
+    /// Of how many of the last intervals one is kept.
+    #[arg(long, conflicts_with = "reset")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) frequent: Option<u16>,
+    /// Of how many hours.
+    #[arg(long, conflicts_with = "reset")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) hourly: Option<u16>,
+    /// Of how many days.
+    #[arg(long, conflicts_with = "reset")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) daily: Option<u16>,
+    /// Of how many weeks.
+    #[arg(long, conflicts_with = "reset")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) weekly: Option<u16>,
+    /// Of how many months.
+    #[arg(long, conflicts_with = "reset")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) monthly: Option<u16>,
+    /// What they may take beyond the plan, in percent of it.
+    #[arg(long, conflicts_with = "reset")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) allowance_percent: Option<u16>,
 }
 
 #[derive(Debug, Subcommand)]

@@ -1,6 +1,7 @@
 //! Carries out the master's commands, each under the grant it names.
 
 mod files;
+mod once;
 
 use std::{
     collections::BTreeMap,
@@ -20,7 +21,10 @@ use cocalc_core::{
     storage::{self, Storage, VolumeOptions},
 };
 
-use self::files::{Comparison, Original};
+use self::{
+    files::{Comparison, Original},
+    once::Once,
+};
 
 /// The longest grace a stop may be given.
 const GRACE_MAX: Duration = Duration::from_secs(600);
@@ -36,6 +40,7 @@ pub struct Lifecycle {
     images: Arc<dyn Fn(ImageDigest) -> Option<PathBuf> + Send + Sync>,
     /// Why the last start of a project failed, until one succeeds.
     failures: Arc<Mutex<BTreeMap<ProjectId, String>>>,
+    once: Arc<Once>,
 }
 
 impl fmt::Debug for Lifecycle {
@@ -54,7 +59,7 @@ impl Lifecycle {
         keeper: Keeper,
         images: Arc<dyn Fn(ImageDigest) -> Option<PathBuf> + Send + Sync>,
     ) -> Self {
-        Self { ledger, storage, runner, moves, keeper, images, failures: Arc::default() }
+        Self { ledger, storage, runner, moves, keeper, images, failures: Arc::default(), once: Arc::default() }
     }
 
     /// Carries out one command. Repeating it is harmless.
@@ -82,14 +87,14 @@ impl Lifecycle {
             HostCommand::RestoreSnapshot { project, epoch, name, former } => {
                 self.restore(project, epoch, &name, &former).await
             }
-            HostCommand::RestorePath { project, epoch, name, path, former } => {
-                self.restore_path(project, epoch, name, path, &former).await
+            HostCommand::RestorePath { operation, project, epoch, name, path, former } => {
+                self.once(operation, project, self.restore_path(project, epoch, name, path, &former)).await
             }
             HostCommand::Diff { project, epoch, from, to, after, max } => {
                 self.diff(project, epoch, Comparison { from, to, after, max }).await
             }
-            HostCommand::Copy { project, epoch, from, from_epoch, to, options } => {
-                self.copy(project, epoch, from, from_epoch, to, options).await
+            HostCommand::Copy { operation, project, epoch, from, from_epoch, to, options } => {
+                self.once(operation, project, self.copy(project, epoch, from, from_epoch, to, options)).await
             }
             HostCommand::Clone { project, epoch, config, source, source_epoch, name, same_owner } => {
                 let original = Original { source, epoch: source_epoch, name, same_owner };

@@ -1,7 +1,7 @@
 //! Long-running operations, each of which is the fence of its project.
 
-use cocalc_core::control::ProjectReport;
-use cocalc_ids::{AccountId, HostId, OperationId, ProjectId, SnapshotName, Timestamp};
+use cocalc_core::{control::ProjectReport, storage::Place};
+use cocalc_ids::{AccountId, HostId, OperationId, ProjectId, SnapshotName, Timestamp, TreePath};
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -44,6 +44,32 @@ pub enum Job {
         /// Under which name the present state is kept.
         former: SnapshotName,
     },
+    /// Brings one path back from a snapshot.
+    RestorePath {
+        /// From which.
+        name: SnapshotName,
+        /// Which path.
+        path: TreePath,
+        /// Under which name the present state is kept.
+        former: SnapshotName,
+    },
+    /// Copies a path of another project on the same host, or of the same
+    /// project, into it.
+    Copy {
+        /// What is copied.
+        from: Place,
+        /// To where.
+        to: TreePath,
+        /// Whether what is there is replaced.
+        replace: bool,
+    },
+    /// Makes the project on its host, as a copy of another one there.
+    Clone {
+        /// Of which project.
+        source: ProjectId,
+        /// Of which snapshot; of its present state if `None`.
+        name: Option<SnapshotName>,
+    },
     /// Moves it to another host.
     Move {
         /// Where to.
@@ -62,6 +88,9 @@ impl Job {
             Self::Snapshot { .. } => "snapshot",
             Self::DeleteSnapshot { .. } => "delete_snapshot",
             Self::RestoreSnapshot { .. } => "restore_snapshot",
+            Self::RestorePath { .. } => "restore_path",
+            Self::Copy { .. } => "copy",
+            Self::Clone { .. } => "clone",
             Self::Move { .. } => "move",
         }
     }
@@ -69,12 +98,27 @@ impl Job {
     /// The state that a project has while this goes on; `None`: it keeps its own.
     fn meanwhile(&self) -> Option<ProjectState> {
         match self {
-            Self::Create => Some(ProjectState::Creating),
+            Self::Create | Self::Clone { .. } => Some(ProjectState::Creating),
             Self::Start => Some(ProjectState::Starting),
             Self::Stop { .. } | Self::Delete => Some(ProjectState::Stopping),
             Self::Move { .. } => Some(ProjectState::Moving),
-            Self::Snapshot { .. } | Self::DeleteSnapshot { .. } | Self::RestoreSnapshot { .. } => None,
+            Self::Snapshot { .. }
+            | Self::DeleteSnapshot { .. }
+            | Self::RestoreSnapshot { .. }
+            | Self::RestorePath { .. }
+            | Self::Copy { .. } => None,
         }
+    }
+
+    /// Whether it brings the project into being.
+    pub fn creates(&self) -> bool {
+        matches!(self, Self::Create | Self::Clone { .. })
+    }
+
+    /// Whether it is about the project's files only, and leaves the project's
+    /// state as it was, even if it fails.
+    pub fn keeps_state(&self) -> bool {
+        self.meanwhile().is_none()
     }
 }
 
@@ -362,6 +406,21 @@ impl Store {
         })
     }
 
+    /// The operation that was to bring a project into being.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotFound`], or the database failed.
+    pub fn creation(&self, project: ProjectId) -> Result<Operation> {
+        self.database.read("read a project's first operation", |db| {
+            let sql = format!("SELECT {COLUMNS} FROM operations WHERE project = ?1 ORDER BY created, id LIMIT 1");
+            db.prepare_cached(&sql)?
+                .query_row([project.to_string()], read)
+                .optional()?
+                .ok_or(Fault::Refused(Error::NotFound { what: "operation" }))
+        })
+    }
+
     /// What happened in the operation after event `after`.
     ///
     /// # Errors
@@ -455,7 +514,7 @@ impl Store {
                     ended.reason,
                     report.map(|report| serde_json::to_string(&report.phases)).transpose()?,
                     report.and_then(|report| report.status.started).map(Timestamp::millis),
-                    operation.job == Job::Create && ended.outcome == Outcome::Done
+                    operation.job.creates() && ended.outcome == Outcome::Done
                 ],
             )?;
             find(db, id)

@@ -10,7 +10,7 @@ use cocalc_ids::{AccountId, Epoch, HostId, OperationId, ParseIdError, ProjectId,
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use serde::{Deserialize, Serialize};
 
-use super::{Error, Result, Store};
+use super::{Error, Job, Result, Store};
 use crate::{
     database::{json, parsed, parsed_opt},
     error::Fault,
@@ -151,6 +151,8 @@ pub struct NewProject<'a> {
     pub host: HostId,
     /// The operation that makes it there, and fences it meanwhile.
     pub operation: OperationId,
+    /// What that operation does.
+    pub job: &'a Job,
 }
 
 const COLUMNS: &str = "p.id, p.name, p.owner, p.config, p.host, p.epoch, p.state, p.reason, p.phases,
@@ -237,7 +239,7 @@ impl Store {
                 "INSERT INTO members (project, account, role) VALUES (?1, ?2, 'owner')",
                 params![id, owner],
             )?;
-            super::operation::insert(db, new.operation, new.id, new.owner, &super::Job::Create, now)?;
+            super::operation::insert(db, new.operation, new.id, new.owner, new.job, now)?;
             find(db, new.id)
         })
     }
@@ -249,6 +251,29 @@ impl Store {
     /// [`Error::NotFound`], or the database failed.
     pub fn project(&self, id: ProjectId) -> Result<Project> {
         self.database.read("read a project", |db| find(db, id))
+    }
+
+    /// Changes how a project is made and run, unless an operation is under way
+    /// that has begun with what was before.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotFound`], [`Error::Busy`], or the database failed.
+    pub fn configure(
+        &self,
+        id: ProjectId,
+        change: impl FnOnce(&mut ProjectConfig) + Send,
+    ) -> Result<Project> {
+        self.database.write("configure a project", |db| {
+            let mut project = find(db, id)?;
+            if let Some(operation) = project.fence {
+                return Err(Fault::Refused(Error::Busy { operation }));
+            }
+            change(&mut project.config);
+            let config = serde_json::to_string(&project.config)?;
+            db.execute("UPDATE projects SET config = ?2 WHERE id = ?1", params![id.to_string(), config])?;
+            Ok(project)
+        })
     }
 
     /// The projects of which `account` is a member, or all with `None`, in the

@@ -58,6 +58,7 @@ impl World {
             config: &config,
             host: self.hosts[0],
             operation: OperationId::from_bytes([n; 16]),
+            job: &Job::Create,
         };
         self.store.create_project(&new, NOW).unwrap()
     }

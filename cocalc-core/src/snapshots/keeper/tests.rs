@@ -218,7 +218,7 @@ async fn snapshots_make_room_before_the_project_is_full() {
     world.storage.snapshot(project, &own).await.unwrap();
     for n in 0..20_u8 {
         // Always within the plan; only the snapshots would fill the limit.
-        world.storage.write(project, "big", vec![n; 500]).unwrap();
+        world.storage.write(project, "big", vec![n; 150]).unwrap();
         world.pass(INTERVAL).await;
         let usage = world.storage.usage(project).await.unwrap();
         assert_eq!(usage.limit_bytes, Some(1_500));

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use serde_json::{Value, json};
 
-use super::{reach, settle};
+use super::{reach, settle, size};
 use crate::{
     api::Api,
     args::{Output, Project},
@@ -87,6 +87,44 @@ pub(super) fn run(api: &Api, output: Output, verb: Project) -> Result<ExitCode, 
                 Output::Table => println!("{}", reach::browser_url(&answer, via_proxy)?),
             }
         }
+        Project::Copy { source, destination, snapshot, replace } => {
+            let (from, from_path) = place(&source)?;
+            let (to, mut to_path) = place(&destination)?;
+            if to_path.is_empty() || destination.ends_with('/') {
+                let name = from_path.rsplit('/').next().unwrap_or_default();
+                to_path = if to_path.is_empty() { name.to_owned() } else { format!("{to_path}/{name}") };
+            }
+            let mut body = json!({
+                "from_project": from, "from_path": from_path, "to_path": to_path, "replace": replace,
+            });
+            if let Some(snapshot) = snapshot {
+                body["from_snapshot"] = snapshot.into();
+            }
+            let done = settle(api, &api.post(&format!("/projects/{to}/copy"), &body)?)?;
+            if output == Output::Json {
+                print(output, &done, &[]);
+            }
+        }
+        Project::Clone { id, name, snapshot } => {
+            let mut body = json!({});
+            if let Some(name) = name {
+                body["name"] = name.into();
+            }
+            if let Some(snapshot) = snapshot {
+                body["snapshot"] = snapshot.into();
+            }
+            let answer = api.post(&format!("/projects/{id}/clone"), &body)?;
+            let id = text(&answer["project"], "id")?;
+            settle(api, &answer)?;
+            print(output, &api.get(&format!("/projects/{id}"))?, &COLUMNS);
+        }
+        Project::Usage { id, du } => {
+            let usage = api.get(&format!("/projects/{id}/usage?du={du}"))?;
+            match output {
+                Output::Json => print(output, &usage, &[]),
+                Output::Table => print(output, &readable(usage), &USAGE[..if du { 7 } else { 4 }]),
+            }
+        }
         Project::Exec { id, via_proxy, command } => return reach::exec(api, &id, via_proxy, command),
         Project::Ssh { id, via_proxy, command } => return reach::ssh(api, &id, via_proxy, &command),
     }
@@ -125,6 +163,39 @@ fn access(
     Ok(body)
 }
 
+const USAGE: [&str; 7] =
+    ["charged", "limit", "plan", "allowance", "du.total", "du.exclusive", "du.shared"];
+
+/// What a project takes, in units for people; a notice goes to standard error.
+fn readable(usage: Value) -> Value {
+    if let Some(notice) = usage["notice"].as_str() {
+        let tame: String = notice.chars().filter(|c| !c.is_control()).collect();
+        eprintln!("cocalc: {tame}");
+    }
+    let bytes = |value: &Value| value.as_u64().map_or_else(|| "none".to_owned(), size);
+    json!({
+        "charged": bytes(&usage["charged_bytes"]),
+        "limit": bytes(&usage["limit_bytes"]),
+        "plan": bytes(&usage["plan_bytes"]),
+        "allowance": bytes(&usage["allowance_bytes"]),
+        "du": {
+            "total": bytes(&usage["du"]["total_bytes"]),
+            "exclusive": bytes(&usage["du"]["exclusive_bytes"]),
+            "shared": bytes(&usage["du"]["shared_bytes"]),
+        },
+    })
+}
+
+/// `ID:PATH`, the path without a slash at either end.
+fn place(text: &str) -> Result<(&str, String), Failure> {
+    let wrong = || Failure::new(Exit::Usage, format!("{text:?} is not ID:PATH, for instance …:home/data"));
+    let (id, path) = text.split_once(':').ok_or_else(wrong)?;
+    if id.is_empty() {
+        return Err(wrong());
+    }
+    Ok((id, path.trim_matches('/').to_owned()))
+}
+
 /// Starts an operation on a project, waits for it and shows the project.
 fn act(api: &Api, output: Output, id: &str, action: &str, body: &Value) -> Result<(), Failure> {
     let answer = api.post(&format!("/projects/{id}/{action}"), body)?;
@@ -139,4 +210,16 @@ pub(super) fn text(value: &Value, key: &str) -> Result<String, Failure> {
         .as_str()
         .map(str::to_owned)
         .ok_or_else(|| Failure::failed(format!("the master's answer has no {key:?}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_is_a_project_and_a_path() {
+        assert_eq!(place("p:home/a:b").unwrap(), ("p", "home/a:b".to_owned()));
+        assert_eq!(place("p:/home/").unwrap(), ("p", "home".to_owned()));
+        assert!(place("home/a").is_err() && place(":home").is_err());
+    }
 }

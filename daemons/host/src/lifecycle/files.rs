@@ -2,7 +2,7 @@
 
 use cocalc_core::{
     control::{CommandError, FRAME_BYTES_MAX, HostReply, ProjectConfig, UsageReport},
-    ids::{Epoch, ProjectId, SnapshotName, TreePath},
+    ids::{Epoch, OperationId, ProjectId, SnapshotName, TreePath},
     moves::host::storage_error,
     storage::{self, Changes, CloneOptions, CopyOptions, Place, VolumeOptions},
 };
@@ -95,6 +95,23 @@ impl Lifecycle {
         self.report(project, vec![]).await.map(HostReply::Project)
     }
 
+    /// Does what must not be done twice, in the project's turn, so that no
+    /// freeze comes in between.
+    pub(super) async fn once(
+        &self,
+        operation: OperationId,
+        project: ProjectId,
+        work: impl Future<Output = Result<HostReply, CommandError>>,
+    ) -> Result<HostReply, CommandError> {
+        let _turn = self.ledger.turn(project).await;
+        if let Some(done) = self.once.get(operation) {
+            return Ok(done);
+        }
+        let done = work.await?;
+        self.once.put(operation, done.clone());
+        Ok(done)
+    }
+
     pub(super) async fn restore_path(
         &self,
         project: ProjectId,
@@ -103,7 +120,6 @@ impl Lifecycle {
         path: TreePath,
         former: &SnapshotName,
     ) -> Result<HostReply, CommandError> {
-        let _turn = self.ledger.turn(project).await;
         self.ledger.permit(project, epoch)?;
         let _held = self.storage.hold(project, &name).await.map_err(storage_error)?;
         // Taken again, it is the same: a repeated command keeps what was there
@@ -124,10 +140,8 @@ impl Lifecycle {
         to: TreePath,
         options: CopyOptions,
     ) -> Result<HostReply, CommandError> {
-        // In the turn of the project that is written, so that no freeze comes
-        // in between. What is read may go on running, and even leave: it is
-        // read through what was opened.
-        let _turn = self.ledger.turn(project).await;
+        // What is read may go on running, and even leave: it is read through
+        // what was opened.
         self.ledger.permit(project, epoch)?;
         self.ledger.permit(from.project, from_epoch)?;
         let _held = match &from.snapshot {

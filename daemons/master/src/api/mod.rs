@@ -5,6 +5,7 @@ mod accounts;
 mod caller;
 mod connect;
 mod document;
+mod files;
 mod health;
 mod hosts;
 mod input;
@@ -48,6 +49,7 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
         .merge(connect::routes())
         .merge(members::routes())
         .merge(snapshots::routes())
+        .merge(files::routes())
         .merge(ssh_keys::routes())
         .merge(hosts::routes())
         .merge(operations::routes())

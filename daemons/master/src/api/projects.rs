@@ -13,7 +13,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
     caller::Caller,
-    hosts,
+    files, hosts,
     input::{Asked, Body, Id, check_name},
     problem::{Answer, Problem},
     view::{Begun, ProjectView, time},
@@ -93,7 +93,7 @@ async fn create(
         quota_bytes: new.quota_bytes,
         ..ProjectConfig::default()
     };
-    let project = shared.create_project(id, operation, new.name, caller.id, config, host).await?;
+    let project = shared.create_project(id, operation, new.name, caller.id, config, host, Job::Create).await?;
     Ok((StatusCode::ACCEPTED, Json(Begun { operation_id: operation.to_string(), project: project.into() })))
 }
 
@@ -301,6 +301,10 @@ async fn why(State(shared): State<Arc<Shared>>, caller: Caller, Id(id): Id<Proje
         }
         (None, None) => "nothing has happened to it yet".to_owned(),
     };
+    if connected && let Some(notice) = files::notice(&shared, &project).await {
+        reason.push_str("; ");
+        reason.push_str(&notice);
+    }
     if !connected {
         reason.push_str("; its host is not connected, so this may be old");
     }

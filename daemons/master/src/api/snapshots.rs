@@ -3,8 +3,11 @@
 use std::{sync::Arc, time::Duration};
 
 use axum::{Json, extract::State};
-use cocalc_core::control::{HostCommand, HostReply};
-use cocalc_ids::{Action, OperationId, ProjectId, SnapshotName, Timestamp};
+use cocalc_core::{
+    control::{HostCommand, HostReply},
+    snapshots::{AUTO_PREFIX, auto_time},
+};
+use cocalc_ids::{Action, OperationId, ProjectId, SnapshotName, Timestamp, TreePath};
 use cocalc_sqlite::master::{Job, ProjectState};
 use http::StatusCode;
 use serde::{Deserialize, Serialize};
@@ -16,7 +19,7 @@ use super::{
     input::{Body, Id, Ids},
     operations::checked,
     problem::{Answer, Problem},
-    projects::{Nothing, SETTLED, begin},
+    projects::{SETTLED, begin},
     view::{Begun, time},
 };
 use crate::{operations, shared::Shared};
@@ -50,6 +53,10 @@ async fn create(
 ) -> Answer<(StatusCode, Json<Begun>)> {
     caller.project(&shared, id, Some(Action::Operate)).await?;
     let name = match new.name {
+        Some(name) if name.as_str().starts_with(AUTO_PREFIX) => {
+            let detail = format!("name: {AUTO_PREFIX}… is for automatic snapshots, which are deleted by themselves");
+            return Err(Problem::invalid(detail));
+        }
         Some(name) => name,
         None => time_name("", shared.now())?,
     };
@@ -61,6 +68,8 @@ async fn create(
 #[derive(Serialize, ToSchema)]
 struct SnapshotView {
     name: String,
+    /// Whether it was taken by itself, and goes by itself.
+    automatic: bool,
     created: String,
     /// Identifies its content on every host.
     origin: String,
@@ -84,6 +93,7 @@ async fn list(
     match shared.command(project.host, &command, Duration::from_secs(20)).await {
         Ok(HostReply::Snapshots { project, snapshots }) if project == id => {
             let view = |snapshot: cocalc_core::storage::Snapshot| SnapshotView {
+                automatic: auto_time(&snapshot.name).is_some(),
                 name: snapshot.name.to_string(),
                 created: time(snapshot.created),
                 origin: snapshot.origin.to_string(),
@@ -109,21 +119,40 @@ async fn delete(
     begin(&shared, &caller, id, Job::DeleteSnapshot { name }, &SETTLED).await
 }
 
-/// Goes back to a snapshot. The project must be stopped; its present state is
-/// kept as another snapshot.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct Restore {
+    /// Only this file or directory, for instance `home/notes.txt`.
+    #[schema(value_type = Option<String>)]
+    path: Option<TreePath>,
+}
+
+/// Goes back to a snapshot, keeping the present state as another one. The
+/// project must be stopped for that; one `path` is also brought back while it
+/// runs, in the place of what is there.
 #[utoipa::path(post, path = "/projects/{id}/snapshots/{name}/restore", tag = "snapshots",
     params(("id" = String, Path), ("name" = String, Path)),
+    request_body = Restore,
     responses((status = 202, body = Begun), (status = "default", body = Problem)))]
 async fn restore(
     State(shared): State<Arc<Shared>>,
     caller: Caller,
     Ids(id, name): Ids<ProjectId, SnapshotName>,
-    Body(Nothing {}): Body<Nothing>,
+    Body(restore): Body<Restore>,
 ) -> Answer<(StatusCode, Json<Begun>)> {
-    caller.project(&shared, id, Some(Action::Administer)).await?;
     // Named by the call: a repeated one keeps the same state, not another.
     let former = OperationId::from_random_bytes(caller.new_id("former"));
     let former = format!("before-restore-{former}").parse().map_err(|error| Problem::internal(&error))?;
-    let allowed = [ProjectState::Stopped, ProjectState::Failed];
-    begin(&shared, &caller, id, Job::RestoreSnapshot { name, former }, &allowed).await
+    match restore.path {
+        Some(path) if path.is_root() => Err(Problem::invalid("path: leave it out to go back as a whole")),
+        Some(path) => {
+            caller.project(&shared, id, Some(Action::Operate)).await?;
+            begin(&shared, &caller, id, Job::RestorePath { name, path, former }, &SETTLED).await
+        }
+        None => {
+            caller.project(&shared, id, Some(Action::Administer)).await?;
+            let allowed = [ProjectState::Stopped, ProjectState::Failed];
+            begin(&shared, &caller, id, Job::RestoreSnapshot { name, former }, &allowed).await
+        }
+    }
 }

@@ -6,8 +6,9 @@ use cocalc_core::{
     connector::Peer,
     control::{CommandError, ErrorCode, HostCommand, HostReply, ProjectReport},
     runner::State,
+    storage::CopyOptions,
 };
-use cocalc_ids::{Epoch, HostId, SessionId, SnapshotName};
+use cocalc_ids::{Epoch, HostId, ProjectId, SessionId, SnapshotName};
 use cocalc_sqlite::master::{self as store, Ended, Job, Operation, Outcome, Project, ProjectState};
 
 use crate::shared::{Shared, Unanswered};
@@ -25,6 +26,10 @@ pub(crate) const QUEUED: &str = "queued";
 /// The phase in which it turns out whether the operation makes sense, before
 /// anything is done.
 pub(crate) const CHECKING: &str = "checking";
+
+/// What to do about projects on different hosts.
+pub(crate) const OTHER_HOST: &str = "the two projects are on different hosts, between which nothing is copied yet: \
+    move one of them to the other's host first, or copy with rsync over SSH";
 
 /// Runs the operation, and records its end.
 pub(super) async fn run(shared: &Arc<Shared>, operation: &Operation) {
@@ -58,6 +63,8 @@ pub(super) async fn run(shared: &Arc<Shared>, operation: &Operation) {
 enum Failure {
     /// The host refused.
     Refused(CommandError),
+    /// What is copied from is on another host.
+    OtherHost,
     /// The host is not there, and did not get the command.
     NoAnswer,
     /// The answer is not the receipt of what was asked for.
@@ -76,6 +83,7 @@ impl Failure {
     fn ended(self, job: &Job, project: &Project) -> Ended {
         let (code, detail) = match self {
             Self::Refused(error) => (code(error.code), error.message),
+            Self::OtherHost => ("other_host", OTHER_HOST.to_owned()),
             Self::NoAnswer => ("host_unavailable", "the project's host does not answer".to_owned()),
             Self::NoReceipt => {
                 ("internal", "the host answered with the receipt of something else".to_owned())
@@ -87,7 +95,7 @@ impl Failure {
         };
         // A failed snapshot leaves the project as it was.
         let state = match job {
-            Job::Snapshot { .. } | Job::DeleteSnapshot { .. } | Job::RestoreSnapshot { .. } => project.state,
+            job if job.keeps_state() => project.state,
             _ => ProjectState::Failed,
         };
         failed(code, detail, state)
@@ -105,6 +113,8 @@ pub(crate) fn code(code: ErrorCode) -> &'static str {
         ErrorCode::StaleEpoch => "stale_epoch",
         ErrorCode::Busy => "project_busy",
         ErrorCode::NotFound => "not_found",
+        ErrorCode::Exists => "already_exists",
+        ErrorCode::InUse => "snapshot_in_use",
         ErrorCode::NoSpace => "no_space",
         ErrorCode::Invalid => "invalid_request",
         ErrorCode::Unavailable => "host_unavailable",
@@ -116,7 +126,7 @@ async fn act(shared: &Shared, operation: &Operation, project: &Project) -> Resul
     let (id, epoch) = (project.id, project.epoch);
     let call = Call { shared, operation, host: project.host };
     Ok(match &operation.job {
-        Job::Create => {
+        Job::Create | Job::Clone { .. } => {
             let report = create(&call, project).await?;
             done(ProjectState::from(report.status.state), Some(report))
         }
@@ -175,6 +185,26 @@ async fn act(shared: &Shared, operation: &Operation, project: &Project) -> Resul
             let command = HostCommand::RestoreSnapshot { project: id, epoch, name, former };
             call.keep("restoring a snapshot", command, project).await?
         }
+        Job::RestorePath { name, path, former } => {
+            let (name, path, former) = (name.clone(), path.clone(), former.clone());
+            let operation = operation.id;
+            let command = HostCommand::RestorePath { operation, project: id, epoch, name, path, former };
+            call.keep("restoring a path", command, project).await?
+        }
+        Job::Copy { from, to, replace } => {
+            let source = original(shared, from.project, project).await?;
+            let options = CopyOptions { same_owner: source.owner == project.owner, replace: *replace };
+            let command = HostCommand::Copy {
+                operation: operation.id,
+                project: id,
+                epoch,
+                from: from.clone(),
+                from_epoch: source.epoch,
+                to: to.clone(),
+                options,
+            };
+            call.keep("copying", command, project).await?
+        }
         // Driven elsewhere.
         Job::Move { .. } => return Err(Failure::NoReceipt),
     })
@@ -188,9 +218,45 @@ fn done(project: ProjectState, report: Option<ProjectReport>) -> Ended {
 async fn create(call: &Call<'_>, project: &Project) -> Result<ProjectReport, Failure> {
     // The host knows who may use it before it exists.
     call.shared.tell_of_project(project.host, project.id).await?;
-    let command =
-        HostCommand::Create { project: project.id, epoch: project.epoch, config: project.config.clone() };
-    call.report("creating", command, Duration::from_secs(120), project.epoch).await
+    let (id, epoch, config) = (project.id, project.epoch, project.config.clone());
+    // A start may have to make good a creation that failed.
+    let job = if call.operation.job.creates() {
+        call.operation.job.clone()
+    } else {
+        call.shared.db(move |store| store.creation(id)).await?.job
+    };
+    match job {
+        Job::Clone { source, name } => {
+            let source = original(call.shared, source, project).await?;
+            let command = HostCommand::Clone {
+                project: id,
+                epoch,
+                config,
+                source: source.id,
+                source_epoch: source.epoch,
+                name,
+                same_owner: source.owner == project.owner,
+            };
+            call.report("cloning", command, Duration::from_secs(600), epoch).await
+        }
+        _ => {
+            let command = HostCommand::Create { project: id, epoch, config };
+            call.report("creating", command, Duration::from_secs(120), epoch).await
+        }
+    }
+}
+
+/// The project that something is copied from, if it is on the same host now.
+async fn original(shared: &Shared, id: ProjectId, to: &Project) -> Result<Project, Failure> {
+    match shared.db(move |store| store.project(id)).await {
+        Ok(project) if project.host == to.host => Ok(project),
+        Ok(_) => Err(Failure::OtherHost),
+        Err(store::Error::NotFound { .. }) => {
+            let message = format!("project {id} was deleted meanwhile");
+            Err(Failure::Refused(CommandError { code: ErrorCode::NotFound, message }))
+        }
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Calls of one operation to its host.
@@ -236,6 +302,7 @@ impl Call<'_> {
         match self.perform(phase, command, Duration::from_secs(300)).await? {
             HostReply::Project(ProjectReport { project: id, .. })
             | HostReply::Snapshots { project: id, .. }
+            | HostReply::Copied { project: id, .. }
                 if id == project.id =>
             {
                 Ok(Ended {

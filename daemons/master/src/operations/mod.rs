@@ -22,7 +22,7 @@ use tokio::sync::{broadcast, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub(crate) use self::{
-    job::{CHECKING, QUEUED, code},
+    job::{CHECKING, OTHER_HOST, QUEUED, code},
     moving::NewMoveError,
 };
 use crate::shared::Shared;
@@ -119,7 +119,8 @@ async fn despite_panics<F: Future<Output = ()>>(id: OperationId, mut work: impl 
 }
 
 impl Shared {
-    /// Makes a project, and begins to create it on its host.
+    /// Makes a project, and begins to create it on its host, as `job` says.
+    #[expect(clippy::too_many_arguments, reason = "each is a column of the new row")]
     pub(crate) async fn create_project(
         self: &Arc<Self>,
         id: ProjectId,
@@ -128,11 +129,13 @@ impl Shared {
         owner: AccountId,
         config: cocalc_core::control::ProjectConfig,
         host: cocalc_ids::HostId,
+        job: Job,
     ) -> store::Result<Project> {
         let now = self.now();
         let project = self
             .db(move |store| {
-                let new = NewProject { id, name: &name, owner, config: &config, host, operation };
+                let (name, config, job) = (&name, &config, &job);
+                let new = NewProject { id, name, owner, config, host, operation, job };
                 store.create_project(&new, now)
             })
             .await?;

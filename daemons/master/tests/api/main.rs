@@ -4,6 +4,7 @@
 
 mod access;
 mod document;
+mod files;
 mod moves;
 mod promises;
 mod world;

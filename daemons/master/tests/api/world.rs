@@ -292,6 +292,10 @@ pub(crate) struct Script {
     pub(crate) frames: Vec<Frame>,
     /// The snapshots of each project.
     pub(crate) snapshots: BTreeMap<ProjectId, Vec<SnapshotName>>,
+    /// The files of the projects, for commands about them.
+    pub(crate) files: cocalc_core::memory::storage::MemoryStorage,
+    /// What `usage` says to the owner.
+    pub(crate) notice: Option<String>,
     /// Answers nothing.
     pub(crate) mute: bool,
     /// Renews no lease.
@@ -453,13 +457,99 @@ async fn inbox(client: Client, id: HostId, script: Arc<Mutex<Script>>) {
         };
         while let Some(message) = commands.next().await {
             let command: HostCommand = message.payload.parse().unwrap();
-            let answer = script.lock().unwrap().answer(id, command);
+            let about_files = {
+                let mut script = script.lock().unwrap();
+                let calm = !script.mute && script.refuse.is_none();
+                let mine = calm && is_about_files(&command);
+                mine.then(|| {
+                    script.commands.push(command.clone());
+                    (script.files.clone(), script.notice.clone())
+                })
+            };
+            let answer = match about_files {
+                Some((files, notice)) => {
+                    let answer = act_on_files(&files, notice, command.clone()).await;
+                    if let (HostCommand::Clone { epoch, .. }, HostReply::Project(report)) = (&command, &answer) {
+                        script.lock().unwrap().projects.insert(report.project, (*epoch, false));
+                    }
+                    Some(answer)
+                }
+                None => script.lock().unwrap().answer(id, command),
+            };
             if let Some(answer) = answer {
                 let payload = Payload::json(&answer).unwrap();
                 let _ = client.publish(&message.reply.unwrap(), payload).await;
             }
         }
     }
+}
+
+fn is_about_files(command: &HostCommand) -> bool {
+    matches!(
+        command,
+        HostCommand::Diff { .. }
+            | HostCommand::Copy { .. }
+            | HostCommand::Clone { .. }
+            | HostCommand::RestorePath { .. }
+            | HostCommand::Usage { .. }
+    )
+}
+
+/// What a host does with files, on storage in memory.
+async fn act_on_files(
+    files: &cocalc_core::memory::storage::MemoryStorage,
+    notice: Option<String>,
+    command: HostCommand,
+) -> HostReply {
+    use storage::{CloneOptions, Place, Storage, VolumeOptions};
+    let project = command.project();
+    let done = match command {
+        HostCommand::Diff { from, to, after, max, .. } => files
+            .diff(project, &from, to.as_ref(), after.as_ref(), max)
+            .await
+            .map(|changes| HostReply::Changes { project, changes }),
+        HostCommand::Copy { from, to, options, .. } => files
+            .copy(&from, &Place::live(project, to), &options)
+            .await
+            .map(|copied| HostReply::Copied { project, copied }),
+        HostCommand::RestorePath { name, path, former, .. } => {
+            let options = storage::CopyOptions { same_owner: true, replace: true };
+            let from = Place::frozen(project, name, path.clone());
+            match files.snapshot(project, &former).await {
+                Ok(_) => files
+                    .copy(&from, &Place::live(project, path), &options)
+                    .await
+                    .map(|copied| HostReply::Copied { project, copied }),
+                Err(error) => Err(error),
+            }
+        }
+        HostCommand::Clone { epoch, source, name, config, same_owner, .. } => {
+            let limit_bytes = config.quota_bytes;
+            let options = CloneOptions { volume: VolumeOptions { limit_bytes }, same_owner };
+            let name = name.unwrap_or_else(|| "now".parse().unwrap());
+            let _ = files.snapshot(source, &name).await;
+            files.clone_volume(source, &name, project, &options).await.map(|_| {
+                let status = Status { project, epoch: None, state: State::Stopped, started: None, reason: None };
+                HostReply::Project(ProjectReport { project, epoch: Some(epoch), status, phases: vec![] })
+            })
+        }
+        HostCommand::Usage { count, .. } => {
+            let footprint = if count { files.footprint(project, None).await.ok() } else { None };
+            files.usage(project).await.map(|usage| {
+                HostReply::Usage(cocalc_core::control::UsageReport {
+                    project,
+                    usage,
+                    plan_bytes: Some(1_000),
+                    allowance_bytes: Some(500),
+                    policy: Default::default(),
+                    notice,
+                    footprint,
+                })
+            })
+        }
+        _ => unreachable!(),
+    };
+    done.unwrap_or_else(|error| HostReply::Error(cocalc_core::moves::host::storage_error(error)))
 }
 
 impl Script {

@@ -2,6 +2,7 @@
 //! what it promises.
 
 mod access;
+mod files;
 mod moving;
 mod outage;
 mod reach;
@@ -29,6 +30,8 @@ pub(super) fn run(up: &mut Up, narrator: &Narrator) -> Result<(), Failure> {
     access::shell(up, narrator)?;
     narrator.heading("Being kept out");
     access::refusals(up, narrator, &expired)?;
+    narrator.heading("Looking back");
+    files::run(up, narrator)?;
     narrator.heading("Moving it while it is used");
     moving::run(up, narrator)?;
     narrator.heading("Losing the master");
