@@ -70,6 +70,12 @@ impl Api {
         self.answer(request.send_json(body))
     }
 
+    /// Replaces a resource.
+    pub(crate) fn put(&self, path: &str, body: &Value) -> Result<Value, Failure> {
+        let request = self.agent.put(format!("{}{path}", self.base)).header("authorization", self.bearer());
+        self.answer(request.send_json(body))
+    }
+
     /// Deletes a resource.
     pub(crate) fn delete(&self, path: &str) -> Result<Value, Failure> {
         let key = idempotency_key()?;

@@ -6,7 +6,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use cocalc_auth_live::Knowledge;
+use cocalc_auth_live::{AuditLog, Knowledge};
 use cocalc_core::{auth::Tier, ids::ProjectId};
 use cocalc_daemon::probe::Metrics;
 use cocalc_http::{Body, Client, Endpoints};
@@ -24,6 +24,7 @@ pub(crate) struct HostEndpoints {
     pub(crate) knowledge: Arc<Knowledge>,
     pub(crate) connected: watch::Receiver<bool>,
     pub(crate) metrics: Metrics,
+    pub(crate) audit: AuditLog,
 }
 
 #[async_trait]
@@ -66,6 +67,7 @@ impl HostEndpoints {
     }
 
     fn measure(&self) {
+        let counter = |name, help, value| self.metrics.counter(name, help).store(value, Ordering::Relaxed);
         let gauge = |name, help, value: u64| self.metrics.gauge(name, help).store(value, Ordering::Relaxed);
         gauge(
             "cocalc_host_connections_count",
@@ -78,6 +80,11 @@ impl HostEndpoints {
             Tier::Grace => 1,
             Tier::Expired => 2,
         };
+        let (lines, _) = self.audit.head();
+        counter("cocalc_host_audit_events_total", "Lines of the audit log.", lines);
+        let help =
+            "Audit events that were dropped: the queue was full. Nothing administrative is decided then.";
+        counter("cocalc_host_audit_dropped_total", help, self.audit.lost());
         gauge("cocalc_host_auth_tier", "0 fresh, 1 in grace, 2 expired.", tier);
     }
 }

@@ -4,6 +4,7 @@
 
 mod access;
 mod document;
+mod login;
 mod moves;
 mod promises;
 mod world;
