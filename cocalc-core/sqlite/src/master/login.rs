@@ -81,7 +81,7 @@ impl Store {
             account::COLUMNS
         );
         // As a rule they are known, and the writer is not waited for.
-        let known = self.database.read("find who logs in", |db| {
+        let known: Result<Option<Account>> = self.database.read("find who logs in", |db| {
             Ok(db.prepare_cached(&sql)?.query_row(params![provider, subject], account::read).optional()?)
         });
         if let Some(known) = known? {
