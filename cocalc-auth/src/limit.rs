@@ -71,6 +71,20 @@ impl<K: Clone + Ord> Gcra<K> {
         Ok(())
     }
 
+    /// Whether there is a unit for `key`, without taking it.
+    ///
+    /// # Errors
+    ///
+    /// How long to wait, when there is none.
+    pub fn peek(&self, key: &K, now: Duration) -> Result<(), Duration> {
+        let Some(end) = self.recovered.get(key) else { return Ok(()) };
+        let rest = self.quota.interval.saturating_mul(self.quota.burst.saturating_sub(1));
+        match end.saturating_sub(rest).checked_sub(now) {
+            Some(wait) if !wait.is_zero() => Err(wait),
+            _ => Ok(()),
+        }
+    }
+
     /// How many keys take memory.
     pub fn len(&self) -> usize {
         self.recovered.len()
@@ -129,6 +143,7 @@ mod tests {
         for _ in 0..3 {
             assert_eq!(limit.take(&"a", start), Ok(()));
         }
+        assert_eq!((limit.peek(&"a", start), limit.peek(&"b", start)), (Err(SECOND), Ok(())));
         assert_eq!(limit.take(&"a", start), Err(SECOND));
         assert_eq!(limit.take(&"b", start), Ok(()), "keys do not share");
         assert_eq!(limit.take(&"a", start + SECOND), Ok(()));

@@ -15,7 +15,7 @@ use std::{
 };
 
 use cocalc_auth::audit::{Chain, Event, VerifyError, verify};
-use cocalc_core::ids::Timestamp;
+use cocalc_core::ids::{AccountId, ProjectId, Timestamp};
 
 /// Events that wait to be written.
 const QUEUE: usize = 1024;
@@ -38,6 +38,8 @@ struct Shared {
     queue: SyncSender<Order>,
     dropped: Arc<AtomicU64>,
     head: Arc<Mutex<Chain>>,
+    /// How many were dropped since the start.
+    lost: AtomicU64,
 }
 
 enum Order {
@@ -63,7 +65,7 @@ impl AuditLog {
             .name("audit".to_owned())
             .spawn(move || writer.run(&orders, &seen, &shown))
             .map_err(|source| AuditError::Io { operation: "start writing", path: folder.into(), source })?;
-        Ok(Self(Arc::new(Shared { queue, dropped, head })))
+        Ok(Self(Arc::new(Shared { queue, dropped, head, lost: AtomicU64::new(0) })))
     }
 
     /// Queues an event. When the queue is full it is dropped and counted, and
@@ -71,7 +73,13 @@ impl AuditLog {
     pub fn record(&self, event: Event) {
         if let Err(TrySendError::Full(_)) = self.0.queue.try_send(Order::Write(Box::new(event))) {
             self.0.dropped.fetch_add(1, Ordering::Relaxed);
+            self.0.lost.fetch_add(1, Ordering::Relaxed);
         }
+    }
+
+    /// How many events were dropped since the start, because the queue was full.
+    pub fn lost(&self) -> u64 {
+        self.0.lost.load(Ordering::Relaxed)
     }
 
     /// Whether events were dropped, and the log has not caught up yet.
@@ -123,6 +131,83 @@ impl AuditLog {
     /// The first file that is not as it was written, or cannot be read.
     pub fn verify(folder: &Path) -> Result<(u64, String), AuditError> {
         let chain = verify_folder(folder)?;
+        Ok((chain.count(), chain.head().to_owned()))
+    }
+}
+
+/// Which events are asked for; what is `None` does not matter.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct AuditQuery {
+    /// About this project.
+    pub project: Option<ProjectId>,
+    /// About this account.
+    pub account: Option<AccountId>,
+    /// At this time or later.
+    pub since: Option<Timestamp>,
+    /// Before this time.
+    pub until: Option<Timestamp>,
+}
+
+impl AuditLog {
+    /// The hash of a line of the log in `folder`, from 1; `None` if it has
+    /// fewer. Verified is what [`verify`](Self::verify) says.
+    ///
+    /// # Errors
+    ///
+    /// The file system failed.
+    pub fn hash_of(folder: &Path, line: u64) -> Result<Option<String>, AuditError> {
+        let mut at = 0;
+        for path in files(folder)? {
+            let file = File::open(&path).map_err(|source| io_error("open", &path, source))?;
+            for text in BufReader::new(file).lines() {
+                let text = text.map_err(|source| io_error("read", &path, source))?;
+                at += 1;
+                if at == line {
+                    return Ok(text.split_once(' ').map(|(hash, _)| hash.to_owned()));
+                }
+            }
+        }
+        Ok(None)
+    }
+}
+
+impl AuditQuery {
+    fn finds(&self, event: &Event) -> bool {
+        self.project.is_none_or(|project| event.project == Some(project))
+            && self.account.is_none_or(|account| event.account == Some(account))
+            && self.since.is_none_or(|since| event.time >= since)
+            && self.until.is_none_or(|until| event.time < until)
+    }
+}
+
+impl AuditLog {
+    /// Reads the log in `folder` offline, oldest first, gives what the query
+    /// finds to `found`, and returns the chain's end as [`verify`](Self::verify)
+    /// does. Every line is verified before it is shown: what was changed is an
+    /// error, and nothing after it is shown.
+    ///
+    /// # Errors
+    ///
+    /// As [`verify`](Self::verify).
+    pub fn query(
+        folder: &Path,
+        query: &AuditQuery,
+        mut found: impl FnMut(Event),
+    ) -> Result<(u64, String), AuditError> {
+        let mut chain = Chain::default();
+        for path in files(folder)? {
+            let file = File::open(&path).map_err(|source| io_error("open", &path, source))?;
+            for line in BufReader::new(file).lines() {
+                let mut line = line.map_err(|source| io_error("read", &path, source))?;
+                line.push('\n');
+                chain = verify(chain, line.as_bytes())
+                    .map_err(|source| AuditError::Chain { path: path.clone(), source })?;
+                let event = line.split_once(' ').and_then(|(_, json)| serde_json::from_str(json).ok());
+                if let Some(event) = event.filter(|event| query.finds(event)) {
+                    found(event);
+                }
+            }
+        }
         Ok((chain.count(), chain.head().to_owned()))
     }
 }

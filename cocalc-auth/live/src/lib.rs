@@ -7,6 +7,7 @@
 //!   the ordered stream, acknowledges, and renews the lease.
 //! - [`TokenAuth`] decides with it on a host (`impl Auth`); [`ProxyCheck`] does
 //!   the lesser check of a proxy.
+//! - [`LimitedAuth`] bounds how often anybody may ask it.
 //! - [`AuditLog`] writes what was decided.
 //!
 //! It does not mint: the master's part is `cocalc_auth::mint`.
@@ -41,13 +42,15 @@ mod audit_log;
 mod driver;
 mod fetch;
 mod knowledge;
+mod limited;
 mod proxy;
 mod token_auth;
 
 pub use self::{
-    audit_log::{AuditError, AuditLog},
+    audit_log::{AuditError, AuditLog, AuditQuery},
     driver::{DriverConfig, PeerHandler, StreamDriver},
     knowledge::{Error, Knowledge},
+    limited::{AuthLimits, LimitedAuth},
     proxy::ProxyCheck,
     token_auth::{Grants, TokenAuth},
 };

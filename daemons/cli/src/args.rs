@@ -44,8 +44,12 @@ pub(crate) enum Command {
         #[arg(long)]
         url: String,
         /// An API token.
-        #[arg(long)]
-        token: String,
+        #[arg(long, required_unless_present = "name")]
+        token: Option<String>,
+        /// Log in with this name; the password is the first line of standard
+        /// input, or COCALC_PASSWORD.
+        #[arg(long, conflicts_with = "token")]
+        name: Option<String>,
     },
     /// Projects.
     #[command(subcommand)]
@@ -77,6 +81,9 @@ pub(crate) enum Command {
         #[command(flatten)]
         wait: WaitOptions,
     },
+    /// The record of who was let in and who was not, in a host's data directory.
+    #[command(subcommand)]
+    Audit(Audit),
     /// Print a completion script for a shell.
     Completion {
         /// Which shell.
@@ -462,6 +469,17 @@ pub(crate) enum Account {
     /// Keys for programs that call the master.
     #[command(subcommand)]
     ApiKey(ApiKey),
+    /// Set the name and password to log in with; the password is the first line
+    /// of standard input, or COCALC_PASSWORD. The one of before, if there is
+    /// one, is COCALC_CURRENT_PASSWORD; administrators need not know it.
+    Password {
+        /// The name to log in with.
+        #[arg(long)]
+        login: String,
+        /// Of this account; otherwise your own.
+        #[arg(long)]
+        account: Option<String>,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -493,6 +511,35 @@ pub(crate) struct WaitOptions {
     /// Give up waiting after so many seconds; what is under way goes on.
     #[arg(long, default_value_t = 90_000)]
     pub(crate) timeout: u64,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Audit {
+    /// Check that a log is as it was written. Needs no master.
+    Verify {
+        /// A host's `audit` folder.
+        folder: PathBuf,
+        /// Compare it, too, with what this host last told the master.
+        #[arg(long)]
+        host: Option<String>,
+    },
+    /// Show events of a log, each verified. Needs no master.
+    Query {
+        /// A host's `audit` folder.
+        folder: PathBuf,
+        /// About this project.
+        #[arg(long)]
+        project: Option<String>,
+        /// About this account.
+        #[arg(long)]
+        account: Option<String>,
+        /// At this time or later, as 2026-01-31T12:00:00Z.
+        #[arg(long)]
+        since: Option<String>,
+        /// Before this time.
+        #[arg(long)]
+        until: Option<String>,
+    },
 }
 
 #[derive(Debug, Subcommand)]

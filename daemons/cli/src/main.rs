@@ -3,6 +3,7 @@
 
 mod api;
 mod args;
+mod audit;
 mod doctor;
 mod down;
 mod failure;
@@ -44,7 +45,17 @@ fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
             clap_complete::generate(shell, &mut Arguments::command(), "cocalc", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)
         }
-        Command::Login { url, token } => profile::save(&url, &token).map(done),
+        Command::Login { url, token, name } => {
+            let token = match (token, name) {
+                (Some(token), _) => token,
+                (None, name) => profile::log_in(&url, &name.unwrap_or_default())?,
+            };
+            profile::save(&url, &token).map(done)
+        }
+        Command::Audit(verb) => {
+            let api = || profile::api(arguments.url, arguments.token);
+            audit::run(api, output, &verb).map(done)
+        }
         verb => {
             let api = profile::api(arguments.url, arguments.token)?;
             verbs::run(&api, output, verb)

@@ -17,6 +17,25 @@ struct Profile {
     token: String,
 }
 
+/// The password: from the environment, or the first line of standard input.
+/// Never an argument, which others on the machine can read.
+pub(crate) fn password() -> Result<String, Failure> {
+    if let Ok(password) = std::env::var("COCALC_PASSWORD") {
+        return Ok(password);
+    }
+    let mut line = String::new();
+    std::io::stdin().read_line(&mut line).during("cannot read the password from standard input")?;
+    Ok(line.trim_end_matches(['\n', '\r']).to_owned())
+}
+
+/// A token for who logs in with a name and a password.
+pub(crate) fn log_in(url: &str, name: &str) -> Result<String, Failure> {
+    let body = serde_json::json!({ "login": name, "password": password()? });
+    let answer = Api::new(url, "").post("/login", &body)?;
+    let token = answer["token"].as_str();
+    token.map(str::to_owned).ok_or_else(|| Failure::failed("the master gave no token"))
+}
+
 /// Remembers a master and a token, readable by this user only.
 pub(crate) fn save(url: &str, token: &str) -> Result<(), Failure> {
     // A wrong token is found now rather than at the first real command.

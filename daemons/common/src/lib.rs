@@ -23,6 +23,7 @@ pub mod files;
 pub mod join;
 pub mod probe;
 pub mod start;
+pub mod time;
 
 use std::process::ExitCode;
 

@@ -6,7 +6,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use cocalc_auth_live::Knowledge;
+use cocalc_auth_live::{AuditLog, Knowledge};
 use cocalc_core::{auth::Tier, ids::ProjectId, snapshots::Keeper};
 use cocalc_daemon::probe::Metrics;
 use cocalc_http::{Body, Client, Endpoints};
@@ -25,6 +25,7 @@ pub(crate) struct HostEndpoints {
     pub(crate) connected: watch::Receiver<bool>,
     pub(crate) keeper: Keeper,
     pub(crate) metrics: Metrics,
+    pub(crate) audit: AuditLog,
 }
 
 #[async_trait]
@@ -67,6 +68,7 @@ impl HostEndpoints {
     }
 
     fn measure(&self) {
+        let counter = |name, help, value: u64| self.metrics.counter(name, help).store(value, Ordering::Relaxed);
         let gauge = |name, help, value: u64| self.metrics.gauge(name, help).store(value, Ordering::Relaxed);
         gauge(
             "cocalc_host_connections_count",
@@ -82,12 +84,15 @@ impl HostEndpoints {
         let kept = self.keeper.numbers();
         let overdue = "How long the longest overdue automatic snapshot has been due.";
         gauge("cocalc_host_snapshots_overdue_secs", overdue, kept.overdue.as_secs());
-        let counter =
-            |name, help, value: u64| self.metrics.counter(name, help).store(value, Ordering::Relaxed);
         counter("cocalc_host_snapshots_taken_total", "Automatic snapshots taken.", kept.taken);
         counter("cocalc_host_snapshots_deleted_total", "Automatic snapshots deleted.", kept.deleted);
         let failed = "Looks at a project's automatic snapshots that failed.";
         counter("cocalc_host_snapshots_failures_total", failed, kept.failed);
+        let (lines, _) = self.audit.head();
+        counter("cocalc_host_audit_events_total", "Lines of the audit log.", lines);
+        let help =
+            "Audit events that were dropped: the queue was full. Nothing administrative is decided then.";
+        counter("cocalc_host_audit_dropped_total", help, self.audit.lost());
         gauge("cocalc_host_auth_tier", "0 fresh, 1 in grace, 2 expired.", tier);
     }
 }

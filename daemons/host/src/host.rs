@@ -4,7 +4,7 @@ use std::{fs::File, path::Path, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use cocalc_auth::identity::Identity;
-use cocalc_auth_live::{AuditLog, DriverConfig, Knowledge, StreamDriver, TokenAuth};
+use cocalc_auth_live::{AuditLog, AuthLimits, DriverConfig, Knowledge, LimitedAuth, StreamDriver, TokenAuth};
 use cocalc_core::{
     auth::Auth,
     bus::Bus,
@@ -129,8 +129,9 @@ impl Host {
             .map_err(|e| open("access cache")(e.into()))?;
         let grants = ledger.clone();
         let held = move |project: ProjectId| grants.entry(project).and_then(|entry| entry.may_run());
+        let decides = TokenAuth::new(Arc::clone(&knowledge), id, Arc::new(held), Some(audit.clone()));
         let auth: Arc<dyn Auth> =
-            Arc::new(TokenAuth::new(Arc::clone(&knowledge), id, Arc::new(held), Some(audit.clone())));
+            Arc::new(LimitedAuth::new(Arc::new(decides), Arc::new(SystemClock), AuthLimits::default()));
 
         let peer = Peer::Host(id);
         let connect =
@@ -170,7 +171,7 @@ impl Host {
                 bus: Arc::clone(&bus),
                 keepalive,
                 handler: Arc::new(registrar),
-                audit: Some(audit),
+                audit: Some(audit.clone()),
             },
         );
 
@@ -184,6 +185,7 @@ impl Host {
             connected: driver.connected(),
             keeper: keeper.clone(),
             metrics: Metrics::default(),
+            audit: audit.clone(),
         };
         let http =
             HostIngress::builder(id, Arc::clone(&auth), Arc::clone(&router), Arc::clone(&backends.runner))

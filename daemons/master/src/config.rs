@@ -1,6 +1,9 @@
 //! The configuration file.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+};
 
 use cocalc_core::control::Settings;
 use serde::Deserialize;
@@ -28,6 +31,10 @@ pub struct Config {
     /// 15 min.
     #[serde(default = "grace_ms")]
     pub grace_ms: u64,
+    /// The addresses of reverse proxies whose `X-Forwarded-For` says who
+    /// calls. Of anybody else it is passed over. Default: none.
+    #[serde(default)]
+    pub trusted_proxies: Vec<IpAddr>,
     /// How many connections one address may have, those that became the bus's
     /// not counted. Behind a reverse proxy, which is one address, as many as
     /// that lets in. Default 500.
@@ -61,6 +68,7 @@ impl Config {
             keepalive_ms: keepalive_ms(),
             lease_ms: lease_ms(),
             grace_ms: grace_ms(),
+            trusted_proxies: Vec::new(),
             connections_per_address_max: connections_per_address_max(),
         }
     }

@@ -23,10 +23,12 @@
 //! # }
 //! ```
 
+pub mod accounts;
 mod admin;
 mod api;
 mod bus;
 mod config;
+mod limits;
 mod operations;
 pub mod placement;
 mod receipts;
@@ -48,7 +50,9 @@ use tokio_util::sync::CancellationToken;
 
 pub use self::config::Config;
 use self::{
+    accounts::Accounts,
     bus::{gate, peers::Peers, streams::Streams},
+    limits::Limits,
     operations::Operations,
     receipts::Receipts,
     shared::Shared,
@@ -110,6 +114,16 @@ impl Master {
     ///
     /// See [`Error`]. Nothing is left running.
     pub async fn start(config: Config) -> Result<Self, Error> {
+        Self::start_with(config, None).await
+    }
+
+    /// As [`start`](Self::start), with accounts that somebody else keeps beside
+    /// the master's own.
+    ///
+    /// # Errors
+    ///
+    /// See [`Error`]. Nothing is left running.
+    pub async fn start_with(config: Config, accounts: Option<Arc<dyn Accounts>>) -> Result<Self, Error> {
         config.validate().map_err(Error::Config)?;
         let directory = config.data_dir.clone();
         let unusable = |source: BoxError| Error::DataDir { path: directory.clone(), source };
@@ -144,6 +158,8 @@ impl Master {
             operations: Operations::new(),
             receipts: Receipts::default(),
             broker: broker.clone(),
+            limits: Limits::new(config.trusted_proxies.clone()),
+            accounts,
             settings: config.settings(),
             store,
             issuer,

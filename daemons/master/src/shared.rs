@@ -17,9 +17,11 @@ use cocalc_sqlite::master::{self as store, Store};
 use futures_util::{StreamExt, stream::FuturesUnordered};
 
 use crate::{
+    accounts::Accounts,
     bus::gate::bus_name,
     bus::peers::Peers,
     bus::streams::{About, Streams, Target},
+    limits::Limits,
     operations::Operations,
     receipts::Receipts,
     signing::Signing,
@@ -38,6 +40,9 @@ pub(crate) struct Shared {
     pub(crate) operations: Operations,
     pub(crate) receipts: Receipts,
     pub(crate) broker: Broker,
+    pub(crate) limits: Limits,
+    /// Accounts that somebody else keeps.
+    pub(crate) accounts: Option<Arc<dyn Accounts>>,
 }
 
 impl fmt::Debug for Shared {

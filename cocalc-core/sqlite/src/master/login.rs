@@ -1,6 +1,6 @@
 //! How people log in: local passwords, and identities that others vouch for.
 
-use cocalc_ids::{AccountId, KeyId, Timestamp};
+use cocalc_ids::{AccountId, Timestamp};
 use rusqlite::{OptionalExtension, params};
 
 use super::{Account, ApiToken, Error, Result, Store, account};
@@ -49,6 +49,18 @@ impl Store {
         })
     }
 
+    /// What verifies an account's password, if it has one.
+    ///
+    /// # Errors
+    ///
+    /// The database failed.
+    pub fn password_of(&self, account: AccountId) -> Result<Option<String>> {
+        self.database.read("look a password up", |db| {
+            let sql = "SELECT hash FROM passwords WHERE account = ?1";
+            Ok(db.prepare_cached(sql)?.query_row([account.to_string()], |row| row.get(0)).optional()?)
+        })
+    }
+
     /// The account for which `provider` vouches under the name `subject`; made
     /// with `name` at the first time, if `make` says so.
     ///
@@ -63,12 +75,19 @@ impl Store {
         make: Option<(AccountId, &str)>,
         now: Timestamp,
     ) -> Result<Account> {
+        let sql = format!(
+            "SELECT {} FROM identities i JOIN accounts a ON a.id = i.account
+             WHERE i.provider = ?1 AND i.subject = ?2",
+            account::COLUMNS
+        );
+        // As a rule they are known, and the writer is not waited for.
+        let known: Result<Option<Account>> = self.database.read("find who logs in", |db| {
+            Ok(db.prepare_cached(&sql)?.query_row(params![provider, subject], account::read).optional()?)
+        });
+        if let Some(known) = known? {
+            return Ok(known);
+        }
         self.database.write("find who logs in", |db| {
-            let sql = format!(
-                "SELECT {} FROM identities i JOIN accounts a ON a.id = i.account
-                 WHERE i.provider = ?1 AND i.subject = ?2",
-                account::COLUMNS
-            );
             let find = || db.query_row(&sql, params![provider, subject], account::read).optional();
             if let Some(found) = find()? {
                 return Ok(found);
@@ -113,20 +132,6 @@ impl Store {
                 ],
             )?;
             if added == 1 { Ok(()) } else { Err(Fault::Refused(Error::Stale { what: "account" })) }
-        })
-    }
-
-    /// Ends a log-in or an API key by what it shows. One that has ended already
-    /// is harmless.
-    ///
-    /// # Errors
-    ///
-    /// The database failed.
-    pub fn end_token(&self, hash: &[u8; 32]) -> Result<Option<KeyId>> {
-        self.database.write("log out", |db| {
-            let sql = "DELETE FROM api_tokens WHERE hash = ?1 RETURNING id";
-            let ended = db.query_row(sql, [hash], |row| crate::database::parsed(row, 0)).optional()?;
-            Ok(ended)
         })
     }
 }

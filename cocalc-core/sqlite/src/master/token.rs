@@ -66,8 +66,8 @@ impl Verb {
 pub struct Bearer {
     /// The account, banned or not.
     pub account: Account,
-    /// Which token.
-    pub key: KeyId,
+    /// Which token; `None` if somebody else vouches.
+    pub key: Option<KeyId>,
     /// What it may; `None`: all that its account may.
     pub limits: Option<KeyLimits>,
 }
@@ -142,7 +142,7 @@ impl Store {
                 .query_row(params![hash, now.millis()], |row| {
                     Ok(Bearer {
                         account: account::read(row)?,
-                        key: parsed(row, account::WIDTH)?,
+                        key: Some(parsed(row, account::WIDTH)?),
                         limits: limits(row, account::WIDTH + 1)?,
                     })
                 })

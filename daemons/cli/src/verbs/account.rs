@@ -32,6 +32,13 @@ pub(super) fn run(api: &Api, output: Output, verb: Account) -> Result<(), Failur
             }
         }
         Account::ApiKey(verb) => api_key(api, output, verb)?,
+        Account::Password { login, account } => {
+            let path = format!("/accounts/{}/password", whose(api, account)?);
+            let current = std::env::var("COCALC_CURRENT_PASSWORD").ok();
+            let password = crate::profile::password()?;
+            let body = json!({ "login": login, "password": password, "current": current });
+            api.put(&path, &body)?;
+        }
     }
     Ok(())
 }

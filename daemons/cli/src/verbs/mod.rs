@@ -41,6 +41,7 @@ pub(crate) fn run(api: &Api, output: Output, command: Command) -> Result<ExitCod
         Command::Up(_)
         | Command::Down(_)
         | Command::Doctor(_)
+        | Command::Audit(_)
         | Command::Login { .. }
         | Command::Completion { .. } => {}
     }

@@ -1,6 +1,6 @@
 //! Who calls, and calls that may be repeated.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     body::Body,
@@ -8,8 +8,8 @@ use axum::{
     middleware::Next,
     response::{IntoResponse, Response},
 };
-use cocalc_ids::{AccountId, Action, ProjectId};
-use cocalc_sqlite::master::{Bearer, KeyLimits, Project, Remembered};
+use cocalc_ids::{AccountId, Action, KeyId, ProjectId};
+use cocalc_sqlite::master::{Bearer, KeyLimits, Project, Remembered, Store};
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header, request::Parts};
 use http_body_util::BodyExt;
 use sha2::{Digest, Sha256};
@@ -19,7 +19,7 @@ use super::{
     problem::{Answer, Problem},
     scope,
 };
-use crate::{secret, shared::Shared};
+use crate::{accounts::Accounts, secret, shared::Shared};
 
 /// The account that a request speaks for.
 #[derive(Clone, Debug)]
@@ -27,6 +27,8 @@ pub(crate) struct Caller {
     pub(crate) id: AccountId,
     /// Whether it administers the federation; a scoped API key never does.
     pub(crate) admin: bool,
+    /// Which of the master's tokens it is; none if somebody else vouches.
+    pub(crate) key: Option<KeyId>,
     /// What its API key is limited to.
     limits: Option<Arc<KeyLimits>>,
     /// From account and idempotency key, or random: ids of what the call makes
@@ -100,12 +102,45 @@ pub(crate) async fn bearer(shared: &Shared, headers: &HeaderMap) -> Answer<Beare
         .and_then(|value| value.to_str().ok())
         .and_then(|value| value.split_once(' '))
         .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"))
-        .map(|(_, token)| secret::hash(token.trim()))
+        .map(|(_, token)| token.trim())
         .ok_or_else(Problem::unauthenticated)?;
     let now = shared.now();
-    let mut bearer = shared.db(move |store| store.bearer(&token, now)).await?;
+    let mut bearer = match &shared.accounts {
+        Some(accounts) if !token.starts_with("cct_") => vouched(shared, &**accounts, token).await?,
+        _ => {
+            let hash = secret::hash(token);
+            shared.db(move |store| store.bearer(&hash, now)).await?
+        }
+    };
     bearer.account.admin &= bearer.limits.is_none();
-    if bearer.account.banned { Err(Problem::denied()) } else { Ok(bearer) }
+    if bearer.account.banned {
+        return Err(Problem::denied());
+    }
+    shared.limits.account(bearer.account.id, shared.clock.boot())?;
+    Ok(bearer)
+}
+
+/// How long an integrator's accounts may take to answer.
+const VOUCH_LIMIT: Duration = Duration::from_secs(2);
+
+/// Whom an integrator's accounts vouch for. They administer nothing.
+async fn vouched(shared: &Shared, accounts: &dyn Accounts, token: &str) -> Answer<Bearer> {
+    let unavailable = || Problem::unavailable("accounts_unavailable", "who this is cannot be found out now");
+    let person = match tokio::time::timeout(VOUCH_LIMIT, accounts.bearer(token)).await {
+        Ok(Ok(person)) => person.ok_or_else(Problem::unauthenticated)?,
+        Ok(Err(error)) => {
+            tracing::error!(error = %cocalc_core::chain(&*error), "the accounts failed");
+            return Err(unavailable());
+        }
+        Err(_) => return Err(unavailable()),
+    };
+    let (provider, id, now) = (accounts.provider().to_owned(), AccountId::random(), shared.now());
+    let find = move |store: &Store| {
+        store.account_of_identity(&provider, &person.subject, Some((id, &person.name)), now)
+    };
+    let mut account = shared.db(find).await?;
+    account.admin = false;
+    Ok(Bearer { account, key: None, limits: None })
 }
 
 /// Requires a bearer token, and answers a repeated call as the first time.
@@ -121,7 +156,7 @@ pub(crate) async fn authenticate(
 }
 
 async fn answer(shared: &Arc<Shared>, mut request: Request, next: Next) -> Answer<Response> {
-    let Bearer { account, limits, .. } = bearer(shared, request.headers()).await?;
+    let Bearer { account, limits, key: token } = bearer(shared, request.headers()).await?;
     if let Some(limits) = &limits {
         let route = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str).unwrap_or_default();
         scope::check(limits, request.method(), route, request.uri().path())?;
@@ -142,6 +177,7 @@ async fn answer(shared: &Arc<Shared>, mut request: Request, next: Next) -> Answe
     request.extensions_mut().insert(Caller {
         id: account.id,
         admin: account.admin,
+        key: token,
         limits: limits.map(Arc::new),
         seed,
     });

@@ -36,6 +36,7 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Shared>> {
         .routes(routes!(cordon))
         .routes(routes!(uncordon))
         .routes(routes!(proxies))
+        .routes(routes!(audit_head))
         .routes(routes!(rotate_host_key))
         .routes(routes!(rotate_proxy_key))
         .routes(routes!(withdraw_host))
@@ -122,6 +123,30 @@ async fn rotate_proxy_key(
     let ttl = new.ttl()?;
     let proxy = find_proxy(&shared, &id).await?.id;
     make_join_token(&shared, JoinKind::Proxy, Some(*proxy.as_bytes()), ttl).await
+}
+
+#[derive(Serialize, ToSchema)]
+struct AuditHead {
+    /// How many lines the host's audit log had when it last said so.
+    count: u64,
+    /// The hash of the last of them.
+    head: String,
+}
+
+/// Shows the end of a host's audit chain, as the host told it last: a log that
+/// does not reach it, or says otherwise there, was cut or changed.
+/// Administrators.
+#[utoipa::path(get, path = "/hosts/{id}/audit-head", tag = "hosts", params(("id" = String, Path)),
+    responses((status = 200, body = AuditHead), (status = "default", body = Problem)))]
+async fn audit_head(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    Id(id): Id<String>,
+) -> Answer<Json<AuditHead>> {
+    caller.require_admin()?;
+    let id = *find(&shared, &id).await?.id.as_bytes();
+    let (count, head) = shared.db(move |store| store.kept_audit_head(id)).await?;
+    Ok(Json(AuditHead { count, head }))
 }
 
 #[derive(Deserialize, ToSchema)]

@@ -10,6 +10,7 @@ mod health;
 mod hosts;
 mod input;
 mod keys;
+mod login;
 mod members;
 mod operations;
 mod page;
@@ -27,8 +28,9 @@ use axum::{Json, Router, middleware, routing::get};
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 
-use self::{document::Access, problem::Problem};
-use crate::shared::Shared;
+use self::document::Access;
+pub(crate) use self::problem::Problem;
+use crate::{limits, shared::Shared};
 
 /// No request's body is larger.
 pub(crate) const BODY_BYTES_MAX: usize = 64 * 1024;
@@ -55,10 +57,13 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
         .merge(operations::routes())
         .merge(keys::routes())
         .merge(receipts::routes())
+        .merge(login::routes())
         .merge(access::routes())
         .split_for_parts();
-    let (open, mut rest) =
-        OpenApiRouter::with_openapi(Document::openapi()).merge(hosts::open_routes()).split_for_parts();
+    let (open, mut rest) = OpenApiRouter::with_openapi(Document::openapi())
+        .merge(hosts::open_routes())
+        .merge(login::open_routes())
+        .split_for_parts();
     document::complete(&mut document, Access::Bearer);
     document::complete(&mut rest, Access::Anybody);
     document.merge(rest);
@@ -78,6 +83,7 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
         .route("/metrics", get(health::metrics))
         .fallback(nothing)
         .method_not_allowed_fallback(wrong_method)
+        .layer(middleware::from_fn_with_state(shared.clone(), limits::limit))
         .with_state(shared)
 }
 

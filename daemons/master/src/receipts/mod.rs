@@ -109,6 +109,9 @@ struct Open {
     holding: Holding,
     created: Timestamp,
     grace: Option<(ProjectId, u64)>,
+    /// Outcomes that are being written down: until they are, it is not complete
+    /// for anybody who reads it.
+    writing: usize,
     /// Turns true when it is complete, and the database says so.
     done: watch::Sender<bool>,
 }
@@ -156,7 +159,7 @@ impl Receipts {
             holding.settled_before(peer, settled);
         }
         let done = watch::Sender::new(false);
-        inner.open.insert(id, Open { holding, created, grace, done });
+        inner.open.insert(id, Open { holding, created, grace, writing: 0, done });
         drop(inner);
         self.sooner.notify_one();
     }
@@ -174,6 +177,7 @@ impl Receipts {
             if let Some(receipt) = open.get_mut(id)
                 && let Some(settled) = change(&mut receipt.holding)
             {
+                receipt.writing += 1;
                 news.push((*id, peer, settled, now));
             }
         }
@@ -186,20 +190,24 @@ impl Receipts {
         let mut next: Option<Duration> = None;
         for (id, receipt) in &mut inner.open {
             let gone = receipt.holding.expire(boot);
+            receipt.writing += gone.len();
             news.extend(gone.into_iter().map(|peer| (*id, peer, Settled::Expired, now)));
             next = receipt.holding.next().into_iter().chain(next).min();
         }
         (news, next)
     }
 
-    /// Takes what is complete from the open ones.
-    fn completed(&self, ids: impl Iterator<Item = ReceiptId>) -> Vec<Open> {
+    /// Takes what is complete from the open ones, after `written` outcomes of
+    /// each were written down.
+    fn completed(&self, ids: impl Iterator<Item = (ReceiptId, usize)>) -> Vec<Open> {
         let mut inner = self.lock();
         let mut completed = Vec::new();
-        for id in ids {
-            if inner.open.get(&id).is_some_and(|receipt| receipt.holding.is_complete())
-                && let Some(receipt) = inner.open.remove(&id)
-            {
+        for (id, written) in ids {
+            let is_complete = inner.open.get_mut(&id).is_some_and(|receipt| {
+                receipt.writing = receipt.writing.saturating_sub(written);
+                receipt.writing == 0 && receipt.holding.is_complete()
+            });
+            if is_complete && let Some(receipt) = inner.open.remove(&id) {
                 for (peer, _) in receipt.holding.holders() {
                     if let Some(ids) = inner.by_peer.get_mut(&peer) {
                         ids.remove(&id);
@@ -285,10 +293,13 @@ impl Shared {
         if news.is_empty() && and.is_none() {
             return Ok(());
         }
-        let ids: BTreeSet<ReceiptId> = news.iter().map(|(id, ..)| *id).chain(and).collect();
+        let mut ids: BTreeMap<ReceiptId, usize> = and.into_iter().map(|id| (id, 0)).collect();
+        for (id, ..) in &news {
+            *ids.entry(*id).or_default() += 1;
+        }
         let created: BTreeMap<ReceiptId, Timestamp> = {
             let inner = self.receipts.lock();
-            ids.iter().filter_map(|id| Some((*id, inner.open.get(id)?.created))).collect()
+            ids.keys().filter_map(|id| Some((*id, inner.open.get(id)?.created))).collect()
         };
         self.db(move |store| {
             for (id, peer, settled, at) in news {

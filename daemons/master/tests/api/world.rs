@@ -96,8 +96,13 @@ impl Running {
 
 impl World {
     pub(crate) async fn new() -> Self {
+        Self::with(None).await
+    }
+
+    /// One whose master knows somebody else's accounts, too.
+    pub(crate) async fn with(accounts: Option<Arc<dyn cocalc_master::accounts::Accounts>>) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let master = Master::start(config(dir.path().join("data"), 0)).await.unwrap();
+        let master = Master::start_with(config(dir.path().join("data"), 0), accounts).await.unwrap();
         let url = master.url().to_owned();
         let admin = std::fs::read_to_string(dir.path().join("data/admin-token")).unwrap().trim().to_owned();
         Self { dir, master: Some(master), url, admin, running: Running::default() }
