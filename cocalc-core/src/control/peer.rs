@@ -1,6 +1,8 @@
 //! What hosts and proxies ask of the master.
 
-use cocalc_ids::{Epoch, HostId, HostName, ImageDigest, ProjectId, SessionId, Timestamp};
+use cocalc_ids::{
+    Epoch, HostId, HostName, ImageDigest, MoveId, ProjectId, SessionId, SnapshotName, Timestamp,
+};
 use serde::{Deserialize, Serialize};
 
 use super::ProjectReport;
@@ -43,6 +45,19 @@ pub enum PeerRequest {
     Space {
         /// Free bytes.
         free_bytes: u64,
+    },
+    /// How far the stream of a move is, now and then. Hosts.
+    Sending {
+        /// Which move.
+        move_id: MoveId,
+        /// Which snapshot.
+        name: SnapshotName,
+        /// Bytes of it that have been sent.
+        bytes: u64,
+        /// About how many it has; 0 if nobody knows.
+        estimated_bytes: u64,
+        /// How many a second, lately.
+        bytes_per_sec: u64,
     },
     /// Somebody asked for a stopped project. Hosts.
     Wake {

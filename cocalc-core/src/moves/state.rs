@@ -368,6 +368,18 @@ impl MoveState {
         }
     }
 
+    /// The snapshot that is being sent in this step, if one is.
+    pub fn sending(&self) -> Option<SnapshotName> {
+        match self.step {
+            Step::Seeding => Some(self.round_name()),
+            Step::Carrying | Step::CatchingUp => {
+                let own = self.waiting().map(|snapshot| snapshot.name.clone());
+                Some(own.unwrap_or_else(|| self.final_name()))
+            }
+            _ => None,
+        }
+    }
+
     /// How long to wait before the step is tried again.
     pub fn pause(&self) -> Duration {
         if self.attempts == 0 {

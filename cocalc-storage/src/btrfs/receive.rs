@@ -25,6 +25,7 @@ use super::{
 };
 use crate::{
     child::Running,
+    fail,
     failure::{Doing as _, Failure},
 };
 
@@ -120,6 +121,7 @@ impl Btrfs {
             }
             let staged = store.stage(group);
             store.copy(&snapshot, &staged)?;
+            fail::point("clone.staged");
             store.come_alive(target, &staged.path()).map(Some)
         });
         if let Some(volume) = first.await? {
@@ -162,11 +164,13 @@ impl Btrfs {
                 this.exclusive(project, "receive", move |store| store.prepare(project, &staging)).await
             };
             let group = prepared?;
+            fail::point("receive.prepared");
             let path = this.0.layout.staging().join(&staging);
             let stall_limit = this.0.stall_limit;
             let outcome = match feed(path.as_os_str(), guard, stream, gone, stall_limit).await {
                 Err(rejected) => Err(rejected.public(project)),
                 Ok(()) => {
+                    fail::point("receive.applied");
                     let applied = Applied { staging: staging.clone(), group, name, origin, extra };
                     this.exclusive(project, "receive", move |store| then(store, applied)).await
                 }
@@ -256,6 +260,7 @@ impl Store {
         // Its exit says nothing about what is on the disk: without this, files
         // are empty after a power cut in a snapshot that looks complete.
         self.layout.commit()?;
+        fail::point("receive.committed");
         let staged = self.stage(applied.group);
         let made = self.copy(&received, &staged)?;
         if let Some(Extra { root_mtime: (tv_sec, nanos), .. }) = applied.extra {
@@ -285,7 +290,10 @@ impl Store {
             let place = self.layout.snapshot(project, name);
             super::volumes::rename(&staged.path(), &place, rustix::fs::RenameFlags::NOREPLACE)?;
             self.layout.commit()?;
-            sys::set_read_only(&copy.fd).doing("make a snapshot read-only")
+            fail::point("receive.renamed");
+            sys::set_read_only(&copy.fd).doing("make a snapshot read-only")?;
+            fail::point("receive.published");
+            Ok(())
         })?;
         let made = self.layout.need(project, name)?;
         Ok(layout::snapshot(project, name, &made.info))

@@ -42,6 +42,10 @@ pub struct Config {
     /// A root file system as tar, imported at the first start: the default
     /// image of this host.
     pub default_image_tar: Option<PathBuf>,
+    /// How fast snapshots leave this host in moves, all together, in bytes per
+    /// second. Default: 0, as fast as it goes.
+    #[serde(default)]
+    pub transfer_bytes_per_sec: u64,
     /// A number that no other host on this machine has, from 0: user id
     /// ranges and networks follow from it.
     #[serde(default)]
@@ -65,6 +69,9 @@ fn snapshots_per_sec() -> u16 {
 fn undo_hours() -> u32 {
     24
 }
+
+/// A year.
+const UNDO_HOURS_MAX: u32 = 8760;
 
 /// What keeps the projects' files.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
@@ -105,6 +112,9 @@ impl Config {
         if self.runner == RunnerKind::Process && self.default_image_tar.is_some() {
             return Err("default_image_tar: the process runner has no images; remove the key".into());
         }
+        if self.undo_hours > UNDO_HOURS_MAX {
+            return Err(format!("undo_hours: {} is more than {UNDO_HOURS_MAX}, a year", self.undo_hours));
+        }
         if self.data_dir.starts_with(&self.volume) {
             return Err("data_dir: must not be inside the volume, which tenants can fill".into());
         }
@@ -136,6 +146,7 @@ mod tests {
             ("master_url='http:", "master_url='ftp:", "master_url"),
             ("name='alpha'", "name='Alpha'", "name"),
             ("data_dir='/a'", "data_dir='/v/a'", "data_dir"),
+            ("data_dir='/a'", "data_dir='/a'\nundo_hours=9000", "undo_hours"),
         ] {
             let error = parse(&GOOD.replace(from, to)).unwrap_err();
             assert!(error.contains(key), "{error}");

@@ -14,7 +14,7 @@ use cocalc_core::{
     grant::Ledger,
     ids::{HostId, ProjectId, SessionId},
     memory::router::LocalRouter,
-    moves::host::{Inbound, MoveHost},
+    moves::host::MoveHost,
     router::{HostAddress, Router},
     snapshots::{Keeper, KeeperSettings},
     wake::Wake,
@@ -27,7 +27,7 @@ use cocalc_daemon::{
 use cocalc_http::{HostIngress, Served};
 use cocalc_sqlite::{HostAcl, HostLedger};
 use cocalc_ssh::{Gate, HostKeys, LocalGate, SshIngress, SshPeers};
-use cocalc_transfer::{Incoming, PeerHandler, PeerListener, PeerTransfer, receive_snapshot};
+use cocalc_transfer::{Incoming, PeerHandler, PeerListener, PeerTransfer, SnapshotReceiver};
 use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
@@ -91,6 +91,9 @@ impl Host {
         let store = HostLedger::open(&data.join("ledger.db")).map_err(|e| open("ledger")(e.into()))?;
         let ledger = Ledger::open(id, Arc::new(store)).await.map_err(|e| open("ledger")(e.into()))?;
         let transfer = PeerTransfer::new(&identity).map_err(|e| open("peer channel")(e.into()))?;
+        transfer.throttle().set(config.transfer_bytes_per_sec);
+        let sending = watch::Streams::default();
+        let hear = sending.clone();
         let moves = MoveHost::builder(
             ledger.clone(),
             Arc::clone(&backends.storage),
@@ -98,6 +101,7 @@ impl Host {
             Arc::new(transfer),
         )
         .admission(admission(backends.clone()))
+        .on_progress(move |stream| hear.hear(stream))
         .build();
         let images = backends.clone();
         let keeper = Keeper::new(
@@ -194,7 +198,7 @@ impl Host {
         let services = PeerServices {
             http: http.clone(),
             ssh: SshPeers::new(gate),
-            moves: Arc::new(moves.clone()),
+            moves: SnapshotReceiver::new(Arc::new(moves.clone())),
             peers: Arc::clone(&peers),
         };
         let peer_listener = PeerListener::builder(&identity, peers, Arc::new(services))
@@ -204,6 +208,7 @@ impl Host {
         let mut background = JoinSet::new();
         background.spawn(inbox::serve(Arc::clone(&bus), id, lifecycle.clone()));
         background.spawn(watch::space(peer, Arc::clone(&bus), backends.clone()));
+        background.spawn(watch::streams(peer, Arc::clone(&bus), sending));
         background.spawn(watch::states(peer, bus, ledger.clone(), Arc::clone(&backends.runner), lifecycle));
         background.spawn(watch::departures(ledger.clone(), knowledge));
         background.spawn(keeper.run());
@@ -341,7 +346,7 @@ fn admission(backends: Backends) -> impl Fn(&ProjectConfig, u64) -> Result<(), C
 struct PeerServices {
     http: HostIngress,
     ssh: SshPeers,
-    moves: Arc<dyn Inbound>,
+    moves: SnapshotReceiver,
     peers: Arc<Peers>,
 }
 
@@ -366,7 +371,7 @@ impl PeerServices {
                 Ok(())
             }
             (Service::Ssh, Peer::Proxy(proxy)) => self.ssh.serve(incoming.stream, proxy).await,
-            (Service::Transfer, Peer::Host(_)) => receive_snapshot(&*self.moves, incoming).await,
+            (Service::Transfer, Peer::Host(_)) => self.moves.serve(incoming).await,
             (service, peer) => {
                 tracing::warn!(?service, ?peer, "a peer asked for what is not for it");
                 Ok(())

@@ -255,7 +255,7 @@ impl Lifecycle {
 
     async fn snapshots(&self, project: ProjectId, epoch: Epoch) -> Result<HostReply, CommandError> {
         self.ledger.permit(project, epoch)?;
-        let snapshots = self.storage.snapshots(project).await.map_err(storage_error)?;
+        let snapshots = self.moves.own_snapshots(project).await?;
         Ok(HostReply::Snapshots { project, snapshots })
     }
 

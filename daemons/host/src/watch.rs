@@ -1,6 +1,10 @@
 //! Notices what happens by itself: projects that end, and grants that leave.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 use cocalc_auth_live::Knowledge;
 use cocalc_core::{
@@ -8,8 +12,8 @@ use cocalc_core::{
     connector::Peer,
     control::{PeerRequest, api_subject},
     grant::Ledger,
-    ids::ProjectId,
-    moves::host::MoveHost,
+    ids::{MoveId, ProjectId},
+    moves::host::{MoveHost, Sending},
     router::Reach,
     runner::{Runner, State},
 };
@@ -78,6 +82,65 @@ pub(crate) async fn space(peer: Peer, bus: Arc<dyn Bus>, backends: Backends) {
     }
 }
 
+/// How often the master is told how far a stream is.
+const STREAM_INTERVAL: Duration = Duration::from_secs(1);
+
+/// The streams of moves that leave this host. Clones share them.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Streams(Arc<Mutex<BTreeMap<MoveId, Stream>>>);
+
+#[derive(Debug)]
+struct Stream {
+    now: Sending,
+    /// Where it was when the master was told last, and when that was.
+    told: (u64, Instant),
+}
+
+impl Streams {
+    /// Notes how far a stream is.
+    pub(crate) fn hear(&self, sending: &Sending) {
+        let mut streams = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let begun = || Stream { now: sending.clone(), told: (0, Instant::now()) };
+        let stream = streams.entry(sending.move_id).or_insert_with(begun);
+        if stream.now.name != sending.name || stream.now.bytes > sending.bytes {
+            *stream = begun();
+        }
+        stream.now = sending.clone();
+    }
+
+    /// What there is to tell since the last time; those of which there was
+    /// nothing are forgotten.
+    fn news(&self) -> Vec<PeerRequest> {
+        let mut streams = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        streams.retain(|_, stream| stream.now.bytes > stream.told.0);
+        let news = streams.values_mut().map(|stream| {
+            let (before, since) = stream.told;
+            let millis = since.elapsed().as_millis().max(1);
+            let rate = u128::from(stream.now.bytes - before) * 1000 / millis;
+            stream.told = (stream.now.bytes, Instant::now());
+            PeerRequest::Sending {
+                move_id: stream.now.move_id,
+                name: stream.now.name.clone(),
+                bytes: stream.now.bytes,
+                estimated_bytes: stream.now.estimated_bytes,
+                bytes_per_sec: u64::try_from(rate).unwrap_or(u64::MAX),
+            }
+        });
+        news.collect()
+    }
+}
+
+/// Tells the master how far streams are, until the future is dropped.
+pub(crate) async fn streams(peer: Peer, bus: Arc<dyn Bus>, streams: Streams) {
+    loop {
+        tokio::time::sleep(STREAM_INTERVAL).await;
+        for news in streams.news() {
+            // Who does not hear it hears the next.
+            tell(&*bus, peer, news).await;
+        }
+    }
+}
+
 /// How often what a move left is looked at.
 const UNDO_INTERVAL: Duration = Duration::from_secs(600);
 
@@ -115,5 +178,40 @@ pub(crate) async fn departures(ledger: Ledger, knowledge: Arc<Knowledge>) {
             }
             Err(RecvError::Closed) => return,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_master_hears_how_far_a_stream_is_and_only_when_it_goes_on() {
+        let streams = Streams::default();
+        let project = ProjectId::random();
+        let move_id = MoveId::random();
+        let at = |name: &str, bytes| Sending {
+            project,
+            move_id,
+            name: name.parse().unwrap(),
+            bytes,
+            estimated_bytes: 1000,
+        };
+        let told = |news: Vec<PeerRequest>| -> Vec<(String, u64)> {
+            let told = news.into_iter().map(|news| match news {
+                PeerRequest::Sending { name, bytes, estimated_bytes: 1000, .. } => (name.to_string(), bytes),
+                other => panic!("{other:?}"),
+            });
+            told.collect()
+        };
+        assert!(streams.news().is_empty());
+        streams.hear(&at("one", 10));
+        streams.hear(&at("one", 500));
+        assert_eq!(told(streams.news()), [("one".to_owned(), 500)]);
+        streams.hear(&at("one", 900));
+        streams.hear(&at("two", 20));
+        assert_eq!(told(streams.news()), [("two".to_owned(), 20)], "the next stream begins anew");
+        assert!(streams.news().is_empty(), "nothing new");
+        assert!(streams.0.lock().unwrap().is_empty(), "and it is forgotten");
     }
 }

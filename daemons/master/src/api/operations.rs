@@ -31,7 +31,7 @@ const LOOK_AGAIN: Duration = Duration::from_secs(5);
 const CHECK_LIMIT: Duration = Duration::from_secs(10);
 
 /// What may be found then.
-const FOUND: [&str; 2] = ["snapshot_exists", "project_has_snapshots"];
+const FOUND: [&str; 1] = ["snapshot_exists"];
 
 pub(super) fn routes() -> OpenApiRouter<Arc<Shared>> {
     OpenApiRouter::new()

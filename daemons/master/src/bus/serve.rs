@@ -153,6 +153,10 @@ async fn respond(shared: &Arc<Shared>, peer: Peer, request: PeerRequest) -> stor
             let Peer::Host(host) = peer else { return Ok(hosts_only()) };
             shared.db(move |store| store.set_free_bytes(host, free_bytes)).await?;
         }
+        PeerRequest::Sending { move_id, name, bytes, estimated_bytes, bytes_per_sec } => {
+            let Peer::Host(host) = peer else { return Ok(hosts_only()) };
+            shared.operations.heard_of_stream(host, move_id, name, [bytes, estimated_bytes, bytes_per_sec]);
+        }
         PeerRequest::Wake { project, epoch } => {
             let Peer::Host(host) = peer else { return Ok(hosts_only()) };
             return wake(shared, host, project, epoch).await;

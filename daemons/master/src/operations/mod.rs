@@ -32,6 +32,8 @@ use crate::shared::Shared;
 pub(crate) struct Operations {
     changed: broadcast::Sender<OperationId>,
     cancels: Mutex<BTreeMap<OperationId, watch::Sender<bool>>>,
+    /// Moves that are driven now.
+    streams: moving::Streams,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -41,6 +43,7 @@ impl Operations {
         Self {
             changed: broadcast::Sender::new(256),
             cancels: Mutex::default(),
+            streams: moving::Streams::default(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
         }

@@ -1,18 +1,22 @@
 //! Moves: the effects of the state machine of `cocalc-core` on this master.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use cocalc_core::{
     BoxError,
     connector::Peer,
-    control::{ErrorCode, HostCommand, HostReply, MoveReply},
+    control::{ErrorCode, HostCommand, HostReply, MoveCommand, MoveReply},
     moves::{
         Change, DriveError, MoveEffects, MoveOutcome, MoveSpec, MoveState, NoAnswer, Saved, Step, Tuning,
         drive,
     },
 };
-use cocalc_ids::{AccountId, HostId, MoveId, OperationId, ProjectId};
+use cocalc_ids::{AccountId, HostId, MoveId, OperationId, ProjectId, SnapshotName};
 use cocalc_sqlite::master::{
     self as store, Ended, MoveChange, MoveSaved, NewMove, Operation, Outcome, ProjectState,
 };
@@ -24,10 +28,41 @@ use super::{
 };
 use crate::shared::Shared;
 
-/// How the names of snapshots begin that moves and hosts make themselves.
-const OWN_SNAPSHOTS: [&str; 3] = ["move-", "undo-", "conflict-"];
-/// How many snapshots a refusal names.
-const NAMES_SHOWN: usize = 10;
+/// The moves that are driven now, each with its source and what that says of
+/// its stream.
+pub(super) type Streams = Mutex<BTreeMap<MoveId, (HostId, watch::Sender<Option<Live>>)>>;
+
+/// How far a stream is, as its source says.
+#[derive(Clone, Debug)]
+pub(super) struct Live {
+    name: SnapshotName,
+    bytes: u64,
+    estimated_bytes: u64,
+    bytes_per_sec: u64,
+}
+
+impl super::Operations {
+    fn streams(&self) -> MutexGuard<'_, BTreeMap<MoveId, (HostId, watch::Sender<Option<Live>>)>> {
+        self.streams.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Hears from `host` how far a stream of a move is: its bytes, about how
+    /// many it has, and how many a second. Of a move from elsewhere, or one
+    /// that is over, it is nothing.
+    pub(crate) fn heard_of_stream(
+        &self,
+        host: HostId,
+        move_id: MoveId,
+        name: SnapshotName,
+        [bytes, estimated_bytes, bytes_per_sec]: [u64; 3],
+    ) {
+        if let Some((source, live)) = self.streams().get(&move_id)
+            && *source == host
+        {
+            live.send_replace(Some(Live { name, bytes, estimated_bytes, bytes_per_sec }));
+        }
+    }
+}
 
 /// Why no move was begun.
 #[derive(Debug, thiserror::Error)]
@@ -77,6 +112,7 @@ impl Shared {
         let backend = |host: &store::Host| {
             host.capabilities.as_ref().map(|can| (can.storage.backend.clone(), can.storage.deltas))
         };
+        let stream_version = destination.capabilities.as_ref().map_or(0, |can| can.storage.stream_version);
         let (from, at) = (backend(&source).unwrap_or_default(), backend(&destination).unwrap_or_default());
         if from.0 != at.0 {
             return Err(NewMoveError::Storage { from: from.0, to: at.0 });
@@ -89,7 +125,9 @@ impl Shared {
             destination_address: destination.address,
             epoch: found.epoch,
             config: found.config,
+            // The source says so when it is asked.
             bytes: 0,
+            stream_version,
             deltas: from.1 && at.1,
             tuning: Tuning::default(),
         };
@@ -143,27 +181,22 @@ pub(super) async fn run(shared: &Arc<Shared>, operation: &Operation, cancel: wat
                 return refuse(shared, operation, &state, outcome).await;
             }
             unchecked = false;
-            shared.note(operation.id, step_name(state.step), shown(&state)).await;
+            shared.note(operation.id, step_name(state.step), shown(&state, None)).await;
         }
-        let (shown, mut show) = watch::channel(None);
-        let effects = Effects { shared: shared.clone(), shown, activated: Default::default() };
-        // People see the latest of what is being done; what they missed does
-        // not hold the move up.
-        let notes = async {
-            while show.changed().await.is_ok() {
-                let latest: Option<(&'static str, serde_json::Value)> = show.borrow_and_update().clone();
-                if let Some((phase, progress)) = latest {
-                    shared.note(operation.id, phase, progress).await;
-                }
-            }
-            std::future::pending::<()>().await;
-        };
+        let (show, showing) = watch::channel(state.clone());
+        let effects = Effects { shared: shared.clone(), show, activated: Default::default() };
+        let (tell, live) = watch::channel(None);
+        shared.operations.streams().insert(id, (state.spec.source, tell));
+        let notes = notes(shared, operation, showing, live);
         let driven = tokio::select! {
             driven = drive(&effects, state, cancel.clone()) => driven,
             () = notes => continue,
         };
         match driven {
-            Ok(outcome) => return finish(shared, operation, id, outcome).await,
+            Ok(outcome) => {
+                shared.operations.streams().remove(&id);
+                return finish(shared, operation, id, outcome).await;
+            }
             Err(DriveError::Superseded) => {
                 // Only this process has the database: it was an earlier save
                 // of ours. What is stored counts.
@@ -179,8 +212,36 @@ pub(super) async fn run(shared: &Arc<Shared>, operation: &Operation, cancel: wat
     }
 }
 
-/// Whether the project has snapshots, which a move would leave behind. Nothing
-/// has been done yet, and nobody takes one while the move is the fence.
+/// Shows people the latest of what is being done, for ever; what they missed
+/// does not hold the move up.
+async fn notes(
+    shared: &Shared,
+    operation: &Operation,
+    mut showing: watch::Receiver<MoveState>,
+    mut live: watch::Receiver<Option<Live>>,
+) {
+    let mut most = 0;
+    loop {
+        let open = tokio::select! {
+            changed = showing.changed() => changed.is_ok(),
+            changed = live.changed() => changed.is_ok(),
+        };
+        if !open {
+            return std::future::pending().await;
+        }
+        let state = showing.borrow_and_update().clone();
+        let of_this = |live: &Live| state.sending().as_ref() == Some(&live.name);
+        let live = live.borrow_and_update().clone().filter(of_this);
+        let mut progress = shown(&state, live.as_ref());
+        // A stream that began again has been further; people are not told.
+        most = progress["bytes"].as_u64().unwrap_or(0).max(most);
+        progress["bytes"] = most.into();
+        shared.note(operation.id, step_name(state.step), progress).await;
+    }
+}
+
+/// Whether the source can say what there is to be moved. Nothing has been done
+/// yet, so that a move that makes no sense holds up nobody.
 async fn check(
     shared: &Shared,
     operation: &Operation,
@@ -188,9 +249,10 @@ async fn check(
     cancel: &watch::Receiver<bool>,
 ) -> Result<(), Outcome> {
     let failed = |code: &str, detail: String| Outcome::Failed { code: code.to_owned(), detail };
-    shared.note(operation.id, CHECKING, shown(state)).await;
+    shared.note(operation.id, CHECKING, shown(state, None)).await;
     let spec = &state.spec;
-    let command = HostCommand::Snapshots { project: spec.project, epoch: spec.epoch };
+    let (move_id, project) = (spec.move_id, spec.project);
+    let command = HostCommand::Move { move_id, project, step: MoveCommand::Survey { epoch: spec.epoch } };
     shared.returned(Peer::Host(spec.source), AWAY_MAX).await;
     let began = shared.clock.boot();
     loop {
@@ -198,21 +260,8 @@ async fn check(
             return Err(Outcome::Cancelled);
         }
         let (code, detail) = match shared.command(spec.source, &command, Duration::from_secs(20)).await {
-            Ok(HostReply::Snapshots { snapshots, .. }) => {
-                let mut names = snapshots.iter().map(|snapshot| snapshot.name.to_string());
-                let own = |name: &String| OWN_SNAPSHOTS.iter().any(|prefix| name.starts_with(prefix));
-                let names: Vec<String> = names.by_ref().filter(|name| !own(name)).collect();
-                if names.is_empty() {
-                    return Ok(());
-                }
-                let mut shown = names.iter().take(NAMES_SHOWN).cloned().collect::<Vec<_>>().join(", ");
-                if names.len() > NAMES_SHOWN {
-                    shown.push_str(&format!(" and {} more", names.len() - NAMES_SHOWN));
-                }
-                let detail = format!("a move would leave its snapshots behind: delete them first: {shown}");
-                return Err(failed("project_has_snapshots", detail));
-            }
-            // It has no files there, so no snapshots; the move says so itself.
+            Ok(HostReply::Move { receipt: MoveReply::Surveyed { .. }, .. }) => return Ok(()),
+            // It does not know it; the move says so itself.
             Ok(HostReply::Error(error))
                 if matches!(error.code, ErrorCode::NotFound | ErrorCode::StaleEpoch) =>
             {
@@ -257,7 +306,7 @@ async fn finish(shared: &Shared, operation: &Operation, id: MoveId, outcome: Mov
     let state = load(shared, id).await.ok();
     if let Some(state) = &state {
         // The last of it may not have been shown.
-        shared.note(operation.id, "finishing", shown(state)).await;
+        shared.note(operation.id, "finishing", shown(state, None)).await;
     }
     let failure = state.and_then(|state| state.failure);
     let outcome = match outcome {
@@ -287,9 +336,9 @@ async fn finish(shared: &Shared, operation: &Operation, id: MoveId, outcome: Mov
 #[derive(Debug)]
 struct Effects {
     shared: Arc<Shared>,
-    shown: watch::Sender<Option<(&'static str, serde_json::Value)>>,
+    show: watch::Sender<MoveState>,
     /// What the owner said of the project when it took the grant.
-    activated: std::sync::Mutex<Option<ProjectState>>,
+    activated: Mutex<Option<ProjectState>>,
 }
 
 #[async_trait]
@@ -304,7 +353,7 @@ impl MoveEffects for Effects {
         let reply = self.shared.command(host, &command, timeout).await?;
         if let HostReply::Move { receipt: MoveReply::Activated { report, .. }, .. } = &reply {
             let state = ProjectState::from(report.status.state);
-            *self.activated.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(state);
+            *self.activated.lock().unwrap_or_else(PoisonError::into_inner) = Some(state);
         }
         Ok(reply)
     }
@@ -314,7 +363,7 @@ impl MoveEffects for Effects {
         let text = to_text(state)?;
         // Where nothing was frozen, the owner's own report follows at once.
         let was = if state.was_running { ProjectState::Running } else { ProjectState::Stopped };
-        let seen = *self.activated.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let seen = *self.activated.lock().unwrap_or_else(PoisonError::into_inner);
         let made = match change {
             Change::None => MoveChange::None,
             Change::Commit { to_host, from, to } => MoveChange::Owner { from, to, owner: Some(to_host) },
@@ -357,7 +406,7 @@ impl MoveEffects for Effects {
     }
 
     fn progress(&self, state: &MoveState) {
-        self.shown.send_replace(Some((step_name(state.step), shown(state))));
+        self.show.send_replace(state.clone());
     }
 }
 
@@ -378,18 +427,38 @@ impl Effects {
     }
 }
 
-/// What people are shown of a move: bytes on the wire so far, the rate of the
-/// last stream, and how long the rest takes, where that is known: of a first
-/// stream whose size is known, and of a delta after another, which has about
-/// as much to send.
-fn shown(state: &MoveState) -> serde_json::Value {
+/// What people are shown of a move: bytes on the wire so far, out of about how
+/// many, the rate, and how long the rest takes, where that is known. `live` is
+/// the stream that is under way; without it, the last one tells the rate, and a
+/// delta is taken for about as large as the one before.
+fn shown(state: &MoveState, live: Option<&Live>) -> serde_json::Value {
     let progress = state.progress();
+    let bytes = progress.bytes_sent.saturating_add(live.map_or(0, |live| live.bytes));
     let mut shown = serde_json::json!({
-        "bytes": progress.bytes_sent,
+        "bytes": bytes,
         "rounds": progress.rounds,
+        "snapshots": progress.snapshots,
+        "snapshots_arrived": progress.snapshots_arrived,
+        "left_out": progress.left_out,
         "cancellable": progress.cancellable,
         "held_up_by": progress.failure.map(|failure| failure.message),
     });
+    // Until all of it is there once, the source's usage is what there is to
+    // be sent; afterwards, the stream that is under way.
+    let stream = live.map_or(0, |live| progress.bytes_sent.saturating_add(live.estimated_bytes));
+    let whole =
+        if state.step <= Step::Seeding && state.rounds.is_empty() { progress.bytes_expected } else { 0 };
+    let expected = stream.max(whole);
+    if expected > 0 && state.sending().is_some() {
+        shown["bytes_expected"] = expected.max(bytes).into();
+    }
+    if let Some(live) = live.filter(|live| live.bytes_per_sec > 0) {
+        shown["bytes_per_sec"] = live.bytes_per_sec.into();
+        if expected > 0 {
+            shown["remaining_secs"] = expected.saturating_sub(bytes).div_ceil(live.bytes_per_sec).into();
+        }
+        return shown;
+    }
     let Some(last) = state.rounds.last() else { return shown };
     // What takes no time has no rate.
     let rate = (u128::from(last.bytes) * 1000).checked_div(last.millis.into());
@@ -405,7 +474,10 @@ fn shown(state: &MoveState) -> serde_json::Value {
 
 fn step_name(step: Step) -> &'static str {
     match step {
+        Step::Surveying => "surveying",
         Step::Reserving => "reserving",
+        Step::Carrying => "carrying",
+        Step::Announcing => "announcing",
         Step::Seeding => "seeding",
         Step::Parking => "parking",
         Step::Freezing => "freezing",
@@ -441,13 +513,14 @@ mod tests {
             epoch: Epoch::FIRST,
             config: Default::default(),
             bytes: 0,
+            stream_version: 2,
             deltas: true,
             tuning: Tuning::default(),
         });
-        assert_eq!(shown(&state)["bytes"], 0);
+        assert_eq!(shown(&state, None)["bytes"], 0);
         let answer = |state: &mut MoveState, receipt| {
             *state = state.after(Event::Receipt(receipt)).unwrap().0;
-            (step_name(state.step), shown(state))
+            (step_name(state.step), shown(state, None))
         };
         // The stream that is under way.
         let sent = |state: &MoveState, bytes, millis| MoveReply::Sent {
@@ -455,9 +528,19 @@ mod tests {
             origin: VolumeUuid::from_bytes([1; 16]),
             bytes,
             millis,
+            left_out: Vec::new(),
         };
+        answer(&mut state, MoveReply::Surveyed { bytes: 4_000_000_000, snapshots: Vec::new() });
         let (phase, progress) = answer(&mut state, MoveReply::Reserved);
         assert_eq!((phase, &progress["bytes_per_sec"]), ("seeding", &serde_json::Value::Null));
+        // While it is under way, its source says how far it is.
+        let name = state.sending().unwrap();
+        let live = Live { name, bytes: 500_000_000, estimated_bytes: 900_000_000, bytes_per_sec: 50_000_000 };
+        let seen = shown(&state, Some(&live));
+        assert_eq!(
+            (&seen["bytes"], &seen["bytes_expected"], &seen["bytes_per_sec"], &seen["remaining_secs"]),
+            (&500_000_000.into(), &4_000_000_000_u64.into(), &50_000_000.into(), &70.into())
+        );
         let receipt = sent(&state, 1_000_000_000, 20_000);
         let (phase, progress) = answer(&mut state, receipt);
         assert_eq!(
@@ -465,6 +548,12 @@ mod tests {
             ("seeding", &1_000_000_000_u64.into(), &50_000_000.into())
         );
         assert!(progress.get("remaining_secs").is_none(), "nobody knows how large the first delta is");
+        let live = Live { bytes: 40_000_000, estimated_bytes: 90_000_000, ..live };
+        let seen = shown(&state, Some(&live));
+        assert_eq!(
+            (&seen["bytes"], &seen["bytes_expected"], &seen["remaining_secs"]),
+            (&1_040_000_000.into(), &1_090_000_000.into(), &1.into())
+        );
         let receipt = sent(&state, 100_000_000, 2_500);
         let (phase, progress) = answer(&mut state, receipt);
         assert_eq!(

@@ -3,8 +3,11 @@
 use std::time::Duration;
 
 use cocalc_auth::identity::Identity;
-use cocalc_core::{control::HostCommand, router::HostAddress};
-use cocalc_ids::ProjectId;
+use cocalc_core::{
+    control::{HostCommand, MoveCommand},
+    router::HostAddress,
+};
+use cocalc_ids::{MoveId, ProjectId};
 use serde_json::{Value, json};
 
 use crate::world::{Host, World, join, until};
@@ -74,30 +77,39 @@ async fn a_snapshot_is_a_new_one() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_move_leaves_no_snapshot_behind() {
+async fn a_move_takes_snapshots_along_and_says_what_it_left_out() {
     let world = World::new().await;
-    let (alpha, _beta) = (world.host("alpha").await, world.host("beta").await);
+    let (alpha, beta) = (world.host("alpha").await, world.host("beta").await);
     let id = world.project("alpha").await;
     world.settled(&world.ok("POST", &format!("/projects/{id}/start"), json!({})).await).await;
     let project: ProjectId = id.parse().unwrap();
-    let names = ["monday", "move-x.1", "undo-x", "conflict-3", "tuesday"];
+    let old = MoveId::random();
+    let names =
+        ["monday".to_owned(), format!("undo-{old}"), "conflict-3".to_owned(), "undo-tuesday".to_owned()];
     let names = names.map(|name| name.parse().unwrap()).to_vec();
     alpha.script.lock().unwrap().snapshots.insert(project, names);
-    let to = json!({ "to": "beta" });
-    let path = format!("/projects/{id}/move");
-    let refused = world.call("POST", &path, &world.admin, to.clone()).await;
-    assert_eq!((refused.0, &refused.1["code"]), (409, &json!("project_has_snapshots")), "{refused:?}");
-    let detail = refused.1["detail"].as_str().unwrap();
-    assert!(detail.ends_with("delete them first: monday, tuesday"), "{detail}");
-    let shown = world.ok("GET", &format!("/projects/{id}"), Value::Null).await;
-    assert_eq!((&shown["state"], &shown["operation_id"]), (&json!("running"), &Value::Null), "{shown}");
-    assert_eq!(shown["host_id"], alpha.id.to_string());
-    for name in ["monday", "tuesday"] {
-        let begun = world.ok("DELETE", &format!("/projects/{id}/snapshots/{name}"), Value::Null).await;
-        assert_eq!(world.settled(&begun).await["state"], "done");
-    }
-    let moved = world.settled(&world.ok("POST", &path, to).await).await;
+    let begun = world.ok("POST", &format!("/projects/{id}/move"), json!({ "to": "beta" })).await;
+    let moved = world.settled(&begun).await;
     assert_eq!(moved["state"], "done", "{moved}");
+    let progress = &moved["progress"];
+    assert_eq!((&progress["snapshots"], &progress["snapshots_arrived"]), (&json!(2), &json!(2)), "{moved}");
+    assert_eq!(progress["left_out"], json!(["one file that must not change"]), "{moved}");
+    let carried = |command: &HostCommand| match command {
+        HostCommand::Move { step: MoveCommand::Carry { snapshot, .. }, .. } => {
+            Some(snapshot.name.to_string())
+        }
+        _ => None,
+    };
+    let carried: Vec<_> = alpha.script.lock().unwrap().commands.iter().filter_map(carried).collect();
+    assert_eq!(carried, ["monday", "undo-tuesday"], "what people have named, and not what moves have made");
+    let reserved = |command: &HostCommand| match command {
+        HostCommand::Move { step: MoveCommand::Reserve { bytes, snapshots, .. }, .. } => {
+            Some((*bytes, snapshots.len()))
+        }
+        _ => None,
+    };
+    let reserved: Vec<_> = beta.script.lock().unwrap().commands.iter().filter_map(reserved).collect();
+    assert_eq!(reserved, [(1000, 2)], "the destination knows what is to come");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -20,7 +20,7 @@ use cocalc_core::{
     bus::{Bus, Payload},
     connector::Peer,
     control::{
-        Capabilities, CommandError, ErrorCode, HostCommand, HostReply, Keepalive, KeepaliveReply,
+        Capabilities, Carried, CommandError, ErrorCode, HostCommand, HostReply, Keepalive, KeepaliveReply,
         MoveCommand, MoveReply, PeerReply, PeerRequest, ProjectReport, Register, api_subject, inbox_subject,
         keepalive_subject, stream_subject,
     },
@@ -257,7 +257,9 @@ pub(crate) enum Fall {
 /// A move's step, as tests name it.
 pub(crate) fn label(step: &MoveCommand) -> &'static str {
     match step {
+        MoveCommand::Survey { .. } => "survey",
         MoveCommand::Reserve { .. } => "reserve",
+        MoveCommand::Carry { .. } => "carry",
         MoveCommand::Send { name, .. } if name.as_str().ends_with("final") => "send the rest",
         MoveCommand::Send { .. } => "send",
         MoveCommand::Park { .. } => "park",
@@ -555,23 +557,38 @@ impl Script {
         }
     }
 
+    /// The project's own snapshots.
+    fn own(&self, project: ProjectId) -> Vec<Carried> {
+        let names = self.snapshots.get(&project).cloned().unwrap_or_default();
+        let origin = VolumeUuid::from_bytes([8; 16]);
+        let own = names.into_iter().filter(|name| !cocalc_core::moves::is_internal(name));
+        own.map(|name| Carried { name, origin }).collect()
+    }
+
     fn step(&mut self, host: HostId, project: ProjectId, step: MoveCommand) -> MoveReply {
         let origin = VolumeUuid::from_bytes([7; 16]);
         match step {
+            MoveCommand::Survey { .. } => MoveReply::Surveyed { bytes: 1000, snapshots: self.own(project) },
             MoveCommand::Reserve { .. } => MoveReply::Reserved,
+            MoveCommand::Carry { snapshot, .. } => {
+                let Carried { name, origin } = snapshot;
+                MoveReply::Sent { name, origin, bytes: 5, millis: 1, left_out: Vec::new() }
+            }
             MoveCommand::Send { name, .. } => {
                 let sent = match self.streams.len() {
                     0 => (10, 1),
                     _ => self.streams.remove(0),
                 };
-                MoveReply::Sent { name, origin, bytes: sent.0, millis: sent.1 }
+                let left_out = vec!["one file that must not change".to_owned()];
+                MoveReply::Sent { name, origin, bytes: sent.0, millis: sent.1, left_out }
             }
             MoveCommand::Park { .. } => MoveReply::Parked,
             MoveCommand::Freeze { epoch, name, .. } => {
                 let runs = self.projects.get(&project).is_some_and(|(_, runs)| *runs);
                 let was_running = *self.frozen.entry(project).or_insert(runs);
                 self.hold(host, project, epoch, false);
-                MoveReply::Frozen { epoch, name, origin, was_running }
+                let snapshots = self.own(project);
+                MoveReply::Frozen { epoch, name, origin, was_running, snapshots }
             }
             MoveCommand::Stage { origin, .. } => MoveReply::Staged { origin },
             MoveCommand::Activate { epoch, start, .. } => {

@@ -72,6 +72,15 @@ pub(super) fn run(up: &Up, narrator: &Narrator) -> Result<(), Failure> {
         }
         told(manifest(up, trees)?, "")
     })?;
+    let snapshots = format!("/projects/{}/snapshots", up.federation.project.id);
+    let taken = narrator.step("two snapshots", || {
+        for name in ["demo-one", "demo-two"] {
+            let answer = up.user.post(&snapshots, &json!({ "name": name }))?;
+            up.user.wait(&string(&answer, "operation_id")?, OPERATION_LIMIT, |_| {})?;
+        }
+        let taken = up.user.get(&snapshots)?;
+        told(taken, "")
+    })?;
 
     let old = Connect::long(up)?;
     let polled =
@@ -114,6 +123,11 @@ pub(super) fn run(up: &Up, narrator: &Narrator) -> Result<(), Failure> {
             return Err(Failure::failed(difference(&before, &after)));
         }
         told((), format!("{} entries", before["entries"].as_object().map_or(0, serde_json::Map::len)))
+    })?;
+    narrator.step("its snapshots came along", || {
+        let kept = up.user.get(&snapshots)?;
+        ensure(kept == taken, format!("{kept} instead of {taken}"))?;
+        told((), format!("{} snapshots", kept["snapshots"].as_array().map_or(0, Vec::len)))
     })?;
     super::access::web(up, narrator)?;
     super::access::shell(up, narrator)?;
