@@ -570,7 +570,8 @@ impl Storage for MemoryStorage {
             name: name.clone(),
             origin: snapshot.origin,
             base: base.map(|(snapshot, _)| (snapshot.name.clone(), snapshot.origin)),
-            extra: String::new(),
+            // When it was taken.
+            extra: snapshot.created.millis().to_string(),
             estimated_bytes: stream.len() as u64,
             left_out: Vec::new(),
         };
@@ -583,6 +584,8 @@ impl Storage for MemoryStorage {
         if header.backend != BACKEND {
             return Err(bad(format!("it is of {} storage, this is memory", header.backend)));
         }
+        let created = header.extra.parse().map(Timestamp::from_millis);
+        let created = created.map_err(|_| bad("it does not say when its snapshot was taken".to_owned()))?;
         // Checked before the stream is read, and again after: in between the
         // store is open to other calls.
         let unknown = Project::default();
@@ -615,7 +618,7 @@ impl Storage for MemoryStorage {
             name: header.name.clone(),
             uuid: VolumeUuid::random(),
             origin: header.origin,
-            created: Timestamp::now(),
+            created,
         };
         let entry = projects.entry(project).or_default();
         entry.snapshots.push((snapshot.clone(), files));

@@ -306,6 +306,9 @@ pub(super) fn begin(
     find(db, id)
 }
 
+/// How many events of an operation are all kept.
+const EVENTS_KEPT: u64 = 200;
+
 fn add_event(
     db: &Transaction<'_>,
     id: OperationId,
@@ -317,6 +320,13 @@ fn add_event(
         "INSERT INTO operation_events (operation, seq, at, phase, progress)
          SELECT ?1, 1 + ifnull(max(seq), 0), ?2, ?3, ?4 FROM operation_events WHERE operation = ?1",
         params![id.to_string(), now.millis(), phase, progress],
+    )?;
+    // A stream of hours tells every second how far it is: of what has been
+    // told of one phase, past the first, the newest is enough.
+    db.execute(
+        "DELETE FROM operation_events WHERE operation = ?1 AND phase = ?2 AND seq > ?3
+         AND seq = (SELECT max(seq) - 1 FROM operation_events WHERE operation = ?1)",
+        params![id.to_string(), phase, EVENTS_KEPT],
     )?;
     Ok(())
 }

@@ -160,6 +160,24 @@ fn one_operation_at_a_time_and_a_repeated_one_is_the_same() {
 }
 
 #[test]
+fn an_operation_that_tells_of_itself_for_hours_stays_small() {
+    let world = World::new(1);
+    let (project, id) = (world.stopped(1), OperationId::random());
+    world.store.begin(id, project.id, world.owner, &Job::Start, &ANY, NOW).unwrap();
+    let tell = |phase: &str, n: u64| world.store.progress(id, phase, &n.into(), NOW).unwrap();
+    (0..1000).for_each(|n| tell("sending", n));
+    tell("ending", 1);
+    let events = world.store.events(id, 0).unwrap();
+    assert!(events.len() < 210, "{}", events.len());
+    let last: Vec<_> =
+        events.iter().rev().take(2).map(|event| (&*event.phase, event.progress.clone())).collect();
+    assert_eq!(last, [("ending", 1.into()), ("sending", 999.into())], "the newest of each");
+    // Who follows misses nothing of what is there.
+    let after = events[events.len() - 2].seq - 1;
+    assert_eq!(world.store.events(id, after).unwrap().len(), 2);
+}
+
+#[test]
 fn a_host_is_believed_only_of_its_own_epoch_and_never_over_a_fence() {
     let world = World::new(2);
     let project = world.stopped(1);

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use cocalc_core::control::HostCommand;
+use cocalc_core::control::{HostCommand, PeerRequest};
 use cocalc_ids::ProjectId;
 use serde_json::{Value, json};
 
@@ -225,6 +225,44 @@ fn follow(url: &str, token: &str, last: Option<&str>) -> Vec<(String, String, Va
         }
     }
     events
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_can_be_followed_while_it_is_under_way() {
+    let world = World::new().await;
+    let (alpha, beta) = (world.host("alpha").await, world.host("beta").await);
+    let (id, _) = running(&world).await;
+    set([&alpha, &beta], Some(("send", Fall::Before)));
+    let begun = begin(&world, &id, "beta").await;
+    silent("the stream", [&alpha, &beta]).await;
+    let operation = begun["operation_id"].as_str().unwrap().to_owned();
+    let says = |bytes, bytes_per_sec| PeerRequest::Sending {
+        move_id: operation.parse().unwrap(),
+        name: format!("move-{operation}.0").parse().unwrap(),
+        bytes,
+        estimated_bytes: 900,
+        bytes_per_sec,
+    };
+    let shown = async |what: &str, rate: u64| {
+        until(what, async || {
+            let seen = world.ok("GET", &format!("/operations/{operation}"), Value::Null).await;
+            (seen["progress"]["bytes_per_sec"] == rate).then(|| seen["progress"].clone())
+        })
+        .await
+    };
+    // Only the source knows.
+    beta.ask(&says(700, 70)).await;
+    alpha.ask(&says(300, 100)).await;
+    let progress = shown("how far it is", 100).await;
+    let expected = json!([300, 1000, 7]);
+    assert_eq!(json!([progress["bytes"], progress["bytes_expected"], progress["remaining_secs"]]), expected);
+    // The stream had to begin again: people do not see it go back.
+    alpha.ask(&says(10, 50)).await;
+    assert_eq!(shown("the new rate", 50).await["bytes"], 300);
+    set([&alpha, &beta], None);
+    world.ok("POST", &format!("/operations/{operation}/cancel"), json!({})).await;
+    assert_eq!(world.settled(&begun).await["state"], "cancelled");
+    assert_eq!(owner(&world, &id, [&alpha, &beta]).await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
