@@ -165,7 +165,9 @@ mod tests {
         let fields = config.snapshots.fields();
         assert_eq!((fields.hourly, fields.allowance_percent, fields.daily), (12, 80, 7));
         assert_eq!(parse(GOOD).unwrap().snapshots, Policy::default());
-        for (table, key) in [("yearly = 1", "yearly"), ("hourly = 101", "hourly"), ("interval_secs = 1", "interval_secs")] {
+        for (table, key) in
+            [("yearly = 1", "yearly"), ("hourly = 101", "hourly"), ("interval_secs = 1", "interval_secs")]
+        {
             let error = parse(&format!("{GOOD}[snapshots]\n{table}\n")).unwrap_err();
             assert!(error.contains(key), "{error}");
         }
