@@ -129,7 +129,11 @@ impl Store {
                 // Removing a name takes space in the tree that holds it, and a
                 // full quota would refuse even that. Outside the group it has
                 // no limit. Where it is not a member, there is nothing to do.
-                let _ = sys::leave_group(root, Qgroup::of_subvolume(tree), group);
+                let member = Qgroup::of_subvolume(tree);
+                if sys::leave_group(root, member, group).is_ok() {
+                    // Nobody would find it afterwards.
+                    self.bury_member(member)?;
+                }
             }
             todo.push((tree, true));
             todo.extend(inner.into_iter().map(|child| (child.tree, false)));

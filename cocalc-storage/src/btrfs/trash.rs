@@ -40,6 +40,9 @@ const PAUSE_MIN: Duration = Duration::from_millis(20);
 const PAUSE_MAX: Duration = Duration::from_secs(30);
 /// How often the kernel, which frees when it sees fit, is reminded.
 const REMIND_EVERY: Duration = Duration::from_secs(2);
+/// How long the kernel may free nothing before it is given more: a process that
+/// has a file open in a deleted volume must not hold up all others.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// How often the groups of what is long gone are looked for.
 const SWEEP_EVERY: Duration = Duration::from_secs(3600);
 /// How often who waits for the trash to be empty looks.
@@ -148,15 +151,23 @@ enum Step {
     Empty,
 }
 
+/// When the kernel was reminded of what it has to free, and when it last has
+/// freed something, or was given something.
+struct Kernel {
+    reminded: Instant,
+    progress: Instant,
+}
+
 fn run(store: &Weak<Store>, signals: &Signals) {
-    let (mut pause, mut reminded, mut swept) = (Duration::ZERO, Instant::now(), Instant::now());
+    let (mut pause, mut swept) = (Duration::ZERO, Instant::now());
+    let mut kernel = Kernel { reminded: Instant::now(), progress: Instant::now() };
     while let Some(filled) = signals.wait(pause) {
         let Some(store) = store.upgrade() else { return };
         if filled {
             pause = Duration::ZERO;
         }
         let longer = (pause * 2).clamp(PAUSE_MIN, PAUSE_MAX);
-        pause = match store.empty_trash(&mut reminded) {
+        pause = match store.empty_trash(&mut kernel) {
             Ok(Step::Done) => PAUSE_MIN,
             Ok(Step::Waiting) => longer,
             Ok(Step::Empty) if swept.elapsed() >= SWEEP_EVERY => {
@@ -272,27 +283,27 @@ impl Store {
     }
 
     /// One step of emptying the trash.
-    fn empty_trash(&self, reminded: &mut Instant) -> Result<Step, Failure> {
+    fn empty_trash(&self, kernel: &mut Kernel) -> Result<Step, Failure> {
         let root = &self.layout.root_fd;
-        let mut freeing = self.trash.freeing();
-        if !freeing.is_empty() {
-            let mut left = Vec::new();
-            for tree in freeing.drain(..) {
-                if !sys::is_freed(root, tree).doing("look for a subvolume")? {
-                    left.push(tree);
-                }
+        let freeing = self.trash.freeing();
+        let mut left = Vec::new();
+        for &tree in &freeing {
+            if !sys::is_freed(root, tree).doing("look for a subvolume")? {
+                left.push(tree);
             }
-            let some = !left.is_empty();
-            if !some || reminded.elapsed() >= REMIND_EVERY {
-                // What is free can be used after a commit, which wakes the
-                // kernel's cleaner, too.
-                *reminded = Instant::now();
-                self.layout.commit()?;
-            }
-            self.trash.lock().freeing = left;
-            if some {
-                return Ok(Step::Waiting);
-            }
+        }
+        if left.len() < freeing.len() {
+            kernel.progress = Instant::now();
+        }
+        if !freeing.is_empty() && (left.is_empty() || kernel.reminded.elapsed() >= REMIND_EVERY) {
+            // What is free can be used after a commit, which wakes the
+            // kernel's cleaner, too.
+            kernel.reminded = Instant::now();
+            self.layout.commit()?;
+        }
+        self.trash.lock().freeing.clone_from(&left);
+        if !left.is_empty() && kernel.progress.elapsed() < PATIENCE {
+            return Ok(Step::Waiting);
         }
         for name in entries(&self.layout.trash())? {
             let Some((_, group)) = name.strip_prefix(VOLUME).and_then(|name| name.split_once('-')) else {
@@ -301,19 +312,21 @@ impl Store {
             let group = group.parse().ok().filter(|number| *number != 0).map(Qgroup::level_1);
             let Some(found) = subvolume(&self.layout.trash().join(&name))? else { continue };
             // Who counts must find it in the one place or the other.
-            self.trash.lock().freeing = vec![found.info.tree];
+            self.trash.lock().freeing.push(found.info.tree);
             let mut given = Vec::new();
             let destroyed = self.destroy_some(found.info.tree, group, BATCH, &mut given);
             fail::point("reaper.destroyed");
-            self.trash.lock().freeing = given;
+            self.trash.lock().freeing = left.into_iter().chain(given).collect();
             destroyed?;
             // Else they would be freed some time, or come back.
             self.layout.commit()?;
             fail::point("reaper.committed");
-            *reminded = Instant::now();
+            kernel.reminded = Instant::now();
+            kernel.progress = Instant::now();
             return Ok(Step::Done);
         }
-        Ok(if self.remove_groups()? { Step::Empty } else { Step::Waiting })
+        let none = self.remove_groups()?;
+        Ok(if none && left.is_empty() { Step::Empty } else { Step::Waiting })
     }
 
     /// Removes the remembered quota groups that can go by now; whether none is
