@@ -22,6 +22,8 @@ pub const NAMES: &[&str] = &[
     "delete.live",
     "delete.group",
     "delete.snapshots",
+    "reaper.destroyed",
+    "reaper.committed",
     "clone.staged",
     "receive.prepared",
     "receive.applied",

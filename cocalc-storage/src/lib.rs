@@ -32,6 +32,7 @@
 pub mod btrfs;
 mod child;
 pub mod directory;
+mod extents;
 pub mod fail;
 mod failure;
 mod locks;
@@ -39,5 +40,5 @@ pub mod loopback;
 mod tree;
 mod walk;
 
-pub use btrfs::{Btrfs, BtrfsBuilder, ImageError, OpenError, Probe, QuotaKind, StreamGuard, probe};
+pub use btrfs::{Btrfs, BtrfsBuilder, ImageError, OpenError, Probe, QuotaKind, StreamGuard, Trash, probe};
 pub use directory::{Directory, DirectoryError};

@@ -1,11 +1,11 @@
 //! What is done with the files inside volumes and snapshots: comparing and
 //! copying. Everything here blocks.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 
 use cocalc_core::{
     ids::{ProjectId, SnapshotName, TreePath},
-    storage::{Changes, Copied, CopyOptions, Error, Place},
+    storage::{Changes, Copied, CopyOptions, Error, Footprint, Place},
 };
 
 use super::{Store, recover::Intent};
@@ -13,6 +13,7 @@ use crate::{
     fail,
     failure::{Doing as _, Failure},
     tree::{self, Lineage},
+    walk::Inline,
 };
 
 impl Store {
@@ -23,6 +24,25 @@ impl Store {
             None => self.layout.live(project)?.ok_or(Error::NotFound { project })?,
         };
         Ok(found.fd.into())
+    }
+
+    pub(super) fn footprint(
+        &self,
+        project: ProjectId,
+        snapshot: Option<&SnapshotName>,
+    ) -> Result<Footprint, Failure> {
+        let root = self.root_of(project, snapshot)?;
+        // What is not written out has no extents.
+        self.layout.commit()?;
+        // A snapshot has the metadata of its source until either changes, and
+        // the data of small files is within it.
+        let relatives = self.layout.list_snapshots(project)?.len();
+        let others = match snapshot {
+            Some(_) => relatives > 1 || self.layout.live(project)?.is_some(),
+            None => relatives > 0,
+        };
+        let inline = if others { Inline::Shared } else { Inline::Exclusive };
+        crate::walk::footprint(root.as_fd(), inline)
     }
 
     pub(super) fn diff(

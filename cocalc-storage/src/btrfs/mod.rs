@@ -13,6 +13,7 @@ mod receive;
 mod recover;
 mod send;
 mod sys;
+mod trash;
 mod volumes;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
@@ -32,6 +33,7 @@ pub use guard::{Refused, StreamGuard};
 pub use images::ImageError;
 pub use open::{BtrfsBuilder, OpenError, Probe, probe};
 pub use quota::QuotaKind;
+pub use trash::Trash;
 
 use crate::{
     failure::{Doing as _, Failure},
@@ -44,6 +46,9 @@ use sys::Qgroup;
 /// The name in [`Capabilities::backend`] and in headers of streams.
 pub const BACKEND: &str = "btrfs";
 
+/// The nil id: in errors of what is done for no project.
+const NOBODY: ProjectId = ProjectId::from_bytes([0; 16]);
+
 /// Project volumes as Btrfs subvolumes, with snapshots, quotas, and full and
 /// delta streams. Clones are one store.
 ///
@@ -55,7 +60,7 @@ pub const BACKEND: &str = "btrfs";
 /// | `snapshots/<id>/<name>` | read-only snapshots |
 /// | `images/<digest>` | read-only root file systems |
 /// | `staging/` | what is being made; emptied when the store opens |
-/// | `trash/` | quota groups that still have to go |
+/// | `trash/` | what was deleted and is not gone yet, see [`Trash`] |
 ///
 /// Subvolumes inside a project's own would be in no snapshot and no stream, so
 /// while there are any, [`Error::NestedVolumes`] refuses what takes one. They
@@ -63,7 +68,10 @@ pub const BACKEND: &str = "btrfs";
 ///
 /// What is set aside is charged to nobody, and stays so if it is restored.
 #[derive(Clone, Debug)]
-pub struct Btrfs(Arc<Store>);
+pub struct Btrfs(
+    Arc<Store>,
+    #[expect(dead_code, reason = "it ends when the last clone is dropped")] Arc<trash::Reaper>,
+);
 
 #[derive(Debug)]
 struct Store {
@@ -75,6 +83,7 @@ struct Store {
     stream_version: u32,
     locks: Locks,
     holds: Holds,
+    trash: Arc<trash::Signals>,
     /// Holds the lock that keeps a second process out.
     _marker: std::fs::File,
 }
@@ -171,11 +180,9 @@ impl Storage for Btrfs {
     async fn list(&self) -> Result<Vec<Volume>> {
         let store = Arc::clone(&self.0);
         let listed = tokio::task::spawn_blocking(move || store.list()).await;
-        // A listing is of no project; the nil id says so.
-        let nobody = ProjectId::from_bytes([0; 16]);
         listed
             .unwrap_or_else(|error| Err(Failure::Wrong(error.to_string())))
-            .map_err(|failure| failure.public(BACKEND, nobody, "list"))
+            .map_err(|failure| failure.public(BACKEND, NOBODY, "list"))
     }
 
     async fn delete(&self, project: ProjectId) -> Result<()> {
@@ -245,8 +252,17 @@ impl Storage for Btrfs {
         self.exclusive(project, "limit", move |store| store.set_limit(project, limit_bytes)).await
     }
 
-    async fn footprint(&self, _project: ProjectId, _snapshot: Option<&SnapshotName>) -> Result<Footprint> {
-        Err(Error::Unsupported { backend: BACKEND, operation: "measure what a project shares" })
+    async fn footprint(&self, project: ProjectId, snapshot: Option<&SnapshotName>) -> Result<Footprint> {
+        let held = match snapshot {
+            Some(name) => Some(self.hold(project, name).await?),
+            None => None,
+        };
+        let snapshot = snapshot.cloned();
+        self.blocking(project, "measure", move |store| {
+            let _held = held;
+            store.footprint(project, snapshot.as_ref())
+        })
+        .await
     }
 
     async fn diff(

@@ -17,8 +17,12 @@ use super::{
     layout::{self, DIRECTORIES, Layout, MARKER, Marker, VERSION},
     quota::{self, QuotaKind, Quotas},
     sys,
+    trash::Reaper,
 };
 use crate::{failure::Failure, locks::Locks};
+
+/// How much of a marker is read; a whole one is shorter.
+const MARKER_MAX: u64 = 4096;
 
 /// Why a volume could not be opened or prepared.
 #[derive(Debug, thiserror::Error)]
@@ -57,6 +61,12 @@ pub enum OpenError {
         path: PathBuf,
         /// What its marker says.
         found: String,
+    },
+    /// The file system is read-only, by its mount or after an error.
+    #[error("{path} is on a file system that is read-only; mount it writable, and look for its errors first")]
+    ReadOnly {
+        /// The path.
+        path: PathBuf,
     },
     /// A call failed.
     #[error("could not open the volume at {path}")]
@@ -104,6 +114,7 @@ pub fn probe(path: &Path) -> io::Result<Probe> {
 pub struct BtrfsBuilder {
     path: PathBuf,
     quotas: bool,
+    classic_quotas: bool,
     stall_limit: Duration,
 }
 
@@ -111,6 +122,14 @@ impl BtrfsBuilder {
     /// Whether to use quotas where the kernel has simple ones. Default: yes.
     pub fn quotas(mut self, quotas: bool) -> Self {
         self.quotas = quotas;
+        self
+    }
+
+    /// Whether to use classic quota groups where they are on, or where the
+    /// kernel has no simple ones. They get slow with snapshots: with a thousand
+    /// of them, one snapshot takes seconds. Default: no.
+    pub fn classic_quotas(mut self, classic: bool) -> Self {
+        self.classic_quotas = classic;
         self
     }
 
@@ -142,14 +161,18 @@ impl BtrfsBuilder {
             return Err(OpenError::NotInitialized { path: path.to_owned() });
         };
         check_names(path)?;
+        refuse_read_only(path, &root_fd)?;
         lay_out(path).map_err(|error| failed(path, error))?;
 
         let layout = Layout { root: path.to_owned(), root_fd, commits: Commits::default() };
         let mut weaknesses = Vec::new();
         let mut quotas = None;
         if self.quotas {
-            match Quotas::open(&layout.root_fd) {
-                Ok(opened) => quotas = Some(opened),
+            match Quotas::open(&layout.root_fd, self.classic_quotas) {
+                Ok((opened, weakness)) => {
+                    quotas = Some(opened);
+                    weaknesses.extend(weakness);
+                }
                 Err(weakness) => weaknesses.push(weakness),
             }
         } else {
@@ -170,10 +193,13 @@ impl BtrfsBuilder {
             stream_version: super::receive::stream_version(),
             locks: Locks::default(),
             holds: Holds::default(),
+            trash: Arc::default(),
             _marker: marker,
         };
         store.recover().map_err(|failure: Failure| failed(path, failure))?;
-        Ok(Btrfs(Arc::new(store)))
+        let store = Arc::new(store);
+        let reaper = Reaper::start(&store).map_err(|error| failed(path, error))?;
+        Ok(Btrfs(store, Arc::new(reaper)))
     }
 }
 
@@ -181,7 +207,12 @@ impl Btrfs {
     /// A builder for the store at `path`, a directory of a mounted Btrfs that
     /// [`initialize`](Self::initialize) has prepared.
     pub fn builder(path: impl Into<PathBuf>) -> BtrfsBuilder {
-        BtrfsBuilder { path: path.into(), quotas: true, stall_limit: Duration::from_secs(600) }
+        BtrfsBuilder {
+            path: path.into(),
+            quotas: true,
+            classic_quotas: false,
+            stall_limit: Duration::from_secs(600),
+        }
     }
 
     /// Opens the store at `path` with the defaults.
@@ -207,6 +238,7 @@ impl Btrfs {
         if marker.is_some() {
             return Ok(());
         }
+        refuse_read_only(path, &root_fd)?;
         let marker = Marker { layout: VERSION, id: VolumeUuid::random() };
         let prepare = || -> io::Result<()> {
             lay_out(path)?;
@@ -228,14 +260,14 @@ fn open_root(path: &Path) -> Result<(File, Option<File>), OpenError> {
     if !sys::is_btrfs(&root).map_err(|error| failed(path, error))? {
         return Err(OpenError::NotBtrfs { path: path.to_owned() });
     }
-    let text = match fs::read_to_string(path.join(MARKER)) {
+    let text = match read_marker(&path.join(MARKER)) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((root, None)),
         other => other.map_err(|error| failed(path, error))?,
     };
-    match serde_json::from_str::<Marker>(&text) {
+    match serde_json::from_slice::<Marker>(&text) {
         Ok(marker) if marker.layout == VERSION => {}
         _ => {
-            let found = text.chars().take(200).collect();
+            let found = String::from_utf8_lossy(&text).chars().take(200).collect();
             return Err(OpenError::UnknownLayout { path: path.to_owned(), found });
         }
     }
@@ -244,6 +276,24 @@ fn open_root(path: &Path) -> Result<(File, Option<File>), OpenError> {
         Err(rustix::io::Errno::WOULDBLOCK) => Err(OpenError::InUse { path: path.to_owned() }),
         other => other.map(|()| (root, Some(file))).map_err(|error| failed(path, error)),
     }
+}
+
+/// The beginning of a marker, whatever is in it.
+fn read_marker(path: &Path) -> io::Result<Vec<u8>> {
+    let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK | rustix::fs::OFlags::CLOEXEC;
+    let file = File::from(rustix::fs::open(path, flags, rustix::fs::Mode::empty())?);
+    let mut text = Vec::new();
+    io::Read::read_to_end(&mut io::Read::take(file, MARKER_MAX), &mut text)?;
+    Ok(text)
+}
+
+/// Refuses a file system that cannot be written, before anything is tried.
+fn refuse_read_only(path: &Path, root: &File) -> Result<(), OpenError> {
+    let flags = rustix::fs::fstatvfs(root).map_err(|error| failed(path, error))?.f_flag;
+    if flags.contains(rustix::fs::StatVfsMountFlags::RDONLY) {
+        return Err(OpenError::ReadOnly { path: path.to_owned() });
+    }
+    Ok(())
 }
 
 /// Refuses a directory that holds anything but the layout.

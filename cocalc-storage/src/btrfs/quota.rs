@@ -2,6 +2,10 @@
 //! staging. Simple quotas charge an extent to the subvolume that wrote it
 //! first, so a limit on the live subvolume alone would mean nothing after a
 //! restore or a move.
+//!
+//! What is charged falls when the kernel has freed something, not when it was
+//! deleted: a file that a snapshot has too is charged until both are gone, and
+//! what only a deleted snapshot had is, until the kernel's cleaner has run.
 
 use std::{
     fs,
@@ -22,7 +26,7 @@ pub enum QuotaKind {
     Off,
     /// Simple quotas, which this crate uses.
     Simple,
-    /// Classic groups, which get slow with snapshots; not used.
+    /// Classic groups, which get slow with snapshots; used where asked for.
     Classic,
 }
 
@@ -44,30 +48,43 @@ fn sysfs(fd: impl AsFd) -> Result<PathBuf, Failure> {
 pub(super) fn kind(fd: impl AsFd) -> Result<QuotaKind, Failure> {
     Ok(match fs::read_to_string(sysfs(fd)?.join("mode")) {
         Ok(mode) if mode.trim() == "squota" => QuotaKind::Simple,
+        Ok(mode) if mode.trim() == "disabled" => QuotaKind::Off,
         Ok(_) => QuotaKind::Classic,
         Err(_) => QuotaKind::Off,
     })
 }
 
 impl Quotas {
-    /// Uses simple quotas, enabling them if none are on. `Err` is the weakness
-    /// for people, when they can't be had.
-    pub(super) fn open(root: impl AsFd) -> Result<Self, String> {
+    /// Uses simple quotas, enabling them if none are on; the classic only if
+    /// `classic` allows it and there are no others. With it comes a weakness
+    /// for people, if there is one. `Err` is why none can be had.
+    pub(super) fn open(root: impl AsFd, classic: bool) -> Result<(Self, Option<String>), String> {
         let root = root.as_fd();
         let chain = |failure: Failure| cocalc_core::chain(&failure);
-        match kind(root).map_err(chain)? {
-            QuotaKind::Simple => {}
-            QuotaKind::Classic => {
+        let used = match kind(root).map_err(chain)? {
+            QuotaKind::Classic if !classic => {
                 return Err(
                     "no quotas: classic quota groups are enabled, which are too slow with snapshots; \
                             run `btrfs quota disable`"
                         .to_owned(),
                 );
             }
-            QuotaKind::Off => sys::enable_simple_quotas(root)
-                .map_err(|error| format!("no quotas: this kernel has no simple quotas ({error})"))?,
-        }
-        Ok(Self { directory: sysfs(root).map_err(chain)? })
+            QuotaKind::Off => match (sys::enable_quotas(root, true), classic) {
+                (Ok(()), _) => QuotaKind::Simple,
+                (Err(error), false) => {
+                    return Err(format!("no quotas: this kernel has no simple quotas ({error})"));
+                }
+                (Err(_), true) => {
+                    sys::enable_quotas(root, false)
+                        .map_err(|error| format!("no quotas: they could not be enabled ({error})"))?;
+                    QuotaKind::Classic
+                }
+            },
+            on => on,
+        };
+        let weakness = (used == QuotaKind::Classic)
+            .then(|| "classic quota groups: slow with many snapshots, and behind by one commit".to_owned());
+        Ok((Self { directory: sysfs(root).map_err(chain)? }, weakness))
     }
 
     /// Makes the group, if it is not there.

@@ -101,7 +101,7 @@ impl Btrfs {
     }
 
     /// Clones. What simple quotas charge stays with who wrote it first, so
-    /// where they are on, another project gets a copy of its own.
+    /// another owner gets a copy of its own.
     pub(super) async fn clone_from(
         &self,
         source: ProjectId,
@@ -110,7 +110,7 @@ impl Btrfs {
         options: &CloneOptions,
     ) -> Result<Volume> {
         let (from, options) = (name.clone(), options.clone());
-        let copies = self.0.quotas.is_some() && !options.same_owner;
+        let copies = !options.same_owner;
         let first = self.exclusive(target, "clone into", move |store| {
             let snapshot = store.layout.need(source, &from)?;
             store.refuse_live(target)?;

@@ -41,9 +41,6 @@ pub(super) enum Intent {
 }
 
 const INTENT: &str = ".intent";
-/// Names in the trash: groups of level 1, and of single subvolumes.
-const GROUP: &str = "group-";
-const MEMBER: &str = "member-";
 
 /// A place in staging that is emptied and removed when this is dropped.
 #[derive(Debug)]
@@ -99,10 +96,25 @@ impl Store {
     /// Destroys a subvolume and all that are in it. What a project nests is in
     /// no snapshot, so this is only for what is wanted no more.
     pub(super) fn destroy_with_nested(&self, tree: u64, group: Option<Qgroup>) -> Result<(), Failure> {
+        self.destroy_some(tree, group, usize::MAX, &mut Vec::new())
+    }
+
+    /// Begins to do that, and stops when `max` of them are destroyed, which
+    /// are added to `destroyed`.
+    pub(super) fn destroy_some(
+        &self,
+        tree: u64,
+        group: Option<Qgroup>,
+        max: usize,
+        destroyed: &mut Vec<u64>,
+    ) -> Result<(), Failure> {
         let root = &self.layout.root_fd;
         // A post-order walk without recursion: a project can nest deeply.
         let mut todo = vec![(tree, false)];
         while let Some((tree, emptied)) = todo.pop() {
+            if destroyed.len() >= max {
+                break;
+            }
             let inner = if emptied {
                 Vec::new()
             } else {
@@ -110,13 +122,18 @@ impl Store {
             };
             if inner.is_empty() {
                 self.destroy(tree)?;
+                destroyed.push(tree);
                 continue;
             }
             if let Some(group) = group {
                 // Removing a name takes space in the tree that holds it, and a
                 // full quota would refuse even that. Outside the group it has
                 // no limit. Where it is not a member, there is nothing to do.
-                let _ = sys::leave_group(root, Qgroup::of_subvolume(tree), group);
+                let member = Qgroup::of_subvolume(tree);
+                if sys::leave_group(root, member, group).is_ok() {
+                    // Nobody would find it afterwards.
+                    self.bury_member(member)?;
+                }
             }
             todo.push((tree, true));
             todo.extend(inner.into_iter().map(|child| (child.tree, false)));
@@ -211,16 +228,7 @@ impl Store {
                 fs::remove_file(&path).doing("empty staging")?;
             }
         }
-        self.remove_groups();
         self.layout.commit()
-    }
-
-    /// Remembers a quota group that has to go when the kernel has cleaned up
-    /// what it counted.
-    pub(super) fn bury_group(&self, group: Qgroup) -> Result<(), Failure> {
-        let name = format!("{GROUP}{}", group.number());
-        fs::File::create(self.layout.trash().join(name)).doing("remember a quota group")?;
-        Ok(())
     }
 
     /// Charges the project no more for what it wrote into volumes that are
@@ -230,11 +238,11 @@ impl Store {
         for member in sys::members(root, group).doing("read the quota group")? {
             if sys::is_gone(root, member.number()).doing("look for a subvolume")? {
                 // Nobody would find it afterwards.
-                let name = format!("{MEMBER}{}", member.number());
-                fs::File::create(self.layout.trash().join(name)).doing("remember a quota group")?;
+                self.bury_member(member)?;
                 sys::leave_group(root, member, group).doing("leave the quota group")?;
             }
         }
+        self.trash.filled();
         Ok(())
     }
 
@@ -258,44 +266,7 @@ impl Store {
         }
         self.destroy(holder.info.tree)?;
         self.layout.commit()?;
-        self.remove_groups();
+        self.trash.filled();
         Ok(())
-    }
-
-    /// Removes the remembered quota groups that can go by now.
-    pub(super) fn remove_groups(&self) {
-        for name in entries(&self.layout.trash()).unwrap_or_default() {
-            let number = |prefix| name.strip_prefix(prefix).and_then(|number| number.parse().ok());
-            let removed = match (number(GROUP), number(MEMBER)) {
-                (Some(number), _) => self.remove_group(Qgroup::level_1(number)),
-                (None, Some(tree)) => self.remove_member(Qgroup::of_subvolume(tree)),
-                (None, None) => continue,
-            };
-            if removed.is_ok() {
-                // If this fails, it is tried again with a group that is gone.
-                let _ = fs::remove_file(self.layout.trash().join(name));
-            }
-        }
-    }
-
-    /// Removes a group of level 1, which is busy while it has members.
-    fn remove_group(&self, group: Qgroup) -> io::Result<()> {
-        let root = &self.layout.root_fd;
-        for member in sys::members(root, group)? {
-            // The kernel removes the group of a subvolume with it, but not if
-            // a snapshot held what it is charged for.
-            self.remove_member(member)?;
-        }
-        sys::destroy_group(root, group)
-    }
-
-    /// Removes the group of a subvolume that is gone. It is busy until what it
-    /// is charged for is free.
-    fn remove_member(&self, member: Qgroup) -> io::Result<()> {
-        let root = &self.layout.root_fd;
-        if !sys::is_gone(root, member.number())? {
-            return Err(io::ErrorKind::ResourceBusy.into());
-        }
-        sys::destroy_group(root, member)
     }
 }

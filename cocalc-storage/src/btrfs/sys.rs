@@ -36,6 +36,8 @@ const SUBVOL_QGROUP_INHERIT: u64 = 1 << 2;
 const SUBVOL_SPEC_BY_ID: u64 = 1 << 4;
 /// `BTRFS_QGROUP_LIMIT_MAX_RFER`.
 pub(super) const LIMIT_MAX_RFER: u64 = 1 << 0;
+/// `BTRFS_QUOTA_CTL_ENABLE`.
+const QUOTA_ENABLE: u64 = 1;
 /// `BTRFS_QUOTA_CTL_ENABLE_SIMPLE_QUOTA`, of Linux 6.7.
 const QUOTA_ENABLE_SIMPLE: u64 = 4;
 
@@ -385,6 +387,14 @@ pub(super) fn is_gone(fd: impl AsFd, tree: u64) -> io::Result<bool> {
     Ok(search(fd, ROOT_TREE, tree, ROOT_BACKREF)?.is_empty())
 }
 
+/// Whether nothing is left of the subvolume with this tree id: the kernel has
+/// freed what was its alone.
+pub(super) fn is_freed(fd: impl AsFd, tree: u64) -> io::Result<bool> {
+    /// `BTRFS_ROOT_ITEM_KEY`.
+    const ROOT_ITEM: u32 = 132;
+    Ok(search(fd, ROOT_TREE, tree, ROOT_ITEM)?.is_empty())
+}
+
 /// The members of quota group `group`, of level 1, those of deleted
 /// subvolumes included.
 pub(super) fn members(fd: impl AsFd, group: Qgroup) -> io::Result<Vec<Qgroup>> {
@@ -507,9 +517,10 @@ pub(super) fn filesystem_id(fd: impl AsFd) -> io::Result<[u8; 16]> {
     Ok(args.fsid)
 }
 
-/// Turns simple quotas on.
-pub(super) fn enable_simple_quotas(fd: impl AsFd) -> io::Result<()> {
-    let mut args = QuotaCtlArgs { cmd: QUOTA_ENABLE_SIMPLE, status: 0 };
+/// Turns quotas on: simple ones, or the classic.
+pub(super) fn enable_quotas(fd: impl AsFd, simple: bool) -> io::Result<()> {
+    let cmd = if simple { QUOTA_ENABLE_SIMPLE } else { QUOTA_ENABLE };
+    let mut args = QuotaCtlArgs { cmd, status: 0 };
     // SAFETY: the number names QuotaCtlArgs.
     unsafe { ioctl(fd, Updater::<QUOTA_CTL, _>::new(&mut args)) }?;
     Ok(())

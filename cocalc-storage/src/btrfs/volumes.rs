@@ -105,24 +105,24 @@ impl Store {
             return Ok(());
         }
         self.intending(&Intent::Delete { project }, || self.delete_all(project))?;
-        self.remove_groups();
+        self.trash.filled();
         Ok(())
     }
 
-    /// Deletes all of a project, or what is left of it.
+    /// Moves all of a project, or what is left of it, into the trash.
     pub(super) fn delete_all(&self, project: ProjectId) -> Result<(), Failure> {
         let group = self.group(project)?;
         if let Some(live) = self.layout.live(project)? {
-            self.destroy_with_nested(live.info.tree, group)?;
+            self.bury(&self.layout.project(project), live.info.tree, group)?;
         }
         fail::point("delete.live");
         if let Some(group) = group {
             self.bury_group(group)?;
         }
         fail::point("delete.group");
-        // The snapshots are in it, and so go first.
+        // The snapshots are in it. Its tree id named the group, so it is last.
         if let Some(holder) = subvolume(&self.layout.snapshots(project))? {
-            self.destroy_with_nested(holder.info.tree, None)?;
+            self.bury(&self.layout.snapshots(project), holder.info.tree, None)?;
         }
         fail::point("delete.snapshots");
         Ok(())

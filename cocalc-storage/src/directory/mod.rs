@@ -250,8 +250,17 @@ impl Storage for Directory {
         Err(Error::Unsupported { backend: BACKEND, operation: "limit a project: it has no quotas" })
     }
 
-    async fn footprint(&self, _project: ProjectId, _snapshot: Option<&SnapshotName>) -> Result<Footprint> {
-        Err(Error::Unsupported { backend: BACKEND, operation: "measure what a project shares" })
+    async fn footprint(&self, project: ProjectId, snapshot: Option<&SnapshotName>) -> Result<Footprint> {
+        let held = match snapshot {
+            Some(name) => Some(self.hold(project, name).await?),
+            None => None,
+        };
+        let snapshot = snapshot.cloned();
+        self.blocking(project, "measure", move |store| {
+            let _held = held;
+            store.footprint(project, snapshot.as_ref())
+        })
+        .await
     }
 
     async fn diff(

@@ -4,13 +4,16 @@
 use std::{
     fs::{self, DirBuilder, File},
     io::{self, Write as _},
-    os::{fd::OwnedFd, unix::fs::DirBuilderExt as _},
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::fs::DirBuilderExt as _,
+    },
     path::{Path, PathBuf},
 };
 
 use cocalc_core::{
     ids::{ProjectId, SnapshotName, Timestamp, TreePath, VolumeUuid},
-    storage::{Copied, CopyOptions, Error, Holds, Place, SendHeader, Snapshot, Volume},
+    storage::{Copied, CopyOptions, Error, Footprint, Holds, Place, SendHeader, Snapshot, Volume},
 };
 use rustix::fs::{CWD, FlockOperation, RenameFlags};
 use serde::{Deserialize, Serialize};
@@ -168,6 +171,28 @@ impl Store {
 
     pub(super) fn need(&self, project: ProjectId, name: &SnapshotName) -> Result<About, Failure> {
         self.find(project, name)?.ok_or_else(|| Error::NoSnapshot { project, name: name.clone() }.into())
+    }
+
+    pub(super) fn footprint(
+        &self,
+        project: ProjectId,
+        snapshot: Option<&SnapshotName>,
+    ) -> Result<Footprint, Failure> {
+        let place = match snapshot {
+            Some(name) => {
+                self.need(project, name)?;
+                self.snapshot_dir(project, name)
+            }
+            None => {
+                self.live(project)?.ok_or(Error::NotFound { project })?;
+                self.live_dir(project)
+            }
+        };
+        let root = tree::open_root(&place.join("tree")).doing("open the files")?;
+        // What is not written out has no extents.
+        rustix::fs::syncfs(&root).doing("write the files out")?;
+        // Each tree has metadata of its own, and what is within that.
+        crate::walk::footprint(root.as_fd(), crate::walk::Inline::Exclusive)
     }
 
     fn numbered(&self, project: ProjectId) -> Result<Vec<(u64, Snapshot)>, Failure> {

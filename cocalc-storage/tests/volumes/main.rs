@@ -4,4 +4,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests report by panicking, in helpers too")]
 
 mod changed;
+mod faults;
+mod footprint;
+mod opening;
+mod quota;
 mod stores;
+mod trash;

@@ -33,3 +33,9 @@ pub(crate) fn volume(root: &Path, name: &str, bytes: u64) -> Loopback {
 pub(crate) fn name(text: &str) -> SnapshotName {
     text.parse().unwrap()
 }
+
+/// Makes a subvolume where a project would.
+pub(crate) fn nested(path: &Path) {
+    let made = std::process::Command::new("btrfs").args(["-q", "subvolume", "create"]).arg(path).status();
+    assert!(made.unwrap().success(), "{}", path.display());
+}
