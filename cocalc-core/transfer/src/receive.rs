@@ -167,7 +167,7 @@ impl SnapshotReceiver {
         }
         let session = self.0.begin(key, header);
         let Some(mut turn) = Turn::take(&self.0, key, session).await else {
-            return Err(frame::invalid("it was over at once"));
+            return Err(frame::invalid("another connection has taken its place"));
         };
         turn.keep = again;
         timeout(pace.stall, frame::write(&mut to, &Answer::Go)).await??;
@@ -269,7 +269,7 @@ struct Turn {
 
 impl Turn {
     /// Takes the turn from whichever connection has it: the other end has given
-    /// that one up, even if nobody noticed here. `None` if the session is over.
+    /// that one up, even if nobody noticed here. `None` if the session is forgotten.
     async fn take(receiver: &Arc<Inner>, key: Key, session: Arc<Session>) -> Option<Self> {
         let replaced = CancellationToken::new();
         std::mem::replace(&mut *session.replaced(), replaced.clone()).cancel();
@@ -280,7 +280,8 @@ impl Turn {
         let ours = sessions.get_mut(&key).filter(|entry| Arc::ptr_eq(&entry.session, &turn.session));
         let ours = ours.map(|entry| entry.waiting = None).is_some();
         drop(sessions);
-        (ours && turn.session.lives()).then_some(turn)
+        // One that has ended meanwhile still has to say how.
+        ours.then_some(turn)
     }
 
     /// Throws away what has come.

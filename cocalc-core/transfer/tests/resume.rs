@@ -40,6 +40,8 @@ const SIZE: usize = 6 << 20;
 struct Destination {
     kept: Mutex<Vec<(SendHeader, Vec<u8>)>>,
     begun: AtomicUsize,
+    /// Refuses everything, before it has read a byte.
+    full: std::sync::atomic::AtomicBool,
     broken: AtomicUsize,
 }
 
@@ -62,6 +64,9 @@ impl Inbound for Destination {
         mut stream: BoxRead,
     ) -> Result<Snapshot, CommandError> {
         self.begun.fetch_add(1, Ordering::SeqCst);
+        if self.full.load(Ordering::SeqCst) {
+            return Err(CommandError { code: ErrorCode::NoSpace, message: "the volume is full".into() });
+        }
         let mut bytes = Vec::new();
         if let Err(error) = stream.read_to_end(&mut bytes).await {
             self.broken.fetch_add(1, Ordering::SeqCst);
@@ -334,6 +339,18 @@ async fn a_lost_receipt_is_asked_for_again() {
         way.send(0, &between.address, &source).await.unwrap();
         assert!(way.kept() == *source.content.lock().unwrap(), "{back}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refusal_at_once_is_heard_and_nothing_is_tried_again() {
+    let way = way(LONG, 16).await;
+    way.destination.full.store(true, Ordering::SeqCst);
+    for round in 1..=30 {
+        let error = way.send(0, &way.address, &Again::new(false)).await.unwrap_err();
+        let TransferError::Refused(refusal) = error else { panic!("{error}") };
+        assert_eq!((refusal.code, way.begun()), (ErrorCode::NoSpace, round));
+    }
+    way.eventually("nothing waits", || way.receiver.waiting() == 0).await;
 }
 
 #[tokio::test]

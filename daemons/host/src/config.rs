@@ -74,9 +74,6 @@ fn day() -> u64 {
     24
 }
 
-/// A year.
-const UNDO_HOURS_MAX: u32 = 8760;
-
 /// What keeps the projects' files.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
 #[serde(rename_all = "snake_case")]

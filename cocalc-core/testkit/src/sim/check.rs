@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use cocalc_core::moves::{MoveOutcome, is_internal, undo_name};
+use cocalc_ids::ProjectId;
 
 use super::{host, world::Shared};
 
@@ -26,7 +27,13 @@ pub(super) async fn at_the_end(world: &Shared) {
             host::try_start(world, host).await;
         }
     }
-    let world_of = world;
+    inspect(world, owner, project, wanted);
+    if owner == 1 {
+        expire(world).await;
+    }
+}
+
+fn inspect(world: &Shared, owner: usize, project: ProjectId, wanted: bool) {
     let mut world = world.lock();
     world.check();
     let (epoch, written) = (world.row.1, world.written);
@@ -97,10 +104,6 @@ pub(super) async fn at_the_end(world: &Shared) {
     }
     for what in wrong {
         world.violate(what);
-    }
-    drop(world);
-    if owner == 1 {
-        expire(world_of).await;
     }
 }
 

@@ -200,7 +200,7 @@ pub(super) async fn keep_house(world: Shared) {
         let site = Site { world: world.clone(), host, incarnation };
         let work = async {
             let _turn = daemon.ledger.turn(project).await;
-            if !daemon.ledger.entry(project).is_some_and(|entry| entry.may_run().is_some()) {
+            if daemon.ledger.entry(project).is_none_or(|entry| entry.may_run().is_none()) {
                 return;
             }
             let done = |w: &mut World| {

@@ -62,7 +62,17 @@ fn settle(api: &Api, answer: &Value) -> Result<Value, Failure> {
     if shown {
         let _ = write!(std::io::stderr(), "\r\x1b[K");
     }
+    if let Ok(ended) = &result {
+        for remark in left_out(ended) {
+            let _ = writeln!(std::io::stderr(), "not carried along: {remark}");
+        }
+    }
     result
+}
+
+/// What a move left out, in words.
+fn left_out(operation: &Value) -> impl Iterator<Item = &str> {
+    operation["progress"]["left_out"].as_array().into_iter().flatten().filter_map(Value::as_str)
 }
 
 /// One line about a running operation: phase, bytes, rate and estimate.
@@ -74,6 +84,9 @@ fn progress(operation: &Value) -> String {
     let progress = &operation["progress"];
     if let Some(bytes) = progress["bytes"].as_u64() {
         line.push_str(&format!(", {}", size(bytes)));
+        if let Some(expected) = progress["bytes_expected"].as_u64() {
+            line.push_str(&format!(" of about {}", size(expected)));
+        }
     }
     if let Some(rate) = progress["bytes_per_sec"].as_u64() {
         line.push_str(&format!(", {}/s", size(rate)));
@@ -100,7 +113,20 @@ pub(crate) fn size(bytes: u64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::size;
+    use serde_json::json;
+
+    use super::{left_out, progress, size};
+
+    #[test]
+    fn a_move_is_one_line_and_what_it_left_out_is_said() {
+        let mut operation = json!({ "kind": "move", "phase": "seeding", "progress": {
+            "bytes": 1 << 20, "bytes_expected": 3 << 20, "bytes_per_sec": 1 << 19, "remaining_secs": 4,
+            "left_out": ["one file"] } });
+        assert_eq!(progress(&operation), "move: seeding, 1.0 MiB of about 3.0 MiB, 512.0 KiB/s, 4 s left");
+        assert_eq!(left_out(&operation).collect::<Vec<_>>(), ["one file"]);
+        operation["progress"] = json!({});
+        assert_eq!((progress(&operation), left_out(&operation).count()), ("move: seeding".to_owned(), 0));
+    }
 
     #[test]
     fn sizes_are_readable() {
