@@ -216,11 +216,6 @@ impl Host {
         background.spawn(watch::states(peer, bus, ledger.clone(), Arc::clone(&backends.runner), lifecycle));
         background.spawn(watch::departures(ledger.clone(), knowledge));
         background.spawn(keeper.run());
-<<<<<<< HEAD
-=======
-        background
-            .spawn(watch::undo(moves.clone(), Duration::from_secs(3_600 * u64::from(config.undo_hours))));
->>>>>>> streams
         background.spawn(start_pending(ledger, moves));
 
         let shutdown = CancellationToken::new();
