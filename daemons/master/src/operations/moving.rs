@@ -30,7 +30,8 @@ use crate::shared::Shared;
 
 /// The moves that are driven now, each with its source and what that says of
 /// its stream.
-pub(super) type Streams = Mutex<BTreeMap<MoveId, (HostId, watch::Sender<Option<Live>>)>>;
+pub(super) type Streams = Mutex<Driven>;
+type Driven = BTreeMap<MoveId, (HostId, watch::Sender<Option<Live>>)>;
 
 /// How far a stream is, as its source says.
 #[derive(Clone, Debug)]
@@ -42,7 +43,7 @@ pub(super) struct Live {
 }
 
 impl super::Operations {
-    fn streams(&self) -> MutexGuard<'_, BTreeMap<MoveId, (HostId, watch::Sender<Option<Live>>)>> {
+    fn streams(&self) -> MutexGuard<'_, Driven> {
         self.streams.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
