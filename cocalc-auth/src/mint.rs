@@ -30,6 +30,44 @@ const PREVIOUS_MAX: usize = 8;
 /// have long been forgotten by every lease.
 const WITHDRAWN_MAX: usize = 64;
 
+/// What may be told of a key of the ring.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct KeyInfo {
+    /// Its name, as in a token's header.
+    pub kid: String,
+    /// What its tokens say of it.
+    pub algorithm: Algorithm,
+    /// Its place in the ring.
+    pub state: KeyState,
+    /// When it was published, for the next; when it began to sign, for the
+    /// current one.
+    pub since: Option<Timestamp>,
+    /// When a previous one is accepted no more.
+    pub until: Option<Timestamp>,
+}
+
+/// A key's place in the ring.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum KeyState {
+    /// Published, and does not sign yet.
+    Next,
+    /// Signs.
+    Current,
+    /// Signs no more; its tokens are accepted until the last has expired.
+    Previous,
+}
+
+impl KeyState {
+    /// As in JSON.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Next => "next",
+            Self::Current => "current",
+            Self::Previous => "previous",
+        }
+    }
+}
+
 /// The keys that sign connect tokens. It prints nothing of its secrets, and
 /// wipes them from memory when it is dropped.
 pub struct SigningRing {
@@ -191,6 +229,26 @@ impl SigningRing {
         let changed = self.previous.len() != before;
         self.version += u64::from(changed);
         changed
+    }
+
+    /// Every key of the ring: next, current, then previous ones, oldest first.
+    pub fn list(&self) -> Vec<KeyInfo> {
+        let pair = |pair: &Pair, state| KeyInfo {
+            kid: pair.kid.clone(),
+            algorithm: pair.algorithm,
+            state,
+            since: Some(pair.since),
+            until: None,
+        };
+        let retired = self.previous.iter().map(|key| KeyInfo {
+            kid: key.kid.clone(),
+            algorithm: key.alg,
+            state: KeyState::Previous,
+            since: None,
+            until: Some(key.until),
+        });
+        let signing = [pair(&self.next, KeyState::Next), pair(&self.current, KeyState::Current)];
+        signing.into_iter().chain(retired).collect()
     }
 
     /// The public keys, for hosts and proxies.

@@ -81,6 +81,9 @@ pub struct ProjectAcl {
     pub grace_ms: Option<u64>,
     /// Whether a proxy that terminates SSH may attest for this project.
     pub proxy_ssh: bool,
+    /// The ports whose apps viewers may see.
+    #[serde(default)]
+    pub viewable_ports: Vec<u16>,
 }
 
 /// What is known of an account.

@@ -36,6 +36,7 @@ pub mod fail;
 mod failure;
 mod locks;
 pub mod loopback;
+mod tree;
 mod walk;
 
 pub use btrfs::{Btrfs, BtrfsBuilder, ImageError, OpenError, Probe, QuotaKind, StreamGuard, probe};

@@ -153,9 +153,7 @@ impl TokenAuth {
         if principal.project != project {
             return Err(Denial::Forbidden("the credential is for another project".to_owned()));
         }
-        if let Action::Use(scope) = action
-            && !principal.scopes.contains(&scope)
-        {
+        if action.scope().is_some_and(|scope| !principal.scopes.contains(&scope)) {
             return Err(Denial::Forbidden("the credential does not open this".to_owned()));
         }
         let proof = match &principal.via {

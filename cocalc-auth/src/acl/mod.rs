@@ -466,7 +466,7 @@ impl AclCache {
                 return Err(Refusal::KeyRemoved);
             }
         }
-        if role.permits(ask.action) { Ok(()) } else { Err(Refusal::Role) }
+        if role.permits_in(&acl.viewable_ports, ask.action) { Ok(()) } else { Err(Refusal::Role) }
     }
 
     /// As whom an SSH key (`algorithm base64`) acts in a project.

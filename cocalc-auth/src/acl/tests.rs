@@ -36,6 +36,7 @@ fn acl(n: u8, version: u64, members: &[(u8, Role)]) -> ProjectAcl {
         keys: vec![],
         grace_ms: None,
         proxy_ssh: false,
+        viewable_ports: Vec::new(),
     }
 }
 

@@ -29,7 +29,9 @@ pub use epoch::Epoch;
 pub use name::{HostName, SnapshotName};
 pub use time::Timestamp;
 pub use tree_path::TreePath;
-pub use uuid_id::{AccountId, HostId, KeyId, MoveId, OperationId, ProjectId, ProxyId, SessionId, VolumeUuid};
+pub use uuid_id::{
+    AccountId, HostId, KeyId, MoveId, OperationId, ProjectId, ProxyId, ReceiptId, SessionId, VolumeUuid,
+};
 
 /// Says that a text is not the one canonical spelling of an identifier.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]

@@ -108,6 +108,10 @@ uuid_id!(
     KeyId, "key id"
 );
 uuid_id!(
+    /// Identifies the receipt of one revocation at the master.
+    ReceiptId, "receipt id"
+);
+uuid_id!(
     /// The UUID that a file system gave a subvolume or snapshot.
     VolumeUuid, "volume uuid"
 );

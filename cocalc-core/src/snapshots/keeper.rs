@@ -279,7 +279,11 @@ impl Keeper {
     }
 
     /// The automatic snapshot of the present state, and whether it is new.
-    async fn take(&self, project: ProjectId, names: &[SnapshotName]) -> storage::Result<(SnapshotName, bool)> {
+    async fn take(
+        &self,
+        project: ProjectId,
+        names: &[SnapshotName],
+    ) -> storage::Result<(SnapshotName, bool)> {
         let (storage, now) = (&self.0.storage, self.0.clock.wall());
         if let Some(last) = latest(names, now) {
             match storage.changed_since(project, last).await {

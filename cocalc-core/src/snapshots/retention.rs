@@ -66,10 +66,7 @@ const SLACK: Duration = Duration::from_secs(60);
 
 /// The automatic ones, each with its time, oldest first: those up to `now`, and
 /// those of times to come.
-fn sorted<'a>(
-    names: impl IntoIterator<Item = &'a SnapshotName>,
-    now: Timestamp,
-) -> (Dated<'a>, Dated<'a>) {
+fn sorted<'a>(names: impl IntoIterator<Item = &'a SnapshotName>, now: Timestamp) -> (Dated<'a>, Dated<'a>) {
     let mut dated: Dated<'a> =
         names.into_iter().filter_map(|name| auto_time(name).map(|at| (at, name))).collect();
     dated.sort();

@@ -14,7 +14,7 @@ use cocalc_core::{
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
-use super::sys;
+use super::{commit::Commits, sys};
 use crate::failure::{Doing as _, Failure};
 
 /// The file that says whose volume this is.
@@ -39,6 +39,7 @@ pub(super) struct Marker {
 pub(super) struct Layout {
     pub(super) root: PathBuf,
     pub(super) root_fd: File,
+    pub(super) commits: Commits,
 }
 
 /// A subvolume: an open descriptor of its root, and what the kernel knows.
@@ -131,7 +132,7 @@ impl Layout {
 
     /// Makes what was done survive a loss of power.
     pub(super) fn commit(&self) -> Result<(), Failure> {
-        sys::commit(&self.root_fd).doing("write the volume out")
+        self.commits.commit(&self.root_fd)
     }
 }
 

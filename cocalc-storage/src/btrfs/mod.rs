@@ -1,6 +1,9 @@
 //! Project volumes as Btrfs subvolumes.
 
+mod changed;
+mod commit;
 mod contents;
+mod files;
 mod guard;
 mod images;
 mod layout;
@@ -148,7 +151,7 @@ impl Storage for Btrfs {
             full_metadata: true,
             repeatable_streams: true,
             stream_version: self.0.stream_version,
-            detects_no_change: false,
+            detects_no_change: true,
             weaknesses: self.0.weaknesses.clone(),
         }
     }
@@ -206,11 +209,7 @@ impl Storage for Btrfs {
 
     async fn changed_since(&self, project: ProjectId, name: &SnapshotName) -> Result<bool> {
         let name = name.clone();
-        self.blocking(project, "look for changes of", move |store| {
-            store.layout.need(project, &name)?;
-            Ok(true)
-        })
-        .await
+        self.blocking(project, "look for changes of", move |store| store.changed_since(project, &name)).await
     }
 
     async fn restore(
@@ -252,17 +251,35 @@ impl Storage for Btrfs {
 
     async fn diff(
         &self,
-        _project: ProjectId,
-        _from: &SnapshotName,
-        _to: Option<&SnapshotName>,
-        _after: Option<&TreePath>,
-        _max: usize,
+        project: ProjectId,
+        from: &SnapshotName,
+        to: Option<&SnapshotName>,
+        after: Option<&TreePath>,
+        max: usize,
     ) -> Result<Changes> {
-        Err(Error::Unsupported { backend: BACKEND, operation: "compare snapshots" })
+        let mut held = vec![self.hold(project, from).await?];
+        if let Some(to) = to {
+            held.push(self.hold(project, to).await?);
+        }
+        let (from, to, after) = (from.clone(), to.cloned(), after.cloned());
+        self.blocking(project, "compare snapshots of", move |store| {
+            let _held = held;
+            store.diff(project, &from, to.as_ref(), after.as_ref(), max)
+        })
+        .await
     }
 
-    async fn copy(&self, _from: &Place, _to: &Place, _options: &CopyOptions) -> Result<Copied> {
-        Err(Error::Unsupported { backend: BACKEND, operation: "copy files" })
+    async fn copy(&self, from: &Place, to: &Place, options: &CopyOptions) -> Result<Copied> {
+        let held = match &from.snapshot {
+            Some(name) => Some(self.hold(from.project, name).await?),
+            None => None,
+        };
+        let (from, to, options) = (from.clone(), to.clone(), *options);
+        self.exclusive(to.project, "copy files into", move |store| {
+            let _held = held;
+            store.copy_files(&from, &to, options)
+        })
+        .await
     }
 
     async fn send(

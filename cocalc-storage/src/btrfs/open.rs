@@ -13,6 +13,7 @@ use rustix::fs::FlockOperation;
 
 use super::{
     Btrfs, Store,
+    commit::Commits,
     layout::{self, DIRECTORIES, Layout, MARKER, Marker, VERSION},
     quota::{self, QuotaKind, Quotas},
     sys,
@@ -143,7 +144,7 @@ impl BtrfsBuilder {
         check_names(path)?;
         lay_out(path).map_err(|error| failed(path, error))?;
 
-        let layout = Layout { root: path.to_owned(), root_fd };
+        let layout = Layout { root: path.to_owned(), root_fd, commits: Commits::default() };
         let mut weaknesses = Vec::new();
         let mut quotas = None;
         if self.quotas {

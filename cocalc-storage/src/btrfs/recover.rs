@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use cocalc_core::ids::{ImageDigest, ProjectId, SnapshotName, VolumeUuid};
+use cocalc_core::ids::{ImageDigest, ProjectId, SnapshotName, TreePath, VolumeUuid};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -34,6 +34,8 @@ pub(super) enum Intent {
     Snapshot { project: ProjectId, name: SnapshotName },
     /// The same for an image.
     Image { digest: ImageDigest },
+    /// To copy files into a live volume, under this name until they are whole.
+    Copy { project: ProjectId, path: TreePath },
     /// To delete all of a project.
     Delete { project: ProjectId },
 }
@@ -135,6 +137,7 @@ impl Store {
     /// Finishes or undoes an operation, by what the volume shows of it.
     fn settle(&self, intent: &Intent) -> Result<(), Failure> {
         match intent {
+            Intent::Copy { project, path } => self.remove_copy(*project, path),
             Intent::Delete { project } => self.delete_all(*project),
             Intent::Snapshot { project, name } => self.remove_writable(&self.layout.snapshot(*project, name)),
             Intent::Image { digest } => self.remove_writable(&self.layout.image(digest)),

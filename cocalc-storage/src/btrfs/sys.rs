@@ -248,6 +248,9 @@ pub(super) struct SubvolInfo {
     pub(super) created: (u64, u32),
     /// The transaction that made it; orders what was made within one tick.
     pub(super) created_transid: u64,
+    /// The last committed transaction that changed it. Taking a snapshot of it
+    /// counts as a change, in the transaction of the snapshot.
+    pub(super) generation: u64,
     /// The sender's transaction, of a received subvolume.
     sent_transid: u64,
     /// When the snapshot was taken that this one was received as; zero if
@@ -458,6 +461,7 @@ pub(super) fn subvolume_info(fd: impl AsFd) -> io::Result<SubvolInfo> {
         read_only: args.flags & 1 != 0,
         created: (args.otime.sec, args.otime.nsec),
         created_transid: args.otransid,
+        generation: args.generation,
         sent_transid: args.stransid,
         sent_time: (args.stime.sec, args.stime.nsec),
     })

@@ -3,7 +3,6 @@
 mod pipe;
 mod store;
 mod stream;
-mod tree;
 
 use std::{
     path::{Path, PathBuf},
@@ -25,6 +24,7 @@ use tokio::io::AsyncReadExt as _;
 use crate::{
     failure::{Doing as _, Failure},
     locks::Locks,
+    tree::{self, Lineage},
 };
 use store::Store;
 
@@ -256,17 +256,37 @@ impl Storage for Directory {
 
     async fn diff(
         &self,
-        _project: ProjectId,
-        _from: &SnapshotName,
-        _to: Option<&SnapshotName>,
-        _after: Option<&TreePath>,
-        _max: usize,
+        project: ProjectId,
+        from: &SnapshotName,
+        to: Option<&SnapshotName>,
+        after: Option<&TreePath>,
+        max: usize,
     ) -> Result<Changes> {
-        Err(Error::Unsupported { backend: BACKEND, operation: "compare snapshots" })
+        let mut held = vec![self.hold(project, from).await?];
+        if let Some(to) = to {
+            held.push(self.hold(project, to).await?);
+        }
+        let (from, to, after) = (from.clone(), to.cloned(), after.cloned());
+        self.blocking(project, "compare snapshots of", move |store| {
+            let _held = held;
+            let (old, new) = (store.root_of(project, Some(&from))?, store.root_of(project, to.as_ref())?);
+            tree::diff(&old, &new, Lineage::Separate, after.as_ref(), max)
+                .map_err(|error| tree::beyond(project, error))
+        })
+        .await
     }
 
-    async fn copy(&self, _from: &Place, _to: &Place, _options: &CopyOptions) -> Result<Copied> {
-        Err(Error::Unsupported { backend: BACKEND, operation: "copy files" })
+    async fn copy(&self, from: &Place, to: &Place, options: &CopyOptions) -> Result<Copied> {
+        let held = match &from.snapshot {
+            Some(name) => Some(self.hold(from.project, name).await?),
+            None => None,
+        };
+        let (from, to, options) = (from.clone(), to.clone(), *options);
+        self.exclusive(to.project, "copy files into", move |store| {
+            let _held = held;
+            store.copy_files(&from, &to, options)
+        })
+        .await
     }
 
     async fn send(

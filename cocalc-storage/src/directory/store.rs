@@ -4,23 +4,27 @@
 use std::{
     fs::{self, DirBuilder, File},
     io::{self, Write as _},
-    os::unix::fs::DirBuilderExt as _,
+    os::{fd::OwnedFd, unix::fs::DirBuilderExt as _},
     path::{Path, PathBuf},
 };
 
 use cocalc_core::{
-    ids::{ProjectId, SnapshotName, Timestamp, VolumeUuid},
-    storage::{Error, Holds, SendHeader, Snapshot, Volume},
+    ids::{ProjectId, SnapshotName, Timestamp, TreePath, VolumeUuid},
+    storage::{Copied, CopyOptions, Error, Holds, Place, SendHeader, Snapshot, Volume},
 };
 use rustix::fs::{CWD, FlockOperation, RenameFlags};
 use serde::{Deserialize, Serialize};
 
-use super::{pipe::BlockingReader, stream, tree};
-use crate::failure::{Doing as _, Failure};
+use super::{pipe::BlockingReader, stream};
+use crate::{
+    failure::{Doing as _, Failure},
+    tree,
+};
 
 const LOCK: &str = ".cocalc-directory";
 const ABOUT: &str = "about.json";
 const INTENT: &str = ".intent";
+const COPY: &str = ".copy";
 
 /// What is known of a volume or snapshot.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -45,6 +49,14 @@ struct Intent {
     live: VolumeUuid,
     kept: SnapshotName,
     staging: VolumeUuid,
+}
+
+/// To copy files into a live volume, under this name until they are whole.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+struct CopyIntent {
+    project: ProjectId,
+    path: TreePath,
 }
 
 #[derive(Debug)]
@@ -106,6 +118,14 @@ impl Store {
                 if staged.is_some_and(|about| about.uuid == intent.live) {
                     self.keep(&intent)?;
                 }
+            }
+        }
+        for name in names(&staging)?.iter().filter(|name| name.ends_with(COPY)) {
+            let text = fs::read(staging.join(name)).doing("read an intent")?;
+            if let Ok(intent) = serde_json::from_slice::<CopyIntent>(&text)
+                && self.live(intent.project)?.is_some()
+            {
+                tree::remove_left(&self.root_of(intent.project, None)?, &intent.path)?;
             }
         }
         for place in [staging, self.root.join("trash")] {
@@ -179,7 +199,7 @@ impl Store {
         match from {
             Some(from) => {
                 let from = tree::open_root(&from.join("tree")).doing("open the files")?;
-                tree::copy(from, to).doing("copy the files")?;
+                tree::copy(from, to, tree::Sharing::Allowed, None).doing("copy the files")?;
             }
             None => furnish(&place.join("tree")).doing("furnish a volume")?,
         }
@@ -297,17 +317,67 @@ impl Store {
     }
 
     fn exchange(&self, intent: &Intent) -> Result<(), Failure> {
-        let text = serde_json::to_vec(intent).map_err(|error| Failure::Wrong(error.to_string()))?;
-        let path = self.root.join("staging").join(format!("{}{INTENT}", intent.staging));
-        let mut file = File::create(&path).doing("write an intent")?;
-        file.write_all(&text).and_then(|()| file.sync_all()).doing("write an intent")?;
-        flush(&self.root)?;
+        let path = self.intend(&format!("{}{INTENT}", intent.staging), intent)?;
         let staged = self.staging_dir(intent.staging);
         rustix::fs::renameat_with(CWD, &staged, CWD, self.live_dir(intent.project), RenameFlags::EXCHANGE)
             .doing("exchange the volumes")?;
         flush(&self.root)?;
         self.keep(intent)?;
         fs::remove_file(&path).doing("remove an intent")
+    }
+
+    /// Writes down, durably, what is about to be done.
+    fn intend(&self, name: &str, intent: &impl Serialize) -> Result<PathBuf, Failure> {
+        let text = serde_json::to_vec(intent).map_err(|error| Failure::Wrong(error.to_string()))?;
+        let path = self.root.join("staging").join(name);
+        let mut file = File::create(&path).doing("write an intent")?;
+        file.write_all(&text).and_then(|()| file.sync_all()).doing("write an intent")?;
+        flush(&self.root)?;
+        Ok(path)
+    }
+
+    /// The open root of the files of a snapshot, or of the live volume.
+    pub(super) fn root_of(
+        &self,
+        project: ProjectId,
+        snapshot: Option<&SnapshotName>,
+    ) -> Result<OwnedFd, Failure> {
+        let place = match snapshot {
+            Some(name) => {
+                self.need(project, name)?;
+                self.snapshot_dir(project, name)
+            }
+            None => {
+                self.live(project)?.ok_or(Error::NotFound { project })?;
+                self.live_dir(project)
+            }
+        };
+        tree::open_root(&place.join("tree")).doing("open the files")
+    }
+
+    pub(super) fn copy_files(
+        &self,
+        from: &Place,
+        to: &Place,
+        options: CopyOptions,
+    ) -> Result<Copied, Failure> {
+        let source = self.root_of(from.project, from.snapshot.as_ref())?;
+        let target = self.root_of(to.project, None)?;
+        let plan = tree::Plan::new(source, from, &target, to, options)?;
+        let intent = CopyIntent { project: to.project, path: plan.temporary()? };
+        let path = self.intend(&format!("{}{COPY}", VolumeUuid::random()), &intent)?;
+        let copied = plan.build().and_then(|copied| {
+            // Whole when it appears, even after a loss of power.
+            flush(&self.root)?;
+            plan.put()?;
+            flush(&self.root)?;
+            Ok(copied)
+        });
+        // What it has replaced, or what has failed.
+        plan.clean()?;
+        flush(&self.root)?;
+        fs::remove_file(&path).doing("remove an intent")?;
+        copied
     }
 
     /// Makes what was live, and is in staging, a snapshot.

@@ -10,7 +10,7 @@ use std::{
 use cocalc_core::ids::VolumeUuid;
 use sha2::{Digest as _, Sha256};
 
-use super::tree::{self, Builder, Entry, Kind};
+use crate::tree::{self, Builder, Entry, Kind};
 
 /// The format and its version.
 const MAGIC: &[u8; 16] = b"cocalc-tree\0\0\0\0\x01";
@@ -37,7 +37,7 @@ pub(super) fn write(root: impl AsFd, origin: VolumeUuid, sink: impl Write) -> io
     let mut out = Hashing { inner: sink, hash: Sha256::new() };
     out.write_all(MAGIC)?;
     out.write_all(origin.as_bytes())?;
-    tree::visit(root, |entry, file| {
+    tree::visit(root, None, |entry, file| {
         write_entry(&mut out, &entry)?;
         if let (Kind::File(length), Some(file)) = (&entry.kind, file) {
             let mut buffer = vec![0; CHUNK];

@@ -59,6 +59,17 @@ impl Api {
         self.answer(request.send_json(body))
     }
 
+    /// Changes parts of a resource.
+    pub(crate) fn patch(&self, path: &str, body: &Value) -> Result<Value, Failure> {
+        let key = idempotency_key()?;
+        let request = self
+            .agent
+            .patch(format!("{}{path}", self.base))
+            .header("authorization", self.bearer())
+            .header("idempotency-key", &key);
+        self.answer(request.send_json(body))
+    }
+
     /// Puts something in the place of what was there.
     pub(crate) fn put(&self, path: &str, body: &Value) -> Result<Value, Failure> {
         let key = idempotency_key()?;

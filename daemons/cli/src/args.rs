@@ -71,6 +71,12 @@ pub(crate) enum Command {
     /// The keys that sign connect tokens, for administrators.
     #[command(subcommand)]
     Keys(Keys),
+    /// Show where a revocation is in force.
+    Receipt {
+        id: String,
+        #[command(flatten)]
+        wait: WaitOptions,
+    },
     /// Print a completion script for a shell.
     Completion {
         /// Which shell.
@@ -206,6 +212,22 @@ pub(crate) enum Project {
     },
     /// Say why it runs, or why not.
     Why { id: String },
+    /// Show or change how it may be reached.
+    Access {
+        id: String,
+        /// The ports whose apps viewers may see, and no others; `none` for none.
+        #[arg(long, value_delimiter = ',')]
+        viewable_ports: Option<Vec<String>>,
+        /// How long its host lets people in without the master, after the
+        /// lease, in seconds; `default` for the federation's.
+        #[arg(long)]
+        grace: Option<String>,
+        /// Whether a proxy may attest SSH keys for it.
+        #[arg(long)]
+        proxy_ssh: Option<bool>,
+        #[command(flatten)]
+        wait: WaitOptions,
+    },
     /// Copy a file or directory from one project to another on the same host.
     Copy {
         /// ID:PATH, the path as `snapshot diff` writes it, for instance
@@ -339,6 +361,28 @@ pub(crate) enum Host {
     Cordon { id: String },
     /// Place on it again.
     Uncordon { id: String },
+    /// Print a one-use token with which it comes with another identity key.
+    RotateKey {
+        id: String,
+        /// A proxy rather than a host.
+        #[arg(long)]
+        proxy: bool,
+        /// How long the token lasts, in seconds.
+        #[arg(long, default_value_t = 3600)]
+        ttl: u32,
+    },
+    /// Let it in no more, and close its connections.
+    Withdraw {
+        id: String,
+        /// A proxy rather than a host.
+        #[arg(long)]
+        proxy: bool,
+        /// Even if it owns projects, which nobody can reach then.
+        #[arg(long)]
+        force: bool,
+        #[command(flatten)]
+        wait: WaitOptions,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -355,9 +399,8 @@ pub(crate) enum Collaborator {
     Remove {
         project: String,
         account: String,
-        /// Wait until every holder has acknowledged, or its lease and grace ran out.
-        #[arg(long)]
-        wait: bool,
+        #[command(flatten)]
+        wait: WaitOptions,
     },
     /// List who may use a project.
     List { project: String },
@@ -405,25 +448,86 @@ pub(crate) enum Account {
     /// End every session of an account, everywhere.
     SignOut {
         id: String,
-        #[arg(long)]
-        wait: bool,
+        #[command(flatten)]
+        wait: WaitOptions,
     },
     /// Forbid an account everything.
     Ban {
         id: String,
-        #[arg(long)]
-        wait: bool,
+        #[command(flatten)]
+        wait: WaitOptions,
     },
     /// Allow a banned account again.
     Unban { id: String },
+    /// Keys for programs that call the master.
+    #[command(subcommand)]
+    ApiKey(ApiKey),
 }
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Keys {
     /// Sign with the next key, and publish a new next one.
-    Rotate,
+    Rotate {
+        /// Even if the next key was published less than a day ago.
+        #[arg(long)]
+        force: bool,
+        #[command(flatten)]
+        wait: WaitOptions,
+    },
+    /// List them.
+    List,
     /// Refuse everything signed with this key, at once.
-    Withdraw { kid: String },
+    Withdraw {
+        kid: String,
+        #[command(flatten)]
+        wait: WaitOptions,
+    },
+}
+
+/// Whether to wait until a revocation is in force.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct WaitOptions {
+    /// Wait until every holder has acknowledged, or its lease and grace ran out.
+    #[arg(long)]
+    pub(crate) wait: bool,
+    /// Give up waiting after so many seconds; what is under way goes on.
+    #[arg(long, default_value_t = 90_000)]
+    pub(crate) timeout: u64,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ApiKey {
+    /// Make one, and print it: it is shown this once.
+    Create {
+        /// What to call it.
+        #[arg(long, default_value = "")]
+        name: String,
+        /// Of this account; otherwise your own.
+        #[arg(long)]
+        account: Option<String>,
+        /// Only for these projects.
+        #[arg(long, value_delimiter = ',')]
+        projects: Vec<String>,
+        /// Only for this: read, connect, operate, manage, create, account.
+        #[arg(long, value_delimiter = ',')]
+        verbs: Vec<String>,
+        /// How long it lasts, in seconds; otherwise for ever.
+        #[arg(long)]
+        ttl: Option<u64>,
+    },
+    /// List them, without the keys themselves.
+    List {
+        /// Of this account; otherwise your own.
+        #[arg(long)]
+        account: Option<String>,
+    },
+    /// End one.
+    Revoke {
+        id: String,
+        /// Of this account; otherwise your own.
+        #[arg(long)]
+        account: Option<String>,
+    },
 }
 
 #[cfg(test)]

@@ -47,7 +47,7 @@ pub struct Config {
     #[serde(default)]
     pub transfer_bytes_per_sec: u64,
     /// How long a project that has moved away keeps its files here as undo, in
-    /// hours. Default: 24.
+    /// hours; at most a year. Default: 24.
     #[serde(default = "day")]
     pub undo_hours: u64,
     /// A number that no other host on this machine has, from 0: user id
@@ -166,7 +166,9 @@ mod tests {
         let fields = config.snapshots.fields();
         assert_eq!((fields.hourly, fields.allowance_percent, fields.daily), (12, 80, 7));
         assert_eq!(parse(GOOD).unwrap().snapshots, Policy::default());
-        for (table, key) in [("yearly = 1", "yearly"), ("hourly = 101", "hourly"), ("interval_secs = 1", "interval_secs")] {
+        for (table, key) in
+            [("yearly = 1", "yearly"), ("hourly = 101", "hourly"), ("interval_secs = 1", "interval_secs")]
+        {
             let error = parse(&format!("{GOOD}[snapshots]\n{table}\n")).unwrap_err();
             assert!(error.contains(key), "{error}");
         }

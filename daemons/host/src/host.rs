@@ -199,6 +199,7 @@ impl Host {
             http: http.clone(),
             ssh: SshPeers::new(gate),
             moves: SnapshotReceiver::new(Arc::new(moves.clone())),
+            peers: Arc::clone(&peers),
         };
         let peer_listener = PeerListener::builder(&identity, peers, Arc::new(services))
             .build()
@@ -270,8 +271,7 @@ impl Foundation {
         let data = make_dir(&config.data_dir)?;
         let file = |error: std::io::Error| Error::File { path: data.clone(), source: error.into() };
         let lock = cocalc_daemon::files::lock_directory(&data).map_err(file)?;
-        let identity = Identity::load_or_create(&data.join("identity.key"))
-            .map_err(|error| Error::open("identity key")(error.into()))?;
+        let identity = join::identity(&data, config.join_token_file.as_deref())?;
         let listeners = Listeners {
             http: listen("listen", config.listen).await?,
             ssh: listen("ssh_listen", config.ssh_listen).await?,
@@ -348,11 +348,24 @@ struct PeerServices {
     http: HostIngress,
     ssh: SshPeers,
     moves: SnapshotReceiver,
+    peers: Arc<Peers>,
 }
 
 #[async_trait]
 impl PeerHandler for PeerServices {
     async fn handle(&self, incoming: Incoming) {
+        let peer = incoming.peer;
+        tokio::select! {
+            () = self.serve(incoming) => {}
+            () = self.peers.gone(peer) => {
+                tracing::info!(?peer, "its key is good no more; closed its connection");
+            }
+        }
+    }
+}
+
+impl PeerServices {
+    async fn serve(&self, incoming: Incoming) {
         let outcome = match (incoming.service, incoming.peer) {
             (Service::Http, Peer::Proxy(_)) => {
                 self.http.serve_connection(incoming.stream, incoming.source, true).await;

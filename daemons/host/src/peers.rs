@@ -12,10 +12,15 @@ use cocalc_core::{
     router::HostAddress,
 };
 use cocalc_transfer::PeerDirectory;
+use tokio::sync::watch;
 
 /// The directory that peer connections are checked against.
 #[derive(Debug, Default)]
-pub(crate) struct Peers(Mutex<Known>);
+pub(crate) struct Peers {
+    known: Mutex<Known>,
+    /// Counts changes, for who watches one peer.
+    changes: watch::Sender<u64>,
+}
 
 #[derive(Debug, Default)]
 struct Known {
@@ -57,7 +62,30 @@ impl Peers {
                     proxies.push(*proxy);
                 }
             }
-            _ => {}
+            _ => return,
+        }
+        drop(known);
+        self.changes.send_modify(|count| *count += 1);
+    }
+
+    /// Resolves when `peer` has no longer the key it has now: it was withdrawn,
+    /// or came with another. Cancel safe.
+    pub(crate) async fn gone(&self, peer: Peer) {
+        let mut changes = self.changes.subscribe();
+        let Some(key) = self.key(peer) else { return };
+        // The sender lives as long as `self`.
+        while changes.changed().await.is_ok() {
+            if self.key(peer).as_ref() != Some(&key) {
+                return;
+            }
+        }
+    }
+
+    fn key(&self, peer: Peer) -> Option<String> {
+        let known = self.lock();
+        match peer {
+            Peer::Host(host) => Some(known.hosts.get(&host)?.identity.clone()),
+            Peer::Proxy(proxy) => Some(known.proxies.get(&proxy)?.to_string()),
         }
     }
 
@@ -67,7 +95,7 @@ impl Peers {
     }
 
     fn lock(&self) -> MutexGuard<'_, Known> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -33,7 +33,13 @@ pub(crate) fn ensure(store: &Store, path: &Path, now: Timestamp) -> Result<(), B
     if text.len() < 40 {
         return Err(format!("{} holds no token", path.display()).into());
     }
-    let token = ApiToken { id: KeyId::random(), created: now, expires: None };
+    let token = ApiToken {
+        id: KeyId::random(),
+        name: "first administrator".to_owned(),
+        limits: None,
+        created: now,
+        expires: None,
+    };
     store.create_first_admin(AccountId::random(), &secret::hash(&text), &token)?;
     tracing::info!(file = %path.display(), "made the first administrator");
     Ok(())

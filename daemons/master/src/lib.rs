@@ -29,6 +29,7 @@ mod bus;
 mod config;
 mod operations;
 pub mod placement;
+mod receipts;
 mod secret;
 mod server;
 mod shared;
@@ -49,6 +50,7 @@ pub use self::config::Config;
 use self::{
     bus::{gate, peers::Peers, streams::Streams},
     operations::Operations,
+    receipts::Receipts,
     shared::Shared,
     signing::Signing,
 };
@@ -137,9 +139,11 @@ impl Master {
         let broker = Broker::start(limits, Arc::new(gate));
         let bus = broker.local_bus(gate::master());
         let shared = Arc::new(Shared {
-            streams: Streams::new(stream, bus.clone(), store.clone()),
+            streams: Streams::new(stream, config.grace_ms, bus.clone(), store.clone()),
             peers: Arc::new(Peers::new(clock.boot())),
             operations: Operations::new(),
+            receipts: Receipts::default(),
+            broker: broker.clone(),
             settings: config.settings(),
             store,
             issuer,
@@ -149,7 +153,10 @@ impl Master {
         });
 
         let closing = CancellationToken::new();
+        let open = shared.db(|store| store.open_receipts()).await.map_err(|error| database(error.into()))?;
+        shared.receipts.resume(open, stream, &shared.peers);
         let mut tasks = JoinSet::new();
+        tasks.spawn(receipts::tend(shared.clone()));
         tasks.spawn(bus::serve::serve(shared.clone()));
         tasks.spawn(bus::announce::tend_keys(shared.clone()));
         shared.resume().await.map_err(|error| database(error.into()))?;

@@ -2,6 +2,8 @@
 
 use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
+use cocalc_auth::stream::Entry;
+use cocalc_conat::Broker;
 use cocalc_core::{
     bus::{self, Bus},
     clock::Clock,
@@ -14,7 +16,14 @@ use cocalc_ids::{HostId, SessionId, Timestamp};
 use cocalc_sqlite::master::{self as store, Store};
 use futures_util::{StreamExt, stream::FuturesUnordered};
 
-use crate::{bus::peers::Peers, bus::streams::Streams, operations::Operations, signing::Signing};
+use crate::{
+    bus::gate::bus_name,
+    bus::peers::Peers,
+    bus::streams::{About, Streams, Target},
+    operations::Operations,
+    receipts::Receipts,
+    signing::Signing,
+};
 
 /// A running master's state.
 pub(crate) struct Shared {
@@ -27,6 +36,8 @@ pub(crate) struct Shared {
     pub(crate) peers: Arc<Peers>,
     pub(crate) streams: Streams,
     pub(crate) operations: Operations,
+    pub(crate) receipts: Receipts,
+    pub(crate) broker: Broker,
 }
 
 impl fmt::Debug for Shared {
@@ -50,6 +61,8 @@ pub(crate) async fn on_store<T: Send + 'static>(
     }
 }
 
+/// How long a host that was withdrawn may take to hear of it.
+const LAST_WORDS_LIMIT: Duration = Duration::from_secs(2);
 /// How long a host that refused a command may take over another copy of it.
 const REPEATED_LIMIT: Duration = Duration::from_secs(30);
 
@@ -73,6 +86,45 @@ impl Shared {
         call: impl FnOnce(&Store) -> store::Result<T> + Send + 'static,
     ) -> store::Result<T> {
         on_store(&self.store, call).await
+    }
+
+    /// Ends the bus connections of a peer; whether it may come again is the
+    /// gate's to say.
+    pub(crate) async fn disconnect(&self, peer: Peer) {
+        self.broker.revoke(&bus_name(peer)).await;
+    }
+
+    /// A peer was withdrawn: it hears nothing but that, and not for long.
+    ///
+    /// A host that means well lets go of its projects at once, and what is open
+    /// there ends; one that does not keeps what it knows until its lease and
+    /// grace are over.
+    pub(crate) async fn dismiss(self: &Arc<Self>, peer: Peer) -> store::Result<Target> {
+        self.peers.withdraw(peer);
+        let last_words = move |store: &Store| match peer {
+            Peer::Host(host) => {
+                let gone = |project: store::Project| Entry::ProjectGone { project: project.id };
+                Ok(store.projects_of_host(host)?.into_iter().map(gone).collect())
+            }
+            Peer::Proxy(_) => Ok(Vec::new()),
+        };
+        let target = self.streams.send(peer, About::default(), last_words).await?;
+        let task = self.clone();
+        tokio::spawn(async move {
+            let heard = async {
+                while task.streams.applied(peer).1 < target.seq {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+            };
+            if matches!(peer, Peer::Host(_)) {
+                let _ = tokio::time::timeout(LAST_WORDS_LIMIT, heard).await;
+            }
+            // Unless it was let in again meanwhile, with another key.
+            if task.peers.is_withdrawn(peer) {
+                task.disconnect(peer).await;
+            }
+        });
+        Ok(target)
     }
 
     pub(crate) fn lease(&self) -> Duration {

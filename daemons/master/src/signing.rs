@@ -7,7 +7,7 @@ use std::{
 
 use cocalc_auth::{
     key_file,
-    mint::{MintError, Minted, NewToken, RotateError, SigningRing},
+    mint::{KeyInfo, MintError, Minted, NewToken, RotateError, SigningRing},
     stream::PublicRing,
     token::Algorithm,
 };
@@ -37,6 +37,12 @@ impl Signing {
 
     pub(crate) fn public(&self) -> PublicRing {
         self.lock().public()
+    }
+
+    /// The public ring, and what is known of each key.
+    pub(crate) fn list(&self) -> (PublicRing, Vec<KeyInfo>) {
+        let ring = self.lock();
+        (ring.public(), ring.list())
     }
 
     pub(crate) fn current_kid(&self) -> String {

@@ -31,7 +31,7 @@ use cocalc_transfer::DirectConnector;
 use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use crate::{config::Config, endpoints::ProxyEndpoints, registrar::Registrar};
+use crate::{config::Config, endpoints::ProxyEndpoints, pinned::Pinned, registrar::Registrar};
 
 /// How long the master may take to say where a project is.
 const LOOKUP_LIMIT: Duration = Duration::from_secs(2);
@@ -59,9 +59,7 @@ impl Proxy {
         let open = |part| Error::open(part);
         let file = |error: std::io::Error| Error::File { path: data.clone(), source: error.into() };
         let lock = cocalc_daemon::files::lock_directory(&data).map_err(file)?;
-        let identity = Identity::load_or_create(&data.join("identity.key"))
-            .map_err(|e| open("identity key")(e.into()))?;
-        let identity = Arc::new(identity);
+        let identity = Arc::new(join::identity(&data, config.join_token_file.as_deref())?);
         let http_listener = listen("listen", config.listen).await?;
         let ssh_listener = listen("ssh_listen", config.ssh_listen).await?;
         let at = |listener: &TcpListener| listener.local_addr().map(|address| address.to_string());
@@ -104,10 +102,11 @@ impl Proxy {
         );
 
         let router: Arc<dyn Router> = Arc::new(table.clone());
-        let book = move |host: HostId| table.host(host);
-        let connector: Arc<dyn Connector> = Arc::new(
-            DirectConnector::new(&identity, Arc::new(book)).map_err(|e| open("peer channel")(e.into()))?,
-        );
+        let hosts = table.clone();
+        let book = move |host: HostId| hosts.host(host);
+        let direct =
+            DirectConnector::new(&identity, Arc::new(book)).map_err(|e| open("peer channel")(e.into()))?;
+        let connector: Arc<dyn Connector> = Arc::new(Pinned { connector: Arc::new(direct), table });
         let mut served = Served::new();
         if !config.domain.is_empty() {
             served = served.domain(&config.domain).map_err(|e| open("domain")(e.into()))?;

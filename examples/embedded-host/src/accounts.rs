@@ -73,7 +73,7 @@ impl Auth for Accounts {
 
     async fn authorize(&self, principal: &Principal, project: ProjectId, action: Action) -> Decision {
         let allowed = principal.project == project
-            && matches!(action, Action::Use(scope) if principal.scopes.contains(&scope));
+            && action.scope().is_some_and(|scope| principal.scopes.contains(&scope));
         let outcome = match &*self.revoked.borrow() {
             Some(reason) => Err(reason.clone()),
             None if allowed => Ok(()),

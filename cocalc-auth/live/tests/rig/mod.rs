@@ -57,6 +57,7 @@ pub fn acl(n: u8, version: u64, members: &[u8]) -> ProjectAcl {
         keys: vec![],
         grace_ms: None,
         proxy_ssh: false,
+        viewable_ports: Vec::new(),
     }
 }
 

@@ -356,12 +356,13 @@ impl Inner {
             return Err(problem);
         }
 
-        let action = Action::Use(match asked.place.what {
-            What::Files { .. } => Scope::Files,
-            What::Bus { .. } => Scope::Bus,
-            _ if asked.wish == Wish::WebSocket => Scope::Ws,
-            _ => Scope::Http,
-        });
+        let web = if asked.wish == Wish::WebSocket { Scope::Ws } else { Scope::Http };
+        let action = match asked.place.what {
+            What::Files { .. } => Action::Use(Scope::Files),
+            What::Bus { .. } => Action::Use(Scope::Bus),
+            What::Port { port } | What::Proxy { port, .. } => Action::App { scope: web, port },
+            _ => Action::Use(web),
+        };
         let decision = self.authorize(&principal, project, action).await?;
         if let Via::Token { once: true, .. } = principal.via
             && let Shown::Bearer(_) = shown

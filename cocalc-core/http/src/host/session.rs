@@ -98,7 +98,7 @@ impl Inner {
         view: &View,
         next: Option<String>,
     ) -> Result<Response<Body>, Problem> {
-        let of_http = [Scope::Http, Scope::Ws, Scope::Files, Scope::Bus];
+        let of_http = [Scope::Files, Scope::Http, Scope::Ws, Scope::Bus];
         let Some(scope) = of_http.into_iter().find(|scope| principal.scopes.contains(scope)) else {
             let denial = Denial::Forbidden("the token opens nothing of HTTP".to_owned());
             return Err(self.denied(place.project, &denial));

@@ -24,6 +24,8 @@ pub struct Account {
 }
 
 pub(super) const COLUMNS: &str = "a.id, a.name, a.admin, a.session_epoch, a.banned, a.created";
+/// How many they are.
+pub(super) const WIDTH: usize = 6;
 
 pub(super) fn read(row: &Row<'_>) -> rusqlite::Result<Account> {
     Ok(Account {

@@ -5,13 +5,16 @@
 //! fence it takes, a new owner and its epoch, a change of members and the
 //! version of the ACL.
 
+mod access;
 mod account;
 mod idempotency;
+mod login;
 mod member;
 mod moves;
 mod operation;
 mod peer;
 mod project;
+mod receipt;
 mod ssh_key;
 mod token;
 
@@ -21,6 +24,7 @@ use cocalc_ids::{OperationId, Timestamp};
 use rusqlite::params;
 
 pub use self::{
+    access::ProjectAccess,
     account::Account,
     idempotency::Remembered,
     member::Member,
@@ -28,15 +32,17 @@ pub use self::{
     operation::{Ended, Event, Job, Operation, OperationState, Outcome},
     peer::{Host, Joining, Proxy, Registration},
     project::{NewProject, Project, ProjectState},
+    receipt::{Settled, StoredHolder, StoredReceipt},
     ssh_key::StoredSshKey,
-    token::{ApiToken, JoinKind},
+    token::{ApiToken, Bearer, JoinKind, KeyLimits, Verb},
 };
 use crate::{Database, Durability};
 
 /// The result of a store call.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-const MIGRATIONS: &[&str] = &[include_str!("schema_1.sql"), include_str!("schema_2.sql")];
+const MIGRATIONS: &[&str] =
+    &[include_str!("schema_1.sql"), include_str!("schema_2.sql"), include_str!("schema_access.sql")];
 
 /// The master's database.
 #[derive(Debug)]

@@ -29,6 +29,8 @@ pub struct Host {
     pub last_seen: Option<Timestamp>,
     /// Whether it takes new projects no more.
     pub cordoned: bool,
+    /// When it was withdrawn: it is let in no more.
+    pub withdrawn: Option<Timestamp>,
     /// When it joined.
     pub created: Timestamp,
 }
@@ -48,6 +50,8 @@ pub struct Proxy {
     pub session: Option<SessionId>,
     /// When it registered last.
     pub last_seen: Option<Timestamp>,
+    /// When it was withdrawn: it is let in no more.
+    pub withdrawn: Option<Timestamp>,
     /// When it joined.
     pub created: Timestamp,
 }
@@ -82,8 +86,7 @@ pub struct Registration<'a> {
     pub capabilities: Option<&'a Capabilities>,
 }
 
-const COLUMNS: &str =
-    "id, name, address, capabilities, ssh_host_keys, session, last_seen, cordoned, created, identity";
+const COLUMNS: &str = "id, name, address, capabilities, ssh_host_keys, session, last_seen, cordoned, created, identity, withdrawn";
 
 fn read_host(row: &Row<'_>) -> rusqlite::Result<Host> {
     Ok(Host {
@@ -99,6 +102,7 @@ fn read_host(row: &Row<'_>) -> rusqlite::Result<Host> {
         last_seen: row.get::<_, Option<i64>>(6)?.map(Timestamp::from_millis),
         cordoned: row.get(7)?,
         created: Timestamp::from_millis(row.get(8)?),
+        withdrawn: row.get::<_, Option<i64>>(10)?.map(Timestamp::from_millis),
     })
 }
 
@@ -111,6 +115,7 @@ fn read_proxy(row: &Row<'_>) -> rusqlite::Result<Proxy> {
         session: parsed_opt(row, 5)?,
         last_seen: row.get::<_, Option<i64>>(6)?.map(Timestamp::from_millis),
         created: Timestamp::from_millis(row.get(8)?),
+        withdrawn: row.get::<_, Option<i64>>(10)?.map(Timestamp::from_millis),
     })
 }
 
@@ -124,6 +129,10 @@ impl Store {
     /// Uses a join token up, and enrolls who holds it. The same peer with the
     /// same token gets the same id again, and may correct its name and address.
     ///
+    /// A token that was made for a peer gives that peer the key of `joining`:
+    /// the one it had is good for nothing from then on, and a peer that was
+    /// withdrawn is let in again.
+    ///
     /// # Errors
     ///
     /// [`Error::BadToken`] if the token is unknown, used by another, expired or
@@ -133,38 +142,65 @@ impl Store {
         self.database.write("enroll a peer", |db| {
             let token = db
                 .query_row(
-                    "SELECT used_by FROM join_tokens WHERE hash = ?1 AND kind = ?2 AND expires > ?3",
+                    "SELECT used_by, peer FROM join_tokens WHERE hash = ?1 AND kind = ?2 AND expires > ?3",
                     params![joining.token, joining.kind.as_str(), now.millis()],
-                    |row| parsed_opt::<HostId>(row, 0),
+                    |row| Ok((parsed_opt::<HostId>(row, 0)?, parsed_opt::<HostId>(row, 1)?)),
                 )
                 .optional()?;
             let id = match token {
                 None => return Err(Fault::Refused(Error::BadToken)),
-                Some(None) => {
+                Some((None, None)) => {
                     let id = HostId::from_random_bytes(joining.id);
                     refuse_taken(db, joining, id)?;
                     enroll(db, joining, id, now)?;
                     id
                 }
-                Some(Some(id)) => {
-                    let same = "SELECT 1 FROM peers WHERE id = ?1 AND identity = ?2";
+                Some((None, Some(id))) => {
+                    refuse_taken(db, joining, id)?;
+                    let kept = "SELECT 1 FROM peers WHERE id = ?1 AND identity = ?2";
+                    let known = params![id.to_string(), joining.address.identity];
+                    if db.query_row(kept, known, |_| Ok(())).optional()?.is_some() {
+                        // Another key is what it is for.
+                        return Err(Fault::Refused(Error::Exists { what: "a peer with that identity key" }));
+                    }
+                    db.execute(
+                        "UPDATE peers SET identity = ?2, withdrawn = NULL WHERE id = ?1",
+                        params![id.to_string(), joining.address.identity],
+                    )?;
+                    update(db, joining, id)?;
+                    use_up(db, joining, id)?;
+                    id
+                }
+                Some((Some(id), _)) => {
+                    let same = "SELECT 1 FROM peers WHERE id = ?1 AND identity = ?2 AND withdrawn IS NULL";
                     let known = params![id.to_string(), joining.address.identity];
                     if db.query_row(same, known, |_| Ok(())).optional()?.is_none() {
                         return Err(Fault::Refused(Error::BadToken));
                     }
                     refuse_taken(db, joining, id)?;
-                    db.execute(
-                        "UPDATE peers SET name = ?2, address = ?3 WHERE id = ?1",
-                        params![
-                            id.to_string(),
-                            joining.name.as_str(),
-                            serde_json::to_string(joining.address)?
-                        ],
-                    )?;
+                    update(db, joining, id)?;
                     id
                 }
             };
             Ok(*id.as_bytes())
+        })
+    }
+
+    /// Withdraws a host or proxy: its key is good for nothing from now on. Its
+    /// tokens to join with another key are ended.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotFound`], or the database failed.
+    pub fn withdraw_peer(&self, kind: JoinKind, id: [u8; 16], now: Timestamp) -> Result<()> {
+        let id = HostId::from_bytes(id).to_string();
+        self.database.write("withdraw a peer", |db| {
+            let changed = db.execute(
+                "UPDATE peers SET withdrawn = ifnull(withdrawn, ?3), session = NULL WHERE id = ?1 AND kind = ?2",
+                params![id, kind.as_str(), now.millis()],
+            )?;
+            db.execute("DELETE FROM join_tokens WHERE peer = ?1 AND used_by IS NULL", [&id])?;
+            if changed == 1 { Ok(()) } else { Err(Fault::Refused(Error::NotFound { what: kind.as_str() })) }
         })
     }
 
@@ -177,7 +213,7 @@ impl Store {
         self.database.write("register a peer", |db| {
             let changed = db.execute(
                 "UPDATE peers SET session = ?2, boot_id = ?3, address = ?4, ssh_host_keys = ?5,
-                 capabilities = ?6, last_seen = ?7 WHERE id = ?1",
+                 capabilities = ?6, last_seen = ?7 WHERE id = ?1 AND withdrawn IS NULL",
                 params![
                     HostId::from_bytes(id).to_string(),
                     registration.session.to_string(),
@@ -211,7 +247,7 @@ impl Store {
         })
     }
 
-    /// The host.
+    /// The host, withdrawn or not.
     ///
     /// # Errors
     ///
@@ -240,19 +276,35 @@ impl Store {
         })
     }
 
-    /// All hosts, by name.
+    /// All hosts that were not withdrawn, by name.
     ///
     /// # Errors
     ///
     /// The database failed.
     pub fn hosts(&self) -> Result<Vec<Host>> {
         self.database.read("list hosts", |db| {
-            let sql = format!("SELECT {COLUMNS} FROM peers WHERE kind = 'host' ORDER BY name");
+            let sql = format!(
+                "SELECT {COLUMNS} FROM peers WHERE kind = 'host' AND withdrawn IS NULL ORDER BY name"
+            );
             Ok(db.prepare_cached(&sql)?.query_map([], read_host)?.collect::<Result<_, _>>()?)
         })
     }
 
-    /// The proxy.
+    /// The hosts that were withdrawn, by name.
+    ///
+    /// # Errors
+    ///
+    /// The database failed.
+    pub fn withdrawn_hosts(&self) -> Result<Vec<Host>> {
+        self.database.read("list withdrawn hosts", |db| {
+            let sql = format!(
+                "SELECT {COLUMNS} FROM peers WHERE kind = 'host' AND withdrawn IS NOT NULL ORDER BY name"
+            );
+            Ok(db.prepare_cached(&sql)?.query_map([], read_host)?.collect::<Result<_, _>>()?)
+        })
+    }
+
+    /// The proxy, withdrawn or not.
     ///
     /// # Errors
     ///
@@ -267,14 +319,16 @@ impl Store {
         })
     }
 
-    /// All proxies, by name.
+    /// All proxies that were not withdrawn, by name.
     ///
     /// # Errors
     ///
     /// The database failed.
     pub fn proxies(&self) -> Result<Vec<Proxy>> {
         self.database.read("list proxies", |db| {
-            let sql = format!("SELECT {COLUMNS} FROM peers WHERE kind = 'proxy' ORDER BY name");
+            let sql = format!(
+                "SELECT {COLUMNS} FROM peers WHERE kind = 'proxy' AND withdrawn IS NULL ORDER BY name"
+            );
             Ok(db.prepare_cached(&sql)?.query_map([], read_proxy)?.collect::<Result<_, _>>()?)
         })
     }
@@ -342,9 +396,22 @@ fn enroll(
             now.millis()
         ],
     )?;
+    use_up(db, joining, id)
+}
+
+fn use_up(db: &Transaction<'_>, joining: &Joining<'_>, id: HostId) -> Result<(), Fault<Error>> {
     db.execute(
         "UPDATE join_tokens SET used_by = ?2 WHERE hash = ?1",
         params![joining.token, id.to_string()],
+    )?;
+    Ok(())
+}
+
+/// Notes its name and address.
+fn update(db: &Transaction<'_>, joining: &Joining<'_>, id: HostId) -> Result<(), Fault<Error>> {
+    db.execute(
+        "UPDATE peers SET name = ?2, address = ?3 WHERE id = ?1",
+        params![id.to_string(), joining.name.as_str(), serde_json::to_string(joining.address)?],
     )?;
     Ok(())
 }

@@ -47,6 +47,8 @@ pub struct Project {
     pub grace_ms: Option<u64>,
     /// Whether a proxy that terminates SSH may attest for it.
     pub proxy_ssh: bool,
+    /// The ports whose apps viewers may see.
+    pub viewable_ports: Vec<u16>,
     /// When it was asked for.
     pub created: Timestamp,
     /// Whether its host ever made it.
@@ -154,7 +156,7 @@ pub struct NewProject<'a> {
 }
 
 const COLUMNS: &str = "p.id, p.name, p.owner, p.config, p.host, p.epoch, p.state, p.reason, p.phases,
-    p.started, p.fence, p.acl_version, p.grace_ms, p.proxy_ssh, p.created, p.made";
+    p.started, p.fence, p.acl_version, p.grace_ms, p.proxy_ssh, p.created, p.made, p.viewable_ports";
 
 fn read(row: &Row<'_>) -> rusqlite::Result<Project> {
     Ok(Project {
@@ -174,6 +176,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Project> {
         proxy_ssh: row.get(13)?,
         created: Timestamp::from_millis(row.get(14)?),
         made: row.get(15)?,
+        viewable_ports: json(row, 16)?,
     })
 }
 

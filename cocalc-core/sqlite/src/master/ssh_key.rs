@@ -142,6 +142,7 @@ impl Store {
                 keys: keys.into_iter().map(on_stream).collect(),
                 grace_ms: project.grace_ms,
                 proxy_ssh: project.proxy_ssh,
+                viewable_ports: project.viewable_ports,
             })
         })
     }

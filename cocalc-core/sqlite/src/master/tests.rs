@@ -33,7 +33,7 @@ impl World {
         let hosts = (0..hosts)
             .map(|n| {
                 let token = [n + 1; 32];
-                store.add_join_token(&token, JoinKind::Host, NOW, NOW.plus(HOUR)).unwrap();
+                store.add_join_token(&token, JoinKind::Host, NOW, NOW.plus(HOUR), None).unwrap();
                 let name = format!("host{n}").parse().unwrap();
                 let address = HostAddress { identity: format!("key{n}"), ..HostAddress::default() };
                 let joining = Joining {
@@ -114,7 +114,7 @@ fn report(project: ProjectId, epoch: Epoch, state: State) -> ProjectReport {
 fn a_join_token_is_good_once_and_repeatable_by_the_same_peer() {
     let world = World::new(0);
     let (token, name) = ([7; 32], "alpha".parse().unwrap());
-    world.store.add_join_token(&token, JoinKind::Host, NOW, NOW.plus(HOUR)).unwrap();
+    world.store.add_join_token(&token, JoinKind::Host, NOW, NOW.plus(HOUR), None).unwrap();
     let address = HostAddress { identity: "mine".into(), ..HostAddress::default() };
     let mut joining =
         Joining { token: &token, kind: JoinKind::Proxy, name: &name, address: &address, id: [5; 16] };
@@ -130,7 +130,7 @@ fn a_join_token_is_good_once_and_repeatable_by_the_same_peer() {
     assert!(matches!(world.store.join(&joining, NOW), Err(Error::BadToken)), "somebody else");
     // Another token, but a name and a key that are taken.
     let second = [8; 32];
-    world.store.add_join_token(&second, JoinKind::Host, NOW, NOW.plus(HOUR)).unwrap();
+    world.store.add_join_token(&second, JoinKind::Host, NOW, NOW.plus(HOUR), None).unwrap();
     joining.token = &second;
     assert!(matches!(world.store.join(&joining, NOW), Err(Error::Exists { .. })), "the name");
     let beta = "beta".parse().unwrap();
@@ -271,13 +271,14 @@ fn streams_grow_even_if_the_database_is_an_older_one() {
 #[test]
 fn the_first_administrator_is_made_once() {
     let world = World::new(0);
-    let token = ApiToken { id: KeyId::random(), created: NOW, expires: None };
+    let token =
+        ApiToken { id: KeyId::random(), name: String::new(), limits: None, created: NOW, expires: None };
     assert!(!world.store.has_admin().unwrap());
     let admin = AccountId::random();
     assert!(world.store.create_first_admin(admin, &[1; 32], &token).unwrap());
     assert!(!world.store.create_first_admin(AccountId::random(), &[2; 32], &token).unwrap());
-    assert_eq!(world.store.account_of_token(&[1; 32], NOW).unwrap().id, admin);
-    assert!(matches!(world.store.account_of_token(&[2; 32], NOW), Err(Error::BadToken)));
+    assert_eq!(world.store.bearer(&[1; 32], NOW).unwrap().account.id, admin);
+    assert!(matches!(world.store.bearer(&[2; 32], NOW), Err(Error::BadToken)));
 }
 
 /// What happens to the map in a random history.

@@ -1,21 +1,75 @@
 //! Tokens of the API and for joining, of which only the hash is kept.
 
-use cocalc_ids::{AccountId, KeyId, Timestamp};
-use rusqlite::{OptionalExtension, params};
+use std::collections::BTreeSet;
+
+use cocalc_ids::{AccountId, HostId, KeyId, ProjectId, Timestamp};
+use rusqlite::{OptionalExtension, Row, params, types::ValueRef};
 use serde::{Deserialize, Serialize};
 
 use super::{Account, Error, Result, Store, account};
-use crate::{database::parsed, error::Fault};
+use crate::{
+    database::{json, parsed},
+    error::Fault,
+};
 
 /// An API token, as it is listed: never the token itself.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct ApiToken {
-    /// Its name.
+    /// Its id.
     pub id: KeyId,
+    /// What people call it; may be empty.
+    pub name: String,
+    /// What it may; `None`: all that its account may.
+    pub limits: Option<KeyLimits>,
     /// When it was made.
     pub created: Timestamp,
     /// When it ends.
     pub expires: Option<Timestamp>,
+}
+
+/// What a scoped API key may, at most. It never administers the federation.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeyLimits {
+    /// Only these projects; `None`: any of its account's.
+    pub projects: Option<BTreeSet<ProjectId>>,
+    /// What it may do.
+    pub verbs: BTreeSet<Verb>,
+}
+
+/// What a scoped API key may do.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verb {
+    /// Look at projects, their operations and hosts.
+    Read,
+    /// Get connect tokens: use what runs in projects.
+    Connect,
+    /// Start and stop projects, take and restore snapshots, move them.
+    Operate,
+    /// Change members and access, and delete projects.
+    Manage,
+    /// Make projects.
+    Create,
+    /// Change the account itself: its SSH keys. Not its API keys.
+    Account,
+}
+
+impl Verb {
+    /// Every verb.
+    pub const ALL: [Self; 6] =
+        [Self::Read, Self::Connect, Self::Operate, Self::Manage, Self::Create, Self::Account];
+}
+
+/// Who a bearer token speaks for.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Bearer {
+    /// The account, banned or not.
+    pub account: Account,
+    /// Which token.
+    pub key: KeyId,
+    /// What it may; `None`: all that its account may.
+    pub limits: Option<KeyLimits>,
 }
 
 /// What a join token admits.
@@ -38,6 +92,14 @@ impl JoinKind {
     }
 }
 
+fn limits(row: &Row<'_>, column: usize) -> rusqlite::Result<Option<KeyLimits>> {
+    match row.get_ref(column)? {
+        ValueRef::Null => Ok(None),
+        // What this program cannot read must not become all.
+        _ => json(row, column).map(Some),
+    }
+}
+
 impl Store {
     /// Remembers the hash of a new API token.
     ///
@@ -47,34 +109,43 @@ impl Store {
     pub fn add_api_token(&self, hash: &[u8; 32], account: AccountId, token: &ApiToken) -> Result<()> {
         self.database.write("add an API token", |db| {
             let added = db.execute(
-                "INSERT INTO api_tokens (hash, id, account, created, expires)
-                 SELECT ?1, ?2, id, ?4, ?5 FROM accounts WHERE id = ?3",
+                "INSERT INTO api_tokens (hash, id, account, created, expires, name, limits)
+                 SELECT ?1, ?2, id, ?4, ?5, ?6, ?7 FROM accounts WHERE id = ?3",
                 params![
                     hash,
                     token.id.to_string(),
                     account.to_string(),
                     token.created.millis(),
-                    token.expires.map(Timestamp::millis)
+                    token.expires.map(Timestamp::millis),
+                    token.name,
+                    token.limits.as_ref().map(serde_json::to_string).transpose()?
                 ],
             )?;
             if added == 1 { Ok(()) } else { Err(Fault::Refused(Error::NotFound { what: "account" })) }
         })
     }
 
-    /// The account that an API token speaks for, banned or not.
+    /// Who an API token speaks for.
     ///
     /// # Errors
     ///
     /// [`Error::BadToken`] if there is none, or the database failed.
-    pub fn account_of_token(&self, hash: &[u8; 32], now: Timestamp) -> Result<Account> {
+    pub fn bearer(&self, hash: &[u8; 32], now: Timestamp) -> Result<Bearer> {
         self.database.read("look an API token up", |db| {
             let sql = format!(
-                "SELECT {} FROM api_tokens t JOIN accounts a ON a.id = t.account
-                 WHERE t.hash = ?1 AND (t.expires IS NULL OR t.expires > ?2)",
+                "SELECT {}, t.id, t.limits FROM api_tokens t JOIN accounts a ON a.id = t.account
+                 WHERE t.hash = ?1 AND (t.expires IS NULL OR t.expires > ?2)
+                   AND (t.session_epoch IS NULL OR t.session_epoch = a.session_epoch)",
                 account::COLUMNS
             );
             db.prepare_cached(&sql)?
-                .query_row(params![hash, now.millis()], account::read)
+                .query_row(params![hash, now.millis()], |row| {
+                    Ok(Bearer {
+                        account: account::read(row)?,
+                        key: parsed(row, account::WIDTH)?,
+                        limits: limits(row, account::WIDTH + 1)?,
+                    })
+                })
                 .optional()?
                 .ok_or(Fault::Refused(Error::BadToken))
         })
@@ -87,12 +158,15 @@ impl Store {
     /// The database failed.
     pub fn api_tokens(&self, account: AccountId) -> Result<Vec<ApiToken>> {
         self.database.read("list API tokens", |db| {
-            let sql = "SELECT id, created, expires FROM api_tokens WHERE account = ?1 ORDER BY created, id";
+            let sql = "SELECT id, created, expires, name, limits FROM api_tokens
+                       WHERE account = ?1 ORDER BY created, id";
             let tokens = db
                 .prepare_cached(sql)?
                 .query_map([account.to_string()], |row| {
                     Ok(ApiToken {
                         id: parsed(row, 0)?,
+                        name: row.get(3)?,
+                        limits: limits(row, 4)?,
                         created: Timestamp::from_millis(row.get(1)?),
                         expires: row.get::<_, Option<i64>>(2)?.map(Timestamp::from_millis),
                     })
@@ -119,7 +193,7 @@ impl Store {
     }
 
     /// Remembers the hash of a new join token, and forgets those that have
-    /// ended.
+    /// ended. One for a `peer` gives that peer another key.
     ///
     /// # Errors
     ///
@@ -130,12 +204,19 @@ impl Store {
         kind: JoinKind,
         now: Timestamp,
         expires: Timestamp,
+        peer: Option<[u8; 16]>,
     ) -> Result<()> {
         self.database.write("add a join token", |db| {
             db.execute("DELETE FROM join_tokens WHERE expires <= ?1", [now.millis()])?;
             db.execute(
-                "INSERT INTO join_tokens (hash, kind, created, expires) VALUES (?1, ?2, ?3, ?4)",
-                params![hash, kind.as_str(), now.millis(), expires.millis()],
+                "INSERT INTO join_tokens (hash, kind, created, expires, peer) VALUES (?1, ?2, ?3, ?4, ?5)",
+                params![
+                    hash,
+                    kind.as_str(),
+                    now.millis(),
+                    expires.millis(),
+                    peer.map(|id| HostId::from_bytes(id).to_string())
+                ],
             )?;
             Ok(())
         })

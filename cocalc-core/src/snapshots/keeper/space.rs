@@ -113,16 +113,21 @@ impl Keeper {
         let now = self.0.clock.boot();
         let need = {
             let mut state = self.state();
-            let mut relief = state.space.pressed.get(&project).map(|pressed| pressed.relief).unwrap_or_default();
+            let mut relief =
+                state.space.pressed.get(&project).map(|pressed| pressed.relief).unwrap_or_default();
             let need = relief.on_usage(&usage, now);
             match need {
                 Need::Nothing => state.space.forget(project),
-                Need::Wait | Need::Delete(_) => state.space.pressed.entry(project).or_default().relief = relief,
+                Need::Wait | Need::Delete(_) => {
+                    state.space.pressed.entry(project).or_default().relief = relief
+                }
             }
             need
         };
         match need {
-            Need::Delete(count) if self.relieve(project, count).await? == 0 => self.explain(&entry, &usage).await,
+            Need::Delete(count) if self.relieve(project, count).await? == 0 => {
+                self.explain(&entry, &usage).await
+            }
             _ => Ok(()),
         }
     }

@@ -34,7 +34,12 @@ impl World {
         Self { storage, runner, clock, ledger, keeper }
     }
 
-    fn keeper(ledger: &Ledger, storage: &MemoryStorage, runner: &MemoryRunner, clock: &ManualClock) -> Keeper {
+    fn keeper(
+        ledger: &Ledger,
+        storage: &MemoryStorage,
+        runner: &MemoryRunner,
+        clock: &ManualClock,
+    ) -> Keeper {
         Keeper::new(
             ledger.clone(),
             Arc::new(storage.clone()),
@@ -93,7 +98,8 @@ impl World {
 #[tokio::test]
 async fn what_changes_is_snapshotted_once_in_each_interval_and_what_does_not_is_not() {
     let world = World::new().await;
-    let (busy, idle) = (world.running(ProjectConfig::default()).await, world.running(ProjectConfig::default()).await);
+    let (busy, idle) =
+        (world.running(ProjectConfig::default()).await, world.running(ProjectConfig::default()).await);
     for n in 0..8 {
         world.storage.write(busy, "log", format!("line {n}")).unwrap();
         world.pass(INTERVAL).await;
@@ -279,7 +285,12 @@ async fn a_clock_that_jumps_loses_nothing() {
         let after = world.names(project).await;
         assert!(after.len() > before.len(), "{before:?} {after:?}");
         let saved = after.iter().any(|name| {
-            world.storage.snapshot_files(project, name).unwrap().get("n").is_some_and(|n| *n == written.to_string())
+            world
+                .storage
+                .snapshot_files(project, name)
+                .unwrap()
+                .get("n")
+                .is_some_and(|n| *n == written.to_string())
         });
         assert!(saved, "the last state is in one of them");
     }

@@ -1,10 +1,11 @@
 //! `cocalc account …`, `key …`, `keys …` and `collaborator …`
 
-use serde_json::{Value, json};
+use serde_json::json;
 
+use super::receipt;
 use crate::{
     api::Api,
-    args::{Account, Collaborator, Key, Keys, Output},
+    args::{Account, ApiKey, Collaborator, Key, Keys, Output, WaitOptions},
     failure::{Failure, While},
     output::{items, print},
 };
@@ -24,18 +25,63 @@ pub(super) fn run(api: &Api, output: Output, verb: Account) -> Result<(), Failur
         }
         Account::SignOut { id, wait } => change(api, output, &format!("/accounts/{id}/sign-out"), wait)?,
         Account::Ban { id, wait } => change(api, output, &format!("/accounts/{id}/ban"), wait)?,
-        Account::Unban { id } => change(api, output, &format!("/accounts/{id}/unban"), false)?,
+        Account::Unban { id } => {
+            let answer = api.post(&format!("/accounts/{id}/unban"), &json!({}))?;
+            if output == Output::Json {
+                print(output, &answer, &[]);
+            }
+        }
+        Account::ApiKey(verb) => api_key(api, output, verb)?,
+    }
+    Ok(())
+}
+
+/// The account that is named, or the caller's own.
+fn whose(api: &Api, account: Option<String>) -> Result<String, Failure> {
+    match account {
+        Some(account) => Ok(account),
+        None => super::project::text(&api.get("/account")?, "id"),
+    }
+}
+
+fn api_key(api: &Api, output: Output, verb: ApiKey) -> Result<(), Failure> {
+    match verb {
+        ApiKey::Create { name, account, projects, verbs, ttl } => {
+            let mut body = json!({ "name": name, "ttl_secs": ttl });
+            for (field, list) in [("projects", projects), ("verbs", verbs)] {
+                if !list.is_empty() {
+                    body[field] = list.into();
+                }
+            }
+            let answer = api.post(&format!("/accounts/{}/tokens", whose(api, account)?), &body)?;
+            print(output, &answer, &["id", "token", "expires_at"]);
+        }
+        ApiKey::List { account } => {
+            let answer = api.get(&format!("/accounts/{}/tokens", whose(api, account)?))?;
+            let columns = ["id", "name", "verbs", "projects", "expires_at"];
+            print(output, items(&answer, "tokens"), &columns);
+        }
+        ApiKey::Revoke { id, account } => {
+            api.delete(&format!("/accounts/{}/tokens/{id}", whose(api, account)?))?;
+        }
     }
     Ok(())
 }
 
 pub(super) fn keys(api: &Api, output: Output, verb: Keys) -> Result<(), Failure> {
-    let answer = match verb {
-        Keys::Rotate => api.post("/keys/rotate", &json!({}))?,
-        Keys::Withdraw { kid } => api.post(&format!("/keys/{kid}/withdraw"), &json!({}))?,
+    let (answer, wait) = match verb {
+        Keys::List => {
+            let answer = api.get("/keys")?;
+            print(output, items(&answer, "keys"), &["kid", "state", "alg", "since", "until"]);
+            return Ok(());
+        }
+        Keys::Rotate { force, wait } => (api.post(&format!("/keys/rotate?force={force}"), &json!({}))?, wait),
+        Keys::Withdraw { kid, wait } => (api.post(&format!("/keys/{kid}/withdraw"), &json!({}))?, wait),
     };
-    print(output, &answer, &["version", "current"]);
-    Ok(())
+    if output == Output::Table {
+        print(output, &answer, &["version", "current"]);
+    }
+    receipt::finish(api, output, answer, wait)
 }
 
 pub(super) fn key(api: &Api, output: Output, verb: Key) -> Result<(), Failure> {
@@ -62,8 +108,8 @@ pub(super) fn collaborator(api: &Api, output: Output, verb: Collaborator) -> Res
             print(output, &answer, &["account_id", "role"]);
         }
         Collaborator::Remove { project, account, wait } => {
-            let answer = api.delete(&format!("/projects/{project}/members/{account}?wait={wait}"))?;
-            receipt(output, &answer);
+            let answer = api.delete(&format!("/projects/{project}/members/{account}"))?;
+            receipt::finish(api, output, answer, wait)?;
         }
         Collaborator::List { project } => {
             let answer = api.get(&format!("/projects/{project}/members"))?;
@@ -73,19 +119,7 @@ pub(super) fn collaborator(api: &Api, output: Output, verb: Collaborator) -> Res
     Ok(())
 }
 
-fn change(api: &Api, output: Output, path: &str, wait: bool) -> Result<(), Failure> {
-    let answer = api.post(&format!("{path}?wait={wait}"), &json!({}))?;
-    receipt(output, &answer);
-    Ok(())
-}
-
-/// Who acknowledged a revocation, if it was waited for.
-fn receipt(output: Output, answer: &Value) {
-    match answer.get("receipt").filter(|receipt| !receipt.is_null()) {
-        Some(receipt) if output == Output::Table => {
-            print(output, items(receipt, "peers"), &["peer", "outcome", "millis"]);
-        }
-        _ if output == Output::Json => print(output, answer, &[]),
-        _ => {}
-    }
+fn change(api: &Api, output: Output, path: &str, wait: WaitOptions) -> Result<(), Failure> {
+    let answer = api.post(path, &json!({}))?;
+    receipt::finish(api, output, answer, wait)
 }

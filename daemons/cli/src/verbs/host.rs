@@ -24,6 +24,25 @@ pub(super) fn run(api: &Api, output: Output, verb: Host) -> Result<(), Failure> 
                 Output::Table => println!("{}", text(&answer, "token")?),
             }
         }
+        Host::RotateKey { id, proxy, ttl } => {
+            let path = format!("/{}/{id}/rotate-key", kind(proxy));
+            let answer = api.post(&path, &json!({ "ttl_secs": ttl }))?;
+            match output {
+                Output::Json => print(output, &answer, &[]),
+                Output::Table => println!("{}", text(&answer, "token")?),
+            }
+        }
+        Host::Withdraw { id, proxy, force, wait } => {
+            let force = if proxy {
+                ""
+            } else if force {
+                "?force=true"
+            } else {
+                "?force=false"
+            };
+            let answer = api.post(&format!("/{}/{id}/withdraw{force}", kind(proxy)), &json!({}))?;
+            super::receipt::finish(api, output, answer, wait)?;
+        }
         Host::Cordon { id } => {
             print(output, &api.post(&format!("/hosts/{id}/cordon"), &json!({}))?, &COLUMNS)
         }
@@ -32,4 +51,8 @@ pub(super) fn run(api: &Api, output: Output, verb: Host) -> Result<(), Failure> 
         }
     }
     Ok(())
+}
+
+fn kind(proxy: bool) -> &'static str {
+    if proxy { "proxies" } else { "hosts" }
 }

@@ -5,6 +5,7 @@ mod host;
 mod operation;
 mod project;
 mod reach;
+mod receipt;
 mod snapshot;
 
 use std::{
@@ -34,6 +35,7 @@ pub(crate) fn run(api: &Api, output: Output, command: Command) -> Result<ExitCod
         Command::Key(verb) => account::key(api, output, verb)?,
         Command::Account(verb) => account::run(api, output, verb)?,
         Command::Keys(verb) => account::keys(api, output, verb)?,
+        Command::Receipt { id, wait } => receipt::show(api, output, &id, wait)?,
         Command::Operation(verb) => operation::run(api, output, verb)?,
         // The others were dispatched before a master was looked for.
         Command::Up(_)

@@ -44,6 +44,20 @@ pub(super) fn run(api: &Api, output: Output, verb: Project) -> Result<ExitCode, 
                 print(output, &answer, &[]);
             }
         }
+        Project::Access { id, viewable_ports, grace, proxy_ssh, wait } => {
+            let path = format!("/projects/{id}/access");
+            let body = access(viewable_ports, grace, proxy_ssh)?;
+            let columns = ["viewable_ports", "grace_secs", "proxy_ssh"];
+            if body == json!({}) {
+                print(output, &api.get(&path)?, &columns);
+            } else {
+                let answer = api.patch(&path, &body)?;
+                if output == Output::Table {
+                    print(output, &answer, &columns);
+                }
+                super::receipt::finish(api, output, answer, wait)?;
+            }
+        }
         Project::Why { id } => print(output, &api.get(&format!("/projects/{id}/why"))?, &["state", "reason"]),
         Project::Token { id, scopes, ttl, once } => {
             let mut body = json!({});
@@ -115,6 +129,38 @@ pub(super) fn run(api: &Api, output: Output, verb: Project) -> Result<ExitCode, 
         Project::Ssh { id, via_proxy, command } => return reach::ssh(api, &id, via_proxy, &command),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What is to be changed of how a project may be reached.
+fn access(
+    ports: Option<Vec<String>>,
+    grace: Option<String>,
+    proxy_ssh: Option<bool>,
+) -> Result<Value, Failure> {
+    let usage = |what: String| Failure::new(Exit::Usage, what);
+    let mut body = json!({});
+    if let Some(ports) = ports {
+        let ports: Vec<u16> = match ports.as_slice() {
+            [none] if none == "none" => Vec::new(),
+            ports => ports
+                .iter()
+                .map(|port| port.parse().map_err(|_| usage(format!("--viewable-ports: {port:?} is no port"))))
+                .collect::<Result<_, _>>()?,
+        };
+        body["viewable_ports"] = ports.into();
+    }
+    match grace.as_deref() {
+        None => {}
+        Some("default") => body["grace_secs"] = Value::Null,
+        Some(secs) => {
+            let secs: u64 = secs.parse().map_err(|_| usage(format!("--grace: {secs:?} are no seconds")))?;
+            body["grace_secs"] = secs.into();
+        }
+    }
+    if let Some(proxy_ssh) = proxy_ssh {
+        body["proxy_ssh"] = proxy_ssh.into();
+    }
+    Ok(body)
 }
 
 const USAGE: [&str; 7] =

@@ -1,10 +1,10 @@
 //! Accounts and their tokens.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use axum::{Json, extract::State};
-use cocalc_ids::{AccountId, KeyId};
-use cocalc_sqlite::master::ApiToken;
+use cocalc_ids::{AccountId, KeyId, ProjectId};
+use cocalc_sqlite::master::{ApiToken, KeyLimits, Verb};
 use http::StatusCode;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
@@ -14,13 +14,11 @@ use super::{
     caller::Caller,
     input::{Asked, Body, Id, Ids, check_name},
     problem::{Answer, Problem},
+    receipts::Wait,
+    scope,
     view::{AccountView, time},
 };
-use crate::{
-    bus::streams::{Receipt, Target},
-    secret,
-    shared::Shared,
-};
+use crate::{receipts::Receipt, secret, shared::Shared};
 
 pub(super) fn routes() -> OpenApiRouter<Arc<Shared>> {
     OpenApiRouter::new()
@@ -114,8 +112,19 @@ const TTL_SECS_MAX: u64 = 10 * 365 * 24 * 3600;
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct NewToken {
+    /// What people call it; at most 100 characters.
+    #[serde(default)]
+    name: String,
     /// How long it lives; 1 to 315360000, ten years; default: for ever.
     ttl_secs: Option<u64>,
+    /// Only for these projects.
+    #[schema(value_type = Option<Vec<String>>)]
+    projects: Option<BTreeSet<ProjectId>>,
+    /// Only for this, of `read connect operate manage create account`. A key
+    /// with verbs never administers the federation; one without may do all
+    /// that its account may.
+    #[schema(value_type = Option<Vec<String>>)]
+    verbs: Option<BTreeSet<Verb>>,
 }
 
 #[derive(Serialize, ToSchema)]
@@ -126,7 +135,7 @@ struct TokenAnswer {
     expires_at: Option<String>,
 }
 
-/// Makes an API token.
+/// Makes an API key.
 #[utoipa::path(post, path = "/accounts/{id}/tokens", tag = "accounts", params(("id" = String, Path)),
     request_body = NewToken,
     responses((status = 201, body = TokenAnswer), (status = "default", body = Problem)))]
@@ -140,10 +149,25 @@ async fn add_token(
     if new.ttl_secs.is_some_and(|ttl| !(1..=TTL_SECS_MAX).contains(&ttl)) {
         return Err(Problem::invalid("ttl_secs: 1 to 315360000"));
     }
+    if !new.name.is_empty() {
+        check_name(&new.name)?;
+    }
+    let limits = match (new.projects, new.verbs) {
+        (None, None) => None,
+        // All that can be done to projects that exist.
+        (projects, None) => {
+            let verbs = [Verb::Read, Verb::Connect, Verb::Operate, Verb::Manage].into();
+            Some(KeyLimits { projects, verbs })
+        }
+        (projects, Some(verbs)) => Some(KeyLimits { projects, verbs }),
+    };
+    if let Some(limits) = &limits {
+        scope::validate(limits)?;
+    }
     let text = secret::generate("cct_").map_err(|error| Problem::internal(&error))?;
     let (hash, created) = (secret::hash(&text), shared.now());
     let expires = new.ttl_secs.map(|ttl| created.plus(Duration::from_secs(ttl)));
-    let token = ApiToken { id: KeyId::random(), created, expires };
+    let token = ApiToken { id: KeyId::random(), name: new.name, limits, created, expires };
     let answer = TokenAnswer { id: token.id.to_string(), token: text, expires_at: expires.map(time) };
     shared.db(move |store| store.add_api_token(&hash, id, &token)).await?;
     Ok((StatusCode::CREATED, Json(answer)))
@@ -152,8 +176,14 @@ async fn add_token(
 #[derive(Serialize, ToSchema)]
 struct TokenView {
     id: String,
+    name: String,
     created: String,
     expires_at: Option<String>,
+    /// Only for these projects; none: any.
+    projects: Option<Vec<String>>,
+    /// Only for this; none: all that its account may.
+    #[schema(value_type = Option<Vec<String>>)]
+    verbs: Option<BTreeSet<Verb>>,
 }
 
 #[derive(Serialize, ToSchema)]
@@ -161,7 +191,7 @@ struct Tokens {
     tokens: Vec<TokenView>,
 }
 
-/// Lists an account's API tokens, without the tokens themselves.
+/// Lists an account's API keys and log-ins, without the tokens themselves.
 #[utoipa::path(get, path = "/accounts/{id}/tokens", tag = "accounts", params(("id" = String, Path)),
     responses((status = 200, body = Tokens), (status = "default", body = Problem)))]
 async fn tokens(
@@ -171,10 +201,21 @@ async fn tokens(
 ) -> Answer<Json<Tokens>> {
     caller.require_self(id)?;
     let tokens = shared.db(move |store| store.api_tokens(id)).await?;
-    let view = |token: ApiToken| TokenView {
-        id: token.id.to_string(),
-        created: time(token.created),
-        expires_at: token.expires.map(time),
+    let view = |token: ApiToken| {
+        let (projects, verbs) = match token.limits {
+            None => (None, None),
+            Some(KeyLimits { projects, verbs }) => {
+                (projects.map(|ids| ids.iter().map(ProjectId::to_string).collect()), Some(verbs))
+            }
+        };
+        TokenView {
+            id: token.id.to_string(),
+            name: token.name,
+            created: time(token.created),
+            expires_at: token.expires.map(time),
+            projects,
+            verbs,
+        }
     };
     Ok(Json(Tokens { tokens: tokens.into_iter().map(view).collect() }))
 }
@@ -193,35 +234,11 @@ async fn remove_token(
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// Whether to wait until a revocation is in force.
-#[derive(Deserialize, IntoParams)]
-#[into_params(parameter_in = Query)]
-pub(super) struct Wait {
-    /// Wait for the receipt.
-    #[serde(default)]
-    wait: bool,
-    /// How long at most; 1 to 3600, default 20.
-    timeout_secs: Option<u64>,
-}
-
-impl Wait {
-    /// The receipt, if it was asked for.
-    pub(super) async fn receipt(&self, shared: &Shared, targets: Vec<Target>) -> Option<Receipt> {
-        if !self.wait {
-            return None;
-        }
-        let limit = Duration::from_secs(self.timeout_secs.unwrap_or(20).clamp(1, 3600));
-        let settings = shared.settings;
-        let gone = Duration::from_millis(settings.lease_ms.saturating_add(settings.grace_ms));
-        Some(shared.streams.receipt(&targets, limit, gone, &shared.peers, &*shared.clock).await)
-    }
-}
-
 #[derive(Serialize, ToSchema)]
 struct Revoked {
     #[serde(flatten)]
     account: AccountView,
-    /// With `wait`: where it is in force.
+    /// Where it is in force; with `wait`, when it is so everywhere.
     receipt: Option<Receipt>,
 }
 
@@ -237,7 +254,8 @@ async fn sign_out(
     caller.require_self(id)?;
     let account = shared.db(move |store| store.sign_out(id)).await?;
     let targets = shared.announce_account(id).await?;
-    Ok(Json(Revoked { account: account.into(), receipt: wait.receipt(&shared, targets).await }))
+    let receipt = wait.receipt(&shared, caller.change("account.sign-out", id), targets).await?;
+    Ok(Json(Revoked { account: account.into(), receipt }))
 }
 
 /// Bans an account. Administrators.
@@ -277,5 +295,7 @@ async fn set_ban(
     }
     let account = shared.db(move |store| store.ban(id, banned)).await?;
     let targets = shared.announce_account(id).await?;
-    Ok(Json(Revoked { account: account.into(), receipt: wait.receipt(shared, targets).await }))
+    let change = caller.change(if banned { "account.ban" } else { "account.unban" }, id);
+    let receipt = wait.receipt(shared, change, targets).await?;
+    Ok(Json(Revoked { account: account.into(), receipt }))
 }

@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use axum::{
     body::Body,
-    extract::{FromRequestParts, Request, State},
+    extract::{FromRequestParts, MatchedPath, Request, State},
     middleware::Next,
     response::{IntoResponse, Response},
 };
 use cocalc_ids::{AccountId, Action, ProjectId};
-use cocalc_sqlite::master::{Account, Project, Remembered};
+use cocalc_sqlite::master::{Bearer, KeyLimits, Project, Remembered};
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header, request::Parts};
 use http_body_util::BodyExt;
 use sha2::{Digest, Sha256};
@@ -17,6 +17,7 @@ use sha2::{Digest, Sha256};
 use super::{
     input::whole,
     problem::{Answer, Problem},
+    scope,
 };
 use crate::{secret, shared::Shared};
 
@@ -24,7 +25,10 @@ use crate::{secret, shared::Shared};
 #[derive(Clone, Debug)]
 pub(crate) struct Caller {
     pub(crate) id: AccountId,
+    /// Whether it administers the federation; a scoped API key never does.
     pub(crate) admin: bool,
+    /// What its API key is limited to.
+    limits: Option<Arc<KeyLimits>>,
     /// From account and idempotency key, or random: ids of what the call makes
     /// follow from it, so that a repeated call makes nothing twice.
     seed: [u8; 32],
@@ -40,6 +44,11 @@ impl Caller {
     /// administrator's; others learn nothing of the account.
     pub(crate) fn require_self(&self, account: AccountId) -> Answer<()> {
         if self.admin || self.id == account { Ok(()) } else { Err(Problem::not_found("account")) }
+    }
+
+    /// Whether its API key is good for this project.
+    pub(crate) fn covers(&self, project: ProjectId) -> bool {
+        self.limits.as_ref().is_none_or(|limits| scope::covers(limits, project))
     }
 
     /// The id of the `what` that this call makes.
@@ -58,6 +67,9 @@ impl Caller {
         id: ProjectId,
         action: Option<Action>,
     ) -> Answer<Project> {
+        if !self.covers(id) {
+            return Err(Problem::not_found("project"));
+        }
         let (account, admin) = (self.id, self.admin);
         let found = shared.db(move |store| Ok((store.project(id)?, store.role(id, account)?))).await;
         let (project, role) = found?;
@@ -81,8 +93,8 @@ impl<S: Send + Sync> FromRequestParts<S> for Caller {
     }
 }
 
-/// The account of the bearer token.
-pub(crate) async fn bearer(shared: &Shared, headers: &HeaderMap) -> Answer<Account> {
+/// Who the bearer token speaks for. With a scoped key nobody is an administrator.
+pub(crate) async fn bearer(shared: &Shared, headers: &HeaderMap) -> Answer<Bearer> {
     let token = headers
         .get(header::AUTHORIZATION)
         .and_then(|value| value.to_str().ok())
@@ -91,8 +103,9 @@ pub(crate) async fn bearer(shared: &Shared, headers: &HeaderMap) -> Answer<Accou
         .map(|(_, token)| secret::hash(token.trim()))
         .ok_or_else(Problem::unauthenticated)?;
     let now = shared.now();
-    let account = shared.db(move |store| store.account_of_token(&token, now)).await?;
-    if account.banned { Err(Problem::denied()) } else { Ok(account) }
+    let mut bearer = shared.db(move |store| store.bearer(&token, now)).await?;
+    bearer.account.admin &= bearer.limits.is_none();
+    if bearer.account.banned { Err(Problem::denied()) } else { Ok(bearer) }
 }
 
 /// Requires a bearer token, and answers a repeated call as the first time.
@@ -108,7 +121,11 @@ pub(crate) async fn authenticate(
 }
 
 async fn answer(shared: &Arc<Shared>, mut request: Request, next: Next) -> Answer<Response> {
-    let account = bearer(shared, request.headers()).await?;
+    let Bearer { account, limits, .. } = bearer(shared, request.headers()).await?;
+    if let Some(limits) = &limits {
+        let route = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str).unwrap_or_default();
+        scope::check(limits, request.method(), route, request.uri().path())?;
+    }
     let changing = matches!(*request.method(), Method::POST | Method::PUT | Method::PATCH | Method::DELETE);
     let key = match request.headers().get("idempotency-key") {
         Some(key) if changing => Some(parse_key(key)?),
@@ -122,7 +139,12 @@ async fn answer(shared: &Arc<Shared>, mut request: Request, next: Next) -> Answe
         }
         None => getrandom::fill(&mut seed).map_err(|error| Problem::internal(&error))?,
     }
-    request.extensions_mut().insert(Caller { id: account.id, admin: account.admin, seed });
+    request.extensions_mut().insert(Caller {
+        id: account.id,
+        admin: account.admin,
+        limits: limits.map(Arc::new),
+        seed,
+    });
     match key {
         // Answers with a secret are not kept: only its hash is, anywhere. Such
         // a call makes another secret when it is repeated, which harms nobody.
@@ -141,7 +163,7 @@ fn parse_key(key: &HeaderValue) -> Answer<String> {
 }
 
 fn answers_secret(path: &str) -> bool {
-    ["/tokens", "/join-tokens", "/connect"].iter().any(|end| path.ends_with(end))
+    ["/tokens", "/join-tokens", "/connect", "/rotate-key", "/login"].iter().any(|end| path.ends_with(end))
 }
 
 async fn once(

@@ -108,7 +108,17 @@ async fn mint(shared: &Shared, caller: &Caller, id: ProjectId, asked: Connect) -
         true => Problem::denied(),
         false => Problem::not_found("project"),
     })?;
+    if !caller.covers(id) {
+        return Err(Problem::not_found("project"));
+    }
     let scopes = permitted(role, asked.scopes)?;
+    // What the host would refuse is not promised.
+    if let Some(port) = asked.port {
+        let app = Action::App { scope: Scope::Http, port };
+        if !role.permits_in(&project.viewable_ports, app) {
+            return Err(Problem::denied());
+        }
+    }
     let new = NewToken::new(&shared.issuer, project.host, account_id, id, project.epoch)
         .scopes(scopes)
         .session_epoch(account.session_epoch)
@@ -134,8 +144,7 @@ async fn mint(shared: &Shared, caller: &Caller, id: ProjectId, asked: Connect) -
 }
 
 fn permitted(role: Role, asked: Option<BTreeSet<Scope>>) -> Answer<BTreeSet<Scope>> {
-    let all: BTreeSet<Scope> =
-        Scope::ALL.into_iter().filter(|scope| role.permits(Action::Use(*scope))).collect();
+    let all: BTreeSet<Scope> = role.scopes().iter().copied().collect();
     match asked {
         None => Ok(all),
         Some(asked) if asked.is_empty() => Err(Problem::invalid("scopes: at least one")),
@@ -199,7 +208,10 @@ mod tests {
     #[test]
     fn roles_bound_scopes() {
         assert_eq!(permitted(Role::Owner, None).unwrap().len(), Scope::ALL.len());
-        assert_eq!(permitted(Role::Viewer, None).unwrap(), BTreeSet::from([Scope::Files]));
+        assert_eq!(
+            permitted(Role::Viewer, None).unwrap(),
+            BTreeSet::from([Scope::Http, Scope::Ws, Scope::Files])
+        );
         assert!(permitted(Role::Viewer, Some(BTreeSet::from([Scope::Ssh]))).is_err());
         assert!(permitted(Role::Owner, Some(BTreeSet::new())).is_err());
     }

@@ -40,7 +40,7 @@ pub(super) async fn metrics(
     Extension(peer): Extension<SocketAddr>,
     headers: HeaderMap,
 ) -> Answer<impl IntoResponse> {
-    if !peer.ip().to_canonical().is_loopback() && !caller::bearer(&shared, &headers).await?.admin {
+    if !peer.ip().to_canonical().is_loopback() && !caller::bearer(&shared, &headers).await?.account.admin {
         return Err(Problem::denied());
     }
     let (hosts, proxies, running) =
@@ -64,6 +64,7 @@ pub(super) async fn metrics(
         ),
         ("projects_total", "Projects.", usize::try_from(projects).unwrap_or(usize::MAX)),
         ("operations_running", "Operations that go on.", running),
+        ("receipts_open", "Revocations that are not in force everywhere yet.", shared.receipts.open()),
         ("operation_tasks", "Operations that this process works on.", shared.operations.running()),
     ] {
         // Writing to a String cannot fail.

@@ -7,19 +7,21 @@ use base64::Engine;
 use cocalc_auth::PublicKey;
 use cocalc_core::{connector::Peer, router::HostAddress};
 use cocalc_ids::{HostId, HostName};
-use cocalc_sqlite::master::{Host, JoinKind, Joining};
+use cocalc_sqlite::master::{Host, JoinKind, Joining, Proxy};
 use http::StatusCode;
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
     caller::Caller,
-    input::{Body, Id},
+    input::{Asked, Body, Id},
     problem::{Answer, Problem},
+    projects::Nothing,
+    receipts::Wait,
     view::{AddressView, HostView, time},
 };
-use crate::{bus::gate::joined, secret, shared::Shared};
+use crate::{bus::gate::joined, receipts::Receipt, secret, shared::Shared};
 
 /// Without a bearer token: the join token is the credential.
 pub(super) fn open_routes() -> OpenApiRouter<Arc<Shared>> {
@@ -34,6 +36,10 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Shared>> {
         .routes(routes!(cordon))
         .routes(routes!(uncordon))
         .routes(routes!(proxies))
+        .routes(routes!(rotate_host_key))
+        .routes(routes!(rotate_proxy_key))
+        .routes(routes!(withdraw_host))
+        .routes(routes!(withdraw_proxy))
 }
 
 #[derive(Deserialize, ToSchema)]
@@ -67,11 +73,146 @@ async fn join_token(
     if !(1..=604_800).contains(&ttl) {
         return Err(Problem::invalid("ttl_secs: 1 to 604800"));
     }
+    make_join_token(&shared, new.kind, None, ttl).await
+}
+
+async fn make_join_token(
+    shared: &Shared,
+    kind: JoinKind,
+    peer: Option<[u8; 16]>,
+    ttl: u64,
+) -> Answer<(StatusCode, Json<JoinTokenAnswer>)> {
     let token = secret::generate("ccj_").map_err(|error| Problem::internal(&error))?;
     let (hash, now) = (secret::hash(&token), shared.now());
     let expires = now.plus(Duration::from_secs(ttl));
-    shared.db(move |store| store.add_join_token(&hash, new.kind, now, expires)).await?;
+    shared.db(move |store| store.add_join_token(&hash, kind, now, expires, peer)).await?;
     Ok((StatusCode::CREATED, Json(JoinTokenAnswer { token, expires_at: time(expires) })))
+}
+
+/// Makes a one-use token, with which a host comes with another identity key:
+/// its daemon finds the token in its `join_token_file` at its next start. Its
+/// present key is good until then, and for nothing afterwards. A host that was
+/// withdrawn is let in again with it. Administrators.
+#[utoipa::path(post, path = "/hosts/{id}/rotate-key", tag = "hosts", params(("id" = String, Path)),
+    request_body = RotateKey,
+    responses((status = 201, body = JoinTokenAnswer), (status = "default", body = Problem)))]
+async fn rotate_host_key(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    Id(id): Id<String>,
+    Body(new): Body<RotateKey>,
+) -> Answer<(StatusCode, Json<JoinTokenAnswer>)> {
+    caller.require_admin()?;
+    let ttl = new.ttl()?;
+    let host = find(&shared, &id).await?.id;
+    make_join_token(&shared, JoinKind::Host, Some(*host.as_bytes()), ttl).await
+}
+
+/// The same for a proxy. Administrators.
+#[utoipa::path(post, path = "/proxies/{id}/rotate-key", tag = "hosts", params(("id" = String, Path)),
+    request_body = RotateKey,
+    responses((status = 201, body = JoinTokenAnswer), (status = "default", body = Problem)))]
+async fn rotate_proxy_key(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    Id(id): Id<String>,
+    Body(new): Body<RotateKey>,
+) -> Answer<(StatusCode, Json<JoinTokenAnswer>)> {
+    caller.require_admin()?;
+    let ttl = new.ttl()?;
+    let proxy = find_proxy(&shared, &id).await?.id;
+    make_join_token(&shared, JoinKind::Proxy, Some(*proxy.as_bytes()), ttl).await
+}
+
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct RotateKey {
+    /// How long the token is good; 1 to 604800, default 3600.
+    ttl_secs: Option<u64>,
+}
+
+impl RotateKey {
+    fn ttl(&self) -> Answer<u64> {
+        match self.ttl_secs.unwrap_or(3600) {
+            ttl if (1..=604_800).contains(&ttl) => Ok(ttl),
+            _ => Err(Problem::invalid("ttl_secs: 1 to 604800")),
+        }
+    }
+}
+
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+struct Force {
+    /// Even if it owns projects, which nobody can reach then.
+    #[serde(default)]
+    force: bool,
+}
+
+#[derive(Serialize, ToSchema)]
+struct Withdrawn {
+    id: String,
+    /// Where it is in force; with `wait`, when it is so everywhere.
+    receipt: Option<Receipt>,
+}
+
+/// Withdraws a host: its key is good for nothing from now on, its connections
+/// are closed, and it lets nobody in any more. Its projects run on, out of
+/// reach. Administrators.
+#[utoipa::path(post, path = "/hosts/{id}/withdraw", tag = "hosts", params(("id" = String, Path), Force, Wait),
+    responses((status = 200, body = Withdrawn), (status = "default", body = Problem)))]
+async fn withdraw_host(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    Id(id): Id<String>,
+    Asked(force): Asked<Force>,
+    Asked(wait): Asked<Wait>,
+    Body(Nothing {}): Body<Nothing>,
+) -> Answer<Json<Withdrawn>> {
+    caller.require_admin()?;
+    let host = find(&shared, &id).await?.id;
+    let owned = shared.db(move |store| Ok(store.projects_of_host(host)?.len())).await?;
+    if owned > 0 && !force.force {
+        let detail =
+            format!("the host owns {owned} projects, which nobody could reach: move them, or force it");
+        return Err(Problem::conflict("host_not_empty", detail));
+    }
+    let now = shared.now();
+    shared.db(move |store| store.withdraw_peer(JoinKind::Host, *host.as_bytes(), now)).await?;
+    let mut targets = shared.announce_host(host).await?;
+    targets.push(shared.dismiss(Peer::Host(host)).await?);
+    let receipt = wait.receipt(&shared, caller.change("host.withdraw", host), targets).await?;
+    Ok(Json(Withdrawn { id: host.to_string(), receipt }))
+}
+
+/// Withdraws a proxy: its key is good for nothing from now on, and what it
+/// carries is closed. Administrators.
+#[utoipa::path(post, path = "/proxies/{id}/withdraw", tag = "hosts", params(("id" = String, Path), Wait),
+    responses((status = 200, body = Withdrawn), (status = "default", body = Problem)))]
+async fn withdraw_proxy(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    Id(id): Id<String>,
+    Asked(wait): Asked<Wait>,
+    Body(Nothing {}): Body<Nothing>,
+) -> Answer<Json<Withdrawn>> {
+    caller.require_admin()?;
+    let proxy = find_proxy(&shared, &id).await?.id;
+    let now = shared.now();
+    shared.db(move |store| store.withdraw_peer(JoinKind::Proxy, *proxy.as_bytes(), now)).await?;
+    let targets = shared.announce_proxy(proxy).await?;
+    shared.dismiss(Peer::Proxy(proxy)).await?;
+    let receipt = wait.receipt(&shared, caller.change("proxy.withdraw", proxy), targets).await?;
+    Ok(Json(Withdrawn { id: proxy.to_string(), receipt }))
+}
+
+/// A proxy that was not withdrawn, by id or name; by id also one that was.
+async fn find_proxy(shared: &Shared, text: &str) -> Answer<Proxy> {
+    if let Ok(id) = text.parse() {
+        return Ok(shared.db(move |store| store.proxy(id)).await?);
+    }
+    let proxies = shared.db(|store| store.proxies()).await?;
+    let found = proxies.into_iter().find(|proxy| proxy.name.as_str() == text);
+    found.ok_or_else(|| Problem::not_found("proxy"))
 }
 
 /// Somebody joins.
@@ -151,6 +292,8 @@ async fn join(shared: &Shared, kind: JoinKind, join: Join) -> Answer<Json<Joined
         .db(move |store| store.join(&Joining { token: &hash, kind, name: &name, address: &address, id }, now))
         .await?;
     let mut answer = Joined { host_id: None, proxy_id: None, issuer: shared.issuer.clone() };
+    // A connection that was opened with a key of before ends with it.
+    shared.disconnect(joined(kind, id)).await;
     match joined(kind, id) {
         Peer::Host(host) => {
             shared.announce_host(host).await?;
@@ -260,7 +403,7 @@ struct Proxies {
     responses((status = 200, body = Proxies), (status = "default", body = Problem)))]
 async fn proxies(State(shared): State<Arc<Shared>>, _: Caller) -> Answer<Json<Proxies>> {
     let proxies = shared.db(|store| store.proxies()).await?;
-    let view = |proxy: cocalc_sqlite::master::Proxy| ProxyView {
+    let view = |proxy: Proxy| ProxyView {
         id: proxy.id.to_string(),
         name: proxy.name.to_string(),
         state: if shared.alive(Peer::Proxy(proxy.id)) { "connected" } else { "away" },

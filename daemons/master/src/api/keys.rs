@@ -9,16 +9,17 @@ use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
-    accounts::Wait,
     caller::Caller,
     input::{Asked, Body, Id},
     problem::{Answer, Problem},
     projects::Nothing,
+    receipts::Wait,
+    view::time,
 };
-use crate::{bus::streams::Receipt, shared::Shared};
+use crate::{receipts::Receipt, shared::Shared};
 
 pub(super) fn routes() -> OpenApiRouter<Arc<Shared>> {
-    OpenApiRouter::new().routes(routes!(rotate)).routes(routes!(withdraw))
+    OpenApiRouter::new().routes(routes!(list)).routes(routes!(rotate)).routes(routes!(withdraw))
 }
 
 #[derive(Serialize, ToSchema)]
@@ -29,7 +30,7 @@ struct Ring {
     current: String,
     /// All keys that are accepted.
     keys: Vec<String>,
-    /// With `wait`: where it is in force.
+    /// Where it is in force; with `wait`, when it is so everywhere.
     receipt: Option<Receipt>,
 }
 
@@ -43,6 +44,45 @@ impl Ring {
             receipt,
         }
     }
+}
+
+#[derive(Serialize, ToSchema)]
+struct SigningKeyView {
+    kid: String,
+    alg: &'static str,
+    /// `next`: published, and does not sign yet; `current`: signs; `previous`:
+    /// accepted until its last token has expired.
+    state: &'static str,
+    /// When it was published, or began to sign; of `previous`, none.
+    since: Option<String>,
+    /// Of `previous`: when it is retired.
+    until: Option<String>,
+}
+
+#[derive(Serialize, ToSchema)]
+struct SigningKeys {
+    /// Grows with each change.
+    version: u64,
+    keys: Vec<SigningKeyView>,
+    /// Keys that were withdrawn, the latest last.
+    withdrawn: Vec<String>,
+}
+
+/// Lists the keys that sign connect tokens, without their secrets.
+/// Administrators.
+#[utoipa::path(get, path = "/keys", tag = "keys",
+    responses((status = 200, body = SigningKeys), (status = "default", body = Problem)))]
+async fn list(State(shared): State<Arc<Shared>>, caller: Caller) -> Answer<Json<SigningKeys>> {
+    caller.require_admin()?;
+    let (public, keys) = shared.signing.list();
+    let keys = keys.into_iter().map(|key| SigningKeyView {
+        kid: key.kid,
+        alg: key.algorithm.name(),
+        state: key.state.as_str(),
+        since: key.since.map(time),
+        until: key.until.map(time),
+    });
+    Ok(Json(SigningKeys { version: public.version, keys: keys.collect(), withdrawn: public.withdrawn }))
 }
 
 #[derive(Deserialize, IntoParams)]
@@ -68,7 +108,8 @@ async fn rotate(
     let changed = tokio::task::spawn_blocking(move || task.signing.rotate(force.force, task.now())).await;
     changed.map_err(|error| Problem::internal(&error))??;
     let targets = shared.announce_ring().await?;
-    let receipt = wait.receipt(&shared, targets).await;
+    let receipt =
+        wait.receipt(&shared, caller.change("keys.rotate", shared.signing.current_kid()), targets).await?;
     Ok(Json(Ring::new(&shared, receipt)))
 }
 
@@ -83,13 +124,13 @@ async fn withdraw(
     Body(Nothing {}): Body<Nothing>,
 ) -> Answer<Json<Ring>> {
     caller.require_admin()?;
-    let task = shared.clone();
+    let (task, name) = (shared.clone(), kid.clone());
     let changed = tokio::task::spawn_blocking(move || task.signing.withdraw(&kid, task.now())).await;
     if !changed.map_err(|error| Problem::internal(&error))?? {
         return Err(Problem::not_found("key"));
     }
     let targets = shared.announce_ring().await?;
-    let receipt = wait.receipt(&shared, targets).await;
+    let receipt = wait.receipt(&shared, caller.change("keys.withdraw", name), targets).await?;
     Ok(Json(Ring::new(&shared, receipt)))
 }
 

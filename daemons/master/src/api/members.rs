@@ -9,12 +9,12 @@ use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
-    accounts::Wait,
     caller::Caller,
     input::{Asked, Body, Id, Ids},
     problem::{Answer, Problem},
+    receipts::Wait,
 };
-use crate::{bus::streams::Receipt, shared::Shared};
+use crate::{receipts::Receipt, shared::Shared};
 
 pub(super) fn routes() -> OpenApiRouter<Arc<Shared>> {
     OpenApiRouter::new().routes(routes!(add, list)).routes(routes!(remove))
@@ -50,7 +50,7 @@ struct Changed {
     role: Option<Role>,
     /// The version of the member set that says so.
     acl_version: u64,
-    /// With `wait`: where it is in force.
+    /// Where it is in force; with `wait`, when it is so everywhere.
     receipt: Option<Receipt>,
 }
 
@@ -69,7 +69,8 @@ async fn add(
     let (account, role) = (new.account_id, new.role);
     let acl_version = shared.db(move |store| store.add_member(id, account, role)).await?;
     let targets = shared.announce_project(id).await?;
-    let receipt = wait.receipt(&shared, targets).await;
+    let change = caller.change("collaborator.add", format!("{id} {account}"));
+    let receipt = wait.receipt(&shared, change, targets).await?;
     Ok(Json(Changed { account_id: account.to_string(), role: Some(role), acl_version, receipt }))
 }
 
@@ -110,6 +111,7 @@ async fn remove(
     caller.project(&shared, id, action).await?;
     let acl_version = shared.db(move |store| store.remove_member(id, account)).await?;
     let targets = shared.announce_project(id).await?;
-    let receipt = wait.receipt(&shared, targets).await;
+    let change = caller.change("collaborator.remove", format!("{id} {account}"));
+    let receipt = wait.receipt(&shared, change, targets).await?;
     Ok(Json(Changed { account_id: account.to_string(), role: None, acl_version, receipt }))
 }

@@ -1,5 +1,6 @@
 //! The HTTP API.
 
+mod access;
 mod accounts;
 mod caller;
 mod connect;
@@ -14,6 +15,8 @@ mod operations;
 mod page;
 mod problem;
 mod projects;
+mod receipts;
+mod scope;
 mod snapshots;
 mod ssh_keys;
 mod view;
@@ -51,6 +54,8 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
         .merge(hosts::routes())
         .merge(operations::routes())
         .merge(keys::routes())
+        .merge(receipts::routes())
+        .merge(access::routes())
         .split_for_parts();
     let (open, mut rest) =
         OpenApiRouter::with_openapi(Document::openapi()).merge(hosts::open_routes()).split_for_parts();

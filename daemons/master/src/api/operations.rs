@@ -71,7 +71,8 @@ async fn list(
     let account = (!page.all).then_some(caller.id);
     let limit = page.limit.unwrap_or(50).clamp(1, 1000);
     let operations = shared.db(move |store| store.operations(account, limit)).await?;
-    Ok(Json(Operations { operations: operations.into_iter().map(Into::into).collect() }))
+    let operations = operations.into_iter().filter(|operation| caller.covers(operation.project));
+    Ok(Json(Operations { operations: operations.map(Into::into).collect() }))
 }
 
 /// The operation, if the caller may see its project.
@@ -86,6 +87,7 @@ async fn find(shared: &Shared, caller: &Caller, id: OperationId) -> Answer<Opera
             Ok((operation, seen))
         })
         .await?;
+    let seen = seen && caller.covers(operation.project);
     if seen { Ok(operation) } else { Err(Problem::not_found("operation")) }
 }
 

@@ -148,7 +148,8 @@ async fn list(
         page.after.map(|id| id.parse().map_err(|_| Problem::invalid("after: not an id"))).transpose()?;
     let limit = page.limit.unwrap_or(100).clamp(1, 1000);
     let projects = shared.db(move |store| store.projects(account, after, limit)).await?;
-    Ok(Json(Projects { projects: projects.into_iter().map(Into::into).collect() }))
+    let projects = projects.into_iter().filter(|project| caller.covers(project.id)).map(Into::into);
+    Ok(Json(Projects { projects: projects.collect() }))
 }
 
 /// Shows a project.

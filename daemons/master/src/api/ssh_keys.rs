@@ -12,16 +12,13 @@ use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
-    accounts::Wait,
     caller::Caller,
     input::{Asked, Body, Id},
     problem::{Answer, Problem},
+    receipts::Wait,
     view::time,
 };
-use crate::{
-    bus::streams::{Receipt, Target},
-    shared::Shared,
-};
+use crate::{bus::streams::Target, receipts::Receipt, shared::Shared};
 
 pub(super) fn routes() -> OpenApiRouter<Arc<Shared>> {
     OpenApiRouter::new().routes(routes!(add, list)).routes(routes!(remove))
@@ -136,7 +133,7 @@ async fn list(State(shared): State<Arc<Shared>>, caller: Caller) -> Answer<Json<
 #[derive(Serialize, ToSchema)]
 struct Removed {
     id: String,
-    /// With `wait`: where it is in force.
+    /// Where it is in force; with `wait`, when it is so everywhere.
     receipt: Option<Receipt>,
 }
 
@@ -152,7 +149,8 @@ async fn remove(
     let account = caller.id;
     let removed = shared.db(move |store| store.remove_ssh_key(account, id)).await?;
     let targets = announce(&shared, &removed).await?;
-    Ok(Json(Removed { id: id.to_string(), receipt: wait.receipt(&shared, targets).await }))
+    let receipt = wait.receipt(&shared, caller.change("key.remove", id), targets).await?;
+    Ok(Json(Removed { id: id.to_string(), receipt }))
 }
 
 #[cfg(test)]

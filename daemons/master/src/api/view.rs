@@ -108,7 +108,8 @@ impl From<HostAddress> for AddressView {
 pub(crate) struct HostView {
     id: String,
     name: String,
-    /// `connected`, or `away` when its lease has run out, or it never came.
+    /// `connected`, `withdrawn`, or `away` when its lease has run out, or it
+    /// never came.
     state: &'static str,
     cordoned: bool,
     address: AddressView,
@@ -127,7 +128,11 @@ impl HostView {
         Self {
             id: host.id.to_string(),
             name: host.name.to_string(),
-            state: if connected { "connected" } else { "away" },
+            state: match (host.withdrawn, connected) {
+                (Some(_), _) => "withdrawn",
+                (None, true) => "connected",
+                (None, false) => "away",
+            },
             cordoned: host.cordoned,
             address: host.address.into(),
             ssh_host_keys: host.ssh_host_keys,

@@ -7,7 +7,7 @@ use cocalc_core::connector::Peer;
 use cocalc_ids::{AccountId, HostId, ProjectId, ProxyId};
 use cocalc_sqlite::master as store;
 
-use super::streams::{Target, host_entry, project_entries, proxy_entry};
+use super::streams::{About, Target, host_entry, project_entries, proxy_entry};
 use crate::shared::Shared;
 
 impl Shared {
@@ -24,7 +24,8 @@ impl Shared {
     /// Tells one host what it should know of a project now, which may be that
     /// it is not its own.
     pub(crate) async fn tell_of_project(&self, host: HostId, project: ProjectId) -> store::Result<Target> {
-        self.streams.send(Peer::Host(host), move |store| project_entries(store, host, project)).await
+        let about = About { project: Some(project), account: None };
+        self.streams.send(Peer::Host(host), about, move |store| project_entries(store, host, project)).await
     }
 
     /// A project has another owner, or another epoch: both hosts hear, and all
@@ -39,7 +40,7 @@ impl Shared {
         }
         for proxy in self.db(|store| store.proxies()).await? {
             let route = vec![Entry::Route { project, host, epoch }];
-            self.streams.send(Peer::Proxy(proxy.id), move |_| Ok(route)).await?;
+            self.streams.send(Peer::Proxy(proxy.id), About::default(), move |_| Ok(route)).await?;
         }
         Ok(())
     }
@@ -50,7 +51,8 @@ impl Shared {
         let mut targets = Vec::with_capacity(hosts.len());
         for host in hosts {
             let read = move |store: &store::Store| Ok(vec![Entry::Account(store.account_state(account)?)]);
-            targets.push(self.streams.send(Peer::Host(host), read).await?);
+            let about = About { project: None, account: Some(account) };
+            targets.push(self.streams.send(Peer::Host(host), about, read).await?);
         }
         Ok(targets)
     }
@@ -61,25 +63,29 @@ impl Shared {
         for peer in self.everybody().await? {
             // Read again for each, so that no stream ends with an older ring.
             let entry = Entry::KeyRing(self.signing.public());
-            targets.push(self.streams.send(peer, move |_| Ok(vec![entry])).await?);
+            targets.push(self.streams.send(peer, About::default(), move |_| Ok(vec![entry])).await?);
         }
         Ok(targets)
     }
 
-    /// A host is new, or somewhere else: everybody hears.
-    pub(crate) async fn announce_host(&self, host: HostId) -> store::Result<()> {
+    /// A host is new, somewhere else, or withdrawn: everybody hears.
+    pub(crate) async fn announce_host(&self, host: HostId) -> store::Result<Vec<Target>> {
+        let mut targets = Vec::new();
         for peer in self.everybody().await? {
-            self.streams.send(peer, move |store| Ok(vec![host_entry(&store.host(host)?)?])).await?;
+            let read = move |store: &store::Store| Ok(vec![host_entry(&store.host(host)?)?]);
+            targets.push(self.streams.send(peer, About::default(), read).await?);
         }
-        Ok(())
+        Ok(targets)
     }
 
-    /// A proxy is new: every host hears.
-    pub(crate) async fn announce_proxy(&self, proxy: ProxyId) -> store::Result<()> {
+    /// A proxy is new, or withdrawn: every host hears.
+    pub(crate) async fn announce_proxy(&self, proxy: ProxyId) -> store::Result<Vec<Target>> {
+        let mut targets = Vec::new();
         for host in self.db(|store| store.hosts()).await? {
-            self.streams.send(Peer::Host(host.id), move |store| Ok(vec![proxy_entry(store, proxy)?])).await?;
+            let read = move |store: &store::Store| Ok(vec![proxy_entry(store, proxy)?]);
+            targets.push(self.streams.send(Peer::Host(host.id), About::default(), read).await?);
         }
-        Ok(())
+        Ok(targets)
     }
 
     async fn everybody(&self) -> store::Result<Vec<Peer>> {

@@ -65,11 +65,12 @@ impl Gate {
     async fn registered(&self, token: &str) -> BTreeMap<PeerId, PublicKey> {
         let Some(claimed) = claimed_peer(token) else { return BTreeMap::new() };
         let identity = on_store(&self.store, move |store| match claimed {
-            PeerId::Host(id) => store.host(id).map(|host| host.address.identity),
-            PeerId::Proxy(id) => store.proxy(id).map(|proxy| proxy.address.identity),
+            PeerId::Host(id) => store.host(id).map(|host| (host.withdrawn, host.address.identity)),
+            PeerId::Proxy(id) => store.proxy(id).map(|proxy| (proxy.withdrawn, proxy.address.identity)),
         });
         match identity.await {
-            Ok(identity) => identity.parse().ok().map(|key| (claimed, key)).into_iter().collect(),
+            Ok((Some(_), _)) => BTreeMap::new(),
+            Ok((None, identity)) => identity.parse().ok().map(|key| (claimed, key)).into_iter().collect(),
             Err(store::Error::NotFound { .. }) => BTreeMap::new(),
             Err(error) => {
                 tracing::error!(error = %cocalc_core::chain(&error), "cannot read a peer's key");

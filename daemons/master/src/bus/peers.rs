@@ -1,7 +1,7 @@
 //! Which hosts and proxies are there, as far as this process knows.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -17,6 +17,8 @@ pub(crate) struct Peers {
     /// of may hold a lease of the process before, renewed until just then.
     began: Duration,
     live: Mutex<BTreeMap<Peer, Live>>,
+    /// Those that were withdrawn since, and are still connected perhaps.
+    withdrawn: Mutex<BTreeSet<Peer>>,
     /// Counts registrations, for who waits for one.
     registrations: watch::Sender<u64>,
 }
@@ -29,11 +31,17 @@ struct Live {
 
 impl Peers {
     pub(crate) fn new(began: Duration) -> Self {
-        Self { began, live: Mutex::default(), registrations: watch::Sender::new(0) }
+        Self {
+            began,
+            live: Mutex::default(),
+            withdrawn: Mutex::default(),
+            registrations: watch::Sender::new(0),
+        }
     }
 
     /// A peer's process introduced itself.
     pub(crate) fn registered(&self, peer: Peer, session: SessionId, now: Duration) {
+        self.withdrawn.lock().unwrap_or_else(PoisonError::into_inner).remove(&peer);
         self.lock().insert(peer, Live { session, heard: now });
         self.registrations.send_modify(|count| *count += 1);
     }
@@ -50,6 +58,20 @@ impl Peers {
         }
     }
 
+    /// It is let in no more: it renews nothing, and nothing is asked of it.
+    pub(crate) fn withdraw(&self, peer: Peer) {
+        self.withdrawn.lock().unwrap_or_else(PoisonError::into_inner).insert(peer);
+        // When its last lease began is remembered, its process is not.
+        if let Some(live) = self.lock().get_mut(&peer) {
+            live.session = SessionId::random();
+        }
+    }
+
+    /// Whether it was withdrawn, and has not come with another key since.
+    pub(crate) fn is_withdrawn(&self, peer: Peer) -> bool {
+        self.withdrawn.lock().unwrap_or_else(PoisonError::into_inner).contains(&peer)
+    }
+
     /// The process that registered last, if one did.
     pub(crate) fn session(&self, peer: Peer) -> Option<SessionId> {
         self.lock().get(&peer).map(|live| live.session)
@@ -58,6 +80,7 @@ impl Peers {
     /// Whether the peer was heard of within `lease`.
     pub(crate) fn alive(&self, peer: Peer, now: Duration, lease: Duration) -> bool {
         self.lock().get(&peer).is_some_and(|live| now < live.heard.saturating_add(lease))
+            && !self.is_withdrawn(peer)
     }
 
     /// When the last lease that the peer can hold began at the latest.

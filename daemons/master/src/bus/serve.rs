@@ -99,10 +99,21 @@ fn is_inbox_of(peer: Peer, subject: &str) -> bool {
     own.is_some_and(|rest| rest.starts_with('.')) && is_subject(subject)
 }
 
+async fn acknowledge(shared: &Shared, peer: Peer, epoch: u64, seq: u64) {
+    if shared.streams.acknowledge(peer, epoch, seq).await
+        && let Err(error) = shared.acknowledged(peer, (epoch, seq)).await
+    {
+        tracing::error!(?peer, error = %cocalc_core::chain(&error), "a receipt could not be written");
+    }
+}
+
 async fn renew(shared: &Shared, peer: Peer, keepalive: Keepalive) -> KeepaliveReply {
     let known = shared.peers.renew(peer, keepalive.session, shared.clock.boot());
+    if known {
+        shared.heard(peer);
+    }
     if let (true, Some((epoch, seq))) = (known, keepalive.position) {
-        shared.streams.acknowledge(peer, epoch, seq).await;
+        acknowledge(shared, peer, epoch, seq).await;
     }
     KeepaliveReply {
         lease_ms: if known { shared.settings.lease_ms } else { 0 },
@@ -112,6 +123,10 @@ async fn renew(shared: &Shared, peer: Peer, keepalive: Keepalive) -> KeepaliveRe
 }
 
 async fn respond(shared: &Arc<Shared>, peer: Peer, request: PeerRequest) -> store::Result<PeerReply> {
+    let its_last = matches!(request, PeerRequest::Acknowledge { .. });
+    if shared.peers.is_withdrawn(peer) && !its_last && is_withdrawn(shared, peer).await? {
+        return Ok(PeerReply::Error { message: "this host or proxy was withdrawn".to_owned() });
+    }
     match request {
         PeerRequest::Register(register) => return register_peer(shared, peer, *register).await,
         PeerRequest::Sync { position } => {
@@ -122,7 +137,7 @@ async fn respond(shared: &Arc<Shared>, peer: Peer, request: PeerRequest) -> stor
             };
             shared.streams.sync(peer, position, read).await?;
         }
-        PeerRequest::Acknowledge { stream, seq } => shared.streams.acknowledge(peer, stream, seq).await,
+        PeerRequest::Acknowledge { stream, seq } => acknowledge(shared, peer, stream, seq).await,
         PeerRequest::FetchProject { project } => {
             let Peer::Host(host) = peer else { return Ok(hosts_only()) };
             shared.tell_of_project(host, project).await?;
@@ -158,6 +173,15 @@ async fn respond(shared: &Arc<Shared>, peer: Peer, request: PeerRequest) -> stor
         }
     }
     Ok(PeerReply::Done)
+}
+
+/// What the database says, which knows of another key that it was given.
+async fn is_withdrawn(shared: &Shared, peer: Peer) -> store::Result<bool> {
+    let withdrawn = shared.db(move |store| match peer {
+        Peer::Host(id) => Ok(store.host(id)?.withdrawn),
+        Peer::Proxy(id) => Ok(store.proxy(id)?.withdrawn),
+    });
+    Ok(withdrawn.await?.is_some())
 }
 
 fn hosts_only() -> PeerReply {
@@ -206,6 +230,7 @@ async fn register_peer(shared: &Arc<Shared>, peer: Peer, register: Register) -> 
         })
         .await?;
     shared.peers.registered(peer, register.session, shared.clock.boot());
+    shared.heard(peer);
     tracing::info!(?peer, name = %register.name, session = %register.session, "registered");
     if let Peer::Host(host) = peer {
         shared.tidy(host);
@@ -231,8 +256,11 @@ async fn route(shared: &Shared, project: ProjectId) -> store::Result<Option<Rout
     shared
         .db(move |store| match store.ownership(project)? {
             Some((host, epoch, false)) => {
-                let how = Reach::Remote(store.host(host)?.address);
-                Ok(Some(Route { project, host, epoch, how }))
+                let found = store.host(host)?;
+                if found.withdrawn.is_some() {
+                    return Ok(None);
+                }
+                Ok(Some(Route { project, host, epoch, how: Reach::Remote(found.address) }))
             }
             _ => Ok(None),
         })

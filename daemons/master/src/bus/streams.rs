@@ -9,23 +9,19 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
 };
 
 use cocalc_auth::stream::{Entry, Frame};
 use cocalc_core::{
     bus::{Bus, Payload},
-    clock::Clock,
     connector::Peer,
     control::{FRAME_BYTES_MAX, stream_subject},
+    router::HostAddress,
 };
 use cocalc_ids::{AccountId, HostId, ProjectId, ProxyId};
 use cocalc_sqlite::master::{self as store, Store};
-use serde::Serialize;
 use tokio::sync::watch;
-use utoipa::ToSchema;
 
-use super::peers::Peers;
 use crate::{shared::on_store, signing::Signing};
 
 /// How many sent frames are kept for who missed some; who missed more gets the
@@ -37,6 +33,8 @@ const KEPT_BYTES: usize = 4 * 1024 * 1024;
 #[derive(Debug)]
 pub(crate) struct Streams {
     epoch: u64,
+    /// The federation's grace.
+    grace_ms: u64,
     bus: Arc<dyn Bus>,
     store: Arc<Store>,
     peers: Mutex<BTreeMap<Peer, Arc<Stream>>>,
@@ -60,46 +58,35 @@ struct Log {
     live: bool,
 }
 
+/// What an entry is about, as far as graces go: everything, if nothing is named.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct About {
+    pub(crate) project: Option<ProjectId>,
+    pub(crate) account: Option<AccountId>,
+}
+
 /// A frame that must be applied before a change is in force at `peer`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) struct Target {
     pub(crate) peer: Peer,
     pub(crate) seq: u64,
-}
-
-/// Who has applied a revocation.
-#[derive(Clone, Debug, Serialize, ToSchema)]
-pub(crate) struct Receipt {
-    /// Whether it is in force everywhere: no peer is `pending`.
-    complete: bool,
-    /// Everybody who holds what was revoked.
-    peers: Vec<PeerReceipt>,
-}
-
-/// What became of a revocation at one host or proxy.
-#[derive(Clone, Debug, Serialize, ToSchema)]
-pub(crate) struct PeerReceipt {
-    /// `host:<id>` or `proxy:<id>`.
-    peer: String,
-    outcome: ReceiptOutcome,
-    /// How long it took, in milliseconds.
-    millis: u64,
-}
-
-#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize, ToSchema)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum ReceiptOutcome {
-    /// It has applied it, and closed the connections concerned.
-    Acknowledged,
-    /// It is cut off, and its lease and grace have run out: it admits nobody.
-    Expired,
-    /// Neither yet.
-    Pending,
+    /// The longest grace that the peer may know of what it is about.
+    pub(crate) grace_ms: u64,
 }
 
 impl Streams {
-    pub(crate) fn new(epoch: u64, bus: Arc<dyn Bus>, store: Arc<Store>) -> Self {
-        Self { epoch, bus, store, peers: Mutex::default() }
+    pub(crate) fn new(epoch: u64, grace_ms: u64, bus: Arc<dyn Bus>, store: Arc<Store>) -> Self {
+        Self { epoch, grace_ms, bus, store, peers: Mutex::default() }
+    }
+
+    /// The epoch of this process's streams.
+    pub(crate) fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// What the peer has acknowledged.
+    pub(crate) fn applied(&self, peer: Peer) -> (u64, u64) {
+        (self.epoch, *self.stream(peer).applied.borrow())
     }
 
     fn stream(&self, peer: Peer) -> Arc<Stream> {
@@ -113,13 +100,14 @@ impl Streams {
         (self.epoch, self.stream(peer).log.lock().await.seq)
     }
 
-    /// The peer has applied everything up to `seq`.
-    pub(crate) async fn acknowledge(&self, peer: Peer, epoch: u64, seq: u64) {
+    /// The peer has applied everything up to `seq`; whether that can be, and is
+    /// news.
+    pub(crate) async fn acknowledge(&self, peer: Peer, epoch: u64, seq: u64) -> bool {
         let stream = self.stream(peer);
         let sent = stream.log.lock().await.seq;
-        if epoch == self.epoch && seq <= sent {
-            stream.applied.send_if_modified(|applied| std::mem::replace(applied, seq.max(*applied)) < seq);
-        }
+        epoch == self.epoch
+            && seq <= sent
+            && stream.applied.send_if_modified(|applied| std::mem::replace(applied, seq.max(*applied)) < seq)
     }
 
     /// Appends what `read` finds in the database, and returns the last frame's
@@ -127,14 +115,24 @@ impl Streams {
     pub(crate) async fn send(
         &self,
         peer: Peer,
+        about: About,
         read: impl FnOnce(&Store) -> store::Result<Vec<Entry>> + Send + 'static,
     ) -> store::Result<Target> {
         let stream = self.stream(peer);
         let mut log = stream.log.lock().await;
-        for entry in on_store(&self.store, read).await? {
+        let default_ms = self.grace_ms;
+        let (entries, grace_ms) = on_store(&self.store, move |store| {
+            let grace_ms = match peer {
+                Peer::Host(host) => store.longest_grace(host, about.project, about.account, default_ms)?,
+                Peer::Proxy(_) => default_ms,
+            };
+            Ok((read(store)?, grace_ms))
+        })
+        .await?;
+        for entry in entries {
             self.append(&stream, &mut log, entry).await;
         }
-        Ok(Target { peer, seq: log.seq })
+        Ok(Target { peer, seq: log.seq, grace_ms })
     }
 
     /// Continues the stream after `position`, or sends the whole state that
@@ -212,48 +210,6 @@ impl Streams {
             }
         }
     }
-
-    /// Waits until every target is applied, or the peer can admit nobody any
-    /// more, for at most `limit`.
-    pub(crate) async fn receipt(
-        &self,
-        targets: &[Target],
-        limit: Duration,
-        gone_after: Duration,
-        peers: &Peers,
-        clock: &dyn Clock,
-    ) -> Receipt {
-        let began = clock.boot();
-        let deadline = began.saturating_add(limit);
-        let wait = |target: Target| async move {
-            let mut applied = self.stream(target.peer).applied.subscribe();
-            loop {
-                let now = clock.boot();
-                let done = |outcome| PeerReceipt {
-                    peer: peer_name(target.peer),
-                    outcome,
-                    millis: u64::try_from(now.saturating_sub(began).as_millis()).unwrap_or(u64::MAX),
-                };
-                if *applied.borrow_and_update() >= target.seq {
-                    return done(ReceiptOutcome::Acknowledged);
-                }
-                let gone = peers.heard(target.peer).saturating_add(gone_after);
-                if now >= gone {
-                    return done(ReceiptOutcome::Expired);
-                }
-                if now >= deadline {
-                    return done(ReceiptOutcome::Pending);
-                }
-                let rest = gone.min(deadline).saturating_sub(now);
-                // Whatever ended the wait, the loop looks again.
-                let _ = tokio::time::timeout(rest, applied.changed()).await;
-            }
-        };
-        let peers: Vec<PeerReceipt> =
-            futures_util::future::join_all(targets.iter().map(|target| wait(*target))).await;
-        let complete = peers.iter().all(|peer| peer.outcome != ReceiptOutcome::Pending);
-        Receipt { complete, peers }
-    }
 }
 
 /// As people and programs see a peer.
@@ -303,15 +259,18 @@ pub(crate) fn host_state(store: &Store, signing: &Signing, host: HostId) -> stor
 /// Everything that a proxy is told at the beginning. Routes it asks for.
 pub(crate) fn peer_state(store: &Store, signing: &Signing) -> store::Result<Vec<Entry>> {
     let mut entries = vec![Entry::KeyRing(signing.public())];
-    for host in store.hosts()? {
+    // Of those that were withdrawn, that they are nowhere: who was away
+    // meanwhile may still know them.
+    for host in store.hosts()?.into_iter().chain(store.withdrawn_hosts()?) {
         entries.push(host_entry(&host)?);
     }
     Ok(entries)
 }
 
-/// Where a host is.
+/// Where a host is. One that was withdrawn is nowhere, and no key proves it.
 pub(crate) fn host_entry(host: &store::Host) -> store::Result<Entry> {
-    let address = serde_json::to_value(&host.address).map_err(|error| {
+    let address = if host.withdrawn.is_some() { HostAddress::default() } else { host.address.clone() };
+    let address = serde_json::to_value(&address).map_err(|error| {
         store::Error::Store(cocalc_sqlite::Error::Failed {
             operation: "write an address",
             source: error.into(),
@@ -323,6 +282,7 @@ pub(crate) fn host_entry(host: &store::Host) -> store::Result<Entry> {
 /// What hosts are told of a proxy.
 pub(crate) fn proxy_entry(store: &Store, proxy: ProxyId) -> store::Result<Entry> {
     let identity = match store.proxy(proxy) {
+        Ok(proxy) if proxy.withdrawn.is_some() => None,
         Ok(proxy) => Some(proxy.address.identity),
         Err(store::Error::NotFound { .. }) => None,
         Err(error) => return Err(error),

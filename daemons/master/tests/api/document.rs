@@ -60,6 +60,14 @@ const CALLS: &[&str] = &[
     "GET /ssh-keys",
     "POST /ssh-keys",
     "DELETE /ssh-keys/{id}",
+    "POST /hosts/{id}/rotate-key",
+    "POST /hosts/{id}/withdraw",
+    "GET /keys",
+    "GET /projects/{id}/access",
+    "PATCH /projects/{id}/access",
+    "POST /proxies/{id}/rotate-key",
+    "POST /proxies/{id}/withdraw",
+    "GET /receipts/{id}",
 ];
 
 /// All references in a document.

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by it, in its helpers too")]
 
+mod access;
 mod document;
 mod files;
 mod moves;

@@ -1,0 +1,82 @@
+//! Where revocations are in force.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{Json, extract::State};
+use cocalc_ids::ReceiptId;
+use serde::Deserialize;
+use utoipa::IntoParams;
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use super::{
+    caller::Caller,
+    input::{Asked, Id},
+    problem::{Answer, Problem},
+};
+use crate::{
+    bus::streams::Target,
+    receipts::{Change, Receipt},
+    shared::Shared,
+};
+
+pub(super) fn routes() -> OpenApiRouter<Arc<Shared>> {
+    OpenApiRouter::new().routes(routes!(show))
+}
+
+/// Whether to wait until a revocation is in force.
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(super) struct Wait {
+    /// Wait until it is in force everywhere.
+    #[serde(default)]
+    wait: bool,
+    /// How long at most; 1 to 3600, default 20. What is `pending` then goes on:
+    /// `GET /receipts/{id}`.
+    timeout_secs: Option<u64>,
+}
+
+impl Wait {
+    fn limit(&self) -> Duration {
+        match self.wait {
+            true => Duration::from_secs(self.timeout_secs.unwrap_or(20).clamp(1, 3600)),
+            false => Duration::ZERO,
+        }
+    }
+
+    /// Keeps the receipt of a change, and waits for it if that was asked for.
+    pub(super) async fn receipt(
+        &self,
+        shared: &Shared,
+        change: Change,
+        targets: Vec<Target>,
+    ) -> Answer<Option<Receipt>> {
+        match shared.issue(change, targets).await? {
+            Some(id) => Ok(Some(shared.receipt(id, self.limit()).await?.1)),
+            None => Ok(None),
+        }
+    }
+}
+
+impl Caller {
+    /// A change of this caller's.
+    pub(super) fn change(&self, what: &'static str, subject: impl ToString) -> Change {
+        Change { account: self.id, what, subject: subject.to_string(), grace: None }
+    }
+}
+
+/// Shows where a revocation is in force, to who asked for it and to
+/// administrators; with `wait`, when it is so everywhere.
+#[utoipa::path(get, path = "/receipts/{id}", tag = "receipts", params(("id" = String, Path), Wait),
+    responses((status = 200, body = Receipt), (status = "default", body = Problem)))]
+async fn show(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    Id(id): Id<ReceiptId>,
+    Asked(wait): Asked<Wait>,
+) -> Answer<Json<Receipt>> {
+    let account = shared.db(move |store| store.receipt(id)).await?.account;
+    if !caller.admin && account != caller.id {
+        return Err(Problem::not_found("receipt"));
+    }
+    Ok(Json(shared.receipt(id, wait.limit()).await?.1))
+}
