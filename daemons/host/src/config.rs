@@ -172,6 +172,10 @@ mod tests {
             let error = parse(&format!("{GOOD}[snapshots]\n{table}\n")).unwrap_err();
             assert!(error.contains(key), "{error}");
         }
-        assert!(parse(&format!("{GOOD}snapshot_visits_per_sec = 0\n")).unwrap_err().contains("snapshot_visits_per_sec"));
+        assert!(
+            parse(&format!("{GOOD}snapshot_visits_per_sec = 0\n"))
+                .unwrap_err()
+                .contains("snapshot_visits_per_sec")
+        );
     }
 }

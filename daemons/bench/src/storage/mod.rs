@@ -24,7 +24,10 @@ pub(crate) fn measure(dir: &Path, effort: Effort, table: &mut Table) -> Result<(
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     std::fs::create_dir_all(dir)?;
     for (name, part) in [
-        ("snapshots", snapshots::measure as fn(&Path, Effort, &mut Table, &tokio::runtime::Runtime) -> Result<()>),
+        (
+            "snapshots",
+            snapshots::measure as fn(&Path, Effort, &mut Table, &tokio::runtime::Runtime) -> Result<()>,
+        ),
         ("streams", streams::measure),
         ("projects", projects::measure),
     ] {

@@ -61,7 +61,9 @@ pub(super) fn measure(dir: &Path, effort: Effort, table: &mut Table, runtime: &R
             samples[1][which].push(asked.as_secs_f64() * 1e3 / QUERIES as f64);
         }
     }
-    for (what, [few, many]) in ["open, volume and usage of one project", "usage of one project"].iter().zip(&samples) {
+    for (what, [few, many]) in
+        ["open, volume and usage of one project", "usage of one project"].iter().zip(&samples)
+    {
         let what = format!("{what}, {} projects", effort.projects);
         table.add(what, format!("the same with {FEW}"), ("ms", Better::Less), many, few);
     }

@@ -41,7 +41,8 @@ pub(super) fn measure(dir: &Path, effort: Effort, table: &mut Table, runtime: &R
     let pair = Pair { runtime, from: open("from")?, to: open("to")?, project: ProjectId::random() };
     let created = runtime.block_on(pair.from.1.create(pair.project, &VolumeOptions::default()))?;
     let live = created.path.ok_or("a volume without a path")?;
-    let (files, bytes) = (effort.stream_files, effort.stream_mib as usize * (1 << 20) / effort.stream_files as usize);
+    let (files, bytes) =
+        (effort.stream_files, effort.stream_mib as usize * (1 << 20) / effort.stream_files as usize);
     for n in 0..files {
         let path = file(&live, n);
         if n % FAN == 0 {
