@@ -19,7 +19,7 @@ case $goal in
   test) packages+=(
           attr curl openssh-server python3-cryptography python3-jwt python3-venv rsync
         ) ;;
-  bench) packages+=(curl nginx-light openssh-server wrk) ;;
+  bench) packages+=(curl nginx-light openssh-server rsync wrk) ;;
   *) echo "setup.sh: unknown goal $goal" >&2; exit 2 ;;
 esac
 # A newer Node.js than Debian's may be there already.

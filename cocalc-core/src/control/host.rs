@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use cocalc_ids::{Epoch, HostId, ImageDigest, MoveId, OperationId, ProjectId, SnapshotName, TreePath, VolumeUuid};
+use cocalc_ids::{
+    Epoch, HostId, ImageDigest, MoveId, OperationId, ProjectId, SnapshotName, TreePath, VolumeUuid,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::{

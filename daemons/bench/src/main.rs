@@ -7,6 +7,7 @@ mod http;
 mod moves;
 mod ssh;
 mod start;
+mod storage;
 mod table;
 mod tokens;
 mod tool;
@@ -60,6 +61,9 @@ enum Part {
     Ssh,
     /// A project with 1 GB of files to another host.
     Moves,
+    /// Snapshots, clones and streams of the storage alone, and volumes with
+    /// thousands of projects.
+    Storage,
 }
 
 /// How much to measure.
@@ -72,6 +76,15 @@ struct Effort {
     ssh_mib: u32,
     /// Of the project that moves.
     move_mib: u32,
+    /// With how many snapshots present another one is taken.
+    snapshots: &'static [u32],
+    /// How often.
+    snapshot_runs: u32,
+    /// Of the project that is streamed.
+    stream_mib: u32,
+    stream_files: u32,
+    /// On the volume with many of them.
+    projects: u32,
 }
 
 fn main() -> ExitCode {
@@ -106,15 +119,39 @@ fn measure(arguments: &Arguments) -> (Table, Result<()>) {
 
 fn fill(arguments: &Arguments, table: &mut Table) -> Result<()> {
     let effort = if arguments.quick {
-        Effort { runs: arguments.runs.min(2), seconds: 1, ssh_mib: 64, move_mib: 64 }
+        Effort {
+            runs: arguments.runs.min(2),
+            seconds: 1,
+            ssh_mib: 64,
+            move_mib: 64,
+            snapshots: &[1, 20],
+            snapshot_runs: 5,
+            stream_mib: 16,
+            stream_files: 400,
+            projects: 100,
+        }
     } else {
-        Effort { runs: arguments.runs, seconds: 3, ssh_mib: 256, move_mib: 1024 }
+        Effort {
+            runs: arguments.runs,
+            seconds: 3,
+            ssh_mib: 256,
+            move_mib: 1024,
+            snapshots: &[1, 100, 1000],
+            snapshot_runs: 50,
+            stream_mib: 1024,
+            stream_files: 20_000,
+            projects: 5_000,
+        }
     };
     let wanted = |part| arguments.only.is_empty() || arguments.only.contains(&part);
     if wanted(Part::Tokens) {
         tokens::measure(effort, table)?;
     }
-    if arguments.only == [Part::Tokens] {
+    if wanted(Part::Storage) {
+        storage::measure(&arguments.dir, effort, table)?;
+    }
+    let alone = [Part::Tokens, Part::Storage];
+    if !arguments.only.is_empty() && arguments.only.iter().all(|part| alone.contains(part)) {
         return Ok(());
     }
     let federation = Federation::up(&arguments.dir, arguments.base_port)?;

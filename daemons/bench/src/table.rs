@@ -112,6 +112,14 @@ pub(crate) fn median(samples: &[f64]) -> f64 {
     }
 }
 
+/// The sample below which `part` of them are.
+pub(crate) fn quantile(samples: &[f64], part: f64) -> f64 {
+    let mut sorted = samples.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let last = sorted.len().saturating_sub(1);
+    sorted.get((last as f64 * part).round() as usize).copied().unwrap_or(f64::NAN)
+}
+
 fn range(samples: &[f64]) -> String {
     let least = samples.iter().copied().fold(f64::INFINITY, f64::min);
     let most = samples.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -131,12 +139,15 @@ fn number(value: f64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::median;
+    use super::{median, quantile};
 
     #[test]
     fn the_median_is_in_the_middle() {
         assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
         assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
         assert!(median(&[]).is_nan());
+        let samples: Vec<f64> = (0..=100).map(f64::from).collect();
+        assert_eq!((quantile(&samples, 0.99), quantile(&samples, 0.5)), (99.0, 50.0));
+        assert!(quantile(&[], 0.5).is_nan());
     }
 }

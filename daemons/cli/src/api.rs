@@ -163,8 +163,13 @@ fn exit_of(code: &Value) -> Exit {
     match code.as_str().unwrap_or_default() {
         "not_found" => Exit::NotFound,
         "invalid_request" => Exit::Usage,
-        "project_busy" | "already_exists" | "snapshot_exists" | "snapshot_in_use" | "other_host"
-        | "stale_epoch" | "project_has_snapshots" => Exit::Conflict,
+        "project_busy"
+        | "already_exists"
+        | "snapshot_exists"
+        | "snapshot_in_use"
+        | "other_host"
+        | "stale_epoch"
+        | "project_has_snapshots" => Exit::Conflict,
         "host_unavailable" => Exit::Unreachable,
         _ => Exit::Failed,
     }
@@ -174,7 +179,9 @@ fn exit_of(code: &Value) -> Exit {
 pub(crate) fn encoded(text: &str) -> String {
     text.bytes()
         .map(|byte| match byte {
-            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => char::from(byte).to_string(),
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {
+                char::from(byte).to_string()
+            }
             _ => format!("%{byte:02X}"),
         })
         .collect()

@@ -31,9 +31,15 @@ fn once(dir: &Path, base_port: u16, arguments: &[&str]) -> String {
 fn the_demonstration_keeps_every_promise_on_btrfs_and_podman() {
     let dir = tempfile::Builder::new().prefix("cocalc-once-").tempdir().unwrap();
     let said = once(dir.path(), 17800, &["--storage", "btrfs", "--runner", "podman"]);
-    for promise in
-        ["WebSocket echo, proxy", "421 project_moved", "everything is equal", "the project never stopped"]
-    {
+    for promise in [
+        "WebSocket echo, proxy",
+        "thesis/one removed",
+        "one path restored while the project runs",
+        "its stop took a snapshot",
+        "421 project_moved",
+        "everything is equal",
+        "the project never stopped",
+    ] {
         assert!(said.contains(promise), "{promise:?} is missing:\n{said}");
     }
 }

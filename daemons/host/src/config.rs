@@ -59,11 +59,11 @@ pub struct Config {
     pub snapshots: Policy,
     /// How many projects are looked at in a second, at most, to take their
     /// snapshots; 1 to 1000.
-    #[serde(default = "snapshots_per_sec")]
-    pub snapshots_per_sec: u16,
+    #[serde(default = "visits_per_sec")]
+    pub snapshot_visits_per_sec: u16,
 }
 
-fn snapshots_per_sec() -> u16 {
+fn visits_per_sec() -> u16 {
     16
 }
 
@@ -119,8 +119,8 @@ impl Config {
         if self.data_dir.starts_with(&self.volume) {
             return Err("data_dir: must not be inside the volume, which tenants can fill".into());
         }
-        if !(1..=1000).contains(&self.snapshots_per_sec) {
-            return Err("snapshots_per_sec: 1 to 1000".into());
+        if !(1..=1000).contains(&self.snapshot_visits_per_sec) {
+            return Err("snapshot_visits_per_sec: 1 to 1000".into());
         }
         Ok(())
     }
@@ -172,6 +172,10 @@ mod tests {
             let error = parse(&format!("{GOOD}[snapshots]\n{table}\n")).unwrap_err();
             assert!(error.contains(key), "{error}");
         }
-        assert!(parse(&format!("{GOOD}snapshots_per_sec = 0\n")).unwrap_err().contains("snapshots_per_sec"));
+        assert!(
+            parse(&format!("{GOOD}snapshot_visits_per_sec = 0\n"))
+                .unwrap_err()
+                .contains("snapshot_visits_per_sec")
+        );
     }
 }

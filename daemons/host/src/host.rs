@@ -109,7 +109,7 @@ impl Host {
             Arc::clone(&backends.storage),
             Arc::clone(&backends.runner),
             Arc::new(SystemClock),
-            KeeperSettings { policy: config.snapshots, round_max: config.snapshots_per_sec.into() },
+            KeeperSettings { policy: config.snapshots, round_max: config.snapshot_visits_per_sec.into() },
         );
         let lifecycle = Lifecycle::new(
             ledger.clone(),

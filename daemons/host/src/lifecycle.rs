@@ -59,7 +59,16 @@ impl Lifecycle {
         keeper: Keeper,
         images: Arc<dyn Fn(ImageDigest) -> Option<PathBuf> + Send + Sync>,
     ) -> Self {
-        Self { ledger, storage, runner, moves, keeper, images, failures: Arc::default(), once: Arc::default() }
+        Self {
+            ledger,
+            storage,
+            runner,
+            moves,
+            keeper,
+            images,
+            failures: Arc::default(),
+            once: Arc::default(),
+        }
     }
 
     /// Carries out one command. Repeating it is harmless.

@@ -50,7 +50,8 @@ impl World {
         let ledger = Ledger::open(HostId::random(), store).await.unwrap();
         let files: Arc<dyn Storage> = Arc::new(storage.clone());
         let moves =
-            MoveHost::builder(ledger.clone(), Arc::clone(&files), runner.clone(), Arc::new(NoTransfer)).build();
+            MoveHost::builder(ledger.clone(), Arc::clone(&files), runner.clone(), Arc::new(NoTransfer))
+                .build();
         let settings = KeeperSettings::default();
         let keeper =
             Keeper::new(ledger.clone(), Arc::clone(&files), runner.clone(), Arc::new(SystemClock), settings);
@@ -100,17 +101,23 @@ fn copy(to: ProjectId, from: ProjectId, options: CopyOptions) -> HostCommand {
 #[tokio::test]
 async fn a_command_that_comes_twice_does_not_undo_what_was_done_in_between() {
     let world = World::new().await;
-    let (one, two) = (world.project(ProjectConfig::default()).await, world.project(ProjectConfig::default()).await);
+    let (one, two) =
+        (world.project(ProjectConfig::default()).await, world.project(ProjectConfig::default()).await);
     world.storage.write(one, "home/data", "old").unwrap();
     world.storage.write(two, "home/other", "x").unwrap();
     let command = copy(two, one, CopyOptions { same_owner: false, replace: true });
     let first = world.lifecycle.execute(command.clone()).await;
-    assert!(matches!(&first, HostReply::Copied { copied, .. } if copied.bytes == 3 && copied.shared_bytes == 0));
+    assert!(
+        matches!(&first, HostReply::Copied { copied, .. } if copied.bytes == 3 && copied.shared_bytes == 0)
+    );
     world.storage.write(two, "home/data", "work that went on").unwrap();
     assert_eq!(world.lifecycle.execute(command).await, first);
     assert_eq!(world.storage.files(two).unwrap()["home/data"], "work that went on");
 
-    world.lifecycle.execute(HostCommand::Snapshot { project: one, epoch: Epoch::FIRST, name: name("s") }).await;
+    world
+        .lifecycle
+        .execute(HostCommand::Snapshot { project: one, epoch: Epoch::FIRST, name: name("s") })
+        .await;
     world.storage.write(one, "home/data", "new").unwrap();
     let restore = HostCommand::RestorePath {
         operation: OperationId::random(),
@@ -131,7 +138,8 @@ async fn a_command_that_comes_twice_does_not_undo_what_was_done_in_between() {
 #[tokio::test]
 async fn only_under_both_grants() {
     let world = World::new().await;
-    let (one, two) = (world.project(ProjectConfig::default()).await, world.project(ProjectConfig::default()).await);
+    let (one, two) =
+        (world.project(ProjectConfig::default()).await, world.project(ProjectConfig::default()).await);
     world.storage.write(one, "home/data", "x").unwrap();
     let stale = Epoch::FIRST.next();
     let mut command = copy(two, one, CopyOptions::default());

@@ -423,7 +423,8 @@ impl Store {
     /// [`Error::NotFound`], or the database failed.
     pub fn creation(&self, project: ProjectId) -> Result<Operation> {
         self.database.read("read a project's first operation", |db| {
-            let sql = format!("SELECT {COLUMNS} FROM operations WHERE project = ?1 ORDER BY created, id LIMIT 1");
+            let sql =
+                format!("SELECT {COLUMNS} FROM operations WHERE project = ?1 ORDER BY created, id LIMIT 1");
             db.prepare_cached(&sql)?
                 .query_row([project.to_string()], read)
                 .optional()?

@@ -163,8 +163,7 @@ fn access(
     Ok(body)
 }
 
-const USAGE: [&str; 7] =
-    ["charged", "limit", "plan", "allowance", "du.total", "du.exclusive", "du.shared"];
+const USAGE: [&str; 7] = ["charged", "limit", "plan", "allowance", "du.total", "du.exclusive", "du.shared"];
 
 /// What a project takes, in units for people; a notice goes to standard error.
 fn readable(usage: Value) -> Value {

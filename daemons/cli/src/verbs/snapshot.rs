@@ -102,7 +102,15 @@ fn keep(api: &Api, output: Output, policy: &Policy) -> Result<(), Failure> {
         row["from"] = shown["from"].clone();
     }
     const COLUMNS: [&str; 9] = [
-        "from", "enabled", "interval_secs", "frequent", "hourly", "daily", "weekly", "monthly", "allowance_percent",
+        "from",
+        "enabled",
+        "interval_secs",
+        "frequent",
+        "hourly",
+        "daily",
+        "weekly",
+        "monthly",
+        "allowance_percent",
     ];
     print(output, &row, &COLUMNS);
     Ok(())

@@ -46,9 +46,10 @@ async fn ask(shared: &Shared, project: &Project, command: &HostCommand) -> Answe
     match shared.command(project.host, command, LIMIT).await {
         Ok(HostReply::Error(error)) => Err(refused(error)),
         Ok(reply) => Ok(reply),
-        Err(_) => {
-            Err(Problem::unavailable("host_unavailable", "the project's host does not answer, or not in time"))
-        }
+        Err(_) => Err(Problem::unavailable(
+            "host_unavailable",
+            "the project's host does not answer, or not in time",
+        )),
     }
 }
 
@@ -125,9 +126,12 @@ async fn diff(
     Asked(compared): Asked<Compared>,
 ) -> Answer<Json<ChangesView>> {
     let project = caller.project(&shared, id, Some(Action::Use(Scope::Files))).await?;
-    let to = compared.to.map(|name| name.parse().map_err(|e| Problem::invalid(format!("to: {e}")))).transpose()?;
-    let after =
-        compared.after.map(|path| path.parse().map_err(|e| Problem::invalid(format!("after: {e}")))).transpose()?;
+    let to =
+        compared.to.map(|name| name.parse().map_err(|e| Problem::invalid(format!("to: {e}")))).transpose()?;
+    let after = compared
+        .after
+        .map(|path| path.parse().map_err(|e| Problem::invalid(format!("after: {e}"))))
+        .transpose()?;
     let max = compared.limit.unwrap_or(CHANGES).clamp(1, CHANGES_MAX);
     let command = HostCommand::Diff { project: id, epoch: project.epoch, from, to, after, max };
     match ask(&shared, &project, &command).await? {
@@ -174,7 +178,9 @@ async fn copy(
     let to = caller.project(&shared, id, Some(Action::Operate)).await?;
     let from = caller.project(&shared, body.from_project, Some(Action::Use(Scope::Files))).await?;
     if body.to_path.is_root() || body.from_path.is_root() {
-        return Err(Problem::invalid("from_path, to_path: not the root itself; a project is cloned, not copied"));
+        return Err(Problem::invalid(
+            "from_path, to_path: not the root itself; a project is cloned, not copied",
+        ));
     }
     if from.host != to.host {
         return Err(Problem::conflict("other_host", operations::OTHER_HOST));
@@ -209,7 +215,10 @@ async fn clone(
     let name = body.name.unwrap_or(original.name);
     check_name(&name)?;
     if !original.made {
-        return Err(Problem::conflict("wrong_state", "the project was never made, so there is nothing to clone"));
+        return Err(Problem::conflict(
+            "wrong_state",
+            "the project was never made, so there is nothing to clone",
+        ));
     }
     let id = ProjectId::from_random_bytes(caller.new_id("project"));
     let operation = OperationId::from_random_bytes(caller.new_id("clone"));
@@ -372,8 +381,7 @@ async fn reset_policy(
 }
 
 async fn configure(shared: &Shared, id: ProjectId, policy: Option<Policy>) -> Answer<()> {
-    let project =
-        shared.db(move |store| store.configure(id, |config| config.snapshots = policy)).await?;
+    let project = shared.db(move |store| store.configure(id, |config| config.snapshots = policy)).await?;
     if project.made {
         let (epoch, config) = (project.epoch, project.config.clone());
         let command = HostCommand::Configure { project: id, epoch, config };

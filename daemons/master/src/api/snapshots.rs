@@ -54,7 +54,8 @@ async fn create(
     caller.project(&shared, id, Some(Action::Operate)).await?;
     let name = match new.name {
         Some(name) if name.as_str().starts_with(AUTO_PREFIX) => {
-            let detail = format!("name: {AUTO_PREFIX}… is for automatic snapshots, which are deleted by themselves");
+            let detail =
+                format!("name: {AUTO_PREFIX}… is for automatic snapshots, which are deleted by themselves");
             return Err(Problem::invalid(detail));
         }
         Some(name) => name,

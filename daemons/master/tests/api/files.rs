@@ -47,8 +47,8 @@ async fn differences_come_in_pages_and_a_path_comes_back() {
         let Some(next) = page["next"].as_str() else { break };
         query = format!("?limit=1&after={}", next.replace('/', "%2F"));
     }
-    let expected =
-        [("home/a", "modified"), ("home/b", "removed"), ("home/new", "added")].map(|(p, k)| (p.to_owned(), json!(k)));
+    let expected = [("home/a", "modified"), ("home/b", "removed"), ("home/new", "added")]
+        .map(|(p, k)| (p.to_owned(), json!(k)));
     assert_eq!(seen, expected);
     let same = world.ok("GET", &format!("{path}?to=first"), Value::Null).await;
     assert_eq!(same, json!({ "changes": [], "next": null }));
@@ -68,9 +68,14 @@ async fn differences_come_in_pages_and_a_path_comes_back() {
     assert_eq!((whole.0, &whole.1["code"]), (409, &json!("wrong_state")));
 
     for (query, code) in [("?to=none", 404), ("?after=../x", 400), ("?to=a%2Fb", 400)] {
-        assert_eq!(world.call("GET", &format!("{path}{query}"), &world.admin, Value::Null).await.0, code, "{query}");
+        assert_eq!(
+            world.call("GET", &format!("{path}{query}"), &world.admin, Value::Null).await.0,
+            code,
+            "{query}"
+        );
     }
-    let unknown = world.call("GET", &format!("/projects/{id}/snapshots/none/diff"), &world.admin, Value::Null).await;
+    let unknown =
+        world.call("GET", &format!("/projects/{id}/snapshots/none/diff"), &world.admin, Value::Null).await;
     assert_eq!((unknown.0, &unknown.1["code"]), (404, &json!("not_found")));
     for bad in ["", "..", "/etc/passwd", "a/../b", "%00"] {
         let refused = world.call("POST", &restore, &world.admin, json!({ "path": bad })).await;
@@ -108,7 +113,8 @@ async fn a_copy_takes_the_right_to_read_there_and_to_write_here() {
 
     // Viewers read, collaborators write, strangers see nothing.
     let (account, token) = world.account("reader").await;
-    let other = |n: &str| json!({ "from_project": one, "from_path": "home/a", "to_path": format!("home/{n}") });
+    let other =
+        |n: &str| json!({ "from_project": one, "from_path": "home/a", "to_path": format!("home/{n}") });
     let refused = world.call("POST", &path, &token, other("x")).await;
     assert_eq!((refused.0, &refused.1["code"]), (404, &json!("not_found")));
     for (project, role) in [(&one, "viewer"), (&two, "viewer")] {
@@ -161,7 +167,10 @@ async fn a_clone_is_the_caller_s_and_is_made_once() {
     assert_eq!(again.1["project"]["id"], begun["project"]["id"]);
     let new = begun["project"]["id"].as_str().unwrap();
     let shown = world.call("GET", &format!("/projects/{new}"), &token, Value::Null).await.1;
-    assert_eq!((&shown["owner"], &shown["name"], &shown["state"]), (&json!(account), &json!("mine"), &json!("stopped")));
+    assert_eq!(
+        (&shown["owner"], &shown["name"], &shown["state"]),
+        (&json!(account), &json!("mine"), &json!("stopped"))
+    );
     assert_eq!(shown["host_id"], host.id.to_string());
     assert_eq!(store.files(new.parse().unwrap()).unwrap()["home/a"], "one");
     let same_owner = host.script.lock().unwrap().commands.iter().find_map(|command| match command {
@@ -221,7 +230,10 @@ async fn a_policy_is_checked_and_reaches_the_host_and_the_next_start() {
     let shown = world.ok("GET", &path, Value::Null).await;
     assert_eq!((&shown["from"], &shown["policy"]["hourly"]), (&json!("host"), &json!(24)));
     let set = world.ok("PUT", &path, json!({ "hourly": 12 })).await;
-    assert_eq!((&set["from"], &set["policy"]["hourly"], &set["policy"]["daily"]), (&json!("project"), &json!(12), &json!(7)));
+    assert_eq!(
+        (&set["from"], &set["policy"]["hourly"], &set["policy"]["daily"]),
+        (&json!("project"), &json!(12), &json!(7))
+    );
     assert_eq!(world.ok("GET", &path, Value::Null).await, set);
     let configured = |host: &Host| {
         let script = host.script.lock().unwrap();

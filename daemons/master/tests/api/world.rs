@@ -474,7 +474,9 @@ async fn inbox(client: Client, id: HostId, script: Arc<Mutex<Script>>) {
             let answer = match about_files {
                 Some((files, notice)) => {
                     let answer = act_on_files(&files, notice, command.clone()).await;
-                    if let (HostCommand::Clone { epoch, .. }, HostReply::Project(report)) = (&command, &answer) {
+                    if let (HostCommand::Clone { epoch, .. }, HostReply::Project(report)) =
+                        (&command, &answer)
+                    {
                         script.lock().unwrap().projects.insert(report.project, (*epoch, false));
                     }
                     Some(answer)
@@ -534,7 +536,8 @@ async fn act_on_files(
             let name = name.unwrap_or_else(|| "now".parse().unwrap());
             let _ = files.snapshot(source, &name).await;
             files.clone_volume(source, &name, project, &options).await.map(|_| {
-                let status = Status { project, epoch: None, state: State::Stopped, started: None, reason: None };
+                let status =
+                    Status { project, epoch: None, state: State::Stopped, started: None, reason: None };
                 HostReply::Project(ProjectReport { project, epoch: Some(epoch), status, phases: vec![] })
             })
         }

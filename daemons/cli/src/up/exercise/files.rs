@@ -31,7 +31,8 @@ pub(super) fn run(up: &Up, narrator: &Narrator) -> Result<(), Failure> {
             changes.iter().find(|change| change["path"].as_str().is_some_and(|p| p.ends_with(path)))
         };
         let (one, notes) = (found("thesis/one"), found("thesis/notes"));
-        let right = one.is_some_and(|c| c["kind"] == "removed") && notes.is_some_and(|c| c["kind"] == "modified");
+        let right =
+            one.is_some_and(|c| c["kind"] == "removed") && notes.is_some_and(|c| c["kind"] == "modified");
         ensure(right, format!("it says {answer}"))?;
         let path = string(one.unwrap_or(&Value::Null), "path")?;
         told((), format!("{path} removed, thesis/notes modified"))
@@ -45,7 +46,9 @@ pub(super) fn run(up: &Up, narrator: &Narrator) -> Result<(), Failure> {
         told((), "and the present state kept as a snapshot")
     })?;
     narrator.step("a clone of that snapshot, and a copy into it", || {
-        let clone = up.user.post(&format!("/projects/{id}/clone"), &json!({ "name": "clone", "snapshot": "before" }))?;
+        let clone = up
+            .user
+            .post(&format!("/projects/{id}/clone"), &json!({ "name": "clone", "snapshot": "before" }))?;
         let new = string(&clone["project"], "id")?;
         done(up, clone)?;
         let body = json!({
@@ -60,7 +63,8 @@ pub(super) fn run(up: &Up, narrator: &Narrator) -> Result<(), Failure> {
         let charged = crate::verbs::size(usage["charged_bytes"].as_u64().unwrap_or(0));
         done(up, up.user.post(&format!("/projects/{new}/stop"), &json!({ "grace_ms": 500 }))?)?;
         let kept = up.user.get(&format!("/projects/{new}/snapshots"))?;
-        let automatic = kept["snapshots"].as_array().is_some_and(|all| all.iter().any(|s| s["automatic"] == true));
+        let automatic =
+            kept["snapshots"].as_array().is_some_and(|all| all.iter().any(|s| s["automatic"] == true));
         ensure(automatic, format!("the stop took no snapshot: {kept}"))?;
         done(up, up.user.delete(&format!("/projects/{new}"))?)?;
         told((), format!("it was charged {charged}; its stop took a snapshot"))
