@@ -67,6 +67,18 @@ const NOBODY: ProjectId = ProjectId::from_bytes([0; 16]);
 /// go when the project is deleted.
 ///
 /// What is set aside is charged to nobody, and stays so if it is restored.
+///
+/// Usage falls when the kernel has freed something, not when it was deleted: a
+/// file that a snapshot has too is charged until both are gone, and what only a
+/// deleted snapshot had is charged until the kernel's cleaner has run.
+///
+/// Deleting a project moves it into the trash, in one step; a thread empties
+/// that a little at a time, while the store is open. [`trash`](Self::trash)
+/// tells what is left.
+///
+/// A volume that fails or turns read-only under an open store gives
+/// [`Error::Backend`] with the kernel's reason; when it can be written again, a
+/// new store settles what was cut off.
 #[derive(Clone, Debug)]
 pub struct Btrfs(
     Arc<Store>,
