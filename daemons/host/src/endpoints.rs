@@ -68,7 +68,8 @@ impl HostEndpoints {
     }
 
     fn measure(&self) {
-        let counter = |name, help, value: u64| self.metrics.counter(name, help).store(value, Ordering::Relaxed);
+        let counter =
+            |name, help, value: u64| self.metrics.counter(name, help).store(value, Ordering::Relaxed);
         let gauge = |name, help, value: u64| self.metrics.gauge(name, help).store(value, Ordering::Relaxed);
         gauge(
             "cocalc_host_connections_count",
