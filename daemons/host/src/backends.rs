@@ -27,6 +27,8 @@ pub struct Backends {
     pub images: Arc<Vec<(ImageDigest, PathBuf)>>,
     /// Free bytes where the projects' files are.
     pub free_bytes: Arc<dyn Fn() -> u64 + Send + Sync>,
+    /// The volume whose trash the metrics tell of, if it is ours.
+    pub volume: Option<Btrfs>,
 }
 
 impl fmt::Debug for Backends {
@@ -46,7 +48,7 @@ impl Backends {
     ///
     /// What could not be opened. A volume with unknown data is refused.
     pub async fn open(config: &Config, id: HostId) -> Result<Self, Error> {
-        let (storage, images, free_bytes) = match config.storage {
+        let (storage, images, free_bytes, volume) = match config.storage {
             StorageKind::Btrfs => open_btrfs(config).await?,
             StorageKind::Directory => open_directory(config).await?,
         };
@@ -69,7 +71,7 @@ impl Backends {
             }
         };
         let runner = Arc::new(Startup::new(runner));
-        Ok(Self { storage, runner, images: Arc::new(images), free_bytes })
+        Ok(Self { storage, runner, images: Arc::new(images), free_bytes, volume })
     }
 
     /// The directory of an image.
@@ -78,7 +80,8 @@ impl Backends {
     }
 }
 
-type Opened = (Arc<dyn Storage>, Vec<(ImageDigest, PathBuf)>, Arc<dyn Fn() -> u64 + Send + Sync>);
+type Opened =
+    (Arc<dyn Storage>, Vec<(ImageDigest, PathBuf)>, Arc<dyn Fn() -> u64 + Send + Sync>, Option<Btrfs>);
 
 async fn open_btrfs(config: &Config) -> Result<Opened, Error> {
     let failed = || Error::open("volume");
@@ -99,13 +102,13 @@ async fn open_btrfs(config: &Config) -> Result<Opened, Error> {
     for digest in store.images().await.map_err(|error| Error::open("images")(error.into()))? {
         add(digest).await?;
     }
-    let space = store.clone();
-    Ok((Arc::new(store), images, Arc::new(move || space.free_bytes().unwrap_or(0))))
+    let (space, volume) = (store.clone(), store.clone());
+    Ok((Arc::new(store), images, Arc::new(move || space.free_bytes().unwrap_or(0)), Some(volume)))
 }
 
 async fn open_directory(config: &Config) -> Result<Opened, Error> {
     let store =
         Directory::open(&config.volume).await.map_err(|error| Error::open("directory")(error.into()))?;
     let space = store.clone();
-    Ok((Arc::new(store), Vec::new(), Arc::new(move || space.free_bytes().unwrap_or(0))))
+    Ok((Arc::new(store), Vec::new(), Arc::new(move || space.free_bytes().unwrap_or(0)), None))
 }

@@ -39,7 +39,7 @@ impl Endpoints for HostEndpoints {
             }),
             // Through a proxy everybody's address may be loopback.
             "/metrics" if !client.trusted && client.address.is_some_and(|address| address.is_loopback()) => {
-                self.measure();
+                self.measure().await;
                 Some(text(StatusCode::OK, &self.metrics.render()))
             }
             _ => None,
@@ -67,7 +67,7 @@ impl HostEndpoints {
         None
     }
 
-    fn measure(&self) {
+    async fn measure(&self) {
         let counter =
             |name, help, value: u64| self.metrics.counter(name, help).store(value, Ordering::Relaxed);
         let gauge = |name, help, value: u64| self.metrics.gauge(name, help).store(value, Ordering::Relaxed);
@@ -82,6 +82,14 @@ impl HostEndpoints {
             Tier::Grace => 1,
             Tier::Expired => 2,
         };
+        if let Some(volume) = &self.backends.volume
+            && let Ok(Ok(trash)) = tokio::time::timeout(PROBE_LIMIT, volume.trash()).await
+        {
+            let count = u64::try_from(trash.volumes).unwrap_or(u64::MAX);
+            gauge("cocalc_host_trash_volumes_count", "Deleted volumes that are not gone yet.", count);
+            let help = "Bytes that deleted projects are still charged for.";
+            gauge("cocalc_host_trash_bytes", help, trash.bytes.unwrap_or(0));
+        }
         let kept = self.keeper.numbers();
         let overdue = "How long the longest overdue automatic snapshot has been due.";
         gauge("cocalc_host_snapshots_overdue_secs", overdue, kept.overdue.as_secs());
