@@ -27,7 +27,7 @@ use cocalc_ssh::client::{Client, HostKeyCheck, Identity};
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpSocket, tcp::OwnedWriteHalf},
+    net::{TcpSocket, tcp::OwnedWriteHalf},
     task::{JoinHandle, JoinSet},
 };
 
@@ -193,6 +193,14 @@ impl Drop for World {
             let _ = child.kill();
             let _ = child.wait();
         }
+        // The apps, which outlive their hosts' daemons, as they should.
+        for entry in std::fs::read_dir(self.dir.path()).into_iter().flatten().flatten() {
+            if entry.path().extension().is_some_and(|end| end == "pid")
+                && let Ok(pid) = std::fs::read_to_string(entry.path())
+            {
+                let _ = Command::new("kill").args(["-9", pid.trim()]).status();
+            }
+        }
     }
 }
 
@@ -239,48 +247,44 @@ fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
 }
 
 /// The app of every project: greets a WebSocket, answers each message, and
-/// streams to who asks for `/stream`.
-async fn app(listener: TcpListener) {
-    loop {
-        let (mut stream, _) = listener.accept().await.unwrap();
-        tokio::spawn(async move {
-            let mut head = Vec::new();
-            while !head.ends_with(b"\r\n\r\n") {
-                head.push(stream.read_u8().await?);
-            }
-            let head = String::from_utf8_lossy(&head).into_owned();
-            let key = head.lines().find_map(|line| {
-                line.split_once(": ").filter(|(name, _)| name.eq_ignore_ascii_case("sec-websocket-key"))
-            });
-            match key {
-                Some((_, key)) => {
-                    let accept = tungstenite::handshake::derive_accept_key(key.as_bytes());
-                    let answer = format!(
-                        "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
-                         Sec-WebSocket-Accept: {accept}\r\n\r\n"
-                    );
-                    stream.write_all(answer.as_bytes()).await?;
-                    let mut bytes = [0; 64];
-                    while stream.read(&mut bytes).await? > 0 {
-                        stream.write_all(b"\x81\x02ok").await?;
-                    }
-                }
-                None if head.contains("/stream ") => {
-                    stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n").await?;
-                    while stream.write_all(b"still here\n").await.is_ok() {
-                        tokio::time::sleep(Duration::from_millis(100)).await;
-                    }
-                }
-                None => {
-                    stream
-                        .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
-                        .await?
-                }
-            }
-            Ok::<_, std::io::Error>(())
-        });
-    }
-}
+/// streams to who asks for `/stream`. It ends by itself after a while.
+const APP: &str = r#"
+import asyncio, base64, hashlib, os, sys
+
+async def serve(reader, writer):
+    try:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        fields = dict((line.split(": ", 1)[0].lower(), line.split(": ", 1)[1]) for line in head.split("\r\n")[1:] if ": " in line)
+        key = fields.get("sec-websocket-key")
+        if key:
+            digest = hashlib.sha1((key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest()
+            writer.write(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                         b"Sec-WebSocket-Accept: " + base64.b64encode(digest) + b"\r\n\r\n")
+            while await reader.read(64):
+                writer.write(b"\x81\x02ok")
+                await writer.drain()
+        elif "/stream " in head:
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n")
+            while True:
+                writer.write(b"still here\n")
+                await writer.drain()
+                await asyncio.sleep(0.1)
+        else:
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
+            await writer.drain()
+    except (ConnectionError, asyncio.IncompleteReadError):
+        pass
+    finally:
+        writer.close()
+
+async def main():
+    server = await asyncio.start_server(serve, "127.0.0.1", int(sys.argv[1]), backlog=1024)
+    with open(sys.argv[2], "w") as file:
+        file.write(str(os.getpid()))
+    await asyncio.sleep(600)
+
+asyncio.run(main())
+"#;
 
 /// Something of an account's that is open.
 struct Open {
@@ -407,13 +411,10 @@ fn revocation_is_exact_and_bounded_with_real_processes() {
 
 async fn scenario(world: &mut World) {
     let began = Instant::now();
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let port = listener.local_addr().unwrap().port();
-    let apps = tokio::spawn(app(listener));
-
     let projects = tokio::task::block_in_place(|| make_projects(world));
+    start_apps(world, &projects).await;
     let users = Arc::new(Mutex::new(Vec::new()));
-    tokio::task::block_in_place(|| make_accounts(world, &projects, port, &users));
+    tokio::task::block_in_place(|| make_accounts(world, &projects, &users));
     let mut users: Vec<(usize, String, String, Way)> = std::mem::take(&mut users.lock().unwrap());
     users.sort_by_key(|(account, ..)| *account);
     println!("{ACCOUNTS} accounts in {PROJECTS} projects on {HOSTS} hosts after {:?}", began.elapsed());
@@ -459,10 +460,29 @@ async fn scenario(world: &mut World) {
     let mut open = remove_collaborators(world, &users, open).await;
     everyone_else_goes_on(&mut open).await;
     without_the_master(world, &users, open).await;
-    apps.abort();
 }
 
-fn make_projects(world: &World) -> Vec<String> {
+/// In each project the app, as a user would start it: by SSH.
+async fn start_apps(world: &World, projects: &[(String, u16)]) {
+    let program = world.dir.path().join("app.py");
+    std::fs::write(&program, APP).unwrap();
+    for (project, port) in projects {
+        let (api, project, port) = (world.api(), project.clone(), *port);
+        let way = tokio::task::spawn_blocking(move || way(&api, &project, port)).await.unwrap();
+        let pid = world.dir.path().join(format!("app-{port}.pid"));
+        let line = format!(
+            "setsid -f python3 {} {port} {} </dev/null >{} 2>&1",
+            program.display(),
+            pid.display(),
+            world.dir.path().join(format!("app-{port}.log")).display()
+        );
+        let started = open_ssh(0, &way, Run::Line(line)).await;
+        tokio::time::timeout(LIMIT, started.closed).await.unwrap().unwrap();
+        until("an app", || std::fs::read_to_string(&pid).ok().filter(|pid| !pid.is_empty()));
+    }
+}
+
+fn make_projects(world: &World) -> Vec<(String, u16)> {
     let mut begun = Vec::new();
     for number in 0..PROJECTS {
         let host = format!("host{}", number % HOSTS);
@@ -473,14 +493,14 @@ fn make_projects(world: &World) -> Vec<String> {
         world.settle(&begun);
         let id = begun["project"]["id"].as_str().unwrap().to_owned();
         world.settle(&world.ok("POST", &format!("/projects/{id}/start"), json!({})));
-        projects.push(id);
+        projects.push((id, free_port()));
     }
     projects
 }
 
 type Users = Arc<Mutex<Vec<(usize, String, String, Way)>>>;
 
-fn make_accounts(world: &World, projects: &[String], port: u16, users: &Users) {
+fn make_accounts(world: &World, projects: &[(String, u16)], users: &Users) {
     std::thread::scope(|scope| {
         for worker in 0..4 {
             let (users, admin) = (users.clone(), world.api());
@@ -491,7 +511,7 @@ fn make_accounts(world: &World, projects: &[String], port: u16, users: &Users) {
                     let id = made["id"].as_str().unwrap().to_owned();
                     let token = ok(&admin, &format!("/accounts/{id}/tokens"), json!({}));
                     let token = token["token"].as_str().unwrap().to_owned();
-                    let project = projects[account % PROJECTS].clone();
+                    let (project, port) = projects[account % PROJECTS].clone();
                     ok(&admin, &format!("/projects/{project}/members"), json!({ "account_id": id }));
                     let own = Api { url: admin.url.clone(), token: token.clone() };
                     let way = way(&own, &project, port);
