@@ -1,5 +1,5 @@
 //! What OpenSSH's own tools say of our certificates, and we of theirs.
-#![allow(clippy::unwrap_used, reason = "a test fails by it")]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by it")]
 
 use std::{path::Path, process::Command, time::Duration};
 
