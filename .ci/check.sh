@@ -22,6 +22,7 @@ guard() {
 }
 guard cocalc-ids tokio
 guard cocalc-auth tokio hyper russh rusqlite rustic_core cocalc-core
+guard cocalc-auth-ssh tokio hyper russh rusqlite rustic_core cocalc-core
 guard cocalc-core hyper russh rusqlite rustic_core rustls podman
 guard cocalc-storage hyper russh rusqlite rustls
 guard cocalc-podman hyper russh rusqlite rustls

@@ -2,7 +2,7 @@
 //! would: between any two steps whose order matters.
 //!
 //! Only a debug build has them, or one with the feature `fail-points`; in all
-//! others [`point`] is nothing.
+//! others `point` is nothing.
 
 /// Every place, for tests that die at each of them in turn.
 pub const NAMES: &[&str] = &[

@@ -540,8 +540,11 @@ impl Storage for MemoryStorage {
         let find = |name: &SnapshotName| find(&projects, project, name);
         let (snapshot, files) = find(name)?;
         let base = options.base.as_ref().map(find).transpose()?;
+        let mut holds = vec![self.holds.take(project, name)];
+        holds.extend(options.base.iter().map(|base| self.holds.take(project, base)));
         for source in &options.sources {
             find(source)?;
+            holds.push(self.holds.take(project, source));
         }
         let none = Files::new();
         let old = base.map_or(&none, |(_, files)| files);
@@ -575,7 +578,7 @@ impl Storage for MemoryStorage {
             estimated_bytes: stream.len() as u64,
             left_out: Vec::new(),
         };
-        Ok(SendStream { header, reader: Box::pin(Cursor::new(stream)) })
+        Ok(SendStream { header, reader: Hold::during(Box::pin(Cursor::new(stream)), holds) })
     }
 
     async fn receive(&self, header: &SendHeader, mut stream: BoxRead) -> Result<Snapshot> {

@@ -2,13 +2,18 @@
 
 use std::{
     collections::BTreeMap,
-    fmt,
+    fmt, io,
+    pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll},
 };
 
 use cocalc_ids::{ProjectId, SnapshotName};
 
+use tokio::io::{AsyncRead, ReadBuf};
+
 use super::{Error, Result};
+use crate::stream::BoxRead;
 
 type Counts = BTreeMap<(ProjectId, SnapshotName), usize>;
 
@@ -68,6 +73,29 @@ impl Holds {
 
     fn lock(&self) -> MutexGuard<'_, Counts> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A stream that holds what it is made of until it is dropped.
+struct Held {
+    reader: BoxRead,
+    _holds: Vec<Hold>,
+}
+
+impl AsyncRead for Held {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.reader.as_mut().poll_read(cx, buf)
+    }
+}
+
+impl Hold {
+    /// The same stream, which keeps `holds` until it is dropped.
+    pub fn during(reader: BoxRead, holds: Vec<Self>) -> BoxRead {
+        Box::pin(Held { reader, _holds: holds })
     }
 }
 

@@ -1,8 +1,11 @@
-//! The contract suite of `cocalc_core::storage`.
+//! The contract suite of `cocalc_core::storage`: named [`PROPERTIES`], each a
+//! promise of the contract.
 //!
 //! A backend's own test makes a [`Harness`] around two of its stores, which
 //! stand for two hosts, and calls [`storage`]; a model-based test runs
-//! [`scripts`] with [`agrees_with_model`].
+//! [`scripts`] with [`agrees_with_model`]. What a backend says it can do
+//! ([`Capabilities`](cocalc_core::storage::Capabilities)) chooses the properties
+//! that are checked, and each claim is one of these.
 //!
 //! ```
 //! # #[tokio::main(flavor = "current_thread")]
@@ -13,27 +16,25 @@
 //! # }
 //! ```
 
+mod files;
 mod harness;
 mod model;
+mod posix;
 mod promises;
+mod properties;
+mod sharing;
 mod streams;
+mod zoo;
 
 pub use harness::{FilesHarness, Harness, Host, MemoryHarness, Tree};
 pub use model::{Op, agrees_with_model, scripts};
+pub use properties::{PROPERTIES, Property, Report, examine};
+pub use zoo::{disturb, manifest, plant, set_time};
 
-/// Checks every promise of the contract, and panics with the first that is
-/// broken. The stores may hold other projects; these are left alone.
+/// Checks every property of the contract that the backend's capabilities ask
+/// for, and panics with the names of those that are broken. The stores may
+/// hold other projects; these are left alone.
 pub async fn storage(harness: &dyn Harness) {
-    promises::volumes(harness).await;
-    promises::snapshots(harness).await;
-    promises::restores(harness).await;
-    promises::set_aside(harness).await;
-    promises::clones(harness).await;
-    promises::isolation(harness).await;
-    promises::limits(harness).await;
-    streams::whole(harness).await;
-    streams::deltas(harness).await;
-    streams::refused(harness).await;
-    streams::broken(harness).await;
-    streams::cancelled(harness).await;
+    let report = examine(harness, |_| true).await;
+    assert!(report.broken.is_empty(), "{report}");
 }

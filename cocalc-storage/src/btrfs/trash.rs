@@ -38,6 +38,8 @@ const BATCH: usize = 8;
 /// How long to wait before looking again; it grows while nothing changes.
 const PAUSE_MIN: Duration = Duration::from_millis(20);
 const PAUSE_MAX: Duration = Duration::from_secs(30);
+/// The longest of these while the kernel has something to free.
+const FREEING_MAX: Duration = Duration::from_millis(200);
 /// How often the kernel, which frees when it sees fit, is reminded.
 const REMIND_EVERY: Duration = Duration::from_secs(2);
 /// How long the kernel may free nothing before it is given more: a process that
@@ -145,7 +147,9 @@ impl Drop for Reaper {
 enum Step {
     /// Something was done.
     Done,
-    /// It is the kernel's turn.
+    /// The kernel is freeing what it was given.
+    Freeing,
+    /// Something is left that can't go yet.
     Waiting,
     /// There is nothing to do.
     Empty,
@@ -166,10 +170,11 @@ fn run(store: &Weak<Store>, signals: &Signals) {
         if filled {
             pause = Duration::ZERO;
         }
-        let longer = (pause * 2).clamp(PAUSE_MIN, PAUSE_MAX);
+        let longer = |max| (pause * 2).clamp(PAUSE_MIN, max);
         pause = match store.empty_trash(&mut kernel) {
             Ok(Step::Done) => PAUSE_MIN,
-            Ok(Step::Waiting) => longer,
+            Ok(Step::Freeing) => longer(FREEING_MAX),
+            Ok(Step::Waiting) => longer(PAUSE_MAX),
             Ok(Step::Empty) if swept.elapsed() >= SWEEP_EVERY => {
                 swept = Instant::now();
                 if let Err(failure) = store.remove_stale_groups() {
@@ -303,9 +308,13 @@ impl Store {
         }
         self.trash.lock().freeing.clone_from(&left);
         if !left.is_empty() && kernel.progress.elapsed() < PATIENCE {
-            return Ok(Step::Waiting);
+            return Ok(Step::Freeing);
         }
+        let mut given = Vec::new();
         for name in entries(&self.layout.trash())? {
+            if given.len() >= BATCH {
+                break;
+            }
             let Some((_, group)) = name.strip_prefix(VOLUME).and_then(|name| name.split_once('-')) else {
                 continue;
             };
@@ -313,11 +322,12 @@ impl Store {
             let Some(found) = subvolume(&self.layout.trash().join(&name))? else { continue };
             // Who counts must find it in the one place or the other.
             self.trash.lock().freeing.push(found.info.tree);
-            let mut given = Vec::new();
             let destroyed = self.destroy_some(found.info.tree, group, BATCH, &mut given);
             fail::point("reaper.destroyed");
-            self.trash.lock().freeing = left.into_iter().chain(given).collect();
+            self.trash.lock().freeing = left.iter().chain(&given).copied().collect();
             destroyed?;
+        }
+        if !given.is_empty() {
             // Else they would be freed some time, or come back.
             self.layout.commit()?;
             fail::point("reaper.committed");

@@ -148,7 +148,13 @@ impl Storage for Directory {
             weaknesses
                 .push("owners, devices and trusted attributes are not kept; not run as root".to_owned());
         }
-        Capabilities { backend: BACKEND.to_owned(), weaknesses, ..Capabilities::default() }
+        Capabilities {
+            backend: BACKEND.to_owned(),
+            full_metadata: rustix::process::geteuid().is_root(),
+            repeatable_streams: true,
+            weaknesses,
+            ..Capabilities::default()
+        }
     }
 
     async fn create(&self, project: ProjectId, options: &VolumeOptions) -> Result<Volume> {
@@ -304,6 +310,10 @@ impl Storage for Directory {
         name: &SnapshotName,
         options: &SendOptions,
     ) -> Result<SendStream> {
+        let mut holds = vec![self.hold(project, name).await?];
+        for named in options.base.iter().chain(&options.sources) {
+            holds.push(self.hold(project, named).await?);
+        }
         let (from, base) = (name.clone(), options.base.clone());
         let (header, root) = self
             .blocking(project, "send", move |store| {
@@ -331,7 +341,7 @@ impl Storage for Directory {
             let outcome = stream::write(&root, origin, &mut writer);
             writer.end(outcome);
         });
-        Ok(SendStream { header, reader: Box::pin(reader) })
+        Ok(SendStream { header, reader: Hold::during(Box::pin(reader), holds) })
     }
 
     async fn receive(&self, header: &SendHeader, mut stream: BoxRead) -> Result<Snapshot> {

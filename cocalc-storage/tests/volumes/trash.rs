@@ -203,3 +203,53 @@ async fn no_group_is_left(store: &Btrfs) {
     }
     assert_eq!(groups(store), Vec::<String>::new());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kill_while_deleting_is_made_up_for() {
+    const STORE: &str = "COCALC_TEST_STORE";
+    const POINTS: [&str; 8] = [
+        "intent.written",
+        "delete.live",
+        "delete.group",
+        "delete.snapshots",
+        "intent.done",
+        "intent.committed",
+        "reaper.destroyed",
+        "reaper.committed",
+    ];
+    let project = ProjectId::from_bytes([7; 16]);
+    if let Some(path) = std::env::var_os(STORE) {
+        // The process that is killed.
+        let store = Btrfs::open(PathBuf::from(path)).await.unwrap();
+        store.delete(project).await.unwrap();
+        store.wait_trash_empty(LIMIT).await.unwrap();
+        return;
+    }
+    let one = stores::one().await;
+    let path = one.store.path().to_owned();
+    let (kept, live) = with_snapshots(&one.store, None, 1).await;
+    let mut store = one.store;
+    for point in POINTS {
+        let doomed = store.create(project, &VolumeOptions::default()).await.unwrap().path.unwrap();
+        fs::write(doomed.join("home/f"), vec![1; 1 << 20]).unwrap();
+        store.snapshot(project, &name("s")).await.unwrap();
+        drop(store);
+        let killed = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "trash::a_kill_while_deleting_is_made_up_for"])
+            .env(STORE, &path)
+            .env(cocalc_storage::fail::VARIABLE, point)
+            .output()
+            .unwrap();
+        let signal = std::os::unix::process::ExitStatusExt::signal(&killed.status);
+        assert_eq!(signal, Some(9), "{point}: {killed:?}");
+        store = Btrfs::open(&path).await.unwrap();
+        is_gone(&store, project).await;
+        assert!(store.wait_trash_empty(LIMIT).await.unwrap(), "{point}");
+        assert_eq!(fs::read_dir(path.join("staging")).unwrap().count(), 0, "{point}");
+        assert_eq!(store.snapshots(kept).await.unwrap().len(), 1, "{point}");
+        assert_eq!(fs::read(live.join("home/f")).unwrap(), vec![0; 1 << 20], "{point}");
+    }
+    store.delete(kept).await.unwrap();
+    assert!(store.wait_trash_empty(LIMIT).await.unwrap());
+    no_group_is_left(&store).await;
+}

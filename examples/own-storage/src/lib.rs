@@ -302,6 +302,8 @@ impl Storage for Shelves {
         let (snapshot, files) = self.read(project, name)?;
         let base = options.base.as_ref().map(|base| self.read(project, base)).transpose()?;
         let base = base.map(|(base, _)| (base.name, base.origin));
+        let held = std::iter::once(name).chain(&options.base).map(|name| self.holds.take(project, name));
+        let held = held.collect();
         let body = serde_json::to_vec(&(snapshot.origin, files)).map_err(|error| Error::Backend {
             backend: BACKEND,
             operation: "send",
@@ -320,7 +322,7 @@ impl Storage for Shelves {
             estimated_bytes: stream.len() as u64,
             left_out: Vec::new(),
         };
-        Ok(SendStream { header, reader: Box::pin(Cursor::new(stream)) })
+        Ok(SendStream { header, reader: Hold::during(Box::pin(Cursor::new(stream)), held) })
     }
 
     async fn receive(&self, header: &SendHeader, stream: BoxRead) -> Result<Snapshot> {

@@ -1,6 +1,6 @@
 //! Holds the example to the contract.
 
-use std::sync::Arc;
+use std::{path::PathBuf, sync::Arc};
 
 use async_trait::async_trait;
 use cocalc_core::{
@@ -37,6 +37,14 @@ impl Harness for Mine {
 
     async fn live(&self, host: Host, project: ProjectId) -> Result<Tree, BoxError> {
         Ok(self.0[host as usize].edit(project, |files| files.clone())?)
+    }
+
+    async fn path(&self, _: Host, _: ProjectId, _: Option<&SnapshotName>) -> Option<PathBuf> {
+        None
+    }
+
+    fn has_files(&self) -> bool {
+        false
     }
 
     async fn frozen(&self, host: Host, project: ProjectId, name: &SnapshotName) -> Result<Tree, BoxError> {

@@ -53,6 +53,13 @@ pub trait Harness: Send + Sync {
     /// The files of a live volume.
     async fn live(&self, host: Host, project: ProjectId) -> Result<Tree, BoxError>;
 
+    /// Where the files of the live volume, or of a snapshot, are on this
+    /// machine, for properties of real files; `None` for a backend without.
+    async fn path(&self, host: Host, project: ProjectId, snapshot: Option<&SnapshotName>) -> Option<PathBuf>;
+
+    /// Whether [`path`](Self::path) gives paths.
+    fn has_files(&self) -> bool;
+
     /// The files of a snapshot.
     async fn frozen(&self, host: Host, project: ProjectId, name: &SnapshotName) -> Result<Tree, BoxError>;
 }
@@ -113,6 +120,17 @@ impl Harness for FilesHarness {
 
     async fn live(&self, host: Host, project: ProjectId) -> Result<Tree, BoxError> {
         read_tree(&self.root(host, project).await?)
+    }
+
+    async fn path(&self, host: Host, project: ProjectId, snapshot: Option<&SnapshotName>) -> Option<PathBuf> {
+        match snapshot {
+            Some(name) => Some((self.snapshot_path)(host, project, name)),
+            None => self.root(host, project).await.ok(),
+        }
+    }
+
+    fn has_files(&self) -> bool {
+        true
     }
 
     async fn frozen(&self, host: Host, project: ProjectId, name: &SnapshotName) -> Result<Tree, BoxError> {
@@ -192,6 +210,14 @@ impl Harness for MemoryHarness {
 
     async fn live(&self, host: Host, project: ProjectId) -> Result<Tree, BoxError> {
         Ok(plain(self.memories[host as usize].files(project)?))
+    }
+
+    async fn path(&self, _: Host, _: ProjectId, _: Option<&SnapshotName>) -> Option<PathBuf> {
+        None
+    }
+
+    fn has_files(&self) -> bool {
+        false
     }
 
     async fn frozen(&self, host: Host, project: ProjectId, name: &SnapshotName) -> Result<Tree, BoxError> {

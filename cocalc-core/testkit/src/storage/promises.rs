@@ -1,11 +1,18 @@
 //! The promises about one store.
 
+use std::time::Duration;
+
 use cocalc_core::{
     ids::{ProjectId, SnapshotName},
     storage::{CloneOptions, Error, SendOptions, VolumeOptions},
 };
+use futures_util::future::join_all;
 
 use super::{Harness, Host, Tree};
+
+/// How long calls may take that wait for each other, or space to come back:
+/// far longer than they do, so that only those that hang are caught.
+pub(super) const LIMIT: Duration = Duration::from_secs(120);
 
 pub(super) fn name(text: &str) -> SnapshotName {
     text.parse().unwrap()
@@ -260,13 +267,20 @@ pub(super) async fn clones(h: &dyn Harness) {
         tree([("home/a", b"1")]),
         "clones are independent"
     );
+    let shared = ProjectId::random();
+    let options = CloneOptions { same_owner: true, ..CloneOptions::default() };
+    store.clone_volume(source, &name("s"), shared, &options).await.unwrap();
+    assert_eq!(h.live(Host::First, shared).await.unwrap(), tree([("home/a", b"1")]), "one owner's too");
+    h.write(Host::First, shared, "home/a", b"3").await.unwrap();
     store.delete(source).await.unwrap();
     assert_eq!(
         h.live(Host::First, target).await.unwrap(),
         tree([("home/a", b"2")]),
         "also of a deleted source"
     );
+    assert_eq!(h.live(Host::First, shared).await.unwrap(), tree([("home/a", b"3")]));
     store.delete(target).await.unwrap();
+    store.delete(shared).await.unwrap();
 }
 
 pub(super) async fn isolation(h: &dyn Harness) {
@@ -336,6 +350,214 @@ pub(super) async fn limits(h: &dyn Harness) {
     store.create(limited, &VolumeOptions { limit_bytes: Some(LIMIT) }).await.unwrap();
     assert_eq!(store.usage(limited).await.unwrap().limit_bytes, Some(LIMIT), "create applies the limit");
     for project in [project, other, limited] {
+        store.delete(project).await.unwrap();
+    }
+}
+
+pub(super) async fn deleted_when_full(h: &dyn Harness) {
+    const LIMIT_BYTES: u64 = 8 << 20;
+    let store = h.store(Host::First);
+    let project = project(h).await;
+    store.set_limit(project, Some(LIMIT_BYTES)).await.unwrap();
+    let chunk = vec![9; 1 << 20];
+    for number in 0..16 {
+        if h.write(Host::First, project, &format!("home/{number}"), &chunk).await.is_err() {
+            break;
+        }
+    }
+    store.snapshot(project, &name("one")).await.unwrap();
+    store.snapshot(project, &name("two")).await.unwrap();
+    let charged = store.usage(project).await.unwrap().charged_bytes;
+    assert!(charged > LIMIT_BYTES / 2, "what was written is charged, not {charged}");
+    assert!(charged <= LIMIT_BYTES + (1 << 20), "what is charged stays near the limit, not {charged}");
+    store.delete_snapshot(project, &name("one")).await.expect("a full project's snapshot can be deleted");
+    store.delete(project).await.expect("a full project can be deleted");
+    assert!(matches!(store.volume(project).await, Err(Error::NotFound { .. })));
+    store.create(project, &VolumeOptions { limit_bytes: Some(LIMIT_BYTES) }).await.unwrap();
+    for number in 0..6 {
+        let written = h.write(Host::First, project, &format!("home/{number}"), &chunk).await;
+        written.expect("what was deleted is not charged to another volume of its name");
+    }
+    store.delete(project).await.unwrap();
+}
+
+pub(super) async fn holds(h: &dyn Harness) {
+    let store = h.store(Host::First);
+    let project = project(h).await;
+    assert!(
+        matches!(store.hold(project, &name("s")).await, Err(Error::NoSnapshot { .. })),
+        "what is not there cannot be held"
+    );
+    for n in ["s", "other"] {
+        store.snapshot(project, &name(n)).await.unwrap();
+    }
+    let (one, two) =
+        (store.hold(project, &name("s")).await.unwrap(), store.hold(project, &name("s")).await.unwrap());
+    let in_use = |got| matches!(got, Err(Error::InUse { name: held, .. }) if held == name("s"));
+    assert!(in_use(store.delete_snapshot(project, &name("s")).await), "a held snapshot stays");
+    store.delete_snapshot(project, &name("other")).await.expect("others go");
+    assert!(in_use(store.delete(project).await), "a project with a held snapshot stays");
+    assert!(store.volume(project).await.is_ok(), "refused: nothing is deleted");
+    drop(one);
+    assert!(in_use(store.delete_snapshot(project, &name("s")).await), "until the last hold is dropped");
+    assert_eq!(store.snapshots(project).await.unwrap().len(), 1);
+    drop(two);
+    store.delete_snapshot(project, &name("s")).await.expect("then it can be deleted");
+    assert!(store.snapshots(project).await.unwrap().is_empty());
+    store.delete(project).await.unwrap();
+}
+
+pub(super) async fn changes_noticed(h: &dyn Harness) {
+    let store = h.store(Host::First);
+    let project = project(h).await;
+    assert!(
+        matches!(store.changed_since(project, &name("s")).await, Err(Error::NoSnapshot { .. })),
+        "since a snapshot that is not there"
+    );
+    let noticed = async |project, n: &str, how: &str| {
+        assert!(store.changed_since(project, &name(n)).await.unwrap(), "not noticed: {how}");
+    };
+    store.snapshot(project, &name("empty")).await.unwrap();
+    for round in 0..4 {
+        let n = format!("s{round}");
+        h.write(Host::First, project, "home/a", n.as_bytes()).await.unwrap();
+        noticed(project, "empty", "a write").await;
+        store.snapshot(project, &name(&n)).await.unwrap();
+        h.write(Host::First, project, "home/a", format!("t{round}").as_bytes()).await.unwrap();
+        noticed(project, &n, "a write of the same length, at once").await;
+    }
+    h.remove(Host::First, project, "home/a").await.unwrap();
+    noticed(project, "s3", "a removal").await;
+    store.restore(project, &name("s0"), &name("former")).await.unwrap();
+    noticed(project, "s3", "a restore of another snapshot").await;
+    h.write(Host::First, project, "home/a", b"after").await.unwrap();
+    noticed(project, "s0", "a write after a restore").await;
+    noticed(project, "former", "a restore, of what was live before").await;
+    let clone = ProjectId::random();
+    let options = CloneOptions { same_owner: true, ..CloneOptions::default() };
+    store.clone_volume(project, &name("s0"), clone, &options).await.unwrap();
+    store.snapshot(clone, &name("c")).await.unwrap();
+    h.write(Host::First, clone, "home/a", b"in the clone").await.unwrap();
+    noticed(clone, "c", "a write in a clone").await;
+    let unknown = ProjectId::random();
+    assert!(store.changed_since(unknown, &name("s")).await.is_err(), "of an unknown project");
+    store.delete(project).await.unwrap();
+    store.delete(clone).await.unwrap();
+}
+
+pub(super) async fn no_change(h: &dyn Harness) {
+    let store = h.store(Host::First);
+    let project = project(h).await;
+    for n in ["one", "two"] {
+        h.write(Host::First, project, "home/a", n.as_bytes()).await.unwrap();
+        store.snapshot(project, &name(n)).await.unwrap();
+        for _ in 0..2 {
+            assert!(!store.changed_since(project, &name(n)).await.unwrap(), "nothing was written since {n}");
+        }
+    }
+    let other = self::project(h).await;
+    h.write(Host::First, other, "home/a", b"other").await.unwrap();
+    store.snapshot(other, &name("s")).await.unwrap();
+    assert!(
+        !store.changed_since(project, &name("two")).await.unwrap(),
+        "another project's writes don't count"
+    );
+    store.delete(project).await.unwrap();
+    store.delete(other).await.unwrap();
+}
+
+pub(super) async fn concurrent(h: &dyn Harness) {
+    let store = h.store(Host::First);
+    let project = project(h).await;
+    h.write(Host::First, project, "home/a", b"1").await.unwrap();
+    store.snapshot(project, &name("base")).await.unwrap();
+    let taken = join_all((0..6).map(|_| store.snapshot(project, &name_of("same"))));
+    let taken = tokio::time::timeout(LIMIT, taken).await.expect("they end");
+    let taken: Vec<_> = taken.into_iter().map(|got| got.expect("each is answered")).collect();
+    assert!(taken.windows(2).all(|pair| pair[0] == pair[1]), "one snapshot, told to all: {taken:?}");
+
+    // Everything at once, and again; no answer but those that an order explains.
+    for round in 0..3 {
+        let (n, m) = (name(&format!("n{round}")), name(&format!("m{round}")));
+        let former = name(&format!("f{round}"));
+        let base = name("base");
+        let all = async {
+            tokio::join!(
+                store.snapshot(project, &n),
+                store.delete_snapshot(project, &n),
+                store.snapshot(project, &m),
+                store.restore(project, &base, &former),
+                async {
+                    match store.send(project, &base, &SendOptions::whole()).await {
+                        Ok(mut sent) => {
+                            let mut bytes = Vec::new();
+                            tokio::io::AsyncReadExt::read_to_end(&mut sent.reader, &mut bytes)
+                                .await
+                                .map(|_| ())
+                        }
+                        Err(error) => Err(std::io::Error::other(error)),
+                    }
+                },
+                store.snapshots(project),
+                store.changed_since(project, &base),
+            )
+        };
+        let (a, b, c, d, e, f, g) = tokio::time::timeout(LIMIT, all).await.expect("they end");
+        a.expect("a snapshot is taken, before or after");
+        if let Err(error) = b {
+            assert!(matches!(error, Error::InUse { .. }), "{error}");
+        }
+        c.expect("a snapshot is taken, before or after");
+        d.expect("a restore is done, before or after");
+        e.expect("what is there all the time can be sent");
+        assert!(
+            f.unwrap().iter().any(|snapshot| snapshot.name == base),
+            "what is there all the time is listed"
+        );
+        g.unwrap();
+        let names: Vec<_> = store.snapshots(project).await.unwrap().into_iter().map(|s| s.name).collect();
+        assert!(names.contains(&m) && names.contains(&former) && names.contains(&base), "{names:?}");
+    }
+    let made = join_all((0..4).map(|_| async {
+        let fresh = ProjectId::random();
+        let made =
+            join_all((0..3).map(|_| async { store.create(fresh, &VolumeOptions::default()).await.is_ok() }))
+                .await;
+        store.delete(fresh).await.unwrap();
+        made.into_iter().filter(|made| *made).count()
+    }));
+    assert_eq!(made.await, [1; 4], "created once, whoever asks at the same time");
+    store.delete(project).await.unwrap();
+}
+
+fn name_of(text: &'static str) -> &'static SnapshotName {
+    static SAME: std::sync::OnceLock<SnapshotName> = std::sync::OnceLock::new();
+    SAME.get_or_init(|| name(text))
+}
+
+pub(super) async fn listed_meanwhile(h: &dyn Harness) {
+    let store = h.store(Host::First);
+    let stays = [project(h).await, project(h).await];
+    let changing = async {
+        for _ in 0..8 {
+            let comes = project(h).await;
+            store.snapshot(comes, &name("s")).await.unwrap();
+            store.restore(comes, &name("s"), &name("former")).await.unwrap();
+            store.set_aside(comes, &name("aside")).await.unwrap();
+            store.delete(comes).await.unwrap();
+        }
+    };
+    let listing = async {
+        for _ in 0..24 {
+            let listed = store.list().await.expect("a listing works during changes");
+            let projects: Vec<_> = listed.iter().map(|volume| volume.project).collect();
+            assert!(projects.windows(2).all(|pair| pair[0] < pair[1]), "in order, each once: {projects:?}");
+            assert!(stays.iter().all(|project| projects.contains(project)), "what stays is always listed");
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::join!(changing, listing);
+    for project in stays {
         store.delete(project).await.unwrap();
     }
 }

@@ -272,6 +272,11 @@ pub(super) async fn broken(h: &dyn Harness) {
         let got = second.receive(&header, Box::pin(trickle)).await;
         assert!(got.is_err(), "a failure of the sender after byte {at} is heard");
     }
+    let third = bytes.len() / 3;
+    let mut reordered = bytes.clone();
+    reordered[..third * 2].rotate_left(third);
+    let got = second.receive(&header, stream(&reordered)).await;
+    assert!(got.is_err(), "a stream in another order is refused");
     let more = [bytes.as_slice(), b"x"].concat();
     assert!(second.receive(&header, stream(&more)).await.is_err(), "nothing may follow the end");
     assert!(names(h, Host::Second, project).await.is_empty(), "a broken stream leaves nothing");
@@ -293,5 +298,116 @@ pub(super) async fn cancelled(h: &dyn Harness) {
     drop(sent);
     second.receive(&header, stream(&bytes)).await.expect("a dropped receive is in nobody's way");
     assert_eq!(names(h, Host::Second, project).await, [name("one")]);
+    clean(h, project).await;
+}
+
+pub(super) async fn chain(h: &dyn Harness) {
+    let (project, _) = prepared(h).await;
+    let (first, second) = (h.store(Host::First), h.store(Host::Second));
+    pass(h, Host::First, project, "one", None).await;
+    let mut before = "one".to_owned();
+    for number in 0..5_u8 {
+        let n = format!("n{number}");
+        h.write(Host::First, project, &format!("home/{}", number % 3), &vec![number; 5000]).await.unwrap();
+        h.write(Host::First, project, "home/deep/er/b", &vec![number; 70_000 - usize::from(number)])
+            .await
+            .unwrap();
+        if number == 3 {
+            h.remove(Host::First, project, "home/a").await.unwrap();
+        }
+        first.snapshot(project, &name(&n)).await.unwrap();
+        pass(h, Host::First, project, &n, Some(&before)).await;
+        assert_eq!(
+            h.frozen(Host::Second, project, &name(&n)).await.unwrap(),
+            h.frozen(Host::First, project, &name(&n)).await.unwrap(),
+            "link {number} of the chain"
+        );
+        before = n;
+    }
+    second.delete(project).await.unwrap();
+    pass(h, Host::First, project, &before, None).await;
+    assert_eq!(
+        h.frozen(Host::Second, project, &name(&before)).await.unwrap(),
+        h.frozen(Host::First, project, &name(&before)).await.unwrap(),
+        "the whole gives the same"
+    );
+    clean(h, project).await;
+}
+
+pub(super) async fn at_once(h: &dyn Harness) {
+    let (project, _) = prepared(h).await;
+    let (other, _) = prepared(h).await;
+    h.write(Host::First, other, "home/a", b"the other's").await.unwrap();
+    h.store(Host::First).snapshot(other, &name("two")).await.unwrap();
+    let (one, bytes) = collect(h, Host::First, project, "one", None).await;
+    let (two, others) = collect(h, Host::First, other, "two", None).await;
+    let store = h.store(Host::Second);
+    let trickle = |bytes: &[u8]| -> BoxRead {
+        Box::pin(Trickle { bytes: bytes.to_vec(), at: 0, step: 1000, end: End::Well })
+    };
+    let all = async {
+        tokio::join!(
+            store.receive(&one, trickle(&bytes)),
+            store.receive(&two, trickle(&others)),
+            store.receive(&one, trickle(&bytes)),
+        )
+    };
+    let (a, b, c) = tokio::time::timeout(super::promises::LIMIT, all).await.expect("they end");
+    let (a, b, c) = (a.expect("received"), b.expect("received"), c.expect("received twice"));
+    assert_eq!((a.origin, b.origin), (one.origin, two.origin));
+    assert_eq!(a, c, "received twice at once, it is there once");
+    for (project, n) in [(project, "one"), (other, "two")] {
+        assert_eq!(names(h, Host::Second, project).await, [name(n)]);
+        assert_eq!(
+            h.frozen(Host::Second, project, &name(n)).await.unwrap(),
+            h.frozen(Host::First, project, &name(n)).await.unwrap(),
+            "they do not mix"
+        );
+    }
+    clean(h, project).await;
+    clean(h, other).await;
+}
+
+pub(super) async fn repeatable(h: &dyn Harness) {
+    let (project, _) = prepared(h).await;
+    h.write(Host::First, project, "home/a", b"2").await.unwrap();
+    h.store(Host::First).snapshot(project, &name("two")).await.unwrap();
+    for base in [None, Some("one")] {
+        let first = collect(h, Host::First, project, "two", base).await;
+        // Other work of the store comes between.
+        h.write(Host::First, project, "home/a", b"3").await.unwrap();
+        h.store(Host::First).snapshot(project, &name("three")).await.unwrap();
+        let second = collect(h, Host::First, project, "two", base).await;
+        assert!(first.1 == second.1, "sent again, base {base:?}, it is another stream");
+        assert_eq!(first.0, second.0);
+        h.store(Host::First).delete_snapshot(project, &name("three")).await.unwrap();
+    }
+    clean(h, project).await;
+}
+
+pub(super) async fn held(h: &dyn Harness) {
+    let (project, _) = prepared(h).await;
+    let store = h.store(Host::First);
+    h.write(Host::First, project, "home/more", &vec![5; 3 << 20]).await.unwrap();
+    store.snapshot(project, &name("two")).await.unwrap();
+    let mut sent = store.send(project, &name("two"), &SendOptions::since(Some(&name("one")))).await.unwrap();
+    let mut some = [0; 100];
+    sent.reader.read_exact(&mut some).await.unwrap();
+    for n in ["one", "two"] {
+        let got = store.delete_snapshot(project, &name(n)).await;
+        assert!(matches!(got, Err(Error::InUse { .. })), "{n} is being sent from: {got:?}");
+    }
+    drop(sent);
+    // It may take a moment until the sender has physically stopped.
+    let deleted = async {
+        for n in ["one", "two"] {
+            while store.delete_snapshot(project, &name(n)).await.is_err() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        }
+    };
+    tokio::time::timeout(super::promises::LIMIT, deleted)
+        .await
+        .expect("a stream that is dropped holds nothing");
     clean(h, project).await;
 }

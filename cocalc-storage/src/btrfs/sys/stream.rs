@@ -183,6 +183,10 @@ pub(in super::super) fn each_item(
             last = (inode, kind, offset);
             rest = after;
         }
+        if last == (0, 0, 0) {
+            // It would be asked for the same again.
+            return Err(io::ErrorKind::InvalidData.into());
+        }
         // The key after the last one.
         let (inode, kind, offset) = last;
         let head = &mut found.head;
