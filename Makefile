@@ -21,11 +21,12 @@ test:
 	@.ci/setup.sh test
 	.ci/test.sh
 
-# The same, with simulated moves by the thousand instead of by the hundred.
+# The same, with simulated moves by the thousand instead of by the hundred, and a
+# revocation among a thousand WebSockets.
 test-full:
 	@.ci/setup.sh demo
 	@.ci/setup.sh test
-	COCALC_SIM_SEEDS=2500 .ci/test.sh
+	COCALC_SIM_SEEDS=2500 COCALC_REVOCATION_FULL=1 .ci/test.sh
 
 # Format, lints, licences, documentation, dependency guards.
 check:

@@ -1,0 +1,783 @@
+//! Revocation with real processes: a master, three hosts, a thousand WebSockets
+//! and a hundred SSH sessions of two hundred accounts. Keys rotate under load,
+//! fifty collaborators are removed, and then the master is killed.
+//!
+//! Storage is plain directories and projects are plain processes: what is shown
+//! is the control plane, and a thousand sockets need no containers.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::{
+    io::Read,
+    net::{Ipv4Addr, SocketAddr, TcpListener as Probe},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use cocalc_core::{
+    auth::Secret,
+    runner::{Command as Run, ExecRequest},
+};
+use cocalc_ssh::client::{Client, HostKeyCheck, Identity};
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpSocket, tcp::OwnedWriteHalf},
+    task::{JoinHandle, JoinSet},
+};
+
+const ACCOUNTS: usize = if FULL { 200 } else { 40 };
+const SOCKETS_EACH: usize = if FULL { 5 } else { 2 };
+const SSH_SESSIONS: usize = ACCOUNTS / 2;
+const REMOVED: usize = ACCOUNTS / 4;
+/// A thousand WebSockets, when built with `COCALC_REVOCATION_FULL` set.
+const FULL: bool = option_env!("COCALC_REVOCATION_FULL").is_some();
+const HOSTS: usize = 3;
+const PROJECTS: usize = 12;
+/// Every wait has an end; none is what is measured.
+const LIMIT: Duration = Duration::from_secs(90);
+/// The master's timing: ten minutes of grace, sixty times as fast.
+const LEASE: Duration = Duration::from_secs(3);
+const GRACE: Duration = Duration::from_secs(10);
+
+/// Daemons, which end with the value.
+struct World {
+    dir: tempfile::TempDir,
+    children: Vec<(String, Child)>,
+    url: String,
+    admin: String,
+    hosts: Vec<SocketAddr>,
+}
+
+fn program(name: &str) -> PathBuf {
+    let path = Path::new(env!("CARGO_BIN_EXE_cocalc")).with_file_name(name);
+    assert!(path.exists(), "{} is missing: run `cargo build --workspace --bins` first", path.display());
+    path
+}
+
+/// A port that is free now.
+fn free_port() -> u16 {
+    Probe::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+impl World {
+    fn new() -> Self {
+        let dir = tempfile::Builder::new().prefix("cocalc-revocation-").tempdir().unwrap();
+        let port = free_port();
+        let mut world = Self {
+            url: format!("http://127.0.0.1:{port}"),
+            dir,
+            children: Vec::new(),
+            admin: String::new(),
+            hosts: Vec::new(),
+        };
+        let data = world.dir.path().join("master");
+        let text = format!(
+            "listen = '127.0.0.1:{port}'\ndata_dir = '{}'\nkeepalive_ms = 500\nlease_ms = {}\ngrace_ms = {}\n",
+            data.display(),
+            LEASE.as_millis(),
+            GRACE.as_millis()
+        );
+        world.configure("master", &text);
+        world.start("master");
+        let token = data.join("admin-token");
+        until("the administrator's token", || std::fs::read_to_string(&token).ok().filter(|t| t.len() > 40));
+        world.admin = std::fs::read_to_string(&token).unwrap().trim().to_owned();
+        until("the master", || world.call("GET", "/account", Value::Null).ok());
+        world
+    }
+
+    fn add_host(&mut self, name: &str) {
+        let token = self.ok("POST", "/join-tokens", json!({ "kind": "host" }));
+        let path = self.dir.path().join(format!("{name}.token"));
+        std::fs::write(&path, token["token"].as_str().unwrap()).unwrap();
+        let (http, ssh, peer) = (free_port(), free_port(), free_port());
+        let (url, dir) = (&self.url, self.dir.path().join(name));
+        let text = format!(
+            "name = '{name}'\nmaster_url = '{url}'\njoin_token_file = '{}'\ndata_dir = '{}'\n\
+             listen = '127.0.0.1:{http}'\nssh_listen = '127.0.0.1:{ssh}'\npeer_listen = '127.0.0.1:{peer}'\n\
+             storage = 'directory'\nvolume = '{}'\nrunner = 'process'\n",
+            path.display(),
+            dir.join("data").display(),
+            dir.join("volume").display(),
+        );
+        std::fs::create_dir_all(dir.join("volume")).unwrap();
+        self.configure(name, &text);
+        self.start(name);
+        self.hosts.push(([127, 0, 0, 1], http).into());
+    }
+
+    fn configure(&self, name: &str, text: &str) {
+        std::fs::write(self.dir.path().join(format!("{name}.toml")), text).unwrap();
+    }
+
+    fn start(&mut self, name: &str) {
+        let log = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(self.dir.path().join(format!("{name}.log")))
+            .unwrap();
+        let binary = if name == "master" { "cocalc-master" } else { "cocalc-host" };
+        let child = Command::new(program(binary))
+            .arg("--config")
+            .arg(self.dir.path().join(format!("{name}.toml")))
+            .env("COCALC_LOG", "warn")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        self.children.push((name.to_owned(), child));
+    }
+
+    /// As `kill -9` does.
+    fn kill(&mut self, name: &str) {
+        let at = self.children.iter().position(|(other, _)| other == name).unwrap();
+        let (_, mut child) = self.children.remove(at);
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    fn api(&self) -> Api {
+        Api { url: self.url.clone(), token: self.admin.clone() }
+    }
+
+    fn call(&self, method: &str, path: &str, body: Value) -> Result<Value, String> {
+        self.api().call(method, path, body)
+    }
+
+    fn ok(&self, method: &str, path: &str, body: Value) -> Value {
+        self.call(method, path, body)
+            .unwrap_or_else(|error| panic!("{method} {path}: {error}\n{}", self.log()))
+    }
+
+    fn settle(&self, begun: &Value) {
+        let id = begun["operation_id"].as_str().unwrap();
+        until("an operation", || {
+            let path = format!("/operations/{id}/wait?timeout_secs=10");
+            let seen = self.ok("GET", &path, Value::Null);
+            assert!(seen["state"] == "running" || seen["state"] == "done", "{seen}\n{}", self.log());
+            (seen["state"] == "done").then_some(())
+        });
+    }
+
+    fn log(&self) -> String {
+        let mut text = String::new();
+        for entry in std::fs::read_dir(self.dir.path()).unwrap().flatten() {
+            if entry.path().extension().is_some_and(|end| end == "log") {
+                let log = std::fs::read_to_string(entry.path()).unwrap_or_default();
+                let lines: Vec<&str> = log.lines().collect();
+                text.push_str(&format!("\n-- {}\n", entry.path().display()));
+                text.push_str(&lines[lines.len().saturating_sub(20)..].join("\n"));
+            }
+        }
+        text
+    }
+
+    /// One number of a host's metrics.
+    fn metric(&self, host: usize, name: &str) -> u64 {
+        let url = format!("http://{}/metrics", self.hosts[host]);
+        let text = ureq::get(&url).call().unwrap().body_mut().read_to_string().unwrap();
+        let line = text.lines().find(|line| line.split(' ').next() == Some(name));
+        let line = line.unwrap_or_else(|| panic!("no {name} in\n{text}"));
+        line.rsplit(' ').next().unwrap().parse().unwrap()
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        for (_, child) in &mut self.children {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        // The apps, which outlive their hosts' daemons, as they should.
+        for entry in std::fs::read_dir(self.dir.path()).into_iter().flatten().flatten() {
+            if entry.path().extension().is_some_and(|end| end == "pid")
+                && let Ok(pid) = std::fs::read_to_string(entry.path())
+            {
+                let _ = Command::new("kill").args(["-9", pid.trim()]).status();
+            }
+        }
+    }
+}
+
+/// The master's API as one account.
+#[derive(Clone)]
+struct Api {
+    url: String,
+    token: String,
+}
+
+impl Api {
+    fn call(&self, method: &str, path: &str, body: Value) -> Result<Value, String> {
+        let text = if body.is_null() { String::new() } else { body.to_string() };
+        let request = ureq::http::Request::builder()
+            .method(method)
+            .uri(format!("{}/api/v1{path}", self.url))
+            .header("authorization", format!("Bearer {}", self.token))
+            .body(text)
+            .unwrap();
+        let config = ureq::Agent::config_builder()
+            .http_status_as_error(false)
+            .allow_non_standard_methods(true)
+            .timeout_global(Some(LIMIT));
+        let agent = ureq::Agent::from(config.build());
+        let mut response = agent.run(request).map_err(|error| error.to_string())?;
+        let mut text = String::new();
+        response.body_mut().as_reader().read_to_string(&mut text).map_err(|error| error.to_string())?;
+        match response.status().is_success() {
+            true => Ok(serde_json::from_str(&text).unwrap_or(Value::Null)),
+            false => Err(format!("{}: {text}", response.status())),
+        }
+    }
+}
+
+fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        if let Some(value) = look() {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "not within {LIMIT:?}: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// The app of every project: greets a WebSocket, answers each message, and
+/// streams to who asks for `/stream`. It ends by itself after a while.
+const APP: &str = r#"
+import asyncio, base64, hashlib, os, sys
+
+async def serve(reader, writer):
+    try:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        fields = dict((line.split(": ", 1)[0].lower(), line.split(": ", 1)[1]) for line in head.split("\r\n")[1:] if ": " in line)
+        key = fields.get("sec-websocket-key")
+        if key:
+            digest = hashlib.sha1((key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest()
+            writer.write(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                         b"Sec-WebSocket-Accept: " + base64.b64encode(digest) + b"\r\n\r\n")
+            while await reader.read(64):
+                writer.write(b"\x81\x02ok")
+                await writer.drain()
+        elif "/stream " in head:
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n")
+            while True:
+                writer.write(b"still here\n")
+                await writer.drain()
+                await asyncio.sleep(0.1)
+        else:
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
+            await writer.drain()
+    except (ConnectionError, asyncio.IncompleteReadError):
+        pass
+    finally:
+        writer.close()
+
+async def main():
+    server = await asyncio.start_server(serve, "127.0.0.1", int(sys.argv[1]), backlog=1024)
+    with open(sys.argv[2], "w") as file:
+        file.write(str(os.getpid()))
+    await asyncio.sleep(600)
+
+asyncio.run(main())
+"#;
+
+/// Runs a command line to its end, which must be a good one.
+async fn run_line(way: &Way, line: String) {
+    let identity = Identity::Token(Secret::new(way.token.clone()));
+    let project = way.project.parse().unwrap();
+    let client = Client::connect(&way.ssh, project, &identity, HostKeyCheck::Any).await.unwrap();
+    let request = ExecRequest { command: Run::Line(line), ..ExecRequest::default() };
+    let mut process = client.exec(&request).await.unwrap();
+    let (mut said, mut errors) = (String::new(), String::new());
+    process.stdout.read_to_string(&mut said).await.unwrap();
+    if let Some(stderr) = &mut process.stderr {
+        stderr.read_to_string(&mut errors).await.unwrap();
+    }
+    let exit = tokio::time::timeout(LIMIT, process.handle.wait()).await.unwrap().unwrap();
+    assert_eq!(exit, cocalc_core::runner::Exit::Code(0), "{said}{errors}");
+}
+
+/// Something of an account's that is open.
+struct Open {
+    account: usize,
+    kind: &'static str,
+    /// Resolves when it was closed.
+    closed: JoinHandle<Instant>,
+    is_closed: Arc<AtomicBool>,
+    /// Of WebSockets: to talk to the app, and what it has answered.
+    talk: Option<(OwnedWriteHalf, Arc<AtomicUsize>)>,
+    /// Of streams: who says that no more comes is taken for gone.
+    _write: Option<OwnedWriteHalf>,
+    _session: Option<Client>,
+}
+
+/// Where an account's project is, and what opens it.
+#[derive(Clone)]
+struct Way {
+    project: String,
+    http: SocketAddr,
+    ssh: String,
+    token: String,
+    port: u16,
+}
+
+/// Each account has an address of its own, as users do.
+fn source(account: usize) -> SocketAddr {
+    let low = u8::try_from(account).unwrap();
+    (Ipv4Addr::new(127, 1, 0, low), 0).into()
+}
+
+/// Sends a request of an account, and reads the head of the answer.
+async fn request(account: usize, way: &Way, path: &str, upgrade: bool) -> (tokio::net::TcpStream, String) {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind(source(account)).unwrap();
+    let mut stream = socket.connect(way.http).await.unwrap();
+    let Way { project, port, token, http, .. } = way;
+    let mut text = format!(
+        "GET /{project}/port/{port}{path} HTTP/1.1\r\nHost: {http}\r\nAuthorization: Bearer {token}\r\n"
+    );
+    if upgrade {
+        text.push_str(
+            "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
+             Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n",
+        );
+    }
+    text.push_str("\r\n");
+    stream.write_all(text.as_bytes()).await.unwrap();
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        match stream.read_u8().await {
+            Ok(byte) => head.push(byte),
+            Err(_) => break,
+        }
+    }
+    (stream, String::from_utf8_lossy(&head).into_owned())
+}
+
+fn status(head: &str) -> u16 {
+    head.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or(0)
+}
+
+async fn open_http(account: usize, way: &Way, upgrade: bool) -> Open {
+    let (path, expected) = if upgrade { ("/", 101) } else { ("/stream", 200) };
+    let deadline = Instant::now() + LIMIT;
+    let (stream, head) = loop {
+        let (stream, head) = request(account, way, path, upgrade).await;
+        // The process runner looks through /proc for each connection, which may
+        // take longer than the host waits on a busy machine.
+        if status(&head) != 504 || Instant::now() > deadline {
+            break (stream, head);
+        }
+    };
+    assert_eq!(status(&head), expected, "account {account}: {head}");
+    let (mut read, write) = stream.into_split();
+    let (answers, is_closed) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+    let (count, flag) = (answers.clone(), is_closed.clone());
+    let closed = tokio::spawn(async move {
+        let mut bytes = [0; 1024];
+        while matches!(read.read(&mut bytes).await, Ok(got) if got > 0) {
+            count.fetch_add(1, Ordering::SeqCst);
+        }
+        flag.store(true, Ordering::SeqCst);
+        Instant::now()
+    });
+    let (talk, kept) = if upgrade { (Some((write, answers)), None) } else { (None, Some(write)) };
+    let kind = if upgrade { "websocket" } else { "stream" };
+    Open { account, kind, closed, is_closed, talk, _write: kept, _session: None }
+}
+
+async fn open_ssh(account: usize, way: &Way, command: Run) -> Open {
+    let identity = Identity::Token(Secret::new(way.token.clone()));
+    let project = way.project.parse().unwrap();
+    let client = Client::connect(&way.ssh, project, &identity, HostKeyCheck::Any).await.unwrap();
+    let kind = if matches!(command, Run::Sftp) { "sftp" } else { "ssh" };
+    let request = ExecRequest { command, ..ExecRequest::default() };
+    let process = client.exec(&request).await.unwrap();
+    let is_closed = Arc::new(AtomicBool::new(false));
+    let flag = is_closed.clone();
+    let closed = tokio::spawn(async move {
+        let mut bytes = [0; 256];
+        // The whole of it: without its input and its handle it would end.
+        let mut process = process;
+        while matches!(process.stdout.read(&mut bytes).await, Ok(got) if got > 0) {}
+        flag.store(true, Ordering::SeqCst);
+        Instant::now()
+    });
+    Open { account, kind, closed, is_closed, talk: None, _write: None, _session: Some(client) }
+}
+
+async fn api(world: &World, method: &'static str, path: String, body: Value) -> Value {
+    let api = world.api();
+    let call =
+        tokio::task::spawn_blocking(move || api.call(method, &path, body).map_err(|error| (path, error)));
+    call.await.unwrap().unwrap_or_else(|(path, error)| panic!("{method} {path}: {error}\n{}", world.log()))
+}
+
+fn percentile(sorted: &[Duration], percent: usize) -> Duration {
+    sorted[(sorted.len() * percent / 100).min(sorted.len() - 1)]
+}
+
+#[test]
+fn revocation_is_exact_and_bounded_with_real_processes() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let mut world = World::new();
+    for number in 0..HOSTS {
+        world.add_host(&format!("host{number}"));
+    }
+    until("the hosts", || {
+        let hosts = world.ok("GET", "/hosts", Value::Null);
+        let hosts = hosts["hosts"].as_array()?;
+        (hosts.len() == HOSTS && hosts.iter().all(|host| host["state"] == "connected")).then_some(())
+    });
+    runtime.block_on(scenario(&mut world));
+}
+
+async fn scenario(world: &mut World) {
+    let began = Instant::now();
+    let projects = tokio::task::block_in_place(|| make_projects(world));
+    start_apps(world, &projects).await;
+    let users = Arc::new(Mutex::new(Vec::new()));
+    tokio::task::block_in_place(|| make_accounts(world, &projects, &users));
+    let mut users: Vec<(usize, String, String, Way)> = std::mem::take(&mut users.lock().unwrap());
+    users.sort_by_key(|(account, ..)| *account);
+    println!("{ACCOUNTS} accounts in {PROJECTS} projects on {HOSTS} hosts after {:?}", began.elapsed());
+
+    rotate_under_load(world, &users).await;
+    refresh_tokens(world, &mut users).await;
+
+    let mut open: Vec<Open> = Vec::new();
+    for chunk in users.chunks(4) {
+        let mut tasks = JoinSet::new();
+        for (account, _, _, way) in chunk {
+            let (account, way) = (*account, way.clone());
+            tasks.spawn(async move {
+                let mut open = Vec::new();
+                for _ in 0..SOCKETS_EACH {
+                    open.push(open_http(account, &way, true).await);
+                }
+                if account.is_multiple_of(20) {
+                    open.push(open_http(account, &way, false).await);
+                    open.push(open_ssh(account, &way, Run::Sftp).await);
+                }
+                if account < SSH_SESSIONS {
+                    open.push(open_ssh(account, &way, Run::Line("cat".to_owned())).await);
+                }
+                open
+            });
+        }
+        while let Some(opened) = tasks.join_next().await {
+            open.extend(opened.unwrap());
+        }
+    }
+    let count = |kind: &str| open.iter().filter(|open| open.kind == kind).count();
+    println!(
+        "open: {} WebSockets, {} SSH sessions, {} sftp, {} streams",
+        count("websocket"),
+        count("ssh"),
+        count("sftp"),
+        count("stream")
+    );
+    assert_eq!((count("websocket"), count("ssh")), (ACCOUNTS * SOCKETS_EACH, SSH_SESSIONS));
+    let early = open.iter().filter(|open| open.is_closed.load(Ordering::SeqCst));
+    let early: Vec<_> = early.map(|open| (open.account, open.kind)).collect();
+    assert!(early.is_empty(), "closed before anything was revoked: {early:?}");
+
+    let mut open = remove_collaborators(world, &users, open).await;
+    everyone_else_goes_on(&mut open).await;
+    without_the_master(world, &users, open).await;
+}
+
+/// A shell's words that wait for a file: what is left in the background before
+/// it has a session of its own ends with the session that started it.
+fn waits_for(path: &Path) -> String {
+    format!("until test -s {}; do sleep 0.05; done", path.display())
+}
+
+/// In each project the app, as a user would start it: by SSH.
+async fn start_apps(world: &World, projects: &[(String, u16)]) {
+    let program = world.dir.path().join("app.py");
+    std::fs::write(&program, APP).unwrap();
+    for (project, port) in projects {
+        let (api, project, port) = (world.api(), project.clone(), *port);
+        let way = tokio::task::spawn_blocking(move || way(&api, &project, port)).await.unwrap();
+        let pid = world.dir.path().join(format!("app-{port}.pid"));
+        let line = format!(
+            "setsid -f python3 {} {port} {pid} </dev/null >{} 2>&1; {}",
+            program.display(),
+            pid.with_extension("log").display(),
+            waits_for(&pid),
+            pid = pid.display(),
+        );
+        run_line(&way, line).await;
+        let log = pid.with_extension("log");
+        until("an app", || {
+            let said = std::fs::read_to_string(&log).unwrap_or_default();
+            assert!(said.is_empty(), "an app failed: {said}");
+            std::fs::read_to_string(&pid).ok().filter(|pid| !pid.is_empty())
+        });
+    }
+}
+
+fn make_projects(world: &World) -> Vec<(String, u16)> {
+    let mut begun = Vec::new();
+    for number in 0..PROJECTS {
+        let host = format!("host{}", number % HOSTS);
+        begun.push(world.ok("POST", "/projects", json!({ "name": format!("p{number}"), "host": host })));
+    }
+    let mut projects = Vec::new();
+    for begun in begun {
+        world.settle(&begun);
+        let id = begun["project"]["id"].as_str().unwrap().to_owned();
+        world.settle(&world.ok("POST", &format!("/projects/{id}/start"), json!({})));
+        projects.push((id, free_port()));
+    }
+    projects
+}
+
+type Users = Arc<Mutex<Vec<(usize, String, String, Way)>>>;
+
+fn make_accounts(world: &World, projects: &[(String, u16)], users: &Users) {
+    std::thread::scope(|scope| {
+        for worker in 0..4 {
+            let (users, admin) = (users.clone(), world.api());
+            scope.spawn(move || {
+                for account in (worker..ACCOUNTS).step_by(4) {
+                    let ok = |api: &Api, path: &str, body| api.call("POST", path, body).unwrap();
+                    let made = ok(&admin, "/accounts", json!({ "name": format!("user {account}") }));
+                    let id = made["id"].as_str().unwrap().to_owned();
+                    let token = ok(&admin, &format!("/accounts/{id}/tokens"), json!({}));
+                    let token = token["token"].as_str().unwrap().to_owned();
+                    let (project, port) = projects[account % PROJECTS].clone();
+                    ok(&admin, &format!("/projects/{project}/members"), json!({ "account_id": id }));
+                    let own = Api { url: admin.url.clone(), token: token.clone() };
+                    let way = way(&own, &project, port);
+                    users.lock().unwrap().push((account, id, token, way));
+                }
+            });
+        }
+    });
+}
+
+/// A fresh token of an account, and where to show it.
+fn way(own: &Api, project: &str, port: u16) -> Way {
+    let path = format!("/projects/{project}/connect");
+    let answer = own.call("POST", &path, json!({ "ttl_secs": 300 })).unwrap();
+    let url = answer["direct"]["path_url"].as_str().unwrap();
+    let http = url.strip_prefix("http://").unwrap().split('/').next().unwrap().parse().unwrap();
+    let (_, ssh) = answer["direct"]["ssh"].as_str().unwrap().split_once('@').unwrap();
+    let token = answer["token"].as_str().unwrap().to_owned();
+    Way { project: project.to_owned(), http, ssh: ssh.to_owned(), token, port }
+}
+
+async fn refresh_tokens(world: &World, users: &mut [(usize, String, String, Way)]) {
+    for (_, _, token, old) in users {
+        let own = Api { url: world.url.clone(), token: token.clone() };
+        let (project, port) = (old.project.clone(), old.port);
+        *old = tokio::task::spawn_blocking(move || way(&own, &project, port)).await.unwrap();
+    }
+}
+
+/// Users get tokens and use them in a loop while keys rotate: no request is
+/// refused. Then the key that signs is withdrawn: its tokens are, at once.
+async fn rotate_under_load(world: &World, users: &[(usize, String, String, Way)]) {
+    let done = Arc::new(AtomicBool::new(false));
+    let mut load = JoinSet::new();
+    for (account, _, token, old) in users.iter().take(4).cloned() {
+        let (done, url) = (done.clone(), world.url.clone());
+        load.spawn(async move {
+            let mut requests = 0_usize;
+            while !done.load(Ordering::SeqCst) {
+                let (own, project) = (Api { url: url.clone(), token: token.clone() }, old.project.clone());
+                let port = old.port;
+                let fresh = tokio::task::spawn_blocking(move || way(&own, &project, port)).await.unwrap();
+                // The one of before all rotations, and the one of now.
+                for way in [&old, &fresh] {
+                    let (_, head) = request(account, way, "/", false).await;
+                    assert_eq!(status(&head), 200, "after {requests} requests: {head}");
+                    requests += 1;
+                }
+            }
+            requests
+        });
+    }
+    let mut rotations = 0;
+    while rotations < 4 {
+        let path = "/keys/rotate?force=true&wait=true&timeout_secs=60".to_owned();
+        let ring = api(world, "POST", path, json!({})).await;
+        assert_eq!(ring["receipt"]["complete"], true, "{ring}");
+        rotations += 1;
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    done.store(true, Ordering::SeqCst);
+    let mut requests = 0;
+    while let Some(some) = load.join_next().await {
+        requests += some.unwrap();
+    }
+    println!("{rotations} rotations under {requests} requests: none was refused");
+
+    let (account, _, token, old) = &users[0];
+    let own = Api { url: world.url.clone(), token: token.clone() };
+    let (project, port) = (old.project.clone(), old.port);
+    let fresh = tokio::task::spawn_blocking(move || way(&own, &project, port)).await.unwrap();
+    let opened = open_http(*account, &fresh, true).await;
+    let keys = api(world, "GET", "/keys".to_owned(), Value::Null).await;
+    let kid = keys["keys"].as_array().unwrap().iter().find(|key| key["state"] == "current").unwrap();
+    let path = format!("/keys/{}/withdraw?wait=true&timeout_secs=60", kid["kid"].as_str().unwrap());
+    let withdrawn = api(world, "POST", path, json!({})).await;
+    assert_eq!(withdrawn["receipt"]["complete"], true, "{withdrawn}");
+    let (_, head) = request(*account, &fresh, "/", false).await;
+    assert_eq!(status(&head), 403, "what a withdrawn key signed: {head}");
+    tokio::time::timeout(LIMIT, opened.closed).await.unwrap().unwrap();
+}
+
+/// Everything of theirs is closed, and nothing else.
+async fn remove_collaborators(
+    world: &World,
+    users: &[(usize, String, String, Way)],
+    open: Vec<Open>,
+) -> Vec<Open> {
+    let mut called = Vec::new();
+    let (mut complete, mut slowest) = (0, Duration::ZERO);
+    for (_, id, _, way) in users.iter().take(REMOVED) {
+        let at = Instant::now();
+        let path = format!("/projects/{}/members/{id}?wait=true&timeout_secs=60", way.project);
+        let answer = api(world, "DELETE", path, Value::Null).await;
+        complete += usize::from(answer["receipt"]["complete"] == true);
+        slowest = slowest.max(at.elapsed());
+        called.push(at);
+    }
+    assert_eq!(complete, REMOVED, "every receipt is complete");
+    let (theirs, others): (Vec<Open>, Vec<Open>) = open.into_iter().partition(|open| open.account < REMOVED);
+    let mut took: Vec<(&'static str, Duration)> = Vec::new();
+    for open in theirs {
+        let at = tokio::time::timeout(LIMIT, open.closed).await.unwrap();
+        took.push((open.kind, at.unwrap().saturating_duration_since(called[open.account])));
+    }
+    for kind in ["websocket", "ssh", "sftp", "stream"] {
+        let mut of_kind: Vec<Duration> =
+            took.iter().filter(|(other, _)| *other == kind).map(|(_, took)| *took).collect();
+        of_kind.sort_unstable();
+        assert!(!of_kind.is_empty());
+        println!(
+            "from the call to the closed {kind}: p50 {:?}, p99 {:?}, {} of them",
+            percentile(&of_kind, 50),
+            percentile(&of_kind, 99),
+            of_kind.len()
+        );
+    }
+    println!("from the call to its receipt: {slowest:?} at most");
+    let (account, _, _, way) = &users[0];
+    let (_, head) = request(*account, way, "/", false).await;
+    assert_eq!(status(&head), 403, "a removed user's token: {head}");
+    others
+}
+
+async fn everyone_else_goes_on(open: &mut [Open]) {
+    assert!(
+        open.iter().all(|open| !open.is_closed.load(Ordering::SeqCst)),
+        "somebody else's connection was closed"
+    );
+    let mut before = Vec::new();
+    for open in &mut *open {
+        let Some((write, answers)) = &mut open.talk else { continue };
+        before.push(answers.load(Ordering::SeqCst));
+        // A masked text frame of two bytes.
+        write.write_all(b"\x81\x82\0\0\0\0hi").await.unwrap();
+    }
+    let answered = || {
+        let talks = open.iter().filter_map(|open| open.talk.as_ref());
+        talks.zip(&before).all(|((_, answers), before)| answers.load(Ordering::SeqCst) > *before)
+    };
+    let deadline = Instant::now() + LIMIT;
+    while !answered() {
+        assert!(Instant::now() < deadline, "a WebSocket of somebody else does not answer");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    println!("{} other connections go on; {} WebSockets answered", open.len(), before.len());
+}
+
+/// The master is killed: what is open goes on for lease and grace, and then
+/// ends; what computes goes on.
+async fn without_the_master(world: &mut World, users: &[(usize, String, String, Way)], mut open: Vec<Open>) {
+    let (account, _, _, mut way) = users[ACCOUNTS - 1].clone();
+    let tick = world.dir.path().join("tick");
+    let line = format!(
+        "setsid -f sh -c 'for i in $(seq 400); do echo $i >{}; sleep 0.2; done' </dev/null >/dev/null 2>&1; {}",
+        tick.display(),
+        waits_for(&tick)
+    );
+    run_line(&way, line).await;
+    let own = Api { url: world.url.clone(), token: users[ACCOUNTS - 1].2.clone() };
+    let (project, port) = (way.project.clone(), way.port);
+    way = tokio::task::spawn_blocking(move || self::way(&own, &project, port)).await.unwrap();
+    assert_eq!(world.metric(0, "cocalc_host_auth_tier"), 0);
+    world.kill("master");
+    let killed = Instant::now();
+
+    let mut tiers = vec![(0, killed.elapsed())];
+    let (mut in_grace, mut after) = (0, 0);
+    let deadline = killed + LEASE + GRACE + LIMIT;
+    while open.iter().any(|open| !open.is_closed.load(Ordering::SeqCst)) {
+        assert!(Instant::now() < deadline, "something is open after lease and grace\n{}", world.log());
+        let tier = tokio::task::block_in_place(|| {
+            world.metric((ACCOUNTS - 1) % PROJECTS % HOSTS, "cocalc_host_auth_tier")
+        });
+        if tiers.last().unwrap().0 != tier {
+            tiers.push((tier, killed.elapsed()));
+            println!("{:?} after the kill: tier {tier}", killed.elapsed());
+        }
+        let (_, head) = request(account, &way, "/", false).await;
+        match status(&head) {
+            200 => {
+                in_grace += usize::from(head.to_ascii_lowercase().contains("cocalc-tier: grace"));
+                if tier == 1 && in_grace == 1 {
+                    everyone_else_goes_on(&mut open).await;
+                }
+            }
+            403 => after += 1,
+            other => panic!("status {other} without the master: {head}"),
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let mut closed = Vec::new();
+    for open in open {
+        closed.push(open.closed.await.unwrap().saturating_duration_since(killed));
+    }
+    closed.sort_unstable();
+    let (first, last) = (closed[0], closed[closed.len() - 1]);
+    println!(
+        "{} connections closed from {first:?} to {last:?} after the kill; {in_grace} requests in grace, {after} refused at the end",
+        closed.len()
+    );
+    // Counted from the last keepalive that was answered, a beat before the kill.
+    assert!(first + Duration::from_millis(1500) >= LEASE + GRACE, "closed too early: {first:?}");
+    assert!(in_grace > 0, "nothing was let in within the grace");
+    until("the last tier", || (world.metric(0, "cocalc_host_auth_tier") == 2).then_some(()));
+    assert!(tiers.iter().any(|(tier, _)| *tier == 1), "the metrics never said grace: {tiers:?}");
+    let (_, head) = request(account, &way, "/", false).await;
+    assert_eq!(status(&head), 403, "after lease and grace: {head}");
+    let computed = std::fs::read_to_string(&tick).unwrap();
+    until("what computes goes on", || (std::fs::read_to_string(&tick).ok()? != computed).then_some(()));
+
+    world.start("master");
+    until("the tier of before", || (world.metric(0, "cocalc_host_auth_tier") == 0).then_some(()));
+    let own = Api { url: world.url.clone(), token: users[ACCOUNTS - 1].2.clone() };
+    let (project, port) = (way.project.clone(), way.port);
+    let fresh = tokio::task::spawn_blocking(move || self::way(&own, &project, port)).await.unwrap();
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        let (_, head) = request(account, &fresh, "/", false).await;
+        if status(&head) == 200 {
+            break;
+        }
+        assert!(Instant::now() < deadline, "not let in again: {head}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
