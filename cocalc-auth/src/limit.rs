@@ -25,8 +25,14 @@ impl Quota {
 /// Limits many keys by one quota.
 ///
 /// Only keys that have used some of their burst take memory. At the limit the
-/// key that will be fully recovered first is forgotten, which gives an attacker
-/// with many addresses nothing: what is forgotten is what is nearest to full.
+/// key that will be fully recovered first is forgotten, so that strangers,
+/// however many, lock nobody out.
+///
+/// The other side of it: who keeps `limit` keys owing more than another key
+/// does, has that one forgotten at each of its turns, and it is not limited
+/// meanwhile. That takes `limit` units per [`Quota::interval`], for as long as
+/// it lasts. Choose `limit` so that this is more than can arrive, or limit by
+/// something else as well; a slow quota needs it most.
 pub struct Gcra<K> {
     quota: Quota,
     limit: usize,
@@ -161,6 +167,24 @@ mod tests {
         // More than the burst waits for full recovery, and is then granted.
         let wait = limit.take_many(&1, 50, now + wait).map_err(|more| wait + more).unwrap_err();
         assert!(limit.take_many(&1, 50, now + wait).is_ok());
+    }
+
+    /// The price of memory that is bounded without locking anybody out, as the
+    /// documentation states it.
+    #[test]
+    fn a_full_memory_forgets_who_owes_least_and_refuses_no_stranger() {
+        let mut limit = Gcra::new(Quota::per_second(1, 3), 64);
+        for other in 1..=64 {
+            limit.take_many(&other, 3, SECOND).unwrap();
+        }
+        for _ in 0..100 {
+            assert_eq!(limit.take(&0, SECOND), Ok(()));
+        }
+        assert!(limit.take(&64, SECOND).is_err(), "who owes more is not forgotten for it");
+        // Once one of the others has recovered, there is room for its name.
+        let later = SECOND * 5;
+        let granted = (0..100).filter(|_| limit.take(&0, later).is_ok()).count();
+        assert_eq!((granted, limit.len() <= 64), (3, true));
     }
 
     proptest! {

@@ -365,6 +365,36 @@ mod tests {
     }
 
     #[test]
+    fn of_many_who_use_a_token_at_the_same_instant_one_wins() {
+        const THREADS: usize = 8;
+        let dir = tempfile::tempdir().unwrap();
+        let expires = Timestamp::from_secs(1_000);
+        // Two handles, as of two connections to the database.
+        let stores = [HostAcl::open(dir.path()).unwrap(), HostAcl::open(dir.path()).unwrap()];
+        let start = std::sync::Barrier::new(THREADS);
+        for round in 0..50 {
+            let id = TokenId::from_bytes([round; 16]);
+            let wins = std::thread::scope(|scope| {
+                let threads: Vec<_> = (0..THREADS)
+                    .map(|thread| {
+                        let (store, start) = (&stores[thread % 2], &start);
+                        scope.spawn(move || {
+                            start.wait();
+                            store.insert_used(&id, expires).unwrap()
+                        })
+                    })
+                    .collect();
+                threads.into_iter().map(|thread| thread.join().unwrap()).filter(|won| *won).count()
+            });
+            assert_eq!(wins, 1, "round {round}");
+        }
+        // Nor is one used again after a restart.
+        drop(stores);
+        let store = HostAcl::open(dir.path()).unwrap();
+        assert!(!store.insert_used(&TokenId::from_bytes([0; 16]), expires).unwrap());
+    }
+
+    #[test]
     fn a_damaged_entry_is_an_error_not_a_gap() {
         let dir = tempfile::tempdir().unwrap();
         let store = HostAcl::open(dir.path()).unwrap();
