@@ -534,7 +534,7 @@ async fn btrfs_streams_go_on_over_broken_connections() {
     for turn in 0..3u8 {
         for file in 0..300u32 {
             let content: Vec<u8> =
-                (0..40_000u32).map(|i| (i * (file + 7) * (u32::from(turn) + 3) >> 5) as u8).collect();
+                (0..40_000u32).map(|i| ((i * (file + 7) * (u32::from(turn) + 3)) >> 5) as u8).collect();
             std::fs::write(live.join(format!("home/{turn}-{file}")), content).unwrap();
         }
         let name: SnapshotName = format!("turn-{turn}").parse().unwrap();

@@ -41,7 +41,10 @@ struct Inner {
     address: Gcra<IpAddr>,
     account: Gcra<AccountId>,
     failures: Gcra<IpAddr>,
-    logins: Gcra<String>,
+    /// Tries at accounts.
+    logins: Gcra<AccountId>,
+    /// Tries at names that nobody has.
+    strangers: Gcra<String>,
 }
 
 /// Where a call comes from, as far as can be believed.
@@ -56,6 +59,7 @@ impl Limits {
             account: Gcra::new(quota(ACCOUNT), KEYS_MAX),
             failures: Gcra::new(quota(FAILURES), KEYS_MAX),
             logins: Gcra::new(LOGINS, KEYS_MAX),
+            strangers: Gcra::new(LOGINS, KEYS_MAX),
         };
         Self { trusted, state: Mutex::new(state) }
     }
@@ -89,9 +93,16 @@ impl Limits {
         self.lock().account.take(&account, now).map_err(Problem::rate_limited)
     }
 
-    /// Somebody tries a password for this name.
-    pub(crate) fn login(&self, name: &str, now: Duration) -> Result<(), Problem> {
-        self.lock().logins.take(&name.to_owned(), now).map_err(Problem::rate_limited)
+    /// Somebody tries a password for this name, which is `account`'s or
+    /// nobody's. The two are counted apart: with more made-up names than are
+    /// remembered, the tries at a real one would be forgotten.
+    pub(crate) fn login(&self, account: Option<AccountId>, name: &str, now: Duration) -> Result<(), Problem> {
+        let mut state = self.lock();
+        let taken = match account {
+            Some(account) => state.logins.take(&account, now),
+            None => state.strangers.take(&name.to_owned(), now),
+        };
+        taken.map_err(Problem::rate_limited)
     }
 }
 
@@ -129,6 +140,20 @@ pub(crate) async fn limit(State(shared): State<Arc<Shared>>, mut request: Reques
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn made_up_names_do_not_give_more_tries_at_a_real_one() {
+        let limits = Limits::new(vec![]);
+        let account = AccountId::random();
+        let mut granted = 0;
+        for round in 0..100 {
+            for name in 0..2 * KEYS_MAX / 100 {
+                let _ = limits.login(None, &format!("{round}-{name}"), Duration::ZERO);
+            }
+            granted += u32::from(limits.login(Some(account), "somebody", Duration::ZERO).is_ok());
+        }
+        assert_eq!(granted, LOGINS.burst);
+    }
 
     #[test]
     fn only_trusted_proxies_say_who_calls() {

@@ -471,7 +471,8 @@ pub(super) async fn concurrent(h: &dyn Harness) {
     let project = project(h).await;
     h.write(Host::First, project, "home/a", b"1").await.unwrap();
     store.snapshot(project, &name("base")).await.unwrap();
-    let taken = join_all((0..6).map(|_| store.snapshot(project, &name_of("same"))));
+    let same = name("same");
+    let taken = join_all((0..6).map(|_| store.snapshot(project, &same)));
     let taken = tokio::time::timeout(LIMIT, taken).await.expect("they end");
     let taken: Vec<_> = taken.into_iter().map(|got| got.expect("each is answered")).collect();
     assert!(taken.windows(2).all(|pair| pair[0] == pair[1]), "one snapshot, told to all: {taken:?}");
@@ -528,11 +529,6 @@ pub(super) async fn concurrent(h: &dyn Harness) {
     }));
     assert_eq!(made.await, [1; 4], "created once, whoever asks at the same time");
     store.delete(project).await.unwrap();
-}
-
-fn name_of(text: &'static str) -> &'static SnapshotName {
-    static SAME: std::sync::OnceLock<SnapshotName> = std::sync::OnceLock::new();
-    SAME.get_or_init(|| name(text))
 }
 
 pub(super) async fn listed_meanwhile(h: &dyn Harness) {

@@ -95,7 +95,7 @@ async fn set_password(
     }
     let before = shared.db(move |store| store.password_of(id)).await?;
     if let (Some(before), false) = (before, caller.admin) {
-        shared.limits.login(&id.to_string(), shared.clock.boot())?;
+        shared.limits.login(Some(id), "", shared.clock.boot())?;
         let current = new.current.unwrap_or_default();
         if !work(move || verifies(&current, &before)).await? {
             return Err(Problem::invalid("current: not the password of before"));
@@ -132,15 +132,17 @@ async fn login(
     source: Option<Extension<Source>>,
     Body(asked): Body<Login>,
 ) -> Answer<(StatusCode, Json<LoggedIn>)> {
-    // By name as well as by address, so that neither many addresses nor many
-    // names give more tries.
-    shared.limits.login(&asked.login, shared.clock.boot())?;
     let refused = || Problem::new(StatusCode::UNAUTHORIZED, "unauthenticated", "wrong name or password");
-    if asked.password.len() > *PASSWORD_BYTES.end() {
+    // What nobody can have costs nothing, and is remembered by nobody.
+    if asked.password.len() > *PASSWORD_BYTES.end() || asked.login.chars().count() > 100 {
         return Err(refused());
     }
     let name = asked.login.clone();
     let found = shared.db(move |store| store.password(&name)).await?;
+    // By name as well as by address, so that neither many addresses nor many
+    // names give more tries.
+    let account = found.as_ref().map(|(account, _)| account.id);
+    shared.limits.login(account, &asked.login, shared.clock.boot())?;
     let (account, expected) = match found {
         Some((account, hash)) => (Some(account), hash),
         // The same work for a name that nobody has.
