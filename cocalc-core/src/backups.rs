@@ -1,61 +1,87 @@
 //! Backups of projects: the contract. Backends come with `cocalc-backup`.
 
-use std::{fmt, path::PathBuf};
+mod error;
+mod types;
+
+use std::{fmt, path::Path};
 
 use async_trait::async_trait;
-use cocalc_ids::{Epoch, HostId, ProjectId, SnapshotName, Timestamp};
-use serde::{Deserialize, Serialize};
+use cocalc_ids::{ProjectId, TreePath};
 
-use crate::BoxError;
+pub use error::Error;
+pub use types::{
+    Backup, BackupKind, BackupSource, CheckOptions, Checked, Entries, Entry, Erased, Phase, Progress,
+    ProgressSink, PruneOptions, Pruned, Restored,
+};
+
+/// The result of a backup call.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Keeps copies of project snapshots outside their host.
 ///
 /// # Contract
 ///
-/// - A backup that is listed restores: it was complete and durable first.
-/// - `restore` writes only below `target`, which must be empty.
-/// - `forget` deletes only backups of the named project.
+/// - A backup that is listed restores: it was complete and durable before it
+///   was listed. What could not be read is an error, not a gap.
+/// - What is restored is what was backed up: names, contents, owners, modes,
+///   times of modification, extended attributes, links and hard links, holes,
+///   special files (a socket, which only its process could use, may be left
+///   out), and the root directory itself.
+/// - A call on one project neither reads nor changes the backups of another.
+/// - Several backups, and a prune, may run at once on one project.
+/// - Dropping a call ends the work. It leaves no backup listed, and what was
+///   restored so far is below the target. Repeating it is harmless; a backup
+///   goes on from the data that are stored already.
 #[async_trait]
 pub trait Backups: fmt::Debug + Send + Sync + 'static {
-    /// Backs up the files of a read-only snapshot.
-    async fn back_up(&self, source: &BackupSource) -> Result<Backup, BoxError>;
+    /// Backs up the files of a read-only snapshot. The first backup of a
+    /// project makes its repository.
+    async fn back_up(&self, source: &BackupSource, progress: ProgressSink<'_>) -> Result<Backup>;
 
-    /// The backups of a project, oldest first.
-    async fn list(&self, project: ProjectId) -> Result<Vec<Backup>, BoxError>;
+    /// The backups of a project, oldest snapshot first; empty if it has none.
+    async fn list(&self, project: ProjectId) -> Result<Vec<Backup>>;
 
-    /// Restores a whole backup, or one path of it, into `target`.
-    async fn restore(&self, backup: &Backup, path: Option<&str>, target: PathBuf) -> Result<(), BoxError>;
+    /// What is in a directory of a backup, by name, at most `max` entries of
+    /// those after the name of `after`. [`NotFound`](Error::NotFound) if there
+    /// is no such backup or directory.
+    async fn ls(
+        &self,
+        project: ProjectId,
+        backup: &str,
+        directory: &TreePath,
+        after: Option<&TreePath>,
+        max: usize,
+    ) -> Result<Entries>;
 
-    /// Deletes backups of a project.
-    async fn forget(&self, project: ProjectId, backups: &[Backup]) -> Result<(), BoxError>;
-}
+    /// What in a backup has a name that contains `text`, ignoring the case of
+    /// ASCII letters: at most `max` entries.
+    async fn find(&self, project: ProjectId, backup: &str, text: &str, max: usize) -> Result<Entries>;
 
-/// What to back up.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct BackupSource {
-    /// Whose files.
-    pub project: ProjectId,
-    /// The host that makes the backup.
-    pub host: HostId,
-    /// Under which grant.
-    pub epoch: Epoch,
-    /// Which snapshot.
-    pub snapshot: SnapshotName,
-    /// Where it is.
-    pub path: PathBuf,
-}
+    /// Restores a backup into `target`, an empty directory, or one path of it
+    /// to `target/<its name>`. Everything is read back and compared, and
+    /// durable, before this returns. Nothing is written elsewhere.
+    async fn restore(
+        &self,
+        project: ProjectId,
+        backup: &str,
+        path: &TreePath,
+        target: &Path,
+        progress: ProgressSink<'_>,
+    ) -> Result<Restored>;
 
-/// A complete backup.
-#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
-pub struct Backup {
-    /// The repository's own name for it.
-    pub id: String,
-    /// Whose files.
-    pub project: ProjectId,
-    /// Which host made it.
-    pub host: HostId,
-    /// Under which grant.
-    pub epoch: Epoch,
-    /// When the snapshot was taken.
-    pub taken: Timestamp,
+    /// Takes backups off the list. Forgetting what is not there is harmless.
+    /// Space returns with [`prune`](Self::prune).
+    async fn forget(&self, project: ProjectId, backups: &[String]) -> Result<()>;
+
+    /// Marks what no backup needs, and deletes what was marked long enough
+    /// ago. Safe beside running backups.
+    async fn prune(&self, project: ProjectId, options: &PruneOptions) -> Result<Pruned>;
+
+    /// Looks for damage.
+    async fn check(&self, project: ProjectId, options: &CheckOptions) -> Result<Checked>;
+
+    /// Deletes every backup of a project, and the repository if it is the
+    /// project's own. No other call on the project may run. Erasing nothing is
+    /// harmless.
+    async fn erase(&self, project: ProjectId) -> Result<Erased>;
 }

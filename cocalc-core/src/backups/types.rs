@@ -1,0 +1,199 @@
+//! What goes into a backup call, and what comes out.
+
+use std::{path::PathBuf, time::Duration};
+
+use cocalc_ids::{Epoch, HostId, ProjectId, SnapshotName, Timestamp, TreePath};
+use serde::{Deserialize, Serialize};
+
+use crate::storage::NodeKind;
+
+/// What to back up.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct BackupSource {
+    /// Whose files.
+    pub project: ProjectId,
+    /// The host that makes the backup.
+    pub host: HostId,
+    /// Under which grant.
+    pub epoch: Epoch,
+    /// Which snapshot.
+    pub snapshot: SnapshotName,
+    /// When the snapshot was taken.
+    pub taken: Timestamp,
+    /// Where its files are. Nothing may change below it meanwhile; hold the
+    /// snapshot (`Storage::hold`) until the call returns.
+    pub path: PathBuf,
+    /// Why it is made.
+    pub kind: BackupKind,
+    /// The backup whose files are taken as known where nothing about them has
+    /// changed: the latest of the project, as a rule. Without one, every file
+    /// is read; what the repository has already is not stored again.
+    pub parent: Option<String>,
+    /// Set for the first backup after a move or a restore, which give every
+    /// file a new change time: then size and time of modification decide
+    /// whether a file is read again.
+    pub moved: bool,
+    /// Patterns, as in `.gitignore`, of what is left out.
+    pub excludes: Vec<String>,
+}
+
+/// Why a backup was made.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BackupKind {
+    /// It was due.
+    Scheduled,
+    /// Somebody asked for it.
+    Manual,
+    /// The project stopped.
+    Stop,
+}
+
+/// A complete backup.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Backup {
+    /// The repository's own name for it.
+    pub id: String,
+    /// Whose files.
+    pub project: ProjectId,
+    /// Which host made it.
+    pub host: HostId,
+    /// Under which grant.
+    pub epoch: Epoch,
+    /// Why it was made.
+    pub kind: BackupKind,
+    /// When the snapshot was taken.
+    pub taken: Timestamp,
+    /// The sizes of all that is in it and no directory.
+    pub bytes: u64,
+    /// How many bytes the repository did not have, as they are stored.
+    pub added_bytes: u64,
+    /// How many names are in it that are no directories.
+    pub files: u64,
+    /// How many of them were new or had changed, so that they were read.
+    pub files_read: u64,
+}
+
+/// How far a call has come. Numbers never go back while the phase is the same.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Progress {
+    /// What is being done.
+    pub phase: Phase,
+    /// Bytes done in this phase.
+    pub bytes: u64,
+    /// Bytes to do in this phase, once known.
+    pub total_bytes: Option<u64>,
+}
+
+/// A part of a call that takes time.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// The repository is opened and its index read.
+    Opening,
+    /// Files are read and stored.
+    Storing,
+    /// Files are written.
+    Restoring,
+    /// What was written is read back and compared.
+    Verifying,
+    /// The repository is looked over or tidied up.
+    Tending,
+}
+
+/// Takes what a call reports of its progress. Called often: it must not block.
+pub type ProgressSink<'a> = &'a (dyn Fn(Progress) + Send + Sync);
+
+/// One name in a backup.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Entry {
+    /// Below the root of the volume.
+    pub path: TreePath,
+    /// What it is.
+    pub kind: NodeKind,
+    /// The size of a regular file; 0 otherwise.
+    pub bytes: u64,
+    /// When it was last modified.
+    pub modified: Option<Timestamp>,
+}
+
+/// Entries, and whether there are more.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Entries {
+    /// In the order of the tree.
+    pub entries: Vec<Entry>,
+    /// Whether the limit left some out.
+    pub truncated: bool,
+}
+
+/// What was restored.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Restored {
+    /// Files, links, directories and what else has a name.
+    pub entries: u64,
+    /// The sizes of the regular files.
+    pub bytes: u64,
+}
+
+/// How space is reclaimed.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct PruneOptions {
+    /// How long what nobody needs is kept after it was marked. A backup that
+    /// began before the mark may count on it, so this must be longer than a
+    /// backup may take, and than clocks differ. Default: 23 hours.
+    pub grace: Duration,
+}
+
+impl Default for PruneOptions {
+    fn default() -> Self {
+        Self { grace: Duration::from_hours(23) }
+    }
+}
+
+/// What a prune did.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Pruned {
+    /// Bytes that were deleted.
+    pub freed_bytes: u64,
+    /// Bytes that are marked, and go when the grace has passed.
+    pub marked_bytes: u64,
+    /// Bytes that remain.
+    pub kept_bytes: u64,
+}
+
+/// How thoroughly a repository is checked.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+pub struct CheckOptions {
+    /// Reads and verifies all data, not only what leads to it.
+    pub read_data: bool,
+    /// First makes the index agree with the data that are there: a lost index
+    /// is rebuilt, and data that are lost are backed up again by the next
+    /// backup that has them. Nothing else may run on the project meanwhile.
+    pub repair_index: bool,
+}
+
+/// What a check found.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Checked {
+    /// Damage, in words; empty if every backup listed can be restored, as far
+    /// as the check looked.
+    pub damage: Vec<String>,
+    /// The backups that the damage affects, by id.
+    pub affected: Vec<String>,
+}
+
+impl Checked {
+    /// Whether nothing is damaged.
+    pub fn is_sound(&self) -> bool {
+        self.damage.is_empty() && self.affected.is_empty()
+    }
+}
+
+/// What was left of a project's backups, and is gone.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Erased {
+    /// How many objects or files were deleted.
+    pub objects: u64,
+    /// Their bytes.
+    pub freed_bytes: u64,
+}
