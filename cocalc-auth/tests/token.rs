@@ -422,3 +422,11 @@ proptest! {
         prop_assert_eq!(result.is_ok(), good);
     }
 }
+
+#[test]
+fn claims_say_when_in_time_and_not_in_seconds() {
+    let now = Timestamp::from_secs(1_800_000_000);
+    let minted = ring().mint(&new_token().ttl(std::time::Duration::from_secs(90)), now).unwrap();
+    assert_eq!(minted.claims.issued(), now);
+    assert_eq!(minted.claims.expires(), Timestamp::from_secs(1_800_000_090));
+}

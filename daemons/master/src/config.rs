@@ -5,6 +5,7 @@ use std::{
     path::PathBuf,
 };
 
+use cocalc_auth::token::Algorithm;
 use cocalc_core::control::Settings;
 use serde::Deserialize;
 
@@ -40,6 +41,12 @@ pub struct Config {
     /// that lets in. Default 500.
     #[serde(default = "connections_per_address_max")]
     pub connections_per_address_max: usize,
+    /// What the headers of tokens call their algorithm: `EdDSA` (RFC 8037),
+    /// which most libraries know, or `Ed25519` (RFC 9864). Keys made from now
+    /// on have it; those in use keep theirs until they are rotated out. Default
+    /// `EdDSA`.
+    #[serde(default)]
+    pub token_algorithm: Algorithm,
 }
 
 fn connections_per_address_max() -> usize {
@@ -70,6 +77,7 @@ impl Config {
             grace_ms: grace_ms(),
             trusted_proxies: Vec::new(),
             connections_per_address_max: connections_per_address_max(),
+            token_algorithm: Algorithm::default(),
         }
     }
 
@@ -129,6 +137,7 @@ mod tests {
             ("lease_ms = 100", "lease_ms"),
             ("keepalive_ms = 1", "keepalive_ms"),
             ("connections_per_address_max = 0", "connections_per_address_max"),
+            ("token_algorithm = 'none'", "token_algorithm"),
             ("leese_ms = 100", "leese_ms"),
         ] {
             let error = parse(&format!("{least}{wrong}")).unwrap_err();

@@ -22,16 +22,17 @@ pub(crate) struct Signing {
 }
 
 impl Signing {
-    /// Reads the ring, or makes one.
-    pub(crate) fn open(path: PathBuf, now: Timestamp) -> Result<Self, BoxError> {
-        let ring = match key_file::load(&path)? {
+    /// Reads the ring, or makes one. Keys made from now on have `algorithm`.
+    pub(crate) fn open(path: PathBuf, algorithm: Algorithm, now: Timestamp) -> Result<Self, BoxError> {
+        let mut ring = match key_file::load(&path)? {
             Some(bytes) => SigningRing::from_bytes(&bytes)?,
             None => {
-                let ring = SigningRing::generate(Algorithm::EdDsa, now)?;
+                let ring = SigningRing::generate(algorithm, now)?;
                 key_file::create(&path, &ring.to_bytes())?;
                 ring
             }
         };
+        ring.use_algorithm(algorithm);
         Ok(Self { path, ring: Mutex::new(ring) })
     }
 
