@@ -26,7 +26,7 @@ use crate::{
     locks::Locks,
     tree::{self, Lineage},
 };
-use store::Store;
+use store::{Extra, Store};
 
 /// The name in [`Capabilities::backend`] and in headers of streams.
 pub const BACKEND: &str = "directory";
@@ -327,7 +327,8 @@ impl Storage for Directory {
                     name: from,
                     origin: snapshot.origin,
                     base: base.transpose()?,
-                    extra: String::new(),
+                    extra: serde_json::to_string(&Extra { created: snapshot.created })
+                        .map_err(|error| Failure::Wrong(error.to_string()))?,
                     estimated_bytes: 0,
                     left_out: Vec::new(),
                 };

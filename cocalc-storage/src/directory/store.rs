@@ -36,11 +36,19 @@ pub(super) struct About {
     pub(super) uuid: VolumeUuid,
     /// Of a snapshot; a live volume's is what it would have.
     pub(super) origin: VolumeUuid,
-    created: Timestamp,
+    pub(super) created: Timestamp,
     /// Orders the snapshots of a project: clocks go back.
     number: u64,
     /// The snapshot and the `former` of the restore that made a live volume.
     restored: Option<(VolumeUuid, SnapshotName)>,
+}
+
+/// What travels beside a stream.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Extra {
+    /// When the snapshot was first taken.
+    pub(super) created: Timestamp,
 }
 
 /// To keep the live volume `live`, once it has been exchanged for the one in
@@ -492,6 +500,12 @@ impl Store {
         about.origin = header.origin;
         let mut arrived = None;
         let staged = built.and_then(|()| {
+            if !header.extra.is_empty() {
+                let extra: Extra =
+                    serde_json::from_str(&header.extra).map_err(|error| bad(header, error.to_string()))?;
+                // A snapshot is as old as it is, not as long here.
+                about.created = extra.created;
+            }
             // Somebody else may have brought it meanwhile.
             arrived = self.admit(header)?;
             write_about(&self.staging_dir(staging), &about)

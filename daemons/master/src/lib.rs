@@ -137,7 +137,8 @@ impl Master {
         let store =
             Store::open(&config.data_dir.join("master.db")).map_err(|error| unusable(error.into()))?;
         let store = Arc::new(store);
-        let signing = Signing::open(config.data_dir.join("signing-keys"), config.token_algorithm, now).map_err(unusable)?;
+        let signing = Signing::open(config.data_dir.join("signing-keys"), config.token_algorithm, now)
+            .map_err(unusable)?;
         admin::ensure(&store, &config.data_dir.join("admin-token"), now).map_err(unusable)?;
         let stream = store.next_stream(now).map_err(|error| database(error.into()))?;
         store.forget_unanswered().map_err(|error| database(error.into()))?;
