@@ -470,6 +470,30 @@ async fn on_files(root: &Path, mutant: Option<Mutant>) -> FilesHarness {
     })
 }
 
+/// Examines each in a thread of its own, a few at a time, and answers in order.
+fn in_threads<F: Future<Output = Vec<(&'static str, String)>>>(
+    mutants: &[Mutant],
+    examine: impl Fn(Mutant) -> F + Sync,
+) -> Vec<(Mutant, Vec<(&'static str, String)>)> {
+    let mut all = Vec::new();
+    for few in mutants.chunks(4) {
+        all.extend(std::thread::scope(|scope| {
+            let examine = &examine;
+            let running: Vec<_> = few
+                .iter()
+                .map(|mutant| {
+                    scope.spawn(move || {
+                        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+                        (*mutant, runtime.unwrap().block_on(examine(*mutant)))
+                    })
+                })
+                .collect();
+            running.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+        }));
+    }
+    all
+}
+
 /// Lines between two marks in a file, or the mark's absence.
 const BEGIN: &str = "<!-- written by cocalc-storage/tests/mutants.rs -->\n";
 const END: &str = "<!-- until here -->\n";
@@ -507,19 +531,22 @@ async fn every_broken_backend_is_caught_by_name() {
     };
     // The suite reports by panicking inside; that is no news here.
     std::panic::set_hook(Box::new(|_| ()));
-    for mutant in IN_MEMORY {
+    for (mutant, broken) in in_threads(IN_MEMORY, |mutant| async move {
         let harness = MemoryHarness::wrapping(|inner| {
-            Arc::new(Mutated { inner: Arc::new(inner), mutant: *mutant, root: PathBuf::new() })
+            Arc::new(Mutated { inner: Arc::new(inner), mutant, root: PathBuf::new() })
         });
-        row(*mutant, examine(&harness, |_| true).await.broken);
+        examine(&harness, |_| true).await.broken
+    }) {
+        row(mutant, broken);
     }
     let root = tempfile::tempdir().unwrap();
-    for mutant in ON_FILES {
-        let harness = on_files(&root.path().join(format!("{mutant:?}")), Some(*mutant)).await;
-        let broken = examine(&harness, |property| {
-            property.name.starts_with("files.") || property.name.starts_with("snapshot.")
-        });
-        row(*mutant, broken.await.broken);
+    let place = root.path();
+    for (mutant, broken) in in_threads(ON_FILES, |mutant| async move {
+        let harness = on_files(&place.join(format!("{mutant:?}")), Some(mutant)).await;
+        let of_files = |name: &str| name.starts_with("files.") || name.starts_with("snapshot.");
+        examine(&harness, |property| of_files(property.name)).await.broken
+    }) {
+        row(mutant, broken);
     }
     let sound = on_files(&root.path().join("sound"), None).await;
     let sound = examine(&sound, |_| true).await;

@@ -1,6 +1,6 @@
 //! The parts of a host, put together.
 
-use std::{fs::File, path::Path, sync::Arc, time::Duration};
+use std::{fs::File, os::unix::fs::DirBuilderExt as _, path::Path, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use cocalc_auth::identity::Identity;
@@ -314,7 +314,9 @@ impl Foundation {
 /// root there is a place that a reboot empties.
 fn mark(id: HostId) -> Option<std::path::PathBuf> {
     let dir = Path::new("/run/cocalc");
-    make_dir(dir).ok().map(|dir| dir.join(format!("{id}.position")))
+    // The runner's mounts are in it, too, and projects must get through to them.
+    std::fs::DirBuilder::new().recursive(true).mode(0o711).create(dir).ok()?;
+    Some(dir.join(format!("{id}.position")))
 }
 
 /// Starts what was granted to be started when a crash came in between.

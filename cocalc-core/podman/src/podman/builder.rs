@@ -40,6 +40,9 @@ pub const UID_BASE: u32 = 0x1000_0000;
 /// addresses.
 pub const SLOTS: u32 = 1022;
 
+/// Where instances keep what a reboot may take, unless they are told otherwise.
+const RUNTIME_PARENT: &str = "/run/cocalc";
+
 /// How a runner could not be made ready.
 #[derive(Debug, thiserror::Error)]
 #[error("the podman runner could not {what}")]
@@ -200,7 +203,7 @@ impl PodmanBuilder {
             return Err(BuildError::new("use its range of uids", range));
         }
         let runtime_dir =
-            self.runtime_dir.unwrap_or_else(|| Path::new("/run/cocalc").join(self.instance.to_string()));
+            self.runtime_dir.unwrap_or_else(|| Path::new(RUNTIME_PARENT).join(self.instance.to_string()));
         if runtime_dir.to_str().is_none_or(|path| path.contains([',', ':', '\\', '"', '\n'])) {
             return Err(BuildError::new("use its runtime directory", "its path has a forbidden character"));
         }
@@ -311,6 +314,14 @@ impl Dirs {
         }
         // The runtime enters as the project's root, who is nobody here.
         fs::set_permissions(runtime, fs::Permissions::from_mode(0o711))?;
+        // The default's parent is ours as well, and may have been made by
+        // somebody who wanted it for nobody else.
+        if let Some(parent) = runtime.parent().filter(|parent| *parent == Path::new(RUNTIME_PARENT)) {
+            let mode = fs::metadata(parent)?.permissions().mode();
+            if mode & 0o011 != 0o011 {
+                fs::set_permissions(parent, fs::Permissions::from_mode(mode & 0o7777 | 0o011))?;
+            }
+        }
         Ok(dirs)
     }
 

@@ -334,7 +334,14 @@ pub(super) async fn limits(h: &dyn Harness) {
     }
     // What a snapshot holds is charged: rewriting does not free it.
     store.snapshot(project, &name("s")).await.unwrap();
+    let others = vec![8; 1 << 20];
     let mut refused = false;
+    for number in 0..6 {
+        refused |= h.write(Host::First, project, &format!("home/{number}"), &others).await.is_err();
+    }
+    assert!(refused, "what a snapshot holds is charged: six and six are more than eight");
+    let charged = store.usage(project).await.unwrap().charged_bytes;
+    assert!(charged > 6 << 20, "and usage tells it: {charged}");
     for number in 6..16 {
         refused |= h.write(Host::First, project, &format!("home/{number}"), &chunk).await.is_err();
     }
