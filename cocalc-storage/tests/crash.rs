@@ -213,7 +213,11 @@ async fn script(orders: &Orders) {
             }
             _ => assert!(store.wait_trash_empty(PATIENCE).await.unwrap(), "the trash is emptied"),
         }
-        fs::write(&orders.progress, (step + 1).to_string()).unwrap();
+        // The reaper's places are in a thread of its own, which may end the
+        // process in the middle of this.
+        let whole = orders.progress.with_extension("new");
+        fs::write(&whole, (step + 1).to_string()).unwrap();
+        fs::rename(whole, &orders.progress).unwrap();
     }
 }
 
