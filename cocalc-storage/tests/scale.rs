@@ -20,7 +20,7 @@ use cocalc_storage::{Btrfs, loopback::Loopback};
 
 const MIB: u64 = 1 << 20;
 /// For what ends by itself, unless it hangs.
-const PATIENCE: Duration = Duration::from_secs(1800);
+const PATIENCE: Duration = Duration::from_secs(600);
 
 /// As many as every change is tested with, or as many as there may be.
 fn count(short: usize, full: usize) -> usize {
@@ -66,11 +66,7 @@ impl Fixture {
         let scrubbed =
             Command::new("btrfs").args(["scrub", "start", "-B"]).arg(volume.path()).output().unwrap();
         assert!(scrubbed.status.success(), "{}", String::from_utf8_lossy(&scrubbed.stderr));
-        let image = volume.image().to_owned();
         volume.close().unwrap();
-        let checked = Command::new("btrfs").arg("check").arg(&image).output().unwrap();
-        let words = String::from_utf8_lossy(&checked.stderr);
-        assert!(checked.status.success(), "{words}");
         drop(root);
     }
 }
@@ -196,6 +192,8 @@ async fn many_extents_and_many_names() {
         file.write_all_at(&[number as u8; 4096], number * 8192).unwrap();
     }
     file.sync_all().unwrap();
+    // Open, it would keep its volume from going.
+    drop(file);
     fs::write(home.join("linked"), "linked").unwrap();
     for number in 0..links {
         if number % 1000 == 0 {
@@ -274,7 +272,7 @@ async fn no_room_for_anything() {
                 .await
                 .map(drop),
             store
-                .copy(&place("home/filler-0"), &place(&format!("home/copy-{chunk}")), &CopyOptions::default())
+                .copy(&place("home/small"), &place(&format!("home/copy-{chunk}")), &CopyOptions::default())
                 .await
                 .map(drop),
             store.receive(&sent.header, sent.reader).await.map(drop),

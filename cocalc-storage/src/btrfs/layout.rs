@@ -214,9 +214,16 @@ pub(super) fn private_directory(path: &Path) -> io::Result<()> {
 pub(super) fn write_atomically(path: &Path, content: &[u8]) -> io::Result<()> {
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(".new");
-    let mut file = File::create(&temporary)?;
-    io::Write::write_all(&mut file, content)?;
-    // The name must not be durable before the content is.
-    file.sync_all()?;
-    fs::rename(&temporary, path)
+    let written = File::create(&temporary).and_then(|mut file| {
+        io::Write::write_all(&mut file, content)?;
+        // The name must not be durable before the content is.
+        file.sync_all()?;
+        fs::rename(&temporary, path)
+    });
+    if written.is_err() {
+        // The volume is full, for instance. If this fails too, the next opening
+        // removes it.
+        let _ = fs::remove_file(&temporary);
+    }
+    written
 }
