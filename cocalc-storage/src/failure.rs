@@ -24,6 +24,11 @@ pub(crate) enum Failure {
 }
 
 impl Failure {
+    /// Whether the host's volume has no room.
+    pub(crate) fn is_full(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if is(source, Errno::NOSPC))
+    }
+
     /// What the caller of `operation` is told.
     pub(crate) fn public(self, backend: &'static str, project: ProjectId, operation: &'static str) -> Error {
         match self {

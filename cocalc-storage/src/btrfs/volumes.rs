@@ -104,9 +104,28 @@ impl Store {
         if nothing {
             return Ok(());
         }
-        self.intending(&Intent::Delete { project }, || self.delete_all(project))?;
+        match self.intending(&Intent::Delete { project }, || self.delete_all(project)) {
+            Err(failure) if failure.is_full() => self.delete_at_once(project)?,
+            other => other?,
+        }
         self.trash.filled();
         Ok(())
+    }
+
+    /// Deletes all of a project where there is no room to write down that it
+    /// is to be deleted: the kernel deletes subvolumes from its own reserve
+    /// (`btrfs_delete_subvolume` in fs/btrfs/inode.c). Cut off, it leaves a part
+    /// that deleting again removes. The quota group is removed with others
+    /// that nothing uses.
+    fn delete_at_once(&self, project: ProjectId) -> Result<(), Failure> {
+        let group = self.group(project)?;
+        if let Some(live) = self.layout.live(project)? {
+            self.destroy_with_nested(live.info.tree, group)?;
+        }
+        if let Some(holder) = subvolume(&self.layout.snapshots(project))? {
+            self.destroy_with_nested(holder.info.tree, None)?;
+        }
+        self.layout.commit()
     }
 
     /// Moves all of a project, or what is left of it, into the trash.
