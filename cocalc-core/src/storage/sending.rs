@@ -16,7 +16,7 @@ pub struct SendHeader {
     pub project: ProjectId,
     /// Its name, there and here.
     pub name: SnapshotName,
-    /// Its [`Snapshot::origin`].
+    /// Its [`Snapshot::origin`](super::Snapshot::origin).
     pub origin: VolumeUuid,
     /// The snapshot it is a delta to, and that one's origin.
     pub base: Option<(SnapshotName, VolumeUuid)>,
