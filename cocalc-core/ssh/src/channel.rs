@@ -33,6 +33,9 @@ const WAKE_EVERY: Duration = Duration::from_millis(300);
 const OPEN_MAX: Duration = Duration::from_secs(60);
 /// How long a message of ours waits for the client to take it.
 const SAY_MAX: Duration = Duration::from_secs(1);
+/// How long what was lost waits for the word that the access itself has ended:
+/// at a proxy both come from the host, on connections of their own.
+const LAST_WORD_MAX: Duration = Duration::from_secs(1);
 /// What OpenSSH returns when it, and not the remote command, failed.
 const OUR_FAILURE: u32 = 255;
 const STDERR: u32 = 1;
@@ -64,6 +67,7 @@ pub(crate) async fn session(
         match drive(process, pty, |stdin| feed(input, stdin, pty), &outward, controls).await {
             Ended::Exit(exit) => Ok(Some(exit)),
             Ended::Lost(error) => {
+                last_word(access).await;
                 tracing::warn!(project = %access.project, error = %cocalc_core::chain(&error), "a process was lost");
                 Err(format!("the process was lost: {error}"))
             }
@@ -160,11 +164,21 @@ async fn start(access: &Access, request: ExecRequest, outward: &Outward) -> Resu
             // It was stopped again just now.
             Ok(Err(Error::NotRunning { .. })) if Instant::now() < deadline => sleep(WAKE_EVERY).await,
             Ok(Err(error)) => {
+                if matches!(error, Error::Backend { .. }) {
+                    last_word(access).await;
+                }
                 tracing::info!(project = %access.project, error = %cocalc_core::chain(&error), "no process was started");
                 return Err(error.to_string());
             }
             Err(_) => return Err("the project does not answer".into()),
         }
+    }
+}
+
+/// Returns unless the access has ended, of which the connection itself tells.
+async fn last_word(access: &Access) {
+    if timeout(LAST_WORD_MAX, access.admission.revoked()).await.is_ok() {
+        std::future::pending::<()>().await;
     }
 }
 
