@@ -596,9 +596,6 @@ async fn opening_settles_what_was_cut_off() {
         fs::write(path.join("staging").join(format!("{}.intent", VolumeUuid::random())), text).unwrap();
     };
     intent(format!(r#"{{"intent":"replace","project":"{undone}","live":"{}","kept":"former"}}"#, live.uuid));
-    // Cut between putting a received snapshot in place and finishing it.
-    btrfs(&[Path::new("create"), &snapshots.join("half")]);
-    intent(format!(r#"{{"intent":"snapshot","project":"{undone}","name":"half"}}"#));
     // Cut in the middle of deleting.
     intent(format!(r#"{{"intent":"delete","project":"{deleted}"}}"#));
     // Cut while it was being written.
@@ -613,7 +610,6 @@ async fn opening_settles_what_was_cut_off() {
     nothing_staged(&store);
     assert_eq!(store.list().await.unwrap(), [live], "the live volume is what it was");
     assert!(store.snapshots(undone).await.unwrap().is_empty());
-    assert!(!snapshots.join("half").exists());
     assert!(!path.join("snapshots").join(deleted.to_string()).exists());
     drop(store);
     drop(volumes);
@@ -820,4 +816,109 @@ fn loopback_volumes_are_found_again_by_their_file() {
         assert!(Instant::now() < deadline, "a panic leaves the device attached");
         std::thread::sleep(Duration::from_millis(10));
     }
+}
+
+/// An attribute of a command of version 1.
+fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+    [&kind.to_le_bytes(), &u16::try_from(value.len()).unwrap().to_le_bytes(), value].concat()
+}
+
+/// Streams that first make something of which they then take advantage: what
+/// applies them must not follow it, open it or wait for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_stream_has_made_leads_it_nowhere() {
+    const PATH: u16 = 15;
+    let f = fixture().await;
+    let outside = tempfile::tempdir().unwrap();
+    let canary = outside.path().join("canary");
+    fs::write(&canary, "untouched").unwrap();
+    let before = common::manifest(outside.path());
+    let project = ProjectId::random();
+    let live = f.a.create(project, &VolumeOptions::default()).await.unwrap().path.unwrap();
+    fs::write(live.join("home/file"), vec![5; 100_000]).unwrap();
+    f.a.snapshot(project, &name("one")).await.unwrap();
+    let (header, honest) = stream_of(&f.a, project, "one").await;
+
+    let number = |kind, number: u64| attribute(kind, &number.to_le_bytes());
+    let path = |path: &str| attribute(PATH, path.as_bytes());
+    let link = |at: &str, to: &Path| {
+        (8, [path(at), number(3, 900), attribute(17, to.to_str().unwrap().as_bytes())].concat())
+    };
+    let (to_file, to_directory) = (link("l", &canary), link("d", outside.path()));
+    let fifo = (6, [path("p"), number(3, 901), number(8, 0), number(5, 0o010_600)].concat());
+    // The first loop device.
+    let device = (5, [path("b"), number(3, 902), number(8, 7 << 8), number(5, 0o060_600)].concat());
+    let write = |at: &str| (15, [path(at), number(18, 0), attribute(19, b"escaped")].concat());
+    let from = |at: &str| {
+        let uuid = attribute(20, header.origin.as_bytes());
+        let clone = [path("home/file"), number(18, 0), number(24, 4096), uuid, number(21, 0)].concat();
+        (16, [clone, attribute(22, at.as_bytes()), number(23, 0)].concat())
+    };
+    let to = |at: &str| attribute(16, at.as_bytes());
+    let cases = vec![
+        ("writes through a link", vec![to_file.clone(), write("l")]),
+        ("writes below a linked directory", vec![to_directory.clone(), write("d/canary")]),
+        ("cuts through a link", vec![to_file.clone(), (17, [path("l"), number(4, 0)].concat())]),
+        ("opens a file through a link", vec![to_file.clone(), (18, [path("l"), number(5, 0o777)].concat())]),
+        (
+            "makes a file in a linked directory",
+            vec![to_directory.clone(), (3, [path("d/x"), number(3, 903)].concat())],
+        ),
+        ("removes from a linked directory", vec![to_directory.clone(), (11, path("d/canary"))]),
+        (
+            "moves into a linked directory",
+            vec![to_directory.clone(), (9, [path("home/file"), to("d/x")].concat())],
+        ),
+        (
+            "links out of a linked directory",
+            vec![to_directory.clone(), (10, [path("home/got"), attribute(17, b"d/canary")].concat())],
+        ),
+        (
+            "marks a file in a linked directory",
+            vec![
+                to_directory.clone(),
+                (13, [path("d/canary"), attribute(13, b"user.marked"), attribute(14, b"x")].concat()),
+            ],
+        ),
+        ("clones through a link", vec![to_file.clone(), from("l")]),
+        ("clones from a pipe", vec![fifo.clone(), from("p")]),
+        ("writes into a pipe", vec![fifo, write("p")]),
+        ("writes into a device", vec![device, write("b")]),
+        ("removes its root", vec![(12, path("."))]),
+        ("names nothing", vec![write("")]),
+        (
+            "has a time that is none",
+            vec![(20, [path("home/file"), attribute(11, &[255; 12]), attribute(10, &[255; 12])].concat())],
+        ),
+        ("has an attribute too few", vec![(15, [path("home/file"), number(18, 0)].concat())]),
+        ("has a number too long", vec![(17, [path("home/file"), attribute(4, &[1; 9])].concat())]),
+        ("makes a file twice", vec![(3, [path("home/file"), number(3, 904)].concat())]),
+    ];
+    for (what, commands) in cases {
+        let crafted = craft(&honest, |command, body| {
+            let added = if command == 21 { commands.clone() } else { vec![] };
+            [added, vec![(command, body)]].concat()
+        });
+        let got = f.b.receive(&header, Box::pin(Cursor::new(crafted))).await;
+        assert!(matches!(got, Err(Error::BadStream { .. })), "{what}: {got:?}");
+        assert!(f.b.snapshots(project).await.unwrap().is_empty(), "{what}");
+        nothing_staged(&f.b);
+        assert_eq!(common::manifest(outside.path()), before, "{what}");
+    }
+    // What is about a link itself is about nothing else.
+    let crafted = craft(&honest, |command, body| {
+        let added = if command == 21 {
+            let times = [path("l"), attribute(11, &[1; 12]), attribute(10, &[1; 12])].concat();
+            let owner = [path("l"), number(6, 4242), number(7, 4242)].concat();
+            let mark = [path("l"), attribute(13, b"trusted.marked"), attribute(14, b"x")].concat();
+            vec![to_file.clone(), (20, times), (19, owner), (13, mark)]
+        } else {
+            vec![]
+        };
+        [added, vec![(command, body)]].concat()
+    });
+    f.b.receive(&header, Box::pin(Cursor::new(crafted))).await.unwrap();
+    assert_eq!(common::manifest(outside.path()), before);
+    let got = f.b.snapshot_path(project, &name("one")).await.unwrap();
+    assert_eq!(std::os::unix::fs::MetadataExt::uid(&fs::symlink_metadata(got.join("l")).unwrap()), 4242);
 }

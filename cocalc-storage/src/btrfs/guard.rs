@@ -1,51 +1,14 @@
-//! Walks a send stream before root's `btrfs receive` sees it.
+//! Walks a send stream before anything of it is applied.
 
 use cocalc_core::ids::{SnapshotName, VolumeUuid};
 
-/// What every stream begins with, before its version.
-const MAGIC: &[u8; 13] = b"btrfs-stream\0";
-/// Length, command, checksum.
-const COMMAND_HEADER: usize = 4 + 2 + 4;
-/// A command of version 1 is built in a buffer of 64 KiB; one of version 2 has
-/// 128 KiB of data and 16 KiB for the rest.
-const COMMAND_MAX: [usize; 2] = [64 << 10, 144 << 10];
-/// As the kernel limits it.
-const PATH_MAX: usize = 4096;
+use super::format::{COMMAND_HEADER, COMMAND_MAX, MAGIC, PATH_MAX, attribute, command, each_attribute};
+
 /// The longest that encoded data is when it is decoded; who applies it takes
 /// so much memory.
 const UNENCODED_MAX: u64 = 128 << 10;
 /// How many ways to compress there are (`linux/btrfs.h`).
 const COMPRESSIONS: u64 = 8;
-
-/// Commands, as in the kernel's `fs/btrfs/send.h`.
-mod command {
-    pub(super) const SUBVOL: u16 = 1;
-    pub(super) const SNAPSHOT: u16 = 2;
-    pub(super) const SYMLINK: u16 = 8;
-    pub(super) const END: u16 = 21;
-    /// Names an extent without its data: nothing would be written.
-    pub(super) const UPDATE_EXTENT: u16 = 22;
-    /// The last of each version.
-    pub(super) const LAST: [u16; 2] = [22, 25];
-}
-
-/// Attributes, as in the kernel's `fs/btrfs/send.h`.
-mod attribute {
-    pub(super) const UUID: u16 = 1;
-    pub(super) const PATH: u16 = 15;
-    pub(super) const PATH_TO: u16 = 16;
-    pub(super) const PATH_LINK: u16 = 17;
-    pub(super) const DATA: u16 = 19;
-    pub(super) const CLONE_UUID: u16 = 20;
-    pub(super) const CLONE_PATH: u16 = 22;
-    pub(super) const UNENCODED_FILE_LEN: u16 = 27;
-    pub(super) const UNENCODED_LEN: u16 = 28;
-    pub(super) const UNENCODED_OFFSET: u16 = 29;
-    pub(super) const COMPRESSION: u16 = 30;
-    pub(super) const ENCRYPTION: u16 = 31;
-    /// The last of each version.
-    pub(super) const LAST: [u16; 2] = [24, 31];
-}
 
 /// Walks a Btrfs send stream and lets through only what is safe to apply: one
 /// subvolume, the announced one, with its data, whole commands with right
@@ -90,7 +53,7 @@ enum Stage {
 #[error("{0}")]
 pub struct Refused(String);
 
-fn refuse<T>(reason: impl Into<String>) -> Result<T, Refused> {
+pub(super) fn refuse<T>(reason: impl Into<String>) -> Result<T, Refused> {
     Err(Refused(reason.into()))
 }
 
@@ -291,32 +254,6 @@ fn bounded(value: &[u8], max: u64) -> Result<(), Refused> {
         None => return refuse("an attribute is too long"),
     }
     if u64::from_le_bytes(bytes) > max { refuse("encoded data is not as it can be") } else { Ok(()) }
-}
-
-/// Calls `check` for each attribute of a command.
-fn each_attribute(
-    mut body: &[u8],
-    version: usize,
-    mut check: impl FnMut(u16, &[u8]) -> Result<(), Refused>,
-) -> Result<(), Refused> {
-    while !body.is_empty() {
-        let Some((kind, rest)) = body.split_first_chunk() else { return refuse("an attribute is cut off") };
-        let kind = u16::from_le_bytes(*kind);
-        if kind == 0 || kind > attribute::LAST[version] {
-            return refuse(format!("it has an unknown attribute {kind}"));
-        }
-        // From version 2 on, data has no length and goes to the end.
-        if kind == attribute::DATA && version > 0 {
-            return check(kind, rest);
-        }
-        let Some((length, rest)) = rest.split_first_chunk() else { return refuse("an attribute is cut off") };
-        let Some((value, rest)) = rest.split_at_checked(u16::from_le_bytes(*length).into()) else {
-            return refuse("an attribute is cut off");
-        };
-        check(kind, value)?;
-        body = rest;
-    }
-    Ok(())
 }
 
 /// Refuses a path that could lead outside, unless it is a link's target, and

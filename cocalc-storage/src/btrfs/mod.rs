@@ -1,9 +1,11 @@
 //! Project volumes as Btrfs subvolumes.
 
+mod apply;
 mod changed;
 mod commit;
 mod contents;
 mod files;
+mod format;
 mod guard;
 mod images;
 mod layout;

@@ -182,6 +182,8 @@ impl BtrfsBuilder {
         if !flags.contains(rustix::fs::StatVfsMountFlags::NOSUID | rustix::fs::StatVfsMountFlags::NODEV) {
             weaknesses.push("the volume is not mounted nosuid,nodev".to_owned());
         }
+        let staging = layout::open_directory(&layout.staging()).map_err(|error| failed(path, error))?;
+        let stream_version = super::receive::stream_version(&staging);
         for weakness in &weaknesses {
             tracing::warn!(path = %path.display(), weakness, "the volume is weaker than it could be");
         }
@@ -190,7 +192,7 @@ impl BtrfsBuilder {
             quotas,
             weaknesses,
             stall_limit: self.stall_limit,
-            stream_version: super::receive::stream_version(),
+            stream_version,
             locks: Locks::default(),
             holds: Holds::default(),
             trash: Arc::default(),

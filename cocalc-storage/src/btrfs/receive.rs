@@ -1,7 +1,7 @@
-//! Receiving: guarded, confined, in staging, and put in place only when it is
-//! whole and written out.
+//! Receiving: guarded, in staging, and put in place only when it is whole and
+//! written out.
 
-use std::{ffi::OsStr, process::Stdio, time::Duration};
+use std::{fs::File, time::Duration};
 
 use cocalc_core::{
     ids::{ProjectId, SnapshotName, VolumeUuid},
@@ -9,47 +9,48 @@ use cocalc_core::{
     stream::BoxRead,
 };
 use rustix::fs::{Timespec, Timestamps};
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    sync::oneshot,
-    time::timeout,
-};
+use tokio::{io::AsyncReadExt as _, sync::oneshot, time::timeout};
 
 use super::{
     BACKEND, Btrfs, Store,
+    apply::Applier,
     guard::StreamGuard,
     layout::{self, need_subvolume, open_directory},
-    recover::{Intent, Staged},
-    send::{Extra, PIPE_BYTES},
-    sys::{self, Qgroup},
+    send::Extra,
+    sys::{self, Qgroup, stream::Encoding},
 };
 use crate::{
-    child::Running,
     fail,
     failure::{Doing as _, Failure},
 };
 
-const CHUNK: usize = 256 << 10;
+/// How much is applied at a time: what the sender's pipe holds.
+const CHUNK: usize = 1 << 20;
 
-/// More than `btrfs receive` ever needs: a stream that makes it take more is
-/// not an honest one.
-const MEMORY_MAX: &str = "--as=1073741824";
-
-/// The highest version of streams that this kernel and `btrfs` program take.
-pub(super) fn stream_version() -> u32 {
+/// The highest version of streams that this kernel takes on this volume, of
+/// which `staging` is an open directory.
+pub(super) fn stream_version(staging: &File) -> u32 {
     let kernel = std::fs::read_to_string("/sys/fs/btrfs/features/send_stream_version");
     let kernel: u32 = kernel.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(1);
-    // Programs before 6.0.2 lose data when they fall back from an encoded
-    // write, those before 6.2 damage what zstd has compressed.
-    let said = std::process::Command::new("btrfs").arg("--version").output();
-    let said = said.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
-    if kernel >= 2 && program_version(&said) >= Some((6, 2)) { 2 } else { 1 }
+    if kernel >= 2 && takes_compressed(staging) { 2 } else { 1 }
 }
 
-fn program_version(said: &str) -> Option<(u32, u32)> {
-    let (_, version) = said.lines().next()?.split_once(" v")?;
-    let mut parts = version.split(|c: char| !c.is_ascii_digit()).map(str::parse);
-    Some((parts.next()?.ok()?, parts.next().and_then(Result::ok).unwrap_or(0)))
+/// Tries what a mount without checksums or copy on write refuses. The data is
+/// not looked at before it is read, which nobody does.
+fn takes_compressed(staging: &File) -> bool {
+    let flags = rustix::fs::OFlags::TMPFILE | rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC;
+    let mode = rustix::fs::Mode::from_raw_mode(0o600);
+    let Ok(file) = rustix::fs::openat(staging, ".", flags, mode) else { return true };
+    /// `BTRFS_ENCODED_IO_COMPRESSION_ZLIB`.
+    const ZLIB: u32 = 1;
+    const LEN: u64 = 32 << 10;
+    let encoding = Encoding { len: LEN, unencoded_len: LEN, unencoded_offset: 0, compression: ZLIB };
+    let tried = sys::stream::encoded_write(&file, 0, encoding, &[0; 4096]);
+    // A volume without room says nothing of what it takes.
+    !matches!(tried, Err(error) if matches!(
+        error.kind(),
+        std::io::ErrorKind::InvalidInput | std::io::ErrorKind::Unsupported
+    ) || error.raw_os_error() == Some(rustix::io::Errno::NOTTY.raw_os_error()))
 }
 
 /// A stream that was applied in staging.
@@ -59,6 +60,8 @@ struct Applied {
     group: Option<Qgroup>,
     name: SnapshotName,
     origin: VolumeUuid,
+    /// The sender's transaction.
+    sent_transid: u64,
     extra: Option<Extra>,
 }
 
@@ -119,10 +122,12 @@ impl Btrfs {
             if copies {
                 return Ok(None);
             }
-            let staged = store.stage(group);
-            store.copy(&snapshot, &staged)?;
-            fail::point("clone.staged");
-            store.come_alive(target, &staged.path()).map(Some)
+            // One step, which the kernel commits.
+            let parent = open_directory(&store.layout.projects()).doing("open the directory of projects")?;
+            sys::create_snapshot(&snapshot.fd, &parent, &target.to_string(), false, group)
+                .doing("clone a snapshot")?;
+            fail::point("clone.in-place");
+            store.live_volume(target).map(Some)
         });
         if let Some(volume) = first.await? {
             return Ok(volume);
@@ -132,8 +137,8 @@ impl Btrfs {
         let extra = serde_json::from_str(&header.extra).ok();
         self.applied(target, header.name, header.origin, None, extra, sent.reader, move |store, applied| {
             store.refuse_live(target)?;
-            let (_, staged) = store.copy_of(&applied)?;
-            store.come_alive(target, &staged.path())
+            store.finish_times(&applied)?;
+            store.come_alive(target, &store.layout.staging().join(&applied.staging))
         })
         .await
     }
@@ -151,27 +156,34 @@ impl Btrfs {
         stream: BoxRead,
         then: impl FnOnce(&Store, Applied) -> Result<T, Failure> + Send + 'static,
     ) -> Result<T> {
-        // A task of its own, so that staging is removed after the child has
-        // really ended, even if the caller goes away; which ends it.
+        // A task of its own, so that staging is removed even if the caller goes
+        // away; which ends it.
         let (caller, gone) = oneshot::channel::<()>();
         let this = self.clone();
         let task = tokio::spawn(async move {
             let staging = VolumeUuid::random().to_string();
             let sources = extra.as_ref().map(|extra| extra.sources.clone()).unwrap_or_default();
-            let guard = StreamGuard::new(&name, origin, base.map(|(_, origin)| origin)).sources(sources);
+            let guard = StreamGuard::new(&name, origin, base.as_ref().map(|(_, origin)| *origin))
+                .sources(sources.clone());
             let prepared = {
                 let staging = staging.clone();
-                this.exclusive(project, "receive", move |store| store.prepare(project, &staging)).await
+                let base = base.map(|(name, _)| name);
+                this.exclusive(project, "receive", move |store| {
+                    store.prepare(project, &staging, origin, base.as_ref(), &sources)
+                })
+                .await
             };
-            let group = prepared?;
+            let (group, applier) = prepared?;
             fail::point("receive.prepared");
-            let path = this.0.layout.staging().join(&staging);
             let stall_limit = this.0.stall_limit;
-            let outcome = match feed(path.as_os_str(), guard, stream, gone, stall_limit).await {
-                Err(rejected) => Err(rejected.public(project)),
-                Ok(()) => {
+            let outcome = match pump(project, applier, guard, stream, gone, stall_limit).await {
+                Err(failure) => Err(failure.public(BACKEND, project, "receive")),
+                Ok(applier) => {
                     fail::point("receive.applied");
-                    let applied = Applied { staging: staging.clone(), group, name, origin, extra };
+                    let sent_transid = applier.sent_transid();
+                    drop(applier);
+                    let applied =
+                        Applied { staging: staging.clone(), group, name, origin, sent_transid, extra };
                     this.exclusive(project, "receive", move |store| then(store, applied)).await
                 }
             };
@@ -232,187 +244,132 @@ impl Store {
         }
     }
 
-    /// Makes the subvolume in staging to receive into. It is in the project's
-    /// quota group, and so is by inheritance what is received, while it is.
-    fn prepare(&self, project: ProjectId, staging: &str) -> Result<Option<Qgroup>, Failure> {
+    /// Makes the subvolume in staging that the stream is applied to: a copy of
+    /// the base, or an empty one. It is in the project's quota group.
+    fn prepare(
+        &self,
+        project: ProjectId,
+        staging: &str,
+        origin: VolumeUuid,
+        base: Option<&SnapshotName>,
+        sources: &[VolumeUuid],
+    ) -> Result<(Option<Qgroup>, Applier), Failure> {
         let group = self.ensure_project(project)?;
         let parent = open_directory(&self.layout.staging()).doing("open staging")?;
-        sys::create_subvolume(&parent, staging, group).doing("make a place to receive into")?;
-        Ok(group)
-    }
-
-    /// Makes a writable copy of a snapshot in staging.
-    fn copy(&self, snapshot: &layout::Subvolume, staged: &Staged<'_>) -> Result<layout::Subvolume, Failure> {
-        let parent = open_directory(&self.layout.staging()).doing("open staging")?;
-        sys::create_snapshot(&snapshot.fd, &parent, &staged.name, false, staged.group)
-            .doing("copy a snapshot")?;
-        need_subvolume(&staged.path())
-    }
-
-    /// Checks what was applied, and makes a writable copy, written out and
-    /// with the root directory's own time.
-    fn copy_of(&self, applied: &Applied) -> Result<(layout::Subvolume, Staged<'_>), Failure> {
-        let path = self.layout.staging().join(&applied.staging).join(applied.name.as_str());
-        let received = need_subvolume(&path)?;
-        if !received.info.read_only || received.info.received_uuid != *applied.origin.as_bytes() {
-            return Err(Failure::Wrong("btrfs receive ended well but left something unfinished".to_owned()));
+        let mut open = Vec::new();
+        if let Some(base) = base {
+            let base = self.layout.need(project, base)?;
+            sys::create_snapshot(&base.fd, &parent, staging, false, group)
+                .doing("make a copy of the base to receive into")?;
+            open.push((layout::origin(&base.info), base.fd));
+        } else {
+            sys::create_subvolume(&parent, staging, group).doing("make a place to receive into")?;
         }
-        // Its exit says nothing about what is on the disk: files would be empty
-        // after a power cut in a snapshot that looks complete. Taking a copy of
-        // it writes all its data out and commits (`btrfs_mksnapshot` in
-        // fs/btrfs/ioctl.c), so no sync of its own is needed.
-        let staged = self.stage(applied.group);
-        let made = self.copy(&received, &staged)?;
-        fail::point("receive.committed");
+        if !sources.is_empty() {
+            for snapshot in self.layout.list_snapshots(project)? {
+                if sources.contains(&snapshot.origin) {
+                    open.push((snapshot.origin, self.layout.need(project, &snapshot.name)?.fd));
+                }
+            }
+        }
+        let root = need_subvolume(&self.layout.staging().join(staging))?;
+        Ok((group, Applier::new(root.fd, origin, open)))
+    }
+
+    /// Gives the root directory of what was applied its own time, which the
+    /// kernel does not send, and returns what was applied.
+    fn finish_times(&self, applied: &Applied) -> Result<layout::Subvolume, Failure> {
+        let staged = need_subvolume(&self.layout.staging().join(&applied.staging))?;
         if let Some(Extra { root_mtime: (tv_sec, nanos), .. }) = applied.extra {
             let times = Timestamps {
                 last_access: Timespec { tv_sec: 0, tv_nsec: rustix::fs::UTIME_OMIT },
                 last_modification: Timespec { tv_sec, tv_nsec: nanos.min(999_999_999).into() },
             };
-            rustix::fs::futimens(&made.fd, &times).doing("set the time of the root directory")?;
+            rustix::fs::futimens(&staged.fd, &times).doing("set the time of the root directory")?;
         }
-        Ok((received, staged))
+        Ok(staged)
     }
 
     /// Makes what was applied a snapshot of the project.
     ///
     /// A read-only subvolume cannot be moved to another directory, so a
-    /// writable copy is, which does not count until it is read-only.
+    /// read-only snapshot of it is taken there. That is one step, and with it
+    /// the kernel writes out all that was applied and commits
+    /// (`create_snapshot` in fs/btrfs/ioctl.c): a file that is written out
+    /// later would be empty after a power cut, in a snapshot that looks
+    /// complete. It keeps the received id, as read-only snapshots do
+    /// (`create_pending_snapshot` in fs/btrfs/transaction.c).
     fn publish(&self, project: ProjectId, applied: &Applied) -> Result<Snapshot, Failure> {
         if self.ensure_project(project)? != applied.group {
             return Err(Failure::Wrong("the project was deleted while its snapshot came".to_owned()));
         }
-        let (received, staged) = self.copy_of(applied)?;
-        let copy = need_subvolume(&staged.path())?;
+        let staged = self.finish_times(applied)?;
         let taken = applied.extra.as_ref().map_or((0, 0), |extra| extra.taken);
-        sys::set_received(&copy.fd, &received.info, taken).doing("mark a snapshot as received")?;
-        let name = &applied.name;
-        self.intending(&Intent::Snapshot { project, name: name.clone() }, || {
-            let place = self.layout.snapshot(project, name);
-            super::volumes::rename(&staged.path(), &place, rustix::fs::RenameFlags::NOREPLACE)?;
-            fail::point("receive.renamed");
-            // Commits, the new name with it.
-            sys::set_read_only(&copy.fd).doing("make a snapshot read-only")?;
-            fail::point("receive.published");
-            Ok(())
-        })?;
-        let made = self.layout.need(project, name)?;
-        Ok(layout::snapshot(project, name, &made.info))
-    }
-}
-
-/// Why a stream was not applied.
-enum Rejected {
-    Stream(String),
-    Child(String),
-    Io(Failure),
-}
-
-impl Rejected {
-    fn public(self, project: ProjectId) -> Error {
-        let (operation, no_space) =
-            ("receive", |what| Error::NoSpace { project, operation: "receive", what });
-        match self {
-            Self::Stream(reason) => Error::BadStream { project, reason },
-            // The child is a program; what it says is all there is.
-            Self::Child(words) if words.contains("Disk quota exceeded") => no_space("the project's quota"),
-            Self::Child(words) if words.contains("No space left on device") => no_space("the host's volume"),
-            Self::Child(words) => {
-                Error::BadStream { project, reason: format!("it could not be applied: {words}") }
-            }
-            Self::Io(failure) => failure.public(BACKEND, project, operation),
+        sys::set_received(&staged.fd, applied.origin.as_bytes(), applied.sent_transid, taken)
+            .doing("mark a snapshot as received")?;
+        fail::point("receive.marked");
+        let parent = open_directory(&self.layout.snapshots(project)).doing("open the snapshots")?;
+        sys::create_snapshot(&staged.fd, &parent, applied.name.as_str(), true, applied.group)
+            .doing("take a snapshot of what was received")?;
+        fail::point("receive.published");
+        let made = self.layout.need(project, &applied.name)?;
+        if layout::origin(&made.info) != applied.origin {
+            return Err(Failure::Wrong("what was received has lost its origin".to_owned()));
         }
+        Ok(layout::snapshot(project, &applied.name, &made.info))
     }
 }
 
-/// Runs `btrfs receive` into `place` on what the guard lets through of
-/// `stream`. The child has ended when this returns.
-async fn feed(
-    place: &OsStr,
-    guard: StreamGuard,
-    stream: BoxRead,
-    gone: oneshot::Receiver<()>,
-    stall_limit: Duration,
-) -> Result<(), Rejected> {
-    // -C confines it to its directory: without it, a crafted stream writes
-    // anywhere as root. -e: end at the stream's end.
-    let arguments = [MEMORY_MAX, "--core=0", "--", "btrfs", "receive", "-q", "-e", "-C"].map(OsStr::new);
-    let arguments = [arguments.as_slice(), &[place]].concat();
-    let mut running = Running::confined("prlimit", &arguments, Stdio::piped(), Stdio::null())
-        .doing("start btrfs receive")
-        .map_err(Rejected::Io)?;
-    let pumped = tokio::select! {
-        pumped = pump(&mut running, guard, stream, stall_limit) => pumped,
-        // Either the caller drops its end, or it is in the middle of waiting.
-        _ = gone => Err(Rejected::Stream("nobody waits for it any more".to_owned())),
-    };
-    if pumped.is_err() {
-        // Not an error if it has ended by itself.
-        let _ = running.child.kill().await;
-        return pumped;
-    }
-    match timeout(stall_limit, running.child.wait()).await {
-        Ok(Ok(status)) if status.success() => Ok(()),
-        Ok(Ok(status)) => {
-            Err(Rejected::Child(format!("btrfs receive failed, {status}: {}", running.words())))
-        }
-        Ok(Err(error)) => Err(Rejected::Io(Failure::Io { doing: "wait for btrfs receive", source: error })),
-        Err(_) => {
-            let _ = running.child.kill().await;
-            Err(Rejected::Child("btrfs receive did not end".to_owned()))
-        }
-    }
-}
-
+/// Applies what the guard lets through of `stream`. Nothing is being applied
+/// any more when this returns.
 async fn pump(
-    running: &mut Running,
+    project: ProjectId,
+    mut applier: Applier,
     mut guard: StreamGuard,
     mut stream: BoxRead,
+    mut gone: oneshot::Receiver<()>,
     stall_limit: Duration,
-) -> Result<(), Rejected> {
-    let stalled = |_| Rejected::Stream(format!("nothing came for {} s", stall_limit.as_secs()));
-    let Some(mut stdin) = running.child.stdin.take() else {
-        return Err(Rejected::Child("btrfs receive has no input".to_owned()));
-    };
-    // Slower without, where the user has too many pipes.
-    let _ = rustix::pipe::fcntl_setpipe_size(&stdin, PIPE_BYTES);
+) -> Result<Applier, Failure> {
+    let bad = |reason: String| Failure::Public(Error::BadStream { project, reason });
     let mut chunk = vec![0; CHUNK];
-    let mut safe = Vec::with_capacity(2 * CHUNK);
+    let mut safe = Vec::with_capacity(CHUNK + (CHUNK >> 2));
     loop {
-        let length = timeout(stall_limit, stream.read(&mut chunk)).await.map_err(stalled)?;
-        let length = length.map_err(|error| Rejected::Stream(format!("it broke off: {error}")))?;
-        if length == 0 {
-            return guard.finish().map_err(|refused| Rejected::Stream(refused.to_string()));
-        }
-        guard.push(&chunk[..length], &mut safe).map_err(|refused| Rejected::Stream(refused.to_string()))?;
-        match timeout(stall_limit, stdin.write_all(&safe)).await {
-            Ok(Ok(())) => safe.clear(),
-            Ok(Err(_)) => {
-                // It has closed its input; its last words say why.
-                let ended = timeout(stall_limit, running.child.wait()).await;
-                let status = ended.ok().and_then(Result::ok).map(|status| status.to_string());
-                let status = status.unwrap_or_else(|| "still running".to_owned());
-                return Err(Rejected::Child(format!("btrfs receive failed, {status}: {}", running.words())));
+        let filled = async {
+            // As much as there is: a step to the thread that applies it costs
+            // more than a read.
+            let mut length = stream.read(&mut chunk).await?;
+            while length > 0 && length < CHUNK {
+                tokio::select! {
+                    biased;
+                    more = stream.read(&mut chunk[length..]) => match more? {
+                        0 => break,
+                        more => length += more,
+                    },
+                    () = std::future::ready(()) => break,
+                }
             }
-            Err(_) => return Err(Rejected::Child("btrfs receive takes no more".to_owned())),
+            Ok::<_, std::io::Error>(length)
+        };
+        let length = tokio::select! {
+            // Either the caller drops its end, or it is in the middle of waiting.
+            _ = &mut gone => return Err(bad("nobody waits for it any more".to_owned())),
+            filled = timeout(stall_limit, filled) => filled
+                .map_err(|_| bad(format!("nothing came for {} s", stall_limit.as_secs())))?
+                .map_err(|error| bad(format!("it broke off: {error}")))?,
+        };
+        if length == 0 {
+            guard.finish().map_err(|refused| bad(refused.to_string()))?;
+            return Ok(applier);
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_version_of_the_program_is_read() {
-        for (said, version) in [
-            ("btrfs-progs v6.2\n", Some((6, 2))),
-            ("btrfs-progs v6.14.1\n-EXPERIMENTAL", Some((6, 14))),
-            ("btrfs-progs v5.16.2", Some((5, 16))),
-            ("", None),
-            ("what?", None),
-        ] {
-            assert_eq!(program_version(said), version, "{said}");
-        }
+        guard.push(&chunk[..length], &mut safe).map_err(|refused| bad(refused.to_string()))?;
+        let applied = tokio::task::spawn_blocking(move || {
+            let applied = applier.push(&safe);
+            safe.clear();
+            (applier, safe, applied)
+        });
+        let applied = applied.await.map_err(|error| Failure::Wrong(error.to_string()))?;
+        let done;
+        (applier, safe, done) = applied;
+        done.map_err(|not| not.failure(project))?;
     }
 }

@@ -29,10 +29,8 @@ pub(super) enum Intent {
     /// To keep the live volume as snapshot `kept` and put something else, or
     /// nothing, in its place. If `live` is still in its place, it was not done.
     Replace { project: ProjectId, live: VolumeUuid, kept: SnapshotName },
-    /// To put a subvolume in a snapshot's place and then make it read-only,
-    /// which is when it counts.
-    Snapshot { project: ProjectId, name: SnapshotName },
-    /// The same for an image.
+    /// To put a subvolume in an image's place and then make it read-only, which
+    /// is when it counts.
     Image { digest: ImageDigest },
     /// To copy files into a live volume, under this name until they are whole.
     Copy { project: ProjectId, path: TreePath },
@@ -47,7 +45,6 @@ const INTENT: &str = ".intent";
 pub(super) struct Staged<'a> {
     store: &'a Store,
     pub(super) name: String,
-    pub(super) group: Option<Qgroup>,
 }
 
 impl Staged<'_> {
@@ -72,8 +69,8 @@ impl Drop for Staged<'_> {
 
 impl Store {
     /// A fresh name in staging, where the caller makes a subvolume.
-    pub(super) fn stage(&self, group: Option<Qgroup>) -> Staged<'_> {
-        Staged { store: self, name: VolumeUuid::random().to_string(), group }
+    pub(super) fn stage(&self) -> Staged<'_> {
+        Staged { store: self, name: VolumeUuid::random().to_string() }
     }
 
     /// Removes the subvolume of this name in staging, if it is there, with
@@ -156,7 +153,6 @@ impl Store {
         match intent {
             Intent::Copy { project, path } => self.remove_copy(*project, path),
             Intent::Delete { project } => self.delete_all(*project),
-            Intent::Snapshot { project, name } => self.remove_writable(&self.layout.snapshot(*project, name)),
             Intent::Image { digest } => self.remove_writable(&self.layout.image(digest)),
             Intent::Replace { project, live, kept } => {
                 let in_place = self.layout.live(*project)?.is_some_and(|found| found.uuid() == *live);

@@ -253,8 +253,6 @@ pub(super) struct SubvolInfo {
     /// The last committed transaction that changed it. Taking a snapshot of it
     /// counts as a change, in the transaction of the snapshot.
     pub(super) generation: u64,
-    /// The sender's transaction, of a received subvolume.
-    sent_transid: u64,
     /// When the snapshot was taken that this one was received as; zero if
     /// nobody said so.
     pub(super) sent_time: (u64, u32),
@@ -472,7 +470,6 @@ pub(super) fn subvolume_info(fd: impl AsFd) -> io::Result<SubvolInfo> {
         created: (args.otime.sec, args.otime.nsec),
         created_transid: args.otransid,
         generation: args.generation,
-        sent_transid: args.stransid,
         sent_time: (args.stime.sec, args.stime.nsec),
     })
 }
@@ -484,12 +481,17 @@ pub(super) fn set_read_only(fd: impl AsFd) -> io::Result<()> {
     Ok(())
 }
 
-/// Says of the writable subvolume `fd` that it holds what `received`, of which
-/// it is an unchanged copy, was received as, and when that was taken.
-pub(super) fn set_received(fd: impl AsFd, received: &SubvolInfo, taken: (u64, u32)) -> io::Result<()> {
+/// Says of the writable subvolume `fd` that it holds what the sender knows by
+/// this id and transaction, and when that was taken.
+pub(super) fn set_received(
+    fd: impl AsFd,
+    origin: &[u8; 16],
+    sent_transid: u64,
+    taken: (u64, u32),
+) -> io::Result<()> {
     let mut args = ReceivedArgs {
-        uuid: received.received_uuid,
-        stransid: received.sent_transid,
+        uuid: *origin,
+        stransid: sent_transid,
         rtransid: 0,
         stime: Timespec { sec: taken.0, nsec: taken.1 },
         rtime: Timespec::default(),

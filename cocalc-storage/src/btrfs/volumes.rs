@@ -53,7 +53,7 @@ impl Store {
     pub(super) fn create(&self, project: ProjectId, options: &VolumeOptions) -> Result<Volume, Failure> {
         self.refuse_live(project)?;
         let group = self.ensure_project(project)?;
-        let staged = self.stage(group);
+        let staged = self.stage();
         let parent = open_directory(&self.layout.staging()).doing("open staging")?;
         sys::create_subvolume(&parent, &staged.name, group).doing("make a subvolume")?;
         furnish(&staged.path()).doing("furnish a volume")?;
@@ -93,7 +93,7 @@ impl Store {
         self.live_volume(project)
     }
 
-    fn live_volume(&self, project: ProjectId) -> Result<Volume, Failure> {
+    pub(super) fn live_volume(&self, project: ProjectId) -> Result<Volume, Failure> {
         self.layout.volume(project)?.ok_or_else(|| Failure::Wrong("the live volume has vanished".to_owned()))
     }
 
@@ -213,7 +213,7 @@ impl Store {
             self.refuse_nested(project, live)?;
         }
         let group = self.ensure_project(project)?;
-        let staged = self.stage(group);
+        let staged = self.stage();
         let parent = open_directory(&self.layout.staging()).doing("open staging")?;
         sys::create_snapshot(&snapshot.fd, &parent, &staged.name, false, group).doing("copy a snapshot")?;
         fail::point("restore.staged");
@@ -259,7 +259,8 @@ impl Store {
         };
         self.refuse_snapshot(project, keep_as)?;
         self.refuse_nested(project, &live)?;
-        let staged = self.stage(self.ensure_project(project)?);
+        self.ensure_project(project)?;
+        let staged = self.stage();
         let intent = Intent::Replace { project, live: live.uuid(), kept: keep_as.clone() };
         let kept = self.intending(&intent, || {
             // Kept for people who undo things, not by the project: it must not

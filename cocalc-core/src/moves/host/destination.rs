@@ -65,6 +65,13 @@ impl MoveHost {
             entry.announce(move_id, snapshots, here)
         };
         self.ledger.change(project, reserve).await.map_err(ledger_error)?;
+        // What comes was within its limit where it was, and may take more here,
+        // where what is left of an earlier stay has one. Its own comes when it
+        // is staged.
+        match self.storage.set_limit(project, None).await {
+            Ok(()) | Err(storage::Error::Unsupported { .. } | storage::Error::NotFound { .. }) => {}
+            Err(error) => return Err(storage_error(error)),
+        }
         Ok(MoveReply::Reserved)
     }
 
@@ -111,7 +118,9 @@ impl MoveHost {
         }
         let former = snapshot_name(move_id, "former");
         self.storage.restore(project, &name, &former).await.map_err(storage_error)?;
-        match self.storage.set_limit(project, reserved.config.quota_bytes).await {
+        let policy = reserved.config.snapshots.unwrap_or_default();
+        let limit = reserved.config.quota_bytes.map(|plan| policy.limit_bytes(plan));
+        match self.storage.set_limit(project, limit).await {
             // Without quotas the limit is only a wish, as the backend warns.
             Ok(()) | Err(storage::Error::Unsupported { .. }) => {}
             Err(error) => return Err(storage_error(error)),

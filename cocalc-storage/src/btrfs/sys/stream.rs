@@ -207,3 +207,93 @@ pub(in super::super) fn path_of_inode(fd: impl AsFd, inode: u64) -> io::Result<V
     let path = args.name.split(|byte| *byte == 0).next().unwrap_or_default();
     Ok(path.strip_suffix(b"/").unwrap_or(path).to_vec())
 }
+
+/// `struct btrfs_ioctl_clone_range_args`.
+#[repr(C)]
+struct CloneRangeArgs {
+    src_fd: i64,
+    src_offset: u64,
+    src_length: u64,
+    dest_offset: u64,
+}
+
+/// `struct btrfs_ioctl_encoded_io_args`.
+#[repr(C)]
+struct EncodedArgs {
+    iov: *const libc::iovec,
+    iovcnt: libc::c_ulong,
+    offset: i64,
+    flags: u64,
+    len: u64,
+    unencoded_len: u64,
+    unencoded_offset: u64,
+    compression: u32,
+    encryption: u32,
+    reserved: [u8; 64],
+}
+
+const _: () = {
+    assert!(size_of::<CloneRangeArgs>() == 32);
+    assert!(size_of::<EncodedArgs>() == 128);
+};
+
+const CLONE_RANGE: Opcode = opcode::write::<CloneRangeArgs>(MAGIC, 13);
+const ENCODED_WRITE: Opcode = opcode::write::<EncodedArgs>(MAGIC, 64);
+
+/// Lets `length` bytes of `to` share those of `from`; 0 is all to its end.
+pub(in super::super) fn clone_range(
+    from: impl AsFd,
+    from_offset: u64,
+    length: u64,
+    to: impl AsFd,
+    to_offset: u64,
+) -> io::Result<()> {
+    let args = CloneRangeArgs {
+        src_fd: from.as_fd().as_raw_fd().into(),
+        src_offset: from_offset,
+        src_length: length,
+        dest_offset: to_offset,
+    };
+    // SAFETY: the number names CloneRangeArgs, which the kernel only reads; its
+    // descriptor is open for the length of the call.
+    unsafe { ioctl(to, Setter::<CLONE_RANGE, _>::new(args)) }?;
+    Ok(())
+}
+
+/// What encoded data is the code of (`linux/btrfs.h`, `BTRFS_IOC_ENCODED_WRITE`).
+#[derive(Clone, Copy, Debug, Default)]
+pub(in super::super) struct Encoding {
+    /// How much of what it decodes to is in the file, in bytes.
+    pub(in super::super) len: u64,
+    /// How much it decodes to.
+    pub(in super::super) unencoded_len: u64,
+    /// Where in that the file's part begins.
+    pub(in super::super) unencoded_offset: u64,
+    pub(in super::super) compression: u32,
+}
+
+/// Writes data that is compressed already, as it is, at `offset` of a file.
+pub(in super::super) fn encoded_write(
+    file: impl AsFd,
+    offset: u64,
+    encoding: Encoding,
+    data: &[u8],
+) -> io::Result<()> {
+    let vector = libc::iovec { iov_base: data.as_ptr().cast_mut().cast(), iov_len: data.len() };
+    let args = EncodedArgs {
+        iov: &raw const vector,
+        iovcnt: 1,
+        offset: i64::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?,
+        flags: 0,
+        len: encoding.len,
+        unencoded_len: encoding.unencoded_len,
+        unencoded_offset: encoding.unencoded_offset,
+        compression: encoding.compression,
+        encryption: 0,
+        reserved: [0; 64],
+    };
+    // SAFETY: the number names EncodedArgs, which the kernel only reads, as it
+    // does the data that its one vector names; both outlive the call.
+    unsafe { ioctl(file, Setter::<ENCODED_WRITE, _>::new(args)) }?;
+    Ok(())
+}
