@@ -36,6 +36,9 @@ pub const NAMES: &[&str] = &[
     "copy.committed",
 ];
 
+/// Whether this build has them.
+pub(crate) const HAS_POINTS: bool = cfg!(any(debug_assertions, feature = "fail-points"));
+
 /// The variable that names the place to die at, and with `:N` after it, at the
 /// how manieth time.
 pub const VARIABLE: &str = "COCALC_FAIL_POINT";

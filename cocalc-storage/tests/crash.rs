@@ -7,6 +7,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests report by panicking, in helpers too")]
 
+mod common;
+
 use std::{
     collections::BTreeMap,
     fs,
@@ -25,6 +27,8 @@ use cocalc_core::{
     storage::{CloneOptions, CopyOptions, Error, Place, SendHeader, SendOptions, Storage, VolumeOptions},
 };
 use cocalc_storage::{Btrfs, fail, loopback::Loopback};
+use cocalc_testkit::storage::examine;
+use common::power::{Cuts, empty, powered, scrub};
 use tokio::io::AsyncReadExt as _;
 
 const MIB: u64 = 1 << 20;
@@ -51,16 +55,6 @@ fn name(text: &str) -> SnapshotName {
     text.parse().unwrap()
 }
 
-fn btrfs(arguments: &[&str], path: &Path) {
-    let output = Command::new("btrfs").args(arguments).arg(path).output().unwrap();
-    assert!(output.status.success(), "btrfs {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-}
-
-/// Reads all of the volume and compares it with its checksums.
-fn scrub(volume: &Path) {
-    btrfs(&["scrub", "start", "-B"], volume);
-}
-
 /// Regular files below `home`, by path.
 fn files(root: &Path) -> BTreeMap<String, Vec<u8>> {
     let mut found = BTreeMap::new();
@@ -77,11 +71,6 @@ fn files(root: &Path) -> BTreeMap<String, Vec<u8>> {
         }
     }
     found
-}
-
-fn empty(directory: &Path) {
-    let left: Vec<_> = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-    assert!(left.is_empty(), "{} holds {left:?}", directory.display());
 }
 
 /// The same in few words.
@@ -328,128 +317,11 @@ async fn killed_anywhere_it_goes_on_to_the_same_end() {
 
 // ---- the power is cut ----
 
-/// A volume whose disk is a file on another Btrfs, where a snapshot of it is
-/// what a disk holds at the moment at which the power goes.
-struct Cuts {
-    inner: Loopback,
-    outer: Loopback,
-    root: tempfile::TempDir,
-    number: usize,
-}
-
-impl Cuts {
-    fn new() -> Self {
-        let root = tempfile::tempdir().unwrap();
-        let outer = volume(root.path(), "outer", 6144 * MIB);
-        btrfs(&["-q", "subvolume", "create"], &outer.path().join("disk"));
-        let image = outer.path().join("disk/inner.img");
-        let inner = Loopback::create(&image, 1024 * MIB, &root.path().join("inner")).unwrap();
-        Self { inner, outer, root, number: 0 }
-    }
-
-    /// What is on the disk at this moment.
-    fn cut(&mut self) -> PathBuf {
-        self.number += 1;
-        let copy = self.outer.path().join(format!("cut-{}", self.number));
-        let made = Command::new("btrfs")
-            .args(["-q", "subvolume", "snapshot"])
-            .args([self.outer.path().join("disk"), copy.clone()])
-            .status();
-        assert!(made.unwrap().success());
-        copy
-    }
-
-    /// The machine as it comes up again with that disk.
-    async fn up(&self, copy: &Path) -> (Btrfs, Loopback) {
-        let place = self.root.path().join(copy.file_name().unwrap());
-        let disk = Loopback::open(&copy.join("inner.img"), &place).unwrap();
-        let store = Btrfs::open(disk.path()).await.unwrap();
-        empty(&disk.path().join("staging"));
-        (store, disk)
-    }
-
-    fn down(&self, store: Btrfs, disk: Loopback, copy: &Path) {
-        scrub(disk.path());
-        drop(store);
-        disk.close().unwrap();
-        btrfs(&["-q", "subvolume", "delete"], copy);
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_acknowledged_survives_a_power_cut_at_once() {
-    let mut cuts = Cuts::new();
-    let store = fresh(cuts.inner.path()).await;
-    let elsewhere = volume(cuts.root.path(), "elsewhere", 512 * MIB);
-    let source = fresh(elsewhere.path()).await;
-    let (p, q, clone, shared) =
-        (ProjectId::random(), ProjectId::random(), ProjectId::random(), ProjectId::random());
-    let all = [p, q, clone, shared];
-    let from = source.create(q, &VolumeOptions::default()).await.unwrap().path.unwrap();
-    for number in 0..2000_u32 {
-        fs::write(from.join(format!("home/{number}")), number.to_be_bytes().repeat(100)).unwrap();
-    }
-    source.snapshot(q, &name("arrived")).await.unwrap();
-    fs::write(from.join("home/0"), "changed").unwrap();
-    source.snapshot(q, &name("later")).await.unwrap();
-
-    for step in 0..12 {
-        let home = store.volume(p).await.ok().and_then(|volume| volume.path).map(|path| path.join("home"));
-        let home = || home.clone().unwrap();
-        match step {
-            0 => drop(store.create(p, &VolumeOptions { limit_bytes: Some(600 * MIB) }).await.unwrap()),
-            1 => {
-                for number in 0..300_u32 {
-                    fs::write(home().join(number.to_string()), vec![7; 5000]).unwrap();
-                }
-                store.snapshot(p, &name("one")).await.unwrap();
-            }
-            2 => {
-                fs::write(home().join("big"), vec![8; 20_000_000]).unwrap();
-                store.snapshot(p, &name("two")).await.unwrap();
-            }
-            3 => drop(store.restore(p, &name("one"), &name("former")).await.unwrap()),
-            4 => {
-                let (a, b) = (Place::frozen(p, name("two"), "home".parse().unwrap()), "home/copy");
-                let options = CopyOptions { same_owner: true, ..CopyOptions::default() };
-                let _copied = store.copy(&a, &Place::live(p, b.parse().unwrap()), &options).await.unwrap();
-            }
-            5 => drop(store.clone_volume(p, &name("two"), clone, &CloneOptions::default()).await.unwrap()),
-            6 => {
-                let options = CloneOptions { same_owner: true, ..CloneOptions::default() };
-                drop(store.clone_volume(p, &name("two"), shared, &options).await.unwrap());
-            }
-            7 => {
-                let sent = source.send(q, &name("arrived"), &SendOptions::whole()).await.unwrap();
-                drop(store.receive(&sent.header, sent.reader).await.unwrap());
-            }
-            8 => {
-                let options = SendOptions::since(Some(&name("arrived")));
-                let sent = source.send(q, &name("later"), &options).await.unwrap();
-                drop(store.receive(&sent.header, sent.reader).await.unwrap());
-            }
-            9 => drop(store.restore(q, &name("later"), &name("former")).await.unwrap()),
-            10 => drop(store.set_aside(q, &name("aside")).await.unwrap()),
-            _ => {
-                store.delete_snapshot(p, &name("two")).await.unwrap();
-                store.delete(clone).await.unwrap();
-            }
-        }
-        let copy = cuts.cut();
-        let expected = seen(&store, &all).await;
-        let (after, disk) = cuts.up(&copy).await;
-        let got = seen(&after, &all).await;
-        // The texts are long; the first difference is enough.
-        for (got, expected) in got.iter().zip(&expected) {
-            assert!(got == expected, "after step {step}: {got:.300} is not {expected:.300}");
-        }
-        assert_eq!(got.len(), expected.len(), "after step {step}");
-        if step == 0 {
-            assert_eq!(after.usage(p).await.unwrap().limit_bytes, Some(600 * MIB), "so does the limit");
-        }
-        cuts.down(after, disk, &copy);
-    }
-    drop((store, source));
+    let harness = powered(|builder| builder).await;
+    let report = examine(&harness, |property| property.name == "power.cut").await;
+    assert!(report.broken.is_empty() && report.kept == ["power.cut"], "{report}");
 }
 
 /// What a snapshot of a number holds.

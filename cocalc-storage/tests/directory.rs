@@ -17,7 +17,7 @@ use cocalc_core::{
     storage::{Error, SendOptions, Storage, VolumeOptions},
 };
 use cocalc_storage::Directory;
-use cocalc_testkit::storage::{FilesHarness, Host, agrees_with_model, scripts, storage};
+use cocalc_testkit::storage::{FilesHarness, Host, agrees_with_model, regressions, scripts, storage};
 use proptest::{prelude::*, test_runner::TestRunner};
 use tokio::io::AsyncReadExt as _;
 
@@ -37,7 +37,9 @@ fn harness(a: &Directory, b: &Directory) -> FilesHarness {
 async fn directory_keeps_the_contract() {
     let root = tempfile::tempdir().unwrap();
     let (a, b) = two(root.path()).await;
-    storage(&harness(&a, &b)).await;
+    let outside = root.path().join("outside");
+    fs::create_dir(&outside).unwrap();
+    storage(&harness(&a, &b).outside([outside])).await;
     for store in [&a, &b] {
         for place in ["staging", "trash", "projects"] {
             let left: Vec<_> = fs::read_dir(store.path().join(place)).unwrap().collect();
@@ -52,6 +54,10 @@ fn directory_agrees_with_the_model() {
     let root = tempfile::tempdir().unwrap();
     let (a, b) = runtime.block_on(two(root.path()));
     let harness = harness(&a, &b);
+    for (about, script) in regressions() {
+        println!("{about}");
+        runtime.block_on(agrees_with_model(&harness, &script));
+    }
     let config = ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(12) };
     TestRunner::new(config)
         .run(&scripts(24), |script| {

@@ -1,15 +1,18 @@
 //! Proves that the contract suite bites: deliberately broken backends, each
 //! caught by a named property. Which caught which is published in
 //! `docs/storage.md`; `COCALC_BLESS=1` writes it anew. Needs root, for owners and
-//! devices.
+//! devices, and loop devices for a power cut.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests report by panicking, in helpers too")]
 
+mod common;
+
 use std::{
+    collections::BTreeMap,
     fs,
     os::unix::fs::{MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex},
 };
 
 use async_trait::async_trait;
@@ -60,6 +63,9 @@ enum Mutant {
     FootprintAllExclusive,
     UsageWithoutSnapshots,
     StreamsDiffer,
+    LimitWithoutSnapshots,
+    BrokenStreamLeavesVolume,
+    RestoreAgainAfterAll,
     SnapshotIsTheLiveTree,
     AttributesLost,
     OwnersLost,
@@ -70,6 +76,9 @@ enum Mutant {
     EmptyDirectoriesLost,
     ReceivedModesLost,
     CopyFollowsLinks,
+    CopyReadsNamesAgain,
+    StreamsSpooledOutside,
+    AcknowledgedBeforeDurable,
 }
 
 use Mutant as M;
@@ -108,6 +117,9 @@ const IN_MEMORY: &[Mutant] = &[
     M::FootprintAllExclusive,
     M::UsageWithoutSnapshots,
     M::StreamsDiffer,
+    M::LimitWithoutSnapshots,
+    M::BrokenStreamLeavesVolume,
+    M::RestoreAgainAfterAll,
 ];
 
 /// On a store of real files.
@@ -122,7 +134,12 @@ const ON_FILES: &[Mutant] = &[
     M::EmptyDirectoriesLost,
     M::ReceivedModesLost,
     M::CopyFollowsLinks,
+    M::CopyReadsNamesAgain,
+    M::StreamsSpooledOutside,
 ];
+
+/// On a store whose power is cut.
+const ON_POWER: &[Mutant] = &[M::AcknowledgedBeforeDurable];
 
 #[derive(Debug)]
 struct Mutated {
@@ -130,6 +147,8 @@ struct Mutated {
     mutant: Mutant,
     /// Of a directory storage.
     root: PathBuf,
+    /// What was asked for, where something else is enforced.
+    limits: Mutex<BTreeMap<ProjectId, Option<u64>>>,
 }
 
 #[async_trait]
@@ -183,6 +202,7 @@ impl Storage for Mutated {
         if ON_FILES.contains(&self.mutant) && !known {
             self.spoil(project, name);
         }
+        self.limit_live(project).await?;
         Ok(taken)
     }
 
@@ -205,7 +225,8 @@ impl Storage for Mutated {
     }
 
     async fn delete_snapshot(&self, project: ProjectId, name: &SnapshotName) -> Result<()> {
-        self.inner.delete_snapshot(project, name).await
+        self.inner.delete_snapshot(project, name).await?;
+        self.limit_live(project).await
     }
 
     async fn hold(&self, project: ProjectId, name: &SnapshotName) -> Result<Hold> {
@@ -256,6 +277,14 @@ impl Storage for Mutated {
         let mut options = *options;
         options.replace |= self.mutant == Mutant::CopyReplacesUnasked;
         options.same_owner |= self.mutant == Mutant::CopySharesBetweenOwners;
+        if self.mutant == Mutant::CopyReadsNamesAgain {
+            // `%2E%2E` is a name; read as a text once more, it leads upwards.
+            let text = to.path.to_string().replace("%252E", ".").replace("%252e", ".").replace("%252f", "/");
+            if text != to.path.to_string() {
+                let live = self.root.join("projects").join(to.project.to_string()).join("live/tree");
+                let _ = fs::write(live.join(text).join("x"), "x");
+            }
+        }
         if self.mutant == Mutant::CopyFollowsLinks {
             let live = |place: &Place| {
                 let project = self.root.join("projects").join(place.project.to_string());
@@ -286,6 +315,18 @@ impl Storage for Mutated {
             (Mutant::RestoreOverwritesFormer, Err(Error::AlreadyExists { .. })) => {
                 self.inner.delete_snapshot(project, former).await?;
                 self.inner.restore(project, name, former).await
+            }
+            (Mutant::RestoreAgainAfterAll, Ok(volume)) => {
+                // What was restored is forgotten with the next snapshot.
+                let all = self.inner.snapshots(project).await?;
+                let is_former = |snapshot: &Snapshot| snapshot.name == *former;
+                if all.iter().any(is_former) && !all.last().is_some_and(is_former) {
+                    self.inner.delete_snapshot(project, former).await?;
+                    let scratch: SnapshotName = "scratch".parse().unwrap();
+                    self.inner.restore(project, name, &scratch).await?;
+                    self.inner.delete_snapshot(project, &scratch).await?;
+                }
+                self.inner.volume(volume.project).await
             }
             (Mutant::RestoreAgainAndAgain, Ok(_)) => {
                 let scratch: SnapshotName = "scratch".parse().unwrap();
@@ -322,12 +363,26 @@ impl Storage for Mutated {
         if self.mutant == Mutant::UsageWithoutSnapshots && !self.inner.snapshots(project).await?.is_empty() {
             usage.charged_bytes = 0;
         }
+        if self.mutant == Mutant::LimitWithoutSnapshots {
+            // What it shows fits to what it enforces.
+            if let Some(limit) = self.limits.lock().unwrap().get(&project) {
+                usage.limit_bytes = *limit;
+            }
+            if let Ok(live) = self.inner.footprint(project, None).await {
+                usage.charged_bytes = live.total_bytes;
+            }
+        }
         Ok(usage)
     }
 
     async fn set_limit(&self, project: ProjectId, limit_bytes: Option<u64>) -> Result<()> {
         match self.mutant {
             Mutant::LimitIgnored => self.inner.usage(project).await.map(|_| ()),
+            Mutant::LimitWithoutSnapshots => {
+                self.inner.set_limit(project, limit_bytes).await?;
+                self.limits.lock().unwrap().insert(project, limit_bytes);
+                self.limit_live(project).await
+            }
             _ => self.inner.set_limit(project, limit_bytes).await,
         }
     }
@@ -359,6 +414,15 @@ impl Storage for Mutated {
             Mutant::ReceiveTwiceFails if !self.inner.snapshots(project).await?.is_empty() => {
                 return Err(Error::AlreadyExists { project, what: "something".to_owned() });
             }
+            Mutant::StreamsSpooledOutside => {
+                let spool = self.root.parent().unwrap().join("outside/spool");
+                let mut bytes = Vec::new();
+                if stream.read_to_end(&mut bytes).await.is_ok() {
+                    fs::write(&spool, &bytes).unwrap();
+                    fs::remove_file(&spool).unwrap();
+                    stream = Box::pin(std::io::Cursor::new(bytes));
+                }
+            }
             Mutant::ReceiveReplaces => self.inner.delete_snapshot(project, &header.name).await?,
             Mutant::SenderFailureSwallowed => {
                 // Its end is taken for a good one, whatever it was.
@@ -377,6 +441,10 @@ impl Storage for Mutated {
                 self.leave(header).await;
                 self.inner.snapshot(project, &header.name).await
             }
+            (Mutant::BrokenStreamLeavesVolume, Err(error @ Error::BadStream { .. })) => {
+                let _ = self.inner.create(project, &VolumeOptions::default()).await;
+                Err(error)
+            }
             (Mutant::ReceivedModesLost, Ok(got)) => {
                 self.spoil(project, &header.name);
                 Ok(got)
@@ -391,6 +459,19 @@ impl Storage for Mutated {
 }
 
 impl Mutated {
+    /// Has the limit hold for the live volume alone.
+    async fn limit_live(&self, project: ProjectId) -> Result<()> {
+        let asked = self.limits.lock().unwrap().get(&project).copied().flatten();
+        if let (Mutant::LimitWithoutSnapshots, Some(limit)) = (self.mutant, asked) {
+            let mut held = 0;
+            for snapshot in self.inner.snapshots(project).await? {
+                held += self.inner.footprint(project, Some(&snapshot.name)).await?.total_bytes;
+            }
+            self.inner.set_limit(project, Some(limit + held)).await?;
+        }
+        Ok(())
+    }
+
     /// Does to a finished snapshot what a careless backend would have done.
     fn spoil(&self, project: ProjectId, name: &SnapshotName) {
         let place = self.root.join("projects").join(project.to_string());
@@ -460,14 +541,19 @@ async fn on_files(root: &Path, mutant: Option<Mutant>) -> FilesHarness {
     for place in &places {
         let inner = Arc::new(Directory::open(place).await.unwrap());
         stores.push(match mutant {
-            Some(mutant) => Arc::new(Mutated { inner, mutant, root: place.clone() }),
+            Some(mutant) => {
+                Arc::new(Mutated { inner, mutant, root: place.clone(), limits: Mutex::default() })
+            }
             None => inner,
         });
     }
+    let outside = root.join("outside");
+    fs::create_dir(&outside).unwrap();
     FilesHarness::new(stores[0].clone(), stores[1].clone(), move |host: Host, project, name| {
         let project = places[host as usize].join("projects").join(project.to_string());
         project.join("snapshots").join(name.as_str()).join("tree")
     })
+    .outside([outside])
 }
 
 /// Examines each in a thread of its own, a few at a time, and answers in order.
@@ -533,7 +619,8 @@ async fn every_broken_backend_is_caught_by_name() {
     std::panic::set_hook(Box::new(|_| ()));
     for (mutant, broken) in in_threads(IN_MEMORY, |mutant| async move {
         let harness = MemoryHarness::wrapping(|inner| {
-            Arc::new(Mutated { inner: Arc::new(inner), mutant, root: PathBuf::new() })
+            let limits = Mutex::default();
+            Arc::new(Mutated { inner: Arc::new(inner), mutant, root: PathBuf::new(), limits })
         });
         examine(&harness, |_| true).await.broken
     }) {
@@ -543,11 +630,20 @@ async fn every_broken_backend_is_caught_by_name() {
     let place = root.path();
     for (mutant, broken) in in_threads(ON_FILES, |mutant| async move {
         let harness = on_files(&place.join(format!("{mutant:?}")), Some(mutant)).await;
-        let of_files = |name: &str| name.starts_with("files.") || name.starts_with("snapshot.");
+        let of_files = |name: &str| {
+            ["files.", "snapshot.", "path.", "outside."].iter().any(|subject| name.starts_with(subject))
+        };
         examine(&harness, |property| of_files(property.name)).await.broken
     }) {
         row(mutant, broken);
     }
+    for (mutant, broken) in in_threads(ON_POWER, |_| async {
+        let harness = common::power::powered(|builder| builder.lose_commits()).await;
+        examine(&harness, |property| property.name.starts_with("power.")).await.broken
+    }) {
+        row(mutant, broken);
+    }
+    // With its commits, the last one is examined in `tests/crash.rs`.
     let sound = on_files(&root.path().join("sound"), None).await;
     let sound = examine(&sound, |_| true).await;
     let _ = std::panic::take_hook();

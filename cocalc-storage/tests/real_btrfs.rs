@@ -23,7 +23,7 @@ use cocalc_storage::{
     loopback::{self, Loopback},
     probe,
 };
-use cocalc_testkit::storage::{FilesHarness, Host, agrees_with_model, scripts, storage};
+use cocalc_testkit::storage::{FilesHarness, Host, agrees_with_model, regressions, scripts, storage};
 use proptest::{prelude::*, test_runner::TestRunner};
 use tokio::io::AsyncReadExt as _;
 
@@ -100,7 +100,11 @@ async fn btrfs_keeps_the_contract() {
     let f = fixture().await;
     assert!(f.a.capabilities().quotas, "needs simple quotas: {:?}", f.a.capabilities().weaknesses);
     assert_eq!(f.a.capabilities().weaknesses, Vec::<String>::new());
-    storage(&harness(&f.a, &f.b)).await;
+    let outside = f.root.path().join("outside");
+    fs::create_dir(&outside).unwrap();
+    let stores = [f.a.clone(), f.b.clone()];
+    let free = move |host: Host| stores[host as usize].free_bytes().ok();
+    storage(&harness(&f.a, &f.b).outside([outside]).measured(free)).await;
     nothing_staged(&f.a);
     nothing_staged(&f.b);
 }
@@ -113,7 +117,10 @@ async fn two_stores_on_one_file_system_keep_the_contract() {
         fs::create_dir(volume.path().join(name)).unwrap();
     }
     let (a, b) = (fresh(&volume.path().join("a")).await, fresh(&volume.path().join("b")).await);
-    storage(&harness(&a, &b)).await;
+    // On the same file system, where a subvolume could be moved to.
+    let outside = volume.path().join("outside");
+    fs::create_dir(&outside).unwrap();
+    storage(&harness(&a, &b).outside([outside])).await;
     drop((a, b));
     volume.close().unwrap();
 }
@@ -135,6 +142,10 @@ fn btrfs_agrees_with_the_model() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let f = runtime.block_on(fixture());
     let harness = harness(&f.a, &f.b);
+    for (about, script) in regressions() {
+        println!("{about}");
+        runtime.block_on(agrees_with_model(&harness, &script));
+    }
     let config = ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(8) };
     TestRunner::new(config)
         .run(&scripts(20), |script| {

@@ -1,7 +1,7 @@
 //! Volumes in memory.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     io::Cursor,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -33,6 +33,88 @@ const PAYLOAD_MAX: u64 = 256 << 20;
 /// The files of a volume or snapshot, by path.
 pub type Files = BTreeMap<String, Bytes>;
 
+/// What is in a volume or snapshot. Every directory on the way to a file is
+/// among the directories; the root is not.
+#[derive(Clone, Debug, Eq, PartialEq)]
+struct Contents {
+    files: Files,
+    directories: BTreeSet<String>,
+}
+
+impl Default for Contents {
+    /// What a new volume has.
+    fn default() -> Self {
+        let directories = ["home", "system"].map(str::to_owned).into();
+        Self { files: Files::new(), directories }
+    }
+}
+
+impl Contents {
+    fn empty() -> Self {
+        Self { files: Files::new(), directories: BTreeSet::new() }
+    }
+
+    fn has_directory(&self, path: &str) -> bool {
+        path.is_empty() || self.directories.contains(path)
+    }
+
+    fn has(&self, path: &str) -> bool {
+        self.has_directory(path) || self.files.contains_key(path)
+    }
+
+    /// Whether every name is one, and in a directory.
+    fn is_sound(&self) -> bool {
+        self.files.keys().chain(&self.directories).all(|path| {
+            let parent = path.rsplit_once('/').map_or("", |(parent, _)| parent);
+            TreePath::from_bytes(path.as_bytes()).is_ok_and(|path| !path.is_root())
+                && self.has_directory(parent)
+        }) && self.directories.iter().all(|path| !self.files.contains_key(path))
+    }
+
+    /// `root` and what is below it, under `to` instead.
+    fn moved(&self, root: &str, to: &str) -> Self {
+        let moved = |path: &str| {
+            let rest = path.strip_prefix(root).unwrap_or_default().trim_start_matches('/');
+            if rest.is_empty() { to.to_owned() } else { format!("{to}/{rest}") }
+        };
+        let files = self.files.iter().filter(|(path, _)| is_within(path, root));
+        let mut directories: BTreeSet<_> =
+            self.directories.iter().filter(|path| is_within(path, root)).map(|path| moved(path)).collect();
+        if root.is_empty() {
+            directories.insert(to.to_owned());
+        }
+        Self { files: files.map(|(path, content)| (moved(path), content.clone())).collect(), directories }
+    }
+
+    fn remove_all(&mut self, root: &str) {
+        self.files.retain(|path, _| !is_within(path, root));
+        self.directories.retain(|path| !is_within(path, root));
+    }
+
+    /// Gives each file bytes of its own, for which its owner is charged.
+    fn unshare(&mut self) {
+        self.files.values_mut().for_each(|content| *content = Bytes::copy_from_slice(content));
+    }
+
+    fn bytes(&self) -> u64 {
+        self.files.values().map(|content| content.len() as u64).sum()
+    }
+
+    fn entries(&self) -> u64 {
+        (self.files.len() + self.directories.len()) as u64
+    }
+
+    /// What is directly in `directory`; `true` for directories.
+    fn names<'a>(&'a self, directory: &str) -> BTreeMap<&'a str, bool> {
+        let inside = |path: &'a str| {
+            let (parent, name) = path.rsplit_once('/').unwrap_or(("", path));
+            (parent == directory).then_some(name)
+        };
+        let files = self.files.keys().filter_map(|path| Some((inside(path)?, false)));
+        files.chain(self.directories.iter().filter_map(|path| Some((inside(path)?, true)))).collect()
+    }
+}
+
 /// Project volumes in memory: the strictest reading of [`Storage`], the model
 /// that contract suites compare other backends with, and a stand-in for
 /// embedders' own tests. Two stores are two hosts; clones are one store.
@@ -62,22 +144,22 @@ pub struct MemoryStorage {
 struct Project {
     live: Option<Live>,
     /// Oldest first.
-    snapshots: Vec<(Snapshot, Files)>,
+    snapshots: Vec<(Snapshot, Contents)>,
     limit_bytes: Option<u64>,
 }
 
 #[derive(Clone, Debug)]
 struct Live {
     uuid: VolumeUuid,
-    files: Files,
+    contents: Contents,
     /// The snapshot's uuid and the `former` of the restore that made it, by
     /// which a repeated restore is known.
     restored: Option<(VolumeUuid, SnapshotName)>,
 }
 
 impl Live {
-    fn new(files: Files) -> Self {
-        Self { uuid: VolumeUuid::random(), files, restored: None }
+    fn new(contents: Contents) -> Self {
+        Self { uuid: VolumeUuid::random(), contents, restored: None }
     }
 }
 
@@ -89,6 +171,8 @@ struct Payload {
     base: Option<VolumeUuid>,
     written: BTreeMap<String, String>,
     removed: Vec<String>,
+    directories_made: Vec<String>,
+    directories_removed: Vec<String>,
 }
 
 impl MemoryStorage {
@@ -97,24 +181,35 @@ impl MemoryStorage {
         Self::default()
     }
 
-    /// Writes a file of the live volume, as the project would.
+    /// Writes a file of the live volume, as the project would, with the
+    /// directories it needs.
     ///
     /// # Errors
     ///
-    /// [`Error::NotFound`] without a live volume; [`Error::NoSpace`], with
-    /// nothing changed, if the limit would be passed.
+    /// [`Error::NotFound`] without a live volume; [`Error::Path`] where no file
+    /// can be; [`Error::NoSpace`] if the limit would be passed. Nothing has
+    /// changed then.
     pub fn write(&self, project: ProjectId, path: &str, content: impl Into<Bytes>) -> Result<()> {
         let mut projects = self.lock();
         let entry = projects.get_mut(&project).ok_or(Error::NotFound { project })?;
         let live = entry.live.as_mut().ok_or(Error::NotFound { project })?;
-        let before = live.files.insert(path.to_owned(), content.into());
+        let refuse = |path, reason: &str| Error::Path { project, path, reason: reason.to_owned() };
+        let parsed = TreePath::from_bytes(path.as_bytes())
+            .map_err(|error| refuse(TreePath::root(), &format!("{path:?} is no path: {error}")))?;
+        let on_the_way = || path.match_indices('/').map(|(at, _)| &path[..at]);
+        if on_the_way().any(|directory| live.contents.files.contains_key(directory)) {
+            return Err(refuse(parsed, "something on the way is no directory"));
+        }
+        if live.contents.has_directory(path) {
+            return Err(refuse(parsed, "it is a directory"));
+        }
+        let former = live.contents.clone();
+        live.contents.directories.extend(on_the_way().map(str::to_owned));
+        live.contents.files.insert(path.to_owned(), content.into());
         if entry.limit_bytes.is_some_and(|limit| entry.charged() > limit) {
             // Only what was just written can be the reason.
-            if let Some(live) = entry.live.as_mut() {
-                match before {
-                    Some(content) => live.files.insert(path.to_owned(), content),
-                    None => live.files.remove(path),
-                };
+            if let Some(live) = &mut entry.live {
+                live.contents = former;
             }
             return Err(Error::NoSpace { project, operation: "write to", what: "the project's quota" });
         }
@@ -129,7 +224,7 @@ impl MemoryStorage {
     pub fn remove(&self, project: ProjectId, path: &str) -> Result<bool> {
         let mut projects = self.lock();
         let live = projects.get_mut(&project).and_then(|entry| entry.live.as_mut());
-        Ok(live.ok_or(Error::NotFound { project })?.files.remove(path).is_some())
+        Ok(live.ok_or(Error::NotFound { project })?.contents.files.remove(path).is_some())
     }
 
     /// The files of the live volume.
@@ -140,7 +235,7 @@ impl MemoryStorage {
     pub fn files(&self, project: ProjectId) -> Result<Files> {
         let projects = self.lock();
         let live = projects.get(&project).and_then(|entry| entry.live.as_ref());
-        Ok(live.ok_or(Error::NotFound { project })?.files.clone())
+        Ok(live.ok_or(Error::NotFound { project })?.contents.files.clone())
     }
 
     /// The files of a snapshot.
@@ -150,8 +245,7 @@ impl MemoryStorage {
     /// [`Error::NoSnapshot`] if there is none of that name.
     pub fn snapshot_files(&self, project: ProjectId, name: &SnapshotName) -> Result<Files> {
         let projects = self.lock();
-        let found = projects.get(&project).and_then(|entry| entry.find(name));
-        Ok(found.ok_or_else(|| Error::NoSnapshot { project, name: name.clone() })?.1.clone())
+        Ok(find(&projects, project, name)?.1.files.clone())
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<ProjectId, Project>> {
@@ -160,25 +254,25 @@ impl MemoryStorage {
 }
 
 impl Project {
-    fn find(&self, name: &SnapshotName) -> Option<&(Snapshot, Files)> {
+    fn find(&self, name: &SnapshotName) -> Option<&(Snapshot, Contents)> {
         self.snapshots.iter().find(|(snapshot, _)| snapshot.name == *name)
     }
 
-    fn keep(&mut self, project: ProjectId, name: &SnapshotName, files: Files) -> Snapshot {
+    fn keep(&mut self, project: ProjectId, name: &SnapshotName, contents: Contents) -> Snapshot {
         let uuid = VolumeUuid::random();
         let snapshot =
             Snapshot { project, name: name.clone(), uuid, origin: uuid, created: Timestamp::now() };
-        self.snapshots.push((snapshot.clone(), files));
+        self.snapshots.push((snapshot.clone(), contents));
         snapshot
     }
 
     /// Bytes of all distinct contents: what a snapshot shares is charged once.
     fn charged(&self) -> u64 {
         let mut seen = HashSet::new();
-        let snapshots = self.snapshots.iter().flat_map(|(_, files)| files.values());
+        let snapshots = self.snapshots.iter().flat_map(|(_, contents)| contents.files.values());
         self.live
             .iter()
-            .flat_map(|live| live.files.values())
+            .flat_map(|live| live.contents.files.values())
             .chain(snapshots)
             .filter(|content| seen.insert((content.as_ptr() as usize, content.len())))
             .map(|content| content.len() as u64)
@@ -190,7 +284,7 @@ fn find<'a>(
     projects: &'a BTreeMap<ProjectId, Project>,
     project: ProjectId,
     name: &SnapshotName,
-) -> Result<&'a (Snapshot, Files)> {
+) -> Result<&'a (Snapshot, Contents)> {
     let found = projects.get(&project).and_then(|entry| entry.find(name));
     found.ok_or_else(|| Error::NoSnapshot { project, name: name.clone() })
 }
@@ -200,38 +294,26 @@ fn is_within(path: &str, root: &str) -> bool {
     root.is_empty() || path.strip_prefix(root).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
-/// What is directly in `directory` (empty, or ending with a slash), which
-/// exists because there are files in it; `true` for directories.
-fn names<'a>(directory: &str, files: &'a Files) -> BTreeMap<&'a str, bool> {
-    let inside = files.keys().filter_map(|path| path.strip_prefix(directory));
-    inside
-        .map(|rest| match rest.split_once('/') {
-            Some((name, _)) => (name, true),
-            None => (rest, false),
-        })
-        .collect()
-}
-
-/// Adds what is different in `directory`.
-fn compare(directory: &str, old: &Files, new: &Files, changes: &mut Vec<Change>) {
-    let (before, now) = (names(directory, old), names(directory, new));
-    let all: std::collections::BTreeSet<_> = before.keys().chain(now.keys()).collect();
+/// Adds what is different in `directory`, which both have.
+fn compare(directory: &str, old: &Contents, new: &Contents, changes: &mut Vec<Change>) {
+    let (before, now) = (old.names(directory), new.names(directory));
+    let all: BTreeSet<_> = before.keys().chain(now.keys()).collect();
     for name in all {
-        let path = format!("{directory}{name}");
-        let size = |files: &Files| files.get(&path).map_or(0, |content| content.len() as u64);
+        let path = if directory.is_empty() { (*name).to_owned() } else { format!("{directory}/{name}") };
+        let size = |of: &Contents| of.files.get(&path).map_or(0, |content| content.len() as u64);
         let node = |is_directory: &bool| if *is_directory { NodeKind::Directory } else { NodeKind::File };
         let (kind, node, bytes) = match (before.get(*name), now.get(*name)) {
             (Some(true), Some(true)) => {
-                compare(&format!("{path}/"), old, new, changes);
+                compare(&path, old, new, changes);
                 continue;
             }
-            (Some(false), Some(false)) if old.get(&path) == new.get(&path) => continue,
+            (Some(false), Some(false)) if old.files.get(&path) == new.files.get(&path) => continue,
             (Some(_), Some(is)) => (ChangeKind::Modified, node(is), size(new)),
             (None, Some(is)) => (ChangeKind::Added, node(is), size(new)),
             (Some(was), None) => (ChangeKind::Removed, node(was), size(old)),
             (None, None) => continue,
         };
-        // Paths of this store are plain text; one that is not is no path.
+        // Only paths are written.
         if let Ok(path) = TreePath::from_bytes(path.as_bytes()) {
             changes.push(Change { path, kind, node, bytes });
         }
@@ -271,7 +353,7 @@ impl Storage for MemoryStorage {
             return Err(Error::AlreadyExists { project, what: "a volume".to_owned() });
         }
         entry.limit_bytes = options.limit_bytes;
-        Ok(volume(project, entry.live.insert(Live::new(Files::new()))))
+        Ok(volume(project, entry.live.insert(Live::new(Contents::default()))))
     }
 
     async fn volume(&self, project: ProjectId) -> Result<Volume> {
@@ -301,8 +383,8 @@ impl Storage for MemoryStorage {
         if let Some((snapshot, _)) = entry.find(name) {
             return Ok(snapshot.clone());
         }
-        let files = entry.live.as_ref().ok_or(Error::NotFound { project })?.files.clone();
-        Ok(entry.keep(project, name, files))
+        let contents = entry.live.as_ref().ok_or(Error::NotFound { project })?.contents.clone();
+        Ok(entry.keep(project, name, contents))
     }
 
     async fn snapshots(&self, project: ProjectId) -> Result<Vec<Snapshot>> {
@@ -316,6 +398,9 @@ impl Storage for MemoryStorage {
         self.holds.refuse_held(project, name)?;
         if let Some(entry) = projects.get_mut(&project) {
             entry.snapshots.retain(|(snapshot, _)| snapshot.name != *name);
+            if entry.snapshots.is_empty() && entry.live.is_none() {
+                projects.remove(&project);
+            }
         }
         Ok(())
     }
@@ -330,7 +415,7 @@ impl Storage for MemoryStorage {
         let projects = self.lock();
         let live = projects.get(&project).and_then(|entry| entry.live.as_ref());
         let live = live.ok_or(Error::NotFound { project })?;
-        Ok(find(&projects, project, name)?.1 != live.files)
+        Ok(find(&projects, project, name)?.1 != live.contents)
     }
 
     async fn restore(
@@ -342,9 +427,9 @@ impl Storage for MemoryStorage {
         let missing = || Error::NoSnapshot { project, name: name.clone() };
         let mut projects = self.lock();
         let entry = projects.get_mut(&project).ok_or_else(missing)?;
-        let (snapshot, files) = entry.find(name).ok_or_else(missing)?;
+        let (snapshot, contents) = entry.find(name).ok_or_else(missing)?;
         let restored = Some((snapshot.uuid, former.clone()));
-        let new = Live { restored, ..Live::new(files.clone()) };
+        let new = Live { restored, ..Live::new(contents.clone()) };
         if let Some(live) = &entry.live {
             if live.restored == new.restored {
                 return Ok(volume(project, live));
@@ -352,8 +437,8 @@ impl Storage for MemoryStorage {
             if entry.find(former).is_some() {
                 return Err(exists(project, former));
             }
-            let files = live.files.clone();
-            entry.keep(project, former, files);
+            let contents = live.contents.clone();
+            entry.keep(project, former, contents);
         }
         Ok(volume(project, entry.live.insert(new)))
     }
@@ -367,9 +452,9 @@ impl Storage for MemoryStorage {
             (None, Some(kept)) => Ok(kept),
             (None, None) => Err(Error::NotFound { project }),
             (Some(live), None) => {
-                let files = live.files.clone();
+                let contents = live.contents.clone();
                 entry.live = None;
-                Ok(entry.keep(project, keep_as, files))
+                Ok(entry.keep(project, keep_as, contents))
             }
         }
     }
@@ -381,14 +466,13 @@ impl Storage for MemoryStorage {
         target: ProjectId,
         options: &CloneOptions,
     ) -> Result<Volume> {
-        let mut files = self.snapshot_files(source, name)?;
+        let mut projects = self.lock();
+        let mut contents = find(&projects, source, name)?.1.clone();
         if !options.same_owner {
-            // The clone is charged for its own copy, so nothing may be shared.
-            files.values_mut().for_each(|content| *content = Bytes::copy_from_slice(content));
+            contents.unshare();
         }
         let options = &options.volume;
-        let size: u64 = files.values().map(|content| content.len() as u64).sum();
-        let mut projects = self.lock();
+        let size = contents.bytes();
         if projects.get(&target).is_some_and(|entry| entry.live.is_some()) {
             return Err(Error::AlreadyExists { project: target, what: "a volume".to_owned() });
         }
@@ -398,7 +482,7 @@ impl Storage for MemoryStorage {
         }
         let entry = projects.entry(target).or_default();
         entry.limit_bytes = options.limit_bytes;
-        Ok(volume(target, entry.live.insert(Live::new(files))))
+        Ok(volume(target, entry.live.insert(Live::new(contents))))
     }
 
     async fn usage(&self, project: ProjectId) -> Result<Usage> {
@@ -420,22 +504,22 @@ impl Storage for MemoryStorage {
     async fn footprint(&self, project: ProjectId, snapshot: Option<&SnapshotName>) -> Result<Footprint> {
         let projects = self.lock();
         let entry = projects.get(&project).ok_or(Error::NotFound { project })?;
-        let files = match snapshot {
+        let contents = match snapshot {
             Some(name) => &find(&projects, project, name)?.1,
-            None => &entry.live.as_ref().ok_or(Error::NotFound { project })?.files,
+            None => &entry.live.as_ref().ok_or(Error::NotFound { project })?.contents,
         };
         // Another owner's clone never shares; one of the same owner may.
         let elsewhere: HashSet<_> = projects
             .values()
             .flat_map(|entry| {
-                let live = entry.live.iter().map(|live| &live.files);
-                live.chain(entry.snapshots.iter().map(|(_, files)| files))
+                let live = entry.live.iter().map(|live| &live.contents);
+                live.chain(entry.snapshots.iter().map(|(_, contents)| contents))
             })
-            .filter(|other| !std::ptr::eq(*other, files))
-            .flat_map(|other| other.values().map(|content| content.as_ptr()))
+            .filter(|other| !std::ptr::eq(*other, contents))
+            .flat_map(|other| other.files.values().map(|content| content.as_ptr()))
             .collect();
-        let mut footprint = Footprint { entries: files.len() as u64, ..Footprint::default() };
-        for content in files.values() {
+        let mut footprint = Footprint { entries: contents.entries(), ..Footprint::default() };
+        for content in contents.files.values() {
             footprint.total_bytes += content.len() as u64;
             if !elsewhere.contains(&content.as_ptr()) {
                 footprint.exclusive_bytes += content.len() as u64;
@@ -458,7 +542,7 @@ impl Storage for MemoryStorage {
             Some(name) => &find(&projects, project, name)?.1,
             None => {
                 let live = projects.get(&project).and_then(|entry| entry.live.as_ref());
-                &live.ok_or(Error::NotFound { project })?.files
+                &live.ok_or(Error::NotFound { project })?.contents
             }
         };
         let mut changes = Vec::new();
@@ -485,44 +569,46 @@ impl Storage for MemoryStorage {
             Some(name) => &find(&projects, from.project, name)?.1,
             None => {
                 let live = projects.get(&from.project).and_then(|entry| entry.live.as_ref());
-                &live.ok_or(Error::NotFound { project: from.project })?.files
+                &live.ok_or(Error::NotFound { project: from.project })?.contents
             }
         };
-        let (source_root, target_root) = (from.path.to_string(), to.path.to_string());
-        let mut taken: Files = source
-            .iter()
-            .filter(|(path, _)| is_within(path, &source_root))
-            .map(|(path, content)| (format!("{target_root}{}", &path[source_root.len()..]), content.clone()))
-            .collect();
-        if taken.is_empty() {
+        let Ok(source_root) = std::str::from_utf8(from.path.as_bytes()) else {
+            return Err(refuse(from, "there is nothing"));
+        };
+        let Ok(target_root) = std::str::from_utf8(to.path.as_bytes()) else {
+            return Err(refuse(to, "this storage has only names that are text"));
+        };
+        if from.snapshot.is_none() && from.project == to.project && to.path.is_within(&from.path) {
+            return Err(refuse(to, "it is within what would be copied"));
+        }
+        if !source.has(source_root) {
             return Err(refuse(from, "there is nothing"));
         }
+        let mut taken = source.moved(source_root, target_root);
         let shares = options.same_owner || from.project == to.project;
         if !shares {
-            taken.values_mut().for_each(|content| *content = Bytes::copy_from_slice(content));
+            taken.unshare();
         }
         let entry = projects.get_mut(&to.project).ok_or(Error::NotFound { project: to.project })?;
         let live = entry.live.as_mut().ok_or(Error::NotFound { project: to.project })?;
         let Some((directory, _)) = to.path.split_last() else {
             return Err(refuse(to, "the root itself is restored, not copied"));
         };
-        let directory = directory.to_string();
-        let inside = |path: &String| path.len() > directory.len() && is_within(path, &directory);
-        if !directory.is_empty() && !live.files.keys().any(inside) {
+        if !std::str::from_utf8(directory.as_bytes()).is_ok_and(|path| live.contents.has_directory(path)) {
             return Err(refuse(to, "its directory does not exist"));
         }
-        let former = live.files.clone();
-        if live.files.keys().any(|path| is_within(path, &target_root)) && !options.replace {
+        if live.contents.has(target_root) && !options.replace {
             return Err(Error::AlreadyExists { project: to.project, what: format!("{:?}", to.path) });
         }
-        live.files.retain(|path, _| !is_within(path, &target_root));
-        let bytes = taken.values().map(|content| content.len() as u64).sum();
-        let copied =
-            Copied { entries: taken.len() as u64, bytes, shared_bytes: if shares { bytes } else { 0 } };
-        live.files.append(&mut taken);
+        let former = live.contents.clone();
+        live.contents.remove_all(target_root);
+        let bytes = taken.bytes();
+        let copied = Copied { entries: taken.entries(), bytes, shared_bytes: if shares { bytes } else { 0 } };
+        live.contents.files.append(&mut taken.files);
+        live.contents.directories.append(&mut taken.directories);
         if entry.limit_bytes.is_some_and(|limit| entry.charged() > limit) {
             if let Some(live) = &mut entry.live {
-                live.files = former;
+                live.contents = former;
             }
             let what = "the project's quota";
             return Err(Error::NoSpace { project: to.project, operation: "copy into", what });
@@ -538,7 +624,7 @@ impl Storage for MemoryStorage {
     ) -> Result<SendStream> {
         let projects = self.lock();
         let find = |name: &SnapshotName| find(&projects, project, name);
-        let (snapshot, files) = find(name)?;
+        let (snapshot, contents) = find(name)?;
         let base = options.base.as_ref().map(find).transpose()?;
         let mut holds = vec![self.holds.take(project, name)];
         holds.extend(options.base.iter().map(|base| self.holds.take(project, base)));
@@ -546,17 +632,20 @@ impl Storage for MemoryStorage {
             find(source)?;
             holds.push(self.holds.take(project, source));
         }
-        let none = Files::new();
-        let old = base.map_or(&none, |(_, files)| files);
+        let none = Contents::empty();
+        let old = base.map_or(&none, |(_, contents)| contents);
         let payload = Payload {
             origin: snapshot.origin,
             base: base.map(|(snapshot, _)| snapshot.origin),
-            written: files
+            written: contents
+                .files
                 .iter()
-                .filter(|(path, content)| old.get(*path) != Some(content))
+                .filter(|(path, content)| old.files.get(*path) != Some(content))
                 .map(|(path, content)| (path.clone(), STANDARD.encode(content)))
                 .collect(),
-            removed: old.keys().filter(|path| !files.contains_key(*path)).cloned().collect(),
+            removed: old.files.keys().filter(|path| !contents.files.contains_key(*path)).cloned().collect(),
+            directories_made: contents.directories.difference(&old.directories).cloned().collect(),
+            directories_removed: old.directories.difference(&contents.directories).cloned().collect(),
         };
         let payload = serde_json::to_vec(&payload).map_err(|error| Error::Backend {
             backend: BACKEND,
@@ -606,15 +695,23 @@ impl Storage for MemoryStorage {
             return Ok(snapshot);
         }
         let base = header.base.as_ref().and_then(|(name, _)| entry.find(name));
-        let mut files = base.map(|(_, files)| files.clone()).unwrap_or_default();
+        let mut contents = base.map_or_else(Contents::empty, |(_, contents)| contents.clone());
+        let missing = || bad("it removes what its base does not have".to_owned());
         for path in payload.removed {
-            if files.remove(&path).is_none() {
-                return Err(bad("it removes what its base does not have".to_owned()));
+            contents.files.remove(&path).ok_or_else(missing)?;
+        }
+        for path in payload.directories_removed {
+            if !contents.directories.remove(&path) {
+                return Err(missing());
             }
         }
+        contents.directories.extend(payload.directories_made);
         for (path, content) in payload.written {
             let content = STANDARD.decode(content).map_err(|error| bad(error.to_string()))?;
-            files.insert(path, content.into());
+            contents.files.insert(path, content.into());
+        }
+        if !contents.is_sound() {
+            return Err(bad("it holds what cannot be a tree of files".to_owned()));
         }
         let snapshot = Snapshot {
             project,
@@ -624,7 +721,7 @@ impl Storage for MemoryStorage {
             created,
         };
         let entry = projects.entry(project).or_default();
-        entry.snapshots.push((snapshot.clone(), files));
+        entry.snapshots.push((snapshot.clone(), contents));
         if entry.limit_bytes.is_some_and(|limit| entry.charged() > limit) {
             entry.snapshots.pop();
             return Err(Error::NoSpace { project, operation: "receive", what: "the project's quota" });

@@ -3,7 +3,7 @@
 //!
 //! A backend's own test makes a [`Harness`] around two of its stores, which
 //! stand for two hosts, and calls [`storage`]; a model-based test runs
-//! [`scripts`] with [`agrees_with_model`]. What a backend says it can do
+//! [`scripts`], and the [`regressions`], with [`agrees_with_model`]. What a backend says it can do
 //! ([`Capabilities`](cocalc_core::storage::Capabilities)) chooses the properties
 //! that are checked, and each claim is one of these.
 //!
@@ -18,16 +18,21 @@
 
 mod files;
 mod harness;
+mod hostile;
 mod model;
+mod outside;
 mod posix;
+mod power;
 mod promises;
 mod properties;
 mod sharing;
+mod space;
 mod streams;
+mod truth;
 mod zoo;
 
 pub use harness::{FilesHarness, Harness, Host, MemoryHarness, Tree};
-pub use model::{Op, agrees_with_model, scripts};
+pub use model::{Op, Spot, agrees_with_model, regressions, scripts};
 pub use properties::{PROPERTIES, Property, Report, examine};
 pub use zoo::{disturb, manifest, plant, set_time};
 

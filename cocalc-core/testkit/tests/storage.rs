@@ -12,7 +12,7 @@ use cocalc_core::{
 };
 use cocalc_testkit::{
     faults::{Call, Fault, FaultyStorage},
-    storage::{MemoryHarness, agrees_with_model, scripts, storage},
+    storage::{MemoryHarness, agrees_with_model, regressions, scripts, storage},
 };
 use proptest::prelude::*;
 use tokio::io::AsyncReadExt as _;
@@ -28,12 +28,20 @@ async fn a_faulty_storage_without_faults_keeps_the_contract() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(64) })]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(256) })]
 
     #[test]
-    fn the_model_agrees_with_itself(script in scripts(40)) {
+    fn memory_agrees_with_the_model(script in scripts(40)) {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         runtime.block_on(agrees_with_model(&MemoryHarness::new(), &script));
+    }
+}
+
+#[tokio::test]
+async fn memory_agrees_with_the_model_where_others_did_not() {
+    for (about, script) in regressions() {
+        println!("{about}");
+        agrees_with_model(&MemoryHarness::new(), &script).await;
     }
 }
 

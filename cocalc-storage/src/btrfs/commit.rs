@@ -6,7 +6,10 @@ use std::{
 };
 
 use super::sys;
-use crate::failure::{Doing as _, Failure};
+use crate::{
+    fail,
+    failure::{Doing as _, Failure},
+};
 
 /// Commits of one file system. Who asks is served by a commit that began after
 /// it asked, so that many who ask at once cost one or two.
@@ -14,6 +17,8 @@ use crate::failure::{Doing as _, Failure};
 pub(super) struct Commits {
     state: Mutex<State>,
     ended: Condvar,
+    /// Says that it has, and has not: for tests that must find that out.
+    lost: bool,
 }
 
 /// Commits are numbered from 1, in the order in which they begin.
@@ -26,8 +31,16 @@ struct State {
 }
 
 impl Commits {
+    /// Those of a store that, in builds with fail points, makes none of them.
+    pub(super) fn losing(lost: bool) -> Self {
+        Self { lost: lost && fail::HAS_POINTS, ..Self::default() }
+    }
+
     /// Makes what was done before this call survive a loss of power.
     pub(super) fn commit(&self, root: impl AsFd) -> Result<(), Failure> {
+        if self.lost {
+            return Ok(());
+        }
         let mut state = self.lock();
         // One that runs already may have passed what the caller did.
         let wanted = state.begun + 1;

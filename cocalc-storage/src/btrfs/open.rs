@@ -116,6 +116,7 @@ pub struct BtrfsBuilder {
     quotas: bool,
     classic_quotas: bool,
     stall_limit: Duration,
+    loses_commits: bool,
 }
 
 impl BtrfsBuilder {
@@ -137,6 +138,14 @@ impl BtrfsBuilder {
     /// minutes.
     pub fn stall_limit(mut self, limit: Duration) -> Self {
         self.stall_limit = limit;
+        self
+    }
+
+    /// Acknowledges before it is durable, in builds with fail points: for tests
+    /// that must find that out.
+    #[doc(hidden)]
+    pub fn lose_commits(mut self) -> Self {
+        self.loses_commits = true;
         self
     }
 
@@ -164,7 +173,7 @@ impl BtrfsBuilder {
         refuse_read_only(path, &root_fd)?;
         lay_out(path).map_err(|error| failed(path, error))?;
 
-        let layout = Layout { root: path.to_owned(), root_fd, commits: Commits::default() };
+        let layout = Layout { root: path.to_owned(), root_fd, commits: Commits::losing(self.loses_commits) };
         let mut weaknesses = Vec::new();
         let mut quotas = None;
         if self.quotas {
@@ -214,6 +223,7 @@ impl Btrfs {
             quotas: true,
             classic_quotas: false,
             stall_limit: Duration::from_secs(600),
+            loses_commits: false,
         }
     }
 

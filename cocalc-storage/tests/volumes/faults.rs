@@ -6,7 +6,10 @@ use cocalc_core::{
     ids::ProjectId,
     storage::{CloneOptions, Error, SendOptions, Storage, VolumeOptions},
 };
-use cocalc_storage::{Btrfs, OpenError, loopback::Loopback};
+use cocalc_storage::{
+    Btrfs, OpenError,
+    loopback::{self, Loopback},
+};
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_remount, unmount};
 use tokio::time::timeout;
 
@@ -152,6 +155,62 @@ async fn a_disk_that_fails_is_told_and_the_volume_opens_when_it_is_back() {
         assert_eq!(fs::read_to_string(path.join("home/f")).unwrap(), "precious");
     }
     store.create(ProjectId::random(), &VolumeOptions::default()).await.expect("it is as new");
+    drop(store);
+    volume.close().unwrap();
+}
+
+/// The device is there no more, from one moment to the next: all that is asked
+/// of it fails.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_vanishes_is_told_and_what_was_acknowledged_is_on_the_disk() {
+    let one = stores::one().await;
+    let store = one.store;
+    let project = ProjectId::random();
+    let live = store.create(project, &VolumeOptions::default()).await.unwrap().path.unwrap();
+    fs::write(live.join("home/f"), "precious").unwrap();
+    let snapshot = store.snapshot(project, &name("s")).await.unwrap();
+
+    let (image, at) = (one.volume.image().to_owned(), one.volume.path().to_owned());
+    let disk = one.root.path().join("disk.img");
+    let copied = std::process::Command::new("cp").arg("--sparse=always").args([&image, &disk]).status();
+    assert!(copied.unwrap().success());
+    let [device] = &loopback::devices_of(&image).unwrap()[..] else { panic!("one device") };
+    fs::File::options().write(true).open(&image).unwrap().set_len(0).unwrap();
+    let resized = std::process::Command::new("losetup").arg("--set-capacity").arg(device).status();
+    assert!(resized.unwrap().success());
+
+    let said = write_all(&store, project).await;
+    assert!(said.iter().any(|(_, error)| error.is_some()), "{said:?}");
+    for (what, error) in said {
+        let typed = matches!(
+            error,
+            None | Some(Error::Backend { .. } | Error::NotFound { .. } | Error::NoSnapshot { .. })
+        );
+        assert!(typed, "{what}: {error:?}");
+    }
+    // What only looks may know it still; it must not hang.
+    let _ = timeout(LIMIT, store.list()).await.expect("a listing ends");
+    let _ = timeout(LIMIT, store.usage(project)).await.expect("usage ends");
+    let _ = timeout(LIMIT, store.changed_since(project, &name("s"))).await.expect("it ends");
+    drop(store);
+    drop(one.volume);
+    timeout(LIMIT, async {
+        while !loopback::devices_of(&image).unwrap().is_empty() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await
+    .expect("the device can be let go of");
+
+    let volume = Loopback::open(&disk, &at).unwrap();
+    let store = Btrfs::open(&at).await.unwrap();
+    assert_eq!(
+        store.snapshots(project).await.unwrap(),
+        [snapshot],
+        "it is on the disk, wherever that is now"
+    );
+    let path = store.snapshot_path(project, &name("s")).await.unwrap();
+    assert_eq!(fs::read_to_string(path.join("home/f")).unwrap(), "precious");
     drop(store);
     volume.close().unwrap();
 }

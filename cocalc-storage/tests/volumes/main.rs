@@ -8,5 +8,6 @@ mod faults;
 mod footprint;
 mod opening;
 mod quota;
+mod receiving;
 mod stores;
 mod trash;

@@ -1,6 +1,7 @@
 //! What the suite needs beside the trait: to act as the project does.
 
 use std::{
+    any::Any,
     collections::BTreeMap,
     fmt, fs,
     path::{Path, PathBuf},
@@ -14,12 +15,14 @@ use cocalc_core::{
     memory::storage::{Files, MemoryStorage},
     storage::Storage,
 };
+use futures_util::future::BoxFuture;
+use serde::{Deserialize, Serialize};
 
 /// Regular files by their path within the volume.
 pub type Tree = BTreeMap<String, Vec<u8>>;
 
 /// One of the two stores of a [`Harness`].
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub enum Host {
     /// Where projects begin.
     First,
@@ -62,14 +65,49 @@ pub trait Harness: Send + Sync {
 
     /// The files of a snapshot.
     async fn frozen(&self, host: Host, project: ProjectId, name: &SnapshotName) -> Result<Tree, BoxError>;
+
+    // What follows not every harness can offer, so it has defaults.
+
+    /// Directories beside the stores, which no call may touch. The suite plants
+    /// files in them, compares all of them after each property, and removes
+    /// what it planted.
+    fn outside(&self) -> Vec<PathBuf> {
+        Vec::new()
+    }
+
+    /// Bytes that are free on the volume of a store, where nobody else has
+    /// files.
+    async fn free_bytes(&self, _host: Host) -> Option<u64> {
+        None
+    }
+
+    /// Whether [`cut_power`](Self::cut_power) can be called.
+    fn cuts_power(&self) -> bool {
+        false
+    }
+
+    /// What comes up after a loss of power at this instant: the first host's
+    /// store, opened anew on a copy of its disk. The harness itself goes on as if
+    /// nothing had happened.
+    async fn cut_power(&self) -> Result<Box<dyn Harness>, BoxError> {
+        Err("this harness cannot cut the power".into())
+    }
 }
 
 type Locate = dyn Fn(Host, ProjectId, &SnapshotName) -> PathBuf + Send + Sync;
 
-/// For backends whose volumes and snapshots are directories.
+type Measure = dyn Fn(Host) -> Option<u64> + Send + Sync;
+type Cut = dyn Fn() -> BoxFuture<'static, Result<Box<dyn Harness>, BoxError>> + Send + Sync;
+
+/// For backends whose volumes and snapshots are directories. What it keeps is
+/// dropped after the stores.
 pub struct FilesHarness {
     stores: [Arc<dyn Storage>; 2],
     snapshot_path: Box<Locate>,
+    outside: Vec<PathBuf>,
+    free_bytes: Box<Measure>,
+    kept: Vec<Box<dyn Any + Send + Sync>>,
+    cut: Option<Box<Cut>>,
 }
 
 impl fmt::Debug for FilesHarness {
@@ -85,7 +123,46 @@ impl FilesHarness {
         second: Arc<dyn Storage>,
         snapshot_path: impl Fn(Host, ProjectId, &SnapshotName) -> PathBuf + Send + Sync + 'static,
     ) -> Self {
-        Self { stores: [first, second], snapshot_path: Box::new(snapshot_path) }
+        Self {
+            stores: [first, second],
+            snapshot_path: Box::new(snapshot_path),
+            outside: Vec::new(),
+            free_bytes: Box::new(|_| None),
+            kept: Vec::new(),
+            cut: None,
+        }
+    }
+
+    /// Keeps something for as long as the stores, for instance their volumes.
+    #[must_use]
+    pub fn keeping(mut self, thing: impl Any + Send + Sync) -> Self {
+        self.kept.push(Box::new(thing));
+        self
+    }
+
+    /// With a way to cut the power, as [`Harness::cut_power`] says.
+    #[must_use]
+    pub fn powered(
+        mut self,
+        cut: impl Fn() -> BoxFuture<'static, Result<Box<dyn Harness>, BoxError>> + Send + Sync + 'static,
+    ) -> Self {
+        self.cut = Some(Box::new(cut));
+        self
+    }
+
+    /// With directories beside the stores, as [`Harness::outside`] says.
+    #[must_use]
+    pub fn outside(mut self, directories: impl IntoIterator<Item = PathBuf>) -> Self {
+        self.outside = directories.into_iter().collect();
+        self
+    }
+
+    /// With stores that are alone on their volumes, which have this many free
+    /// bytes.
+    #[must_use]
+    pub fn measured(mut self, free_bytes: impl Fn(Host) -> Option<u64> + Send + Sync + 'static) -> Self {
+        self.free_bytes = Box::new(free_bytes);
+        self
     }
 
     async fn root(&self, host: Host, project: ProjectId) -> Result<PathBuf, BoxError> {
@@ -135,6 +212,25 @@ impl Harness for FilesHarness {
 
     async fn frozen(&self, host: Host, project: ProjectId, name: &SnapshotName) -> Result<Tree, BoxError> {
         read_tree(&(self.snapshot_path)(host, project, name))
+    }
+
+    fn outside(&self) -> Vec<PathBuf> {
+        self.outside.clone()
+    }
+
+    async fn free_bytes(&self, host: Host) -> Option<u64> {
+        (self.free_bytes)(host)
+    }
+
+    fn cuts_power(&self) -> bool {
+        self.cut.is_some()
+    }
+
+    async fn cut_power(&self) -> Result<Box<dyn Harness>, BoxError> {
+        match &self.cut {
+            Some(cut) => cut().await,
+            None => Err("this harness cannot cut the power".into()),
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use cocalc_core::{
     ids::{ProjectId, SnapshotName},
-    storage::{CloneOptions, Error, SendOptions, VolumeOptions},
+    storage::{CloneOptions, CopyOptions, Error, Place, SendOptions, VolumeOptions},
 };
 use futures_util::future::join_all;
 
@@ -471,6 +471,99 @@ pub(super) async fn no_change(h: &dyn Harness) {
     );
     store.delete(project).await.unwrap();
     store.delete(other).await.unwrap();
+}
+
+pub(super) async fn retried(h: &dyn Harness) {
+    let (first, second) = (h.store(Host::First), h.store(Host::Second));
+    let can = first.capabilities();
+    let (project, other, clone) = (project(h).await, project(h).await, ProjectId::random());
+    let volume = first.volume(project).await.unwrap();
+    assert!(
+        matches!(first.create(project, &VolumeOptions::default()).await, Err(Error::AlreadyExists { .. })),
+        "create says that it is there"
+    );
+    assert_eq!(first.volume(project).await.unwrap(), volume, "and changes nothing");
+    h.write(Host::First, project, "home/d/a", b"1").await.unwrap();
+
+    // At once.
+    let s = first.snapshot(project, &name("s")).await.unwrap();
+    assert_eq!(first.snapshot(project, &name("s")).await.unwrap(), s);
+    drop((first.hold(project, &name("s")).await.unwrap(), first.hold(project, &name("s")).await.unwrap()));
+    h.write(Host::First, project, "home/d/a", b"22").await.unwrap();
+    for _ in 0..2 {
+        assert!(first.changed_since(project, &name("s")).await.unwrap());
+        if can.quotas {
+            first.set_limit(project, Some(1 << 30)).await.unwrap();
+            assert_eq!(first.usage(project).await.unwrap().limit_bytes, Some(1 << 30));
+        }
+    }
+    let ask = async || first.diff(project, &name("s"), None, None, 10).await;
+    if let Ok(changes) = ask().await {
+        assert_eq!(ask().await.unwrap(), changes, "diff");
+    }
+    let ask = async || first.footprint(project, Some(&name("s"))).await;
+    if let Ok(footprint) = ask().await {
+        let again = ask().await.unwrap();
+        assert_eq!((again.entries, again.total_bytes), (footprint.entries, footprint.total_bytes));
+    }
+    let place = |project, text: &str| Place::live(project, text.parse().unwrap());
+    let (from, to) = (place(project, "home/d"), place(other, "home/e"));
+    let copy =
+        async |replace| first.copy(&from, &to, &CopyOptions { replace, ..CopyOptions::default() }).await;
+    let copied = copy(true).await;
+    if !matches!(copied, Err(Error::Unsupported { .. })) {
+        let copied = copied.unwrap();
+        assert_eq!(copy(true).await.unwrap(), copied, "a copy that replaces");
+        assert!(matches!(copy(false).await, Err(Error::AlreadyExists { .. })), "one that does not");
+        assert_eq!(h.live(Host::First, other).await.unwrap(), tree([("home/e/a", b"22")]));
+    }
+    let ask = async || first.clone_volume(project, &name("s"), clone, &CloneOptions::default()).await;
+    let cloned = ask().await.unwrap();
+    assert!(matches!(ask().await, Err(Error::AlreadyExists { .. })), "clone says that it is there");
+    assert_eq!(first.volume(clone).await.unwrap(), cloned, "and changes nothing");
+
+    // Later, when much has been done in between.
+    let restored = first.restore(project, &name("s"), &name("former")).await.unwrap();
+    h.write(Host::First, project, "home/later", b"3").await.unwrap();
+    let t = first.snapshot(project, &name("t")).await.unwrap();
+    let state = h.live(Host::First, project).await.unwrap();
+    assert_eq!(first.restore(project, &name("s"), &name("former")).await.unwrap(), restored);
+    assert_eq!(h.live(Host::First, project).await.unwrap(), state, "a repeated restore changes nothing");
+    assert_eq!(first.snapshot(project, &name("s")).await.unwrap(), s);
+
+    let mut sent = Vec::new();
+    for _ in 0..2 {
+        let stream = first.send(project, &name("t"), &SendOptions::whole()).await.unwrap();
+        sent.push((stream.header.clone(), second.receive(&stream.header, stream.reader).await.unwrap()));
+    }
+    assert_eq!(sent[0], sent[1], "sent and received twice");
+    second.restore(project, &name("t"), &name("former")).await.unwrap();
+    h.write(Host::Second, project, "home/later", b"4").await.unwrap();
+    let aside = second.set_aside(project, &name("aside")).await.unwrap();
+    let nothing = Box::pin(std::io::Cursor::new(Vec::new()));
+    let got = second.receive(&sent[0].0, nothing).await.expect("what is here is not read again");
+    assert_eq!(got, sent[0].1, "received again, after it was restored and set aside");
+    assert_eq!(second.set_aside(project, &name("aside")).await.unwrap(), aside, "set aside again");
+    assert_eq!(h.frozen(Host::Second, project, &name("t")).await.unwrap(), state);
+
+    for _ in 0..2 {
+        // A stream that was read to its end holds nothing, or not for long.
+        let gone = async {
+            while first.delete_snapshot(project, &name("t")).await.is_err() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(LIMIT, gone).await.expect("it can be deleted");
+        assert!(!first.snapshots(project).await.unwrap().contains(&t));
+    }
+    for store in [&first, &second] {
+        for project in [project, other, clone] {
+            for _ in 0..2 {
+                store.delete(project).await.expect("deleted twice");
+            }
+            assert!(matches!(store.volume(project).await, Err(Error::NotFound { .. })));
+        }
+    }
 }
 
 pub(super) async fn concurrent(h: &dyn Harness) {

@@ -11,14 +11,14 @@ use super::{
     promises::{name, project, tree},
 };
 
-const MIB: usize = 1 << 20;
+pub(super) const MIB: usize = 1 << 20;
 
 fn path(text: &str) -> TreePath {
     text.parse().unwrap()
 }
 
 /// Bytes that nothing compresses or stores inline.
-fn noise(seed: u32, length: usize) -> Vec<u8> {
+pub(super) fn noise(seed: u32, length: usize) -> Vec<u8> {
     let mut state = seed | 1;
     (0..length)
         .map(|_| {

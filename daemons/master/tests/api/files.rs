@@ -205,7 +205,7 @@ async fn usage_is_told_in_numbers_and_in_words() {
     });
     assert_eq!(usage, expected);
     let counted = world.ok("GET", &format!("/projects/{id}/usage?du=true"), Value::Null).await;
-    let du = json!({ "entries": 3, "total_bytes": 11, "exclusive_bytes": 11, "shared_bytes": 0 });
+    let du = json!({ "entries": 6, "total_bytes": 11, "exclusive_bytes": 11, "shared_bytes": 0 });
     assert_eq!(counted["du"], du);
     host.script.lock().unwrap().notice = Some("its files alone take too much".into());
     let why = world.ok("GET", &format!("/projects/{id}/why"), Value::Null).await;
