@@ -56,6 +56,7 @@ pub mod key_file;
 pub mod limit;
 pub mod mint;
 pub mod peer;
+pub mod receipt;
 pub mod session;
 pub mod store;
 pub mod stream;

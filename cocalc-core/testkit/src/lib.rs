@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a suite reports a broken promise by panicking")]
 
+pub mod auth_sim;
 pub mod backups;
 pub mod bus;
 pub mod faults;

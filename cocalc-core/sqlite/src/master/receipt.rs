@@ -1,5 +1,6 @@
 //! Receipts of revocations: where a change is in force.
 
+pub use cocalc_auth::receipt::Settled;
 use cocalc_core::connector::Peer;
 use cocalc_ids::{AccountId, HostId, ProjectId, ProxyId, ReceiptId, Timestamp};
 use rusqlite::{Connection, OptionalExtension, Row, params};
@@ -36,25 +37,6 @@ pub struct StoredHolder {
     pub hold_ms: u64,
     /// What became of it, and after how many milliseconds.
     pub settled: Option<(Settled, u64)>,
-}
-
-/// What became of a revocation at one holder.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Settled {
-    /// It has applied it, and closed the connections concerned.
-    Acknowledged,
-    /// It was cut off, and its lease and grace have run out.
-    Expired,
-}
-
-impl Settled {
-    /// As in the database and in JSON.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Acknowledged => "acknowledged",
-            Self::Expired => "expired",
-        }
-    }
 }
 
 fn parts(peer: Peer) -> (&'static str, String) {

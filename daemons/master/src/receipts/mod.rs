@@ -6,14 +6,13 @@
 //! whole state on them first, with the change in it. Whoever acknowledges
 //! anything there has therefore applied it.
 
-mod holding;
-
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
+use cocalc_auth::receipt::{Holding, Place};
 use cocalc_core::connector::Peer;
 use cocalc_ids::{AccountId, ProjectId, ReceiptId, Timestamp};
 use cocalc_sqlite::master::{self as store, Settled, StoredHolder, StoredReceipt};
@@ -21,7 +20,6 @@ use serde::Serialize;
 use tokio::sync::{Notify, watch};
 use utoipa::ToSchema;
 
-use self::holding::{Holding, Place};
 use crate::{
     bus::{peers::Peers, streams::Target},
     shared::Shared,
@@ -106,7 +104,7 @@ struct Inner {
 
 #[derive(Debug)]
 struct Open {
-    holding: Holding,
+    holding: Holding<Peer>,
     created: Timestamp,
     grace: Option<(ProjectId, u64)>,
     /// Outcomes that are being written down: until they are, it is not complete
@@ -168,7 +166,7 @@ impl Receipts {
         &self,
         peer: Peer,
         now: Timestamp,
-        mut change: impl FnMut(&mut Holding) -> Option<Settled>,
+        mut change: impl FnMut(&mut Holding<Peer>) -> Option<Settled>,
     ) -> News {
         let mut inner = self.lock();
         let Inner { open, by_peer } = &mut *inner;

@@ -6,16 +6,39 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use cocalc_core::connector::Peer;
-use cocalc_sqlite::master::Settled;
-
 /// A place in a peer's stream: the stream's epoch, and the frame.
-pub(crate) type Place = (u64, u64);
+pub type Place = (u64, u64);
 
-/// One revocation, and who holds what it revokes. Times are of the boot clock.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Holding {
-    holders: BTreeMap<Peer, Holder>,
+/// What became of a revocation at one holder.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Settled {
+    /// It has applied it, and closed the connections concerned.
+    Acknowledged,
+    /// It was cut off, and its lease and grace have run out.
+    Expired,
+}
+
+impl Settled {
+    /// As in the database and in JSON.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Acknowledged => "acknowledged",
+            Self::Expired => "expired",
+        }
+    }
+}
+
+/// One revocation, and who holds what it revokes; `P` names a holder. Times are
+/// of the boot clock.
+#[derive(Clone, Debug)]
+pub struct Holding<P> {
+    holders: BTreeMap<P, Holder>,
+}
+
+impl<P> Default for Holding<P> {
+    fn default() -> Self {
+        Self { holders: BTreeMap::new() }
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -29,21 +52,21 @@ struct Holder {
     settled: Option<Settled>,
 }
 
-impl Holding {
+impl<P: Copy + Ord> Holding<P> {
     /// Somebody who holds it.
-    pub(crate) fn add(&mut self, peer: Peer, after: Place, hold: Duration, heard: Duration) {
+    pub fn add(&mut self, peer: P, after: Place, hold: Duration, heard: Duration) {
         self.holders.insert(peer, Holder { after, hold, heard, settled: None });
     }
 
     /// What is known of an earlier process's receipt.
-    pub(crate) fn settled_before(&mut self, peer: Peer, settled: Settled) {
+    pub fn settled_before(&mut self, peer: P, settled: Settled) {
         if let Some(holder) = self.holders.get_mut(&peer) {
             holder.settled = Some(settled);
         }
     }
 
     /// The peer has applied everything up to `place`; whether that settles it.
-    pub(crate) fn acknowledged(&mut self, peer: Peer, place: Place) -> bool {
+    pub fn acknowledged(&mut self, peer: P, place: Place) -> bool {
         match self.holders.get_mut(&peer) {
             // An acknowledgement of another life of the stream says nothing.
             Some(holder)
@@ -57,14 +80,14 @@ impl Holding {
     }
 
     /// The peer was heard of: it may hold a lease that begins now.
-    pub(crate) fn heard(&mut self, peer: Peer, now: Duration) {
+    pub fn heard(&mut self, peer: P, now: Duration) {
         if let Some(holder) = self.holders.get_mut(&peer) {
             holder.heard = holder.heard.max(now);
         }
     }
 
     /// Those whose lease and grace have run out by now.
-    pub(crate) fn expire(&mut self, now: Duration) -> Vec<Peer> {
+    pub fn expire(&mut self, now: Duration) -> Vec<P> {
         let mut gone = Vec::new();
         for (peer, holder) in &mut self.holders {
             if holder.settled.is_none() && now >= holder.gone() {
@@ -76,17 +99,17 @@ impl Holding {
     }
 
     /// When somebody's lease and grace run out next, if nothing is heard.
-    pub(crate) fn next(&self) -> Option<Duration> {
+    pub fn next(&self) -> Option<Duration> {
         self.holders.values().filter(|holder| holder.settled.is_none()).map(Holder::gone).min()
     }
 
     /// Whether it is in force everywhere.
-    pub(crate) fn is_complete(&self) -> bool {
+    pub fn is_complete(&self) -> bool {
         self.holders.values().all(|holder| holder.settled.is_some())
     }
 
     /// Everybody who held it, and what became of it there.
-    pub(crate) fn holders(&self) -> impl Iterator<Item = (Peer, Option<Settled>)> + '_ {
+    pub fn holders(&self) -> impl Iterator<Item = (P, Option<Settled>)> + '_ {
         self.holders.iter().map(|(peer, holder)| (*peer, holder.settled))
     }
 }
@@ -99,21 +122,19 @@ impl Holder {
 
 #[cfg(test)]
 mod tests {
-    use cocalc_ids::{HostId, ProxyId};
-
     use super::*;
 
     const fn secs(secs: u64) -> Duration {
         Duration::from_secs(secs)
     }
 
-    fn outcome(holding: &Holding, peer: Peer) -> Option<Settled> {
+    fn outcome(holding: &Holding<char>, peer: char) -> Option<Settled> {
         holding.holders().find(|(other, _)| *other == peer).and_then(|(_, settled)| settled)
     }
 
     #[test]
     fn an_acknowledgement_settles_who_gave_it_and_nobody_else() {
-        let (a, b) = (Peer::Host(HostId::random()), Peer::Proxy(ProxyId::random()));
+        let (a, b) = ('a', 'b');
         let mut holding = Holding::default();
         holding.add(a, (7, 10), secs(30), secs(100));
         holding.add(b, (7, 3), secs(30), secs(100));
@@ -123,7 +144,7 @@ mod tests {
         assert!(holding.acknowledged(a, (7, 12)));
         assert!(!holding.acknowledged(a, (7, 12)), "once");
         assert!(!holding.is_complete());
-        assert!(!holding.acknowledged(Peer::Host(HostId::random()), (7, 99)), "a stranger's");
+        assert!(!holding.acknowledged('s', (7, 99)), "a stranger's");
         assert!(holding.acknowledged(b, (7, 3)));
         assert!(holding.is_complete());
         assert_eq!((outcome(&holding, a), holding.next()), (Some(Settled::Acknowledged), None));
@@ -131,7 +152,7 @@ mod tests {
 
     #[test]
     fn who_is_silent_is_waited_for_until_lease_and_grace_are_over() {
-        let peer = Peer::Host(HostId::random());
+        let peer = 'p';
         let mut holding = Holding::default();
         holding.add(peer, (1, 5), secs(45), secs(100));
         assert_eq!(holding.next(), Some(secs(145)));
@@ -150,8 +171,8 @@ mod tests {
 
     #[test]
     fn no_holder_is_complete_at_once() {
-        assert!(Holding::default().is_complete());
-        let peer = Peer::Host(HostId::random());
+        assert!(Holding::<char>::default().is_complete());
+        let peer = 'p';
         let mut holding = Holding::default();
         holding.add(peer, (1, 1), secs(1), secs(0));
         holding.settled_before(peer, Settled::Acknowledged);
