@@ -2,7 +2,7 @@
 # Prints the performance table: a federation of release programs on this
 # machine, each number beside a peer's from the same run. As root.
 #
-#   .ci/bench.sh [--quick] [--only start,tokens,http,ssh,moves,storage] [--runs N] [--json]
+#   .ci/bench.sh [--quick] [--only start,tokens,auth,http,ssh,moves,storage] [--runs N] [--json]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -3,14 +3,17 @@
 //!
 //! A line is `<hash> <event as JSON>`, and `hash` is
 //! SHA-256 of the previous line's hash (64 hexadecimal digits) and the JSON
-//! text. A cut at the end shows only against a head that was kept elsewhere:
-//! hosts send theirs to the master.
+//! text. A cut at the end, or a chain that was written anew from some line on,
+//! shows only against a [`Head`] that was kept elsewhere: hosts and proxies sign
+//! theirs and send them to the master.
 
 use std::io::BufRead;
 
-use cocalc_ids::{AccountId, Epoch, ProjectId, Timestamp};
+use cocalc_ids::{AccountId, Epoch, KeyId, ProjectId, Timestamp};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+
+use crate::{PublicKey, compact, identity::Identity};
 
 /// The hash before the first line.
 pub const GENESIS: &str = "0000000000000000000000000000000000000000000000000000000000000000";
@@ -24,7 +27,9 @@ const TEXT_BYTES_MAX: usize = 512;
 pub struct Event {
     /// When, by this machine's wall clock.
     pub time: Timestamp,
-    /// What happened: `deny`, `allow`, `redeem`, `close`, `dropped`.
+    /// What happened. On hosts and proxies `deny`, `allow` (a sample), `redeem`;
+    /// at the master `change`, `fail`, `deny`, `allow` (a sample), `login`;
+    /// of the log itself `dropped`, `broken`.
     pub kind: String,
     /// Who, if it was proved.
     pub account: Option<AccountId>,
@@ -40,16 +45,27 @@ pub struct Event {
     pub epoch: Option<Epoch>,
     /// How old the knowledge was that decided, in milliseconds.
     pub staleness_ms: Option<u64>,
+    /// With which of the account's API keys.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<KeyId>,
+    /// What was changed, in the words of a receipt: `collaborator.add <project>
+    /// <account>`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subject: Option<String>,
+}
+
+/// Cut so that it fits, between characters.
+pub fn shortened(mut text: String) -> String {
+    if text.len() > TEXT_BYTES_MAX {
+        let cut = (0..=TEXT_BYTES_MAX).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+        text.truncate(cut);
+    }
+    text
 }
 
 impl Event {
     /// An event without details.
     pub fn new(kind: &str, reason: impl Into<String>, time: Timestamp) -> Self {
-        let mut reason = reason.into();
-        if reason.len() > TEXT_BYTES_MAX {
-            let cut = (0..=TEXT_BYTES_MAX).rev().find(|at| reason.is_char_boundary(*at)).unwrap_or(0);
-            reason.truncate(cut);
-        }
         Self {
             time,
             kind: kind.to_owned(),
@@ -57,9 +73,11 @@ impl Event {
             project: None,
             source: None,
             action: None,
-            reason,
+            reason: shortened(reason.into()),
             epoch: None,
             staleness_ms: None,
+            key: None,
+            subject: None,
         }
     }
 }
@@ -113,6 +131,36 @@ impl Chain {
         self.head = expected;
         self.count += 1;
         true
+    }
+}
+
+/// Where a chain was at some time, for whoever keeps it elsewhere.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Head {
+    /// How many lines there were; all of them durable.
+    pub count: u64,
+    /// The hash of the last.
+    pub hash: String,
+    /// When, by the wall clock of who signs.
+    pub time: Timestamp,
+}
+
+impl Head {
+    /// What is signed, for `peer` (`host:<id>`, `proxy:<id>`). The name in front
+    /// keeps it apart from everything else that the key signs.
+    fn message(&self, peer: &str) -> String {
+        format!("cocalc-audit-head-1 {peer} {} {} {}", self.count, self.hash, self.time.millis())
+    }
+
+    /// Signs it with the identity key of `peer`; base64url without padding.
+    pub fn sign(&self, peer: &str, identity: &Identity) -> String {
+        compact::encode(&identity.sign(self.message(peer).as_bytes()))
+    }
+
+    /// Whether `signature` is of `key` over this head of `peer`.
+    pub fn is_signed(&self, peer: &str, key: &PublicKey, signature: &str) -> bool {
+        let signature = compact::decode_exact(signature);
+        signature.is_some_and(|signature| key.verify(self.message(peer).as_bytes(), &signature))
     }
 }
 
@@ -206,6 +254,35 @@ mod tests {
                 other => panic!("{other:?}"),
             }
         }
+    }
+
+    #[test]
+    fn a_head_is_good_for_its_peer_and_itself_only() {
+        let (identity, other) = (Identity::from_seed(&[1; 32]), Identity::from_seed(&[2; 32]));
+        let (chain, _) = log(3);
+        let time = Timestamp::from_secs(1);
+        let head = Head { count: chain.count(), hash: chain.head().to_owned(), time };
+        let signature = head.sign("host:a", &identity);
+        let key = identity.public_key();
+        assert!(head.is_signed("host:a", &key, &signature));
+        assert!(!head.is_signed("host:b", &key, &signature));
+        assert!(!head.is_signed("host:a", &other.public_key(), &signature));
+        assert!(!head.is_signed("host:a", &key, &signature[1..]));
+        for other in [
+            Head { count: 4, ..head.clone() },
+            Head { hash: GENESIS.to_owned(), ..head.clone() },
+            Head { time: Timestamp::from_secs(2), ..head.clone() },
+        ] {
+            assert!(!other.is_signed("host:a", &key, &signature), "{other:?}");
+        }
+    }
+
+    #[test]
+    fn lines_of_before_still_read() {
+        let json = r#"{"time":0,"kind":"deny","account":null,"project":null,"source":null,"action":null,"reason":"x","epoch":null,"staleness_ms":null}"#;
+        let event: Event = serde_json::from_str(json).unwrap();
+        assert_eq!(event, Event::new("deny", "x", Timestamp::UNIX_EPOCH));
+        assert_eq!(serde_json::to_string(&event).unwrap(), json);
     }
 
     #[test]

@@ -24,7 +24,8 @@ use crate::{
 pub const PUBLISHED_BEFORE: Duration = Duration::from_secs(24 * 3600);
 /// How long a key signs.
 pub const SIGNS_FOR: Duration = Duration::from_secs(30 * 24 * 3600);
-/// Rotating faster than tokens expire keeps at most this many old keys.
+/// At most this many old keys are kept. Rotating faster is refused: the tokens of
+/// one that was dropped would fail.
 const PREVIOUS_MAX: usize = 8;
 /// The names of withdrawn keys are told to hosts that were away; older ones
 /// have long been forgotten by every lease.
@@ -170,11 +171,18 @@ impl SigningRing {
     /// # Errors
     ///
     /// [`RotateError::TooEarly`] when hosts may not know the next key yet;
-    /// `force` does it nevertheless. Nothing is changed on an error.
+    /// `force` does it nevertheless. [`RotateError::TooOften`] when tokens of as
+    /// many old keys as are kept may still be good. Nothing is changed on an
+    /// error.
     pub fn rotate(&mut self, force: bool, now: Timestamp) -> Result<(), RotateError> {
         let published = now.since(self.next.since);
         if published < PUBLISHED_BEFORE && !force {
             return Err(RotateError::TooEarly { wait: PUBLISHED_BEFORE - published });
+        }
+        let good = self.previous.iter().filter(|key| now < key.until);
+        if good.clone().count() >= PREVIOUS_MAX {
+            let first = good.map(|key| key.until).min().unwrap_or(now);
+            return Err(RotateError::TooOften { wait: first.since(now) });
         }
         let fresh = Pair::generate(self.algorithm, now)?;
         self.expire(now);
@@ -187,9 +195,6 @@ impl SigningRing {
             key: public.key,
             until: now.plus(token::TTL_MAX + token::LEEWAY),
         });
-        if self.previous.len() > PREVIOUS_MAX {
-            self.previous.remove(0);
-        }
         self.version += 1;
         Ok(())
     }
@@ -526,6 +531,12 @@ pub enum RotateError {
     /// Hosts may not know the next key yet.
     #[error("the next key is not published long enough, wait {wait:?}")]
     TooEarly {
+        /// How much longer.
+        wait: Duration,
+    },
+    /// Tokens of as many old keys as are kept may still be good.
+    #[error("too many keys were rotated out in the last minutes, wait {wait:?}")]
+    TooOften {
         /// How much longer.
         wait: Duration,
     },

@@ -74,6 +74,25 @@ impl Claims {
     pub fn expires(&self) -> Timestamp {
         Timestamp::from_secs(i64::try_from(self.exp).unwrap_or(i64::MAX))
     }
+
+    /// Checks that authentic claims are what is expected, at `now` in master
+    /// time.
+    ///
+    /// # Errors
+    ///
+    /// [`TokenError::Expired`] only if nothing else is wrong.
+    pub fn check(&self, expect: &Expect<'_>, now: Timestamp) -> Result<(), TokenError> {
+        if self.iss != expect.issuer {
+            return Err(TokenError::WrongIssuer);
+        }
+        if expect.host.is_some_and(|host| self.aud != Audience(host)) {
+            return Err(TokenError::WrongAudience);
+        }
+        if self.prj != expect.project {
+            return Err(TokenError::WrongProject);
+        }
+        check_times(self.iat, self.exp, TTL_MAX, LEEWAY, now)
+    }
 }
 
 /// Scopes as tokens list them: at least one, in order, none twice.
@@ -296,24 +315,26 @@ impl Verifier {
     /// for this place, and whose time is over. The name of the key that signed
     /// it is not returned: nothing may depend on it.
     pub fn verify(&self, token: &str, expect: &Expect<'_>, now: Timestamp) -> Result<Claims, TokenError> {
+        let claims = self.authenticate(token)?;
+        claims.check(expect, now)?;
+        Ok(claims)
+    }
+
+    /// The first half of [`verify`](Self::verify): that a key of the ring has
+    /// signed exactly this, and what it says. It may be over, or for somewhere
+    /// else: [`Claims::check`] is the other half.
+    ///
+    /// # Errors
+    ///
+    /// What is not well formed, or not signed by a key of the ring.
+    pub fn authenticate(&self, token: &str) -> Result<Claims, TokenError> {
         let parts = Parts::split(token).ok_or(TokenError::Malformed)?;
         // Headers are no secret; which key it is may show in the time it takes.
         let key = self.keys.iter().find(|key| key.header == parts.header).ok_or(TokenError::UnknownHeader)?;
         if !parts.signed_by(&key.key) {
             return Err(TokenError::BadSignature);
         }
-        let claims: Claims = parts.payload().ok_or(TokenError::Payload)?;
-        if claims.iss != expect.issuer {
-            return Err(TokenError::WrongIssuer);
-        }
-        if expect.host.is_some_and(|host| claims.aud != Audience(host)) {
-            return Err(TokenError::WrongAudience);
-        }
-        if claims.prj != expect.project {
-            return Err(TokenError::WrongProject);
-        }
-        check_times(claims.iat, claims.exp, TTL_MAX, LEEWAY, now)?;
-        Ok(claims)
+        parts.payload().ok_or(TokenError::Payload)
     }
 }
 

@@ -3,7 +3,7 @@
 use std::{
     fmt,
     fs::{self, File, OpenOptions},
-    io::{self, BufRead, BufReader, Seek, Write},
+    io::{self, BufRead, BufReader, Read, Seek, Write},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::{
@@ -11,11 +11,12 @@ use std::{
         atomic::{AtomicU64, Ordering},
         mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use cocalc_auth::audit::{Chain, Event, VerifyError, verify};
 use cocalc_core::ids::{AccountId, ProjectId, Timestamp};
+use tokio::sync::watch;
 
 /// Events that wait to be written.
 const QUEUE: usize = 1024;
@@ -23,6 +24,9 @@ const QUEUE: usize = 1024;
 const FILE_BYTES_MAX: u64 = 16 * 1024 * 1024;
 /// How long a flush may wait for events before it.
 const FLUSH_LIMIT: Duration = Duration::from_secs(5);
+
+/// No line of ours is nearly as long; more is damage.
+const LINE_BYTES_MAX: u64 = 64 * 1024;
 
 const CURRENT: &str = "audit.log";
 
@@ -36,15 +40,32 @@ pub struct AuditLog(Arc<Shared>);
 
 struct Shared {
     queue: SyncSender<Order>,
-    dropped: Arc<AtomicU64>,
+    counts: Arc<Counts>,
     head: Arc<Mutex<Chain>>,
-    /// How many were dropped since the start.
+    rotations: watch::Receiver<u64>,
+}
+
+/// What did not become a line.
+#[derive(Debug, Default)]
+struct Counts {
+    /// Events that are missing, and no line says so yet.
+    gap: AtomicU64,
+    /// Events that are missing, since the start.
     lost: AtomicU64,
+    /// Writes that failed, since the start.
+    failures: AtomicU64,
+}
+
+impl Counts {
+    fn lose(&self) {
+        self.gap.fetch_add(1, Ordering::Relaxed);
+        self.lost.fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 enum Order {
     Write(Box<Event>),
-    Flush(SyncSender<()>),
+    Flush(SyncSender<(u64, String)>),
 }
 
 impl AuditLog {
@@ -56,35 +77,42 @@ impl AuditLog {
     ///
     /// The file system failed.
     pub fn open(folder: &Path) -> Result<Self, AuditError> {
-        let mut writer = Writer::open(folder)?;
+        let (rotated, rotations) = watch::channel(0);
+        let mut writer = Writer::open(folder, rotated)?;
         let (queue, orders) = sync_channel(QUEUE);
-        let dropped = Arc::new(AtomicU64::new(0));
+        let counts = Arc::new(Counts::default());
         let head = Arc::new(Mutex::new(writer.chain.clone()));
-        let (seen, shown) = (dropped.clone(), head.clone());
+        let (seen, shown) = (counts.clone(), head.clone());
         std::thread::Builder::new()
             .name("audit".to_owned())
             .spawn(move || writer.run(&orders, &seen, &shown))
             .map_err(|source| AuditError::Io { operation: "start writing", path: folder.into(), source })?;
-        Ok(Self(Arc::new(Shared { queue, dropped, head, lost: AtomicU64::new(0) })))
+        Ok(Self(Arc::new(Shared { queue, counts, head, rotations })))
     }
 
-    /// Queues an event. When the queue is full it is dropped and counted, and
-    /// the count becomes an event of its own.
+    /// Queues an event, and never waits: when the queue is full, because the
+    /// disk is slow, or the disk cannot be written, because it is full, the
+    /// event is dropped and counted. As soon as a line can be written again,
+    /// one of kind `dropped` says how many are missing, and why.
     pub fn record(&self, event: Event) {
         if let Err(TrySendError::Full(_)) = self.0.queue.try_send(Order::Write(Box::new(event))) {
-            self.0.dropped.fetch_add(1, Ordering::Relaxed);
-            self.0.lost.fetch_add(1, Ordering::Relaxed);
+            self.0.counts.lose();
         }
     }
 
-    /// How many events were dropped since the start, because the queue was full.
+    /// How many events were dropped since the start.
     pub fn lost(&self) -> u64 {
-        self.0.lost.load(Ordering::Relaxed)
+        self.0.counts.lost.load(Ordering::Relaxed)
     }
 
-    /// Whether events were dropped, and the log has not caught up yet.
+    /// How many writes have failed since the start.
+    pub fn failures(&self) -> u64 {
+        self.0.counts.failures.load(Ordering::Relaxed)
+    }
+
+    /// Whether events were dropped, and no line says so yet.
     pub fn is_full(&self) -> bool {
-        self.0.dropped.load(Ordering::Relaxed) > 0
+        self.0.counts.gap.load(Ordering::Relaxed) > 0
     }
 
     /// How many lines were written, and the hash of the last.
@@ -93,11 +121,33 @@ impl AuditLog {
         (head.count(), head.head().to_owned())
     }
 
-    /// Blocks until what was recorded before is in the file, at most five
-    /// seconds; whether it is.
+    /// Blocks until what was recorded before is durable, at most five seconds;
+    /// whether it is.
     pub fn flush(&self) -> bool {
+        self.durable_head().is_some()
+    }
+
+    /// As [`flush`](Self::flush), and returns where the chain was then: what a
+    /// power cut does not take back, so that it can be told to others.
+    pub fn durable_head(&self) -> Option<(u64, String)> {
         let (done, wait) = sync_channel(1);
-        self.0.queue.send(Order::Flush(done)).is_ok() && wait.recv_timeout(FLUSH_LIMIT).is_ok()
+        let until = Instant::now() + FLUSH_LIMIT;
+        let mut order = Order::Flush(done);
+        // The queue may stay full for as long as the disk stands still.
+        loop {
+            match self.0.queue.try_send(order) {
+                Ok(()) => break,
+                Err(TrySendError::Full(back)) if Instant::now() < until => order = back,
+                Err(_) => return None,
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        wait.recv_timeout(until.saturating_duration_since(Instant::now())).ok()
+    }
+
+    /// Changes each time that a file is closed and another begun.
+    pub fn rotations(&self) -> watch::Receiver<u64> {
+        self.0.rotations.clone()
     }
 }
 
@@ -105,21 +155,6 @@ impl fmt::Debug for AuditLog {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("AuditLog").field("head", &self.head()).finish_non_exhaustive()
     }
-}
-
-/// Verifies every file of a folder, oldest first, as one chain.
-///
-/// # Errors
-///
-/// The first file that is not as it was written.
-fn verify_folder(folder: &Path) -> Result<Chain, AuditError> {
-    let mut chain = Chain::default();
-    for path in files(folder)? {
-        let file = File::open(&path).map_err(|source| io_error("open", &path, source))?;
-        chain = verify(chain, BufReader::new(file))
-            .map_err(|source| AuditError::Chain { path: path.clone(), source })?;
-    }
-    Ok(chain)
 }
 
 impl AuditLog {
@@ -130,9 +165,41 @@ impl AuditLog {
     ///
     /// The first file that is not as it was written, or cannot be read.
     pub fn verify(folder: &Path) -> Result<(u64, String), AuditError> {
-        let chain = verify_folder(folder)?;
-        Ok((chain.count(), chain.head().to_owned()))
+        Self::verify_each(folder, |_, _| {})
     }
+
+    /// As [`verify`](Self::verify), and shows each line's number, from 1, with
+    /// its hash, once it is verified.
+    ///
+    /// # Errors
+    ///
+    /// As [`verify`](Self::verify).
+    pub fn verify_each(folder: &Path, mut seen: impl FnMut(u64, &str)) -> Result<(u64, String), AuditError> {
+        walk(folder, |chain, _| seen(chain.count(), chain.head()))
+    }
+}
+
+/// Verifies every file of a folder, oldest first, as one chain, and shows the
+/// chain after each line with the line's event.
+fn walk(folder: &Path, mut seen: impl FnMut(&Chain, &str)) -> Result<(u64, String), AuditError> {
+    let mut chain = Chain::default();
+    for path in files(folder)? {
+        let file = File::open(&path).map_err(|source| io_error("open", &path, source))?;
+        let mut reader = BufReader::new(file);
+        let mut line = Vec::new();
+        loop {
+            line.clear();
+            let read = (&mut reader).take(LINE_BYTES_MAX).read_until(b'\n', &mut line);
+            if read.map_err(|source| io_error("read", &path, source))? == 0 {
+                break;
+            }
+            chain = verify(chain, line.as_slice())
+                .map_err(|source| AuditError::Chain { path: path.clone(), source })?;
+            let json = str::from_utf8(&line).ok().and_then(|line| line.trim_end().split_once(' '));
+            seen(&chain, json.map_or("", |(_, json)| json));
+        }
+    }
+    Ok((chain.count(), chain.head().to_owned()))
 }
 
 /// Which events are asked for; what is `None` does not matter.
@@ -146,29 +213,6 @@ pub struct AuditQuery {
     pub since: Option<Timestamp>,
     /// Before this time.
     pub until: Option<Timestamp>,
-}
-
-impl AuditLog {
-    /// The hash of a line of the log in `folder`, from 1; `None` if it has
-    /// fewer. Verified is what [`verify`](Self::verify) says.
-    ///
-    /// # Errors
-    ///
-    /// The file system failed.
-    pub fn hash_of(folder: &Path, line: u64) -> Result<Option<String>, AuditError> {
-        let mut at = 0;
-        for path in files(folder)? {
-            let file = File::open(&path).map_err(|source| io_error("open", &path, source))?;
-            for text in BufReader::new(file).lines() {
-                let text = text.map_err(|source| io_error("read", &path, source))?;
-                at += 1;
-                if at == line {
-                    return Ok(text.split_once(' ').map(|(hash, _)| hash.to_owned()));
-                }
-            }
-        }
-        Ok(None)
-    }
 }
 
 impl AuditQuery {
@@ -194,21 +238,12 @@ impl AuditLog {
         query: &AuditQuery,
         mut found: impl FnMut(Event),
     ) -> Result<(u64, String), AuditError> {
-        let mut chain = Chain::default();
-        for path in files(folder)? {
-            let file = File::open(&path).map_err(|source| io_error("open", &path, source))?;
-            for line in BufReader::new(file).lines() {
-                let mut line = line.map_err(|source| io_error("read", &path, source))?;
-                line.push('\n');
-                chain = verify(chain, line.as_bytes())
-                    .map_err(|source| AuditError::Chain { path: path.clone(), source })?;
-                let event = line.split_once(' ').and_then(|(_, json)| serde_json::from_str(json).ok());
-                if let Some(event) = event.filter(|event| query.finds(event)) {
-                    found(event);
-                }
+        walk(folder, |_, json| {
+            let event = serde_json::from_str(json).ok();
+            if let Some(event) = event.filter(|event| query.finds(event)) {
+                found(event);
             }
-        }
-        Ok((chain.count(), chain.head().to_owned()))
+        })
     }
 }
 
@@ -241,14 +276,20 @@ fn first_line(name: &str) -> Option<u64> {
 struct Writer {
     folder: PathBuf,
     file: File,
+    /// Of whole lines.
     bytes: u64,
+    /// There may be half a line after them.
+    torn: bool,
+    /// Why the last write failed, if it did.
+    trouble: Option<String>,
+    rotated: watch::Sender<u64>,
     /// The first line of the current file.
     first: u64,
     chain: Chain,
 }
 
 impl Writer {
-    fn open(folder: &Path) -> Result<Self, AuditError> {
+    fn open(folder: &Path, rotated: watch::Sender<u64>) -> Result<Self, AuditError> {
         let path = folder.join(CURRENT);
         let mut file = create(&path)?;
         cut_torn_line(&mut file).map_err(|source| io_error("mend", &path, source))?;
@@ -260,14 +301,16 @@ impl Writer {
         match verify_current(closed.clone(), &path) {
             Ok(chain) => {
                 let bytes = file.metadata().map_err(|source| io_error("examine", &path, source))?.len();
-                Ok(Self { folder: folder.into(), file, bytes, first, chain })
+                Ok(Self { folder: folder.into(), file, bytes, torn: false, trouble: None, rotated, first, chain })
             }
             Err(AuditError::Chain { source, .. }) => {
                 let aside = folder.join(format!("audit-broken-{}.log", Timestamp::now().millis()));
                 tracing::error!(error = %source, path = %aside.display(), "the audit log was changed");
                 fs::rename(&path, &aside).map_err(|source| io_error("put aside", &path, source))?;
                 let file = create(&path)?;
-                let mut writer = Self { folder: folder.into(), file, bytes: 0, first, chain: closed };
+                let folder = folder.to_owned();
+                let mut writer =
+                    Self { folder, file, bytes: 0, torn: false, trouble: None, rotated, first, chain: closed };
                 let event = Event::new("broken", source.to_string(), Timestamp::now());
                 writer.write(&event).map_err(|source| io_error("write", &path, source))?;
                 Ok(writer)
@@ -276,33 +319,81 @@ impl Writer {
         }
     }
 
-    fn run(&mut self, orders: &Receiver<Order>, dropped: &AtomicU64, shown: &Mutex<Chain>) {
+    fn run(&mut self, orders: &Receiver<Order>, counts: &Counts, shown: &Mutex<Chain>) {
         while let Ok(order) = orders.recv() {
-            let result = match &order {
-                Order::Write(event) => self.write(event),
-                Order::Flush(_) => self.file.sync_data(),
-            };
-            let lost = dropped.swap(0, Ordering::Relaxed);
-            let result = result.and_then(|()| match lost {
-                0 => Ok(()),
-                lost => {
-                    let reason = format!("{lost} events were dropped: the queue was full");
-                    self.write(&Event::new("dropped", reason, Timestamp::now()))
+            match order {
+                Order::Write(event) => {
+                    // What could not be written came before this.
+                    let ready = self.trouble.is_none() || self.tell_gap(counts);
+                    let written = ready && {
+                        let result = self.write(&event);
+                        self.settle(result, counts)
+                    };
+                    if written {
+                        self.tell_gap(counts);
+                    } else {
+                        counts.lose();
+                    }
                 }
-            });
-            if let Err(error) = result {
-                // It shows as full, so that administrative actions wait.
-                dropped.fetch_add(lost + 1, Ordering::Relaxed);
-                tracing::error!(%error, folder = %self.folder.display(), "cannot write the audit log");
-            } else if let Order::Flush(done) = order {
-                let _ = done.try_send(());
+                Order::Flush(done) => {
+                    let told = self.tell_gap(counts);
+                    let synced = self.file.sync_data();
+                    if self.settle(synced, counts) && told {
+                        let _ = done.try_send((self.chain.count(), self.chain.head().to_owned()));
+                    }
+                }
             }
             *shown.lock().unwrap_or_else(PoisonError::into_inner) = self.chain.clone();
         }
+        self.tell_gap(counts);
         let _ = self.file.sync_data();
     }
 
+    /// Writes how many events are missing, if any are; `false` if even that
+    /// fails.
+    fn tell_gap(&mut self, counts: &Counts) -> bool {
+        let missing = counts.gap.swap(0, Ordering::Relaxed);
+        if missing == 0 {
+            return true;
+        }
+        let reason = match &self.trouble {
+            Some(error) => format!("{missing} events were dropped: the log could not be written ({error})"),
+            None => format!("{missing} events were dropped: the queue was full"),
+        };
+        let result = self.write(&Event::new("dropped", reason, Timestamp::now()));
+        let told = self.settle(result, counts);
+        if !told {
+            // It shows as full, so that administrative actions wait.
+            counts.gap.fetch_add(missing, Ordering::Relaxed);
+        }
+        told
+    }
+
+    /// Keeps in mind how a write ended; whether it ended well.
+    fn settle(&mut self, result: io::Result<()>, counts: &Counts) -> bool {
+        match result {
+            Ok(()) => {
+                self.trouble = None;
+                true
+            }
+            Err(error) => {
+                counts.failures.fetch_add(1, Ordering::Relaxed);
+                // Once for each kind of trouble: there may be thousands a second.
+                let text = error.to_string();
+                if self.trouble.as_ref() != Some(&text) {
+                    tracing::error!(%error, folder = %self.folder.display(), "cannot write the audit log");
+                }
+                self.trouble = Some(text);
+                false
+            }
+        }
+    }
+
     fn write(&mut self, event: &Event) -> io::Result<()> {
+        if self.torn {
+            self.file.set_len(self.bytes)?;
+            self.torn = false;
+        }
         if self.bytes >= FILE_BYTES_MAX {
             self.rotate()?;
         }
@@ -310,7 +401,7 @@ impl Writer {
         let line = chain.append(event);
         if let Err(error) = self.file.write_all(line.as_bytes()) {
             // Half a line would break the chain for what comes later.
-            self.file.set_len(self.bytes)?;
+            self.torn = self.file.set_len(self.bytes).is_err();
             return Err(error);
         }
         self.bytes += u64::try_from(line.len()).unwrap_or(0);
@@ -326,6 +417,7 @@ impl Writer {
         self.file = create(&current).map_err(io::Error::other)?;
         self.bytes = 0;
         self.first = self.chain.count() + 1;
+        self.rotated.send_modify(|count| *count += 1);
         Ok(())
     }
 }

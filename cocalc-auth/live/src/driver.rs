@@ -4,7 +4,11 @@
 use std::{fmt, future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use cocalc_auth::stream::{Entry, Frame};
+use cocalc_auth::{
+    audit::Head,
+    identity::Identity,
+    stream::{Entry, Frame},
+};
 use cocalc_core::{
     bus::{self, Bus, Payload},
     chain,
@@ -33,7 +37,10 @@ const BATCH: usize = 256;
 const RETRY_MIN: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(5);
 const TIDY_EVERY: Duration = Duration::from_secs(60);
-const AUDIT_EVERY: Duration = Duration::from_secs(3600);
+/// How often the master is told the head of the audit chain: what is rewritten
+/// within that time does not show.
+const AUDIT_EVERY: Duration = Duration::from_secs(300);
+const AUDIT_RETRY: Duration = Duration::from_secs(10);
 
 /// What the daemon does for the driver. Calls return quickly.
 #[async_trait]
@@ -63,8 +70,19 @@ pub struct DriverConfig {
     pub keepalive: Arc<dyn Bus>,
     /// The daemon.
     pub handler: Arc<dyn PeerHandler>,
-    /// The log whose head the master is told every hour.
-    pub audit: Option<AuditLog>,
+    /// The log whose head the master is told.
+    pub audit: Option<AuditReport>,
+}
+
+/// A log whose head the master is told: every five minutes if there was
+/// anything, whenever a file is closed, and when
+/// [`StreamDriver::report_audit`] is called.
+#[derive(Clone, Debug)]
+pub struct AuditReport {
+    /// The log.
+    pub log: AuditLog,
+    /// Whose it is: signs the head.
+    pub identity: Arc<Identity>,
 }
 
 impl fmt::Debug for DriverConfig {
@@ -74,9 +92,9 @@ impl fmt::Debug for DriverConfig {
 }
 
 /// Runs until it is dropped.
-#[derive(Debug)]
 pub struct StreamDriver {
     connected: watch::Receiver<bool>,
+    shared: Arc<Shared>,
     _tasks: JoinSet<()>,
 }
 
@@ -107,12 +125,29 @@ impl StreamDriver {
         if shared.config.audit.is_some() {
             tasks.spawn(shared.clone().report_audit());
         }
-        Self { connected: receiver, _tasks: tasks }
+        Self { connected: receiver, shared, _tasks: tasks }
+    }
+
+    /// Tells the master where the audit chain is now, for instance before the
+    /// daemon ends; whether the master has kept it. Takes at most 15 seconds;
+    /// without a log or a master, no time.
+    ///
+    /// # Cancel safety
+    ///
+    /// What was sent stays sent.
+    pub async fn report_audit(&self) -> bool {
+        *self.connected.borrow() && self.shared.report_head().await.unwrap_or(false)
     }
 
     /// Whether this process is registered and the whole state was received.
     pub fn connected(&self) -> watch::Receiver<bool> {
         self.connected.clone()
+    }
+}
+
+impl fmt::Debug for StreamDriver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("StreamDriver").field("connected", &self.connected).finish_non_exhaustive()
     }
 }
 
@@ -338,19 +373,60 @@ impl Shared {
     }
 
     async fn report_audit(self: Arc<Self>) {
-        let mut reported = 0;
+        let Some(report) = &self.config.audit else { return };
+        let mut rotations = report.log.rotations();
+        let mut connected = self.connected.subscribe();
+        let mut reported = None;
         loop {
-            let Some(audit) = &self.config.audit else { return };
-            let (count, head) = audit.head();
+            if connected.wait_for(|connected| *connected).await.is_err() {
+                return;
+            }
             let mut wait = AUDIT_EVERY;
-            if count != reported {
-                match self.request(&PeerRequest::AuditHead { count, head }, REQUEST_LIMIT).await {
-                    Ok(_) => reported = count,
-                    Err(_) => wait = Duration::from_secs(60),
+            let now = Some(report.log.head());
+            if now != reported {
+                match self.report_head().await {
+                    // What the master does not want it will not want later.
+                    Ok(_) => reported = now,
+                    Err(error) => {
+                        tracing::debug!(error = %chain(&error), "the audit chain's head was not told");
+                        wait = AUDIT_RETRY;
+                    }
                 }
             }
-            tokio::time::sleep(wait).await;
+            let _ = tokio::time::timeout(wait, rotations.changed()).await;
         }
+    }
+
+    /// Tells the master the head of the chain; whether it was kept.
+    async fn report_head(&self) -> Result<bool, Ended> {
+        let Some(AuditReport { log, identity }) = self.config.audit.clone() else { return Ok(false) };
+        let head = tokio::task::spawn_blocking(move || log.durable_head());
+        let Ok(Some((count, hash))) = head.await else {
+            return Err(Ended::Refused("the audit log is not durable".to_owned()));
+        };
+        if count == 0 {
+            return Ok(true);
+        }
+        let head = Head { count, hash, time: self.knowledge.clock.wall() };
+        let signature = head.sign(&peer_name(self.config.peer), &identity);
+        let Head { count, hash: head, time } = head;
+        let request = PeerRequest::AuditHead { count, head, time, signature };
+        match self.request(&request, REQUEST_LIMIT).await {
+            Ok(_) => Ok(true),
+            Err(Ended::Refused(reason)) => {
+                tracing::error!(reason, "the master does not take the audit chain's head");
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// As the master calls it.
+fn peer_name(peer: Peer) -> String {
+    match peer {
+        Peer::Host(id) => format!("host:{id}"),
+        Peer::Proxy(id) => format!("proxy:{id}"),
     }
 }
 

@@ -14,6 +14,7 @@ use cocalc_auth::{
     session::{SessionHash, SessionRecord},
     store::{AclStore, EndSessions, Position, Save, StoreError},
     stream::{Entry, Frame},
+    token::{Claims, Expect, TokenError},
 };
 use cocalc_core::{
     auth::{Admission, Denial, Tier},
@@ -24,7 +25,7 @@ use cocalc_core::{
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, watch};
 
-use crate::{denial, fetch::Fetches, tier};
+use crate::{denial, fetch::Fetches, tier, verified::Verified};
 
 /// Master time is estimated from answers that took no longer.
 const ROUND_TRIP_MAX: Duration = Duration::from_secs(5);
@@ -48,6 +49,7 @@ pub struct Knowledge {
     pub(crate) applied: watch::Sender<u64>,
     closed: Notify,
     pub(crate) fetches: Fetches,
+    verified: Verified,
 }
 
 struct State {
@@ -144,6 +146,7 @@ impl Knowledge {
             applied: watch::Sender::new(0),
             closed: Notify::new(),
             fetches: Fetches::default(),
+            verified: Verified::default(),
         }))
     }
 
@@ -216,6 +219,17 @@ impl Knowledge {
 
     /// How long ago what is known of `project` was known to be current, and its
     /// tier.
+    /// Verifies a token with the keys that are in force.
+    pub(crate) fn verify(
+        &self,
+        token: &str,
+        expect: &Expect<'_>,
+        now: Timestamp,
+    ) -> Result<Claims, TokenError> {
+        let verifier = self.with(|cache| cache.verifier().clone());
+        self.verified.verify(&verifier, token, expect, now)
+    }
+
     pub(crate) fn freshness(&self, project: ProjectId) -> (Duration, Tier) {
         let now = self.clock.boot();
         let state = self.lock();

@@ -45,10 +45,11 @@ mod knowledge;
 mod limited;
 mod proxy;
 mod token_auth;
+mod verified;
 
 pub use self::{
     audit_log::{AuditError, AuditLog, AuditQuery},
-    driver::{DriverConfig, PeerHandler, StreamDriver},
+    driver::{AuditReport, DriverConfig, PeerHandler, StreamDriver},
     knowledge::{Error, Knowledge},
     limited::{AuthLimits, LimitedAuth},
     proxy::ProxyCheck,

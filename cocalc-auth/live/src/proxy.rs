@@ -34,9 +34,8 @@ impl ProxyCheck {
         if self.0.skewed() || self.tier() == Tier::Expired {
             return Err(Denial::Stale);
         }
-        let verifier = self.0.with(|cache| cache.verifier().clone());
         let expect = Expect { issuer: &issuer, host: None, project };
-        verifier.verify(token, &expect, self.0.master_now()).map_err(|error| match error {
+        self.0.verify(token, &expect, self.0.master_now()).map_err(|error| match error {
             TokenError::Expired => Denial::TokenExpired,
             other => Denial::BadCredential(other.to_string()),
         })

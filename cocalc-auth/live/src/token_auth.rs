@@ -74,9 +74,7 @@ impl TokenAuth {
         }
         let now = self.knowledge.master_now();
         let expect = Expect { issuer: &issuer, host: Some(self.host), project: context.project };
-        // The signature is checked without the lock: it takes longest.
-        let verifier = self.knowledge.with(|cache| cache.verifier().clone());
-        match verifier.verify(token, &expect, now) {
+        match self.knowledge.verify(token, &expect, now) {
             Ok(claims) if claims.usage == Usage::Once && self.may_be_forgotten(&claims) => Err(Denial::Used),
             Ok(claims) => Ok(principal(claims)),
             Err(TokenError::Expired) => Err(Denial::TokenExpired),

@@ -8,7 +8,7 @@
 mod connections;
 mod lease;
 
-use std::{cmp::Reverse, collections::BTreeMap, time::Duration};
+use std::{cmp::Reverse, collections::BTreeMap, sync::Arc, time::Duration};
 
 use cocalc_ids::{AccountId, Action, Epoch, KeyId, ProjectId, ProxyId, Role, Scope};
 
@@ -161,7 +161,7 @@ pub struct AclCache {
     accounts: BTreeMap<AccountId, AccountState>,
     proxies: BTreeMap<ProxyId, String>,
     ring: PublicRing,
-    verifier: Verifier,
+    verifier: Arc<Verifier>,
     lease: Lease,
     connections: connections::Connections,
 }
@@ -178,7 +178,7 @@ impl AclCache {
             accounts: BTreeMap::new(),
             proxies: BTreeMap::new(),
             ring: PublicRing::default(),
-            verifier: Verifier::default(),
+            verifier: Arc::default(),
             lease: Lease::new(grace),
             connections: connections::Connections::default(),
         }
@@ -359,7 +359,7 @@ impl AclCache {
         }
         if !named.contains_key("ring") {
             self.ring = PublicRing::default();
-            self.verifier = Verifier::default();
+            self.verifier = Arc::default();
         }
         self.complete = true;
         self.rolled_back = false;
@@ -392,7 +392,7 @@ impl AclCache {
                 if !replace && self.ring.version > ring.version {
                     return false;
                 }
-                self.verifier = Verifier::new(ring);
+                self.verifier = Arc::new(Verifier::new(ring));
                 self.ring = ring.clone();
             }
             Entry::Proxy { proxy, identity: Some(key) } => {
@@ -519,7 +519,7 @@ impl AclCache {
     }
 
     /// Verifies connect tokens with the keys of the stream.
-    pub fn verifier(&self) -> &Verifier {
+    pub fn verifier(&self) -> &Arc<Verifier> {
         &self.verifier
     }
 

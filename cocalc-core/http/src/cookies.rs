@@ -37,36 +37,53 @@ pub(crate) fn set_session(host: HostId, value: &Secret, scope: Scope<'_>) -> Vec
     cookies
 }
 
-/// The session cookie of this host among a request's cookies.
-#[derive(Debug)]
-pub(crate) enum Found {
-    None,
-    One(Secret),
-    /// The same name with different values: somebody planted one.
-    Conflict,
+/// How many different values of one name are looked up; more are somebody's
+/// doing, and each costs a query.
+const VALUES_MAX: usize = 16;
+
+/// The session cookies of this host among a request's cookies.
+///
+/// Browsers send every cookie of a name whose path matches, and in path routing
+/// an app of another project can set one of ours for a path above or below. So
+/// all of them are candidates: which is a session of the project is for whoever
+/// decides to say, and what somebody planted does not lock out who has one.
+#[derive(Debug, Default)]
+pub(crate) struct Found {
+    /// Different values by spelling, the more trustworthy spelling first.
+    pub(crate) spellings: [Vec<Secret>; 2],
+    /// There are more values than are looked up.
+    pub(crate) crowded: bool,
+}
+
+impl Found {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.spellings.iter().all(Vec::is_empty)
+    }
 }
 
 /// `own_origin` and `https` say where and how the user has come.
-pub(crate) fn find_session(headers: &HeaderMap, host: HostId, own_origin: bool, https: bool) -> Found {
+pub(crate) fn find_sessions(headers: &HeaderMap, host: HostId, own_origin: bool, https: bool) -> Found {
     // On an own origin, only the prefix proves that no sibling set the cookie.
     let secure = if own_origin { format!("__Host-{MARK}{host}") } else { format!("{MARK}{host}") };
     // It was not set over HTTPS: there, it is another origin's plant.
     let plain = (!https).then(|| format!("{MARK}http-{host}"));
-    for wanted in std::iter::once(secure).chain(plain) {
-        let mut found: Option<&str> = None;
+    let mut found = Found::default();
+    for (wanted, values) in [Some(secure), plain].into_iter().zip(&mut found.spellings) {
+        let Some(wanted) = wanted else { continue };
         for (name, value) in pairs(headers) {
-            if name == wanted {
-                match found {
-                    Some(before) if before != value => return Found::Conflict,
-                    _ => found = Some(value),
-                }
+            // A session's value is ASCII; what is not was never one.
+            let Ok(value) = str::from_utf8(value) else { continue };
+            if name != wanted.as_bytes() || values.iter().any(|known| known.expose() == value) {
+                continue;
             }
-        }
-        if let Some(value) = found {
-            return Found::One(Secret::new(value));
+            if values.len() == VALUES_MAX {
+                found.crowded = true;
+                break;
+            }
+            values.push(Secret::new(value));
         }
     }
-    Found::None
+    found
 }
 
 /// Whether any cookie looks like a session of ours.
@@ -74,34 +91,20 @@ pub(crate) fn has_session(headers: &HeaderMap) -> bool {
     pairs(headers).any(|(name, _)| is_ours(name))
 }
 
-/// Removes every session cookie of ours, of whatever host, from a request.
+/// Removes every session cookie of ours, of whatever host, from a request. All
+/// others stay as they are, also those that are no text.
 pub(crate) fn strip(headers: &mut HeaderMap) {
     if !headers.contains_key(header::COOKIE) {
         return;
     }
-    let mut unreadable = false;
-    let kept: Vec<&str> = headers
-        .get_all(header::COOKIE)
-        .iter()
-        .filter_map(|value| {
-            // What cannot be read might hide one of ours.
-            let text = str::from_utf8(value.as_bytes()).ok();
-            unreadable |= text.is_none();
-            text
-        })
-        .flat_map(|value| value.split(';'))
-        .map(str::trim)
-        .filter(|pair| !pair.is_empty() && !is_ours(pair.split('=').next().unwrap_or(pair)))
-        .collect();
-    let kept = kept.join("; ");
+    let kept: Vec<&[u8]> =
+        fields(headers).filter(|pair| !pair.is_empty() && !is_ours(split(pair).0)).collect();
+    let kept = kept.join(&b"; "[..]);
     headers.remove(header::COOKIE);
     if !kept.is_empty()
-        && let Ok(value) = HeaderValue::from_bytes(kept.as_bytes())
+        && let Ok(value) = HeaderValue::from_bytes(&kept)
     {
         headers.insert(header::COOKIE, value);
-    }
-    if unreadable {
-        tracing::debug!("dropped a cookie field that is not text");
     }
 }
 
@@ -112,7 +115,7 @@ pub(crate) fn confine(field: &HeaderValue, mount: &str, taken: &str) -> Option<H
     let field = str::from_utf8(field.as_bytes()).ok()?;
     let mut attributes = field.split(';');
     let pair = attributes.next()?;
-    if is_ours(pair.split('=').next()?) {
+    if is_ours(pair.split('=').next()?.as_bytes()) {
         return None;
     }
     let mut confined = pair.trim().to_owned();
@@ -147,19 +150,32 @@ pub(crate) fn confine(field: &HeaderValue, mount: &str, taken: &str) -> Option<H
     HeaderValue::from_bytes(confined.as_bytes()).ok()
 }
 
-fn pairs(headers: &HeaderMap) -> impl Iterator<Item = (&str, &str)> {
+/// What stands between semicolons. On bytes, for an app may set a cookie that
+/// is no ASCII, and must not hide the session beside it.
+fn fields(headers: &HeaderMap) -> impl Iterator<Item = &[u8]> {
     headers
         .get_all(header::COOKIE)
         .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(';'))
-        .filter_map(|pair| pair.trim().split_once('='))
+        .flat_map(|value| value.as_bytes().split(|byte| *byte == b';'))
+        .map(<[u8]>::trim_ascii)
+}
+
+/// Name and value; without `=` all of it is the name.
+fn split(pair: &[u8]) -> (&[u8], &[u8]) {
+    match pair.iter().position(|byte| *byte == b'=') {
+        Some(at) => (&pair[..at], &pair[at + 1..]),
+        None => (pair, b""),
+    }
+}
+
+fn pairs(headers: &HeaderMap) -> impl Iterator<Item = (&[u8], &[u8])> {
+    fields(headers).filter(|pair| pair.contains(&b'=')).map(split)
 }
 
 /// Whether a cookie name is one that only the ingress may set, in any spelling
 /// that a browser or server could take for it.
-fn is_ours(name: &str) -> bool {
-    name.to_ascii_lowercase().contains(MARK)
+fn is_ours(name: &[u8]) -> bool {
+    name.to_ascii_lowercase().windows(MARK.len()).any(|part| part == MARK.as_bytes())
 }
 
 #[cfg(test)]
@@ -184,27 +200,42 @@ mod tests {
     }
 
     #[test]
-    fn sessions_are_found_and_conflicts_refused() {
+    fn every_value_is_a_candidate_and_the_prefix_comes_first() {
         let host = HostId::random();
         let other = HostId::random();
         let name = format!("cocalc-session-{host}");
-        let find = |fields: &[&str], own| match find_session(&cookies(fields), host, own, false) {
-            Found::None => "none".to_owned(),
-            Found::One(value) => value.expose().to_owned(),
-            Found::Conflict => "conflict".to_owned(),
+        let find = |fields: &[&str], own| {
+            let found = find_sessions(&cookies(fields), host, own, false);
+            let values = |values: &Vec<Secret>| values.iter().map(|v| v.expose().to_owned()).collect::<Vec<_>>().join(",");
+            found.spellings.iter().map(values).collect::<Vec<_>>().join("|")
         };
-        assert_eq!(find(&["a=b"], false), "none");
-        assert_eq!(find(&[&format!("a=b; {name}=x")], false), "x");
-        assert_eq!(find(&["a=b", &format!("{name}=x; c=d")], false), "x");
-        assert_eq!(find(&[&format!("{name}=x; {name}=x")], false), "x");
-        assert_eq!(find(&[&format!("{name}=x; {name}=y")], false), "conflict");
-        assert_eq!(find(&[&format!("{name}=x")], true), "none");
-        assert_eq!(find(&[&format!("__Host-{name}=z; {name}=x")], true), "z");
-        assert_eq!(find(&[&format!("cocalc-session-http-{host}=p")], true), "p");
-        assert_eq!(find(&[&format!("cocalc-session-{other}=x")], false), "none");
+        assert_eq!(find(&["a=b"], false), "|");
+        assert_eq!(find(&[&format!("a=b; {name}=x")], false), "x|");
+        assert_eq!(find(&["a=b", &format!("{name}=x; c=d")], false), "x|");
+        assert_eq!(find(&[&format!("{name}=x; {name}=x")], false), "x|");
+        assert_eq!(find(&[&format!("{name}=x; {name}=y")], false), "x,y|");
+        assert_eq!(find(&[&format!("{name}=x")], true), "|");
+        assert_eq!(find(&[&format!("__Host-{name}=z; {name}=x")], true), "z|");
+        assert_eq!(find(&[&format!("cocalc-session-http-{host}=p")], true), "|p");
+        assert_eq!(find(&[&format!("cocalc-session-{other}=x")], false), "|");
         let plain = cookies(&[&format!("cocalc-session-http-{host}=p")]);
         for own in [false, true] {
-            assert!(matches!(find_session(&plain, host, own, true), Found::None));
+            assert!(find_sessions(&plain, host, own, true).is_empty());
+        }
+        let many: Vec<String> = (0..VALUES_MAX + 1).map(|n| format!("{name}={n}")).collect();
+        let crowded = find_sessions(&cookies(&[&many.join(";")]), host, false, false);
+        assert!(crowded.crowded && crowded.spellings[0].len() == VALUES_MAX);
+    }
+
+    #[test]
+    fn a_cookie_that_is_no_text_hides_nothing() {
+        let host = HostId::random();
+        for odd in [&b"a=\xc3\xa9"[..], b"\xff", b"\xff=\xfe"] {
+            let field = [odd, b"; cocalc-session-", host.to_string().as_bytes(), b"=x; c=d"].concat();
+            let mut headers = HeaderMap::from_iter([(header::COOKIE, HeaderValue::from_bytes(&field).unwrap())]);
+            assert_eq!(find_sessions(&headers, host, false, true).spellings[0][0].expose(), "x");
+            strip(&mut headers);
+            assert_eq!(headers.get(header::COOKIE).unwrap().as_bytes(), [odd, b"; c=d"].concat());
         }
     }
 

@@ -22,8 +22,8 @@ pub(crate) enum Shown {
     Bearer(Secret),
     /// The query parameter.
     Query(Secret),
-    /// The session cookie, which browsers add by themselves.
-    Cookie(Secret),
+    /// Session cookies, which browsers add by themselves.
+    Cookies(Found),
 }
 
 /// The credential of a request to a host. A bearer token that is not one of
@@ -44,11 +44,11 @@ pub(crate) fn find(
     if let Some(token) = query_token(query)? {
         return Ok(Shown::Query(Secret::new(token)));
     }
-    match cookies::find_session(headers, host, own_origin, https) {
-        Found::One(value) => Ok(Shown::Cookie(value)),
-        Found::Conflict => Err(Denial::BadCredential("several different session cookies".to_owned())),
-        Found::None => Ok(bearer.map_or(Shown::Nothing, |token| Shown::Bearer(Secret::new(token)))),
+    let found = cookies::find_sessions(headers, host, own_origin, https);
+    if !found.is_empty() {
+        return Ok(Shown::Cookies(found));
     }
+    Ok(bearer.map_or(Shown::Nothing, |token| Shown::Bearer(Secret::new(token))))
 }
 
 /// The token of `Authorization: Bearer`, whosever it is.
@@ -173,7 +173,7 @@ mod tests {
             Ok(Shown::Nothing) => "nothing",
             Ok(Shown::Bearer(_)) => "bearer",
             Ok(Shown::Query(_)) => "query",
-            Ok(Shown::Cookie(_)) => "cookie",
+            Ok(Shown::Cookies(_)) => "cookie",
             Err(_) => "refused",
         };
         assert_eq!(shown(&[], None), "nothing");

@@ -4,7 +4,7 @@ use cocalc_core::{auth::Secret, ids::HostId};
 use http::{HeaderMap, HeaderValue, header};
 
 use crate::{
-    cookies::{self, Found},
+    cookies,
     credential::{self, Shown},
 };
 
@@ -24,14 +24,19 @@ pub fn request(cookie: &[u8], authorization: &[u8], query: &str, own_origin: boo
         }
     }
     // With HTTPS on an own origin, only the prefixed name counts.
-    if let Ok(Shown::Cookie(value)) = credential::find(&headers, Some(query), host, own_origin, https)
+    if let Ok(Shown::Cookies(found)) = credential::find(&headers, Some(query), host, own_origin, https)
         && own_origin
         && https
     {
-        let wanted = format!("__Host-cocalc-session-{host}={}", value.expose());
-        let fields = headers.get_all(header::COOKIE);
-        let shown = fields.iter().filter_map(|field| field.to_str().ok());
-        assert!(shown.flat_map(|field| field.split(';')).any(|pair| pair.trim() == wanted), "{wanted}");
+        for value in found.spellings.iter().flatten() {
+            let wanted = format!("__Host-cocalc-session-{host}={}", value.expose());
+            let mut fields = headers.get_all(header::COOKIE).iter();
+            let shown = |field: &HeaderValue| {
+                let pairs = field.as_bytes().split(|b| *b == b';');
+                pairs.map(<[u8]>::trim_ascii).any(|pair| pair == wanted.as_bytes())
+            };
+            assert!(fields.any(shown), "{wanted}");
+        }
     }
     let cleaned = credential::clean_query(query);
     assert!(matches!(credential::query_token(Some(&cleaned)), Ok(None)), "{cleaned:?}");
@@ -40,8 +45,7 @@ pub fn request(cookie: &[u8], authorization: &[u8], query: &str, own_origin: boo
     cookies::strip(&mut headers);
     assert!(!cookies::has_session(&headers), "an app would see a session");
     assert!(headers.get_all(header::COOKIE).iter().count() <= 1);
-    let found = cookies::find_session(&headers, host, own_origin, https);
-    assert!(matches!(found, Found::None), "had one: {had}");
+    assert!(cookies::find_sessions(&headers, host, own_origin, https).is_empty(), "had one: {had}");
 }
 
 /// Sets a session cookie whose value is `value`, which sessions have as
@@ -56,10 +60,9 @@ pub fn session(value: &str, mount: bool, https: bool) {
     let pairs: Vec<_> = set.iter().filter_map(|field| field.split(';').next()).collect();
     let Ok(field) = HeaderValue::from_str(&pairs.join("; ")) else { return };
     let headers = HeaderMap::from_iter([(header::COOKIE, field)]);
-    match cookies::find_session(&headers, host, mount.is_empty(), https) {
-        Found::One(found) => assert_eq!(found.expose(), value),
-        other => panic!("{value:?} is not read back: {other:?}"),
-    }
+    let found = cookies::find_sessions(&headers, host, mount.is_empty(), https);
+    let first = found.spellings.iter().flatten().next();
+    assert_eq!(first.map(Secret::expose), Some(value), "not read back");
 }
 
 /// Confines an app's `Set-Cookie`, and panics if it could reach another origin,

@@ -72,6 +72,10 @@ pub enum PeerRequest {
         count: u64,
         /// SHA-256 of the last, in hexadecimal.
         head: String,
+        /// When it was so, by the peer's wall clock.
+        time: Timestamp,
+        /// The identity key's signature over all of it.
+        signature: String,
     },
 }
 

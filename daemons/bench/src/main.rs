@@ -2,6 +2,7 @@
 //! beside that of a peer which was measured in the same run, by turns with it;
 //! what counts is the ratio of the medians.
 
+mod auth;
 mod federation;
 mod http;
 mod moves;
@@ -55,6 +56,8 @@ enum Part {
     Start,
     /// Verifications of connect tokens.
     Tokens,
+    /// Decisions of a host: token, limits, ACL, audit.
+    Auth,
     /// Requests through host and proxy.
     Http,
     /// Bytes through the SSH ingress.
@@ -147,10 +150,13 @@ fn fill(arguments: &Arguments, table: &mut Table) -> Result<()> {
     if wanted(Part::Tokens) {
         tokens::measure(effort, table)?;
     }
+    if wanted(Part::Auth) {
+        auth::measure(effort, table)?;
+    }
     if wanted(Part::Storage) {
         storage::measure(&arguments.dir, effort, table)?;
     }
-    let alone = [Part::Tokens, Part::Storage];
+    let alone = [Part::Tokens, Part::Auth, Part::Storage];
     if !arguments.only.is_empty() && arguments.only.iter().all(|part| alone.contains(part)) {
         return Ok(());
     }

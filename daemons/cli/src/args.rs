@@ -81,7 +81,8 @@ pub(crate) enum Command {
         #[command(flatten)]
         wait: WaitOptions,
     },
-    /// The record of who was let in and who was not, in a host's data directory.
+    /// The record of who was let in and who was not, and of who changed what, in
+    /// the data directory of a host, a proxy or the master.
     #[command(subcommand)]
     Audit(Audit),
     /// Print a completion script for a shell.
@@ -515,17 +516,33 @@ pub(crate) struct WaitOptions {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Audit {
-    /// Check that a log is as it was written. Needs no master.
+    /// Check that a log is as it was written. Needs no master, unless it is
+    /// compared.
     Verify {
-        /// A host's `audit` folder.
+        /// The `audit` folder of a host, a proxy or the master.
         folder: PathBuf,
-        /// Compare it, too, with what this host last told the master.
-        #[arg(long)]
+        /// Compare it, too, with every head that this host has signed for the
+        /// master.
+        #[arg(long, conflicts_with_all = ["proxy", "against_master"])]
         host: Option<String>,
+        /// The same for a proxy.
+        #[arg(long, conflicts_with = "against_master")]
+        proxy: Option<String>,
+        /// The same for the host or proxy whose data directory the folder is in.
+        #[arg(long)]
+        against_master: bool,
+    },
+    /// Show where a host's log was, day by day, as it has signed for the master.
+    Heads {
+        /// The host, by name or id.
+        id: String,
+        /// A proxy rather than a host.
+        #[arg(long)]
+        proxy: bool,
     },
     /// Show events of a log, each verified. Needs no master.
     Query {
-        /// A host's `audit` folder.
+        /// The `audit` folder of a host, a proxy or the master.
         folder: PathBuf,
         /// About this project.
         #[arg(long)]

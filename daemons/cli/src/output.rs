@@ -35,8 +35,8 @@ fn table(value: &Value, columns: &[&str]) -> String {
     text
 }
 
-/// The text of a dotted path in `row`. Control characters of names that
-/// others chose don't reach the terminal.
+/// The text of a dotted path in `row`. Control characters and marks of direction
+/// in names that others chose don't reach the terminal.
 fn cell(row: &Value, column: &str) -> String {
     let value = column.split('.').fold(row, |value, key| &value[key]);
     let text = match value {
@@ -44,7 +44,8 @@ fn cell(row: &Value, column: &str) -> String {
         Value::String(text) => text.clone(),
         other => other.to_string(),
     };
-    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+    let acts = |c: char| c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    text.chars().map(|c| if acts(c) { '\u{fffd}' } else { c }).collect()
 }
 
 /// Unwraps `{"<name>": […]}`, as list answers have it.

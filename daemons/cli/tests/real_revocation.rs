@@ -7,11 +7,10 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod world;
+
 use std::{
-    io::Read,
-    net::{Ipv4Addr, SocketAddr, TcpListener as Probe},
-    path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    net::{Ipv4Addr, SocketAddr},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -30,6 +29,7 @@ use tokio::{
     net::{TcpSocket, tcp::OwnedWriteHalf},
     task::{JoinHandle, JoinSet},
 };
+use world::{Api, LIMIT, Way, World, free_port, run_line, until, waits_for, way};
 
 const ACCOUNTS: usize = if FULL { 200 } else { 40 };
 const SOCKETS_EACH: usize = if FULL { 5 } else { 2 };
@@ -39,214 +39,9 @@ const REMOVED: usize = ACCOUNTS / 4;
 const FULL: bool = option_env!("COCALC_REVOCATION_FULL").is_some();
 const HOSTS: usize = 3;
 const PROJECTS: usize = 12;
-/// Every wait has an end; none is what is measured.
-const LIMIT: Duration = Duration::from_secs(90);
 /// The master's timing: ten minutes of grace, sixty times as fast.
 const LEASE: Duration = Duration::from_secs(3);
 const GRACE: Duration = Duration::from_secs(10);
-
-/// Daemons, which end with the value.
-struct World {
-    dir: tempfile::TempDir,
-    children: Vec<(String, Child)>,
-    url: String,
-    admin: String,
-    hosts: Vec<SocketAddr>,
-}
-
-fn program(name: &str) -> PathBuf {
-    let path = Path::new(env!("CARGO_BIN_EXE_cocalc")).with_file_name(name);
-    assert!(path.exists(), "{} is missing: run `cargo build --workspace --bins` first", path.display());
-    path
-}
-
-/// A port that is free now.
-fn free_port() -> u16 {
-    Probe::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
-
-impl World {
-    fn new() -> Self {
-        let dir = tempfile::Builder::new().prefix("cocalc-revocation-").tempdir().unwrap();
-        let port = free_port();
-        let mut world = Self {
-            url: format!("http://127.0.0.1:{port}"),
-            dir,
-            children: Vec::new(),
-            admin: String::new(),
-            hosts: Vec::new(),
-        };
-        let data = world.dir.path().join("master");
-        let text = format!(
-            "listen = '127.0.0.1:{port}'\ndata_dir = '{}'\nkeepalive_ms = 500\nlease_ms = {}\ngrace_ms = {}\n",
-            data.display(),
-            LEASE.as_millis(),
-            GRACE.as_millis()
-        );
-        world.configure("master", &text);
-        world.start("master");
-        let token = data.join("admin-token");
-        until("the administrator's token", || std::fs::read_to_string(&token).ok().filter(|t| t.len() > 40));
-        world.admin = std::fs::read_to_string(&token).unwrap().trim().to_owned();
-        until("the master", || world.call("GET", "/account", Value::Null).ok());
-        world
-    }
-
-    fn add_host(&mut self, name: &str) {
-        let token = self.ok("POST", "/join-tokens", json!({ "kind": "host" }));
-        let path = self.dir.path().join(format!("{name}.token"));
-        std::fs::write(&path, token["token"].as_str().unwrap()).unwrap();
-        let (http, ssh, peer) = (free_port(), free_port(), free_port());
-        let (url, dir) = (&self.url, self.dir.path().join(name));
-        let text = format!(
-            "name = '{name}'\nmaster_url = '{url}'\njoin_token_file = '{}'\ndata_dir = '{}'\n\
-             listen = '127.0.0.1:{http}'\nssh_listen = '127.0.0.1:{ssh}'\npeer_listen = '127.0.0.1:{peer}'\n\
-             storage = 'directory'\nvolume = '{}'\nrunner = 'process'\n",
-            path.display(),
-            dir.join("data").display(),
-            dir.join("volume").display(),
-        );
-        std::fs::create_dir_all(dir.join("volume")).unwrap();
-        self.configure(name, &text);
-        self.start(name);
-        self.hosts.push(([127, 0, 0, 1], http).into());
-    }
-
-    fn configure(&self, name: &str, text: &str) {
-        std::fs::write(self.dir.path().join(format!("{name}.toml")), text).unwrap();
-    }
-
-    fn start(&mut self, name: &str) {
-        let log = std::fs::File::options()
-            .create(true)
-            .append(true)
-            .open(self.dir.path().join(format!("{name}.log")))
-            .unwrap();
-        let binary = if name == "master" { "cocalc-master" } else { "cocalc-host" };
-        let child = Command::new(program(binary))
-            .arg("--config")
-            .arg(self.dir.path().join(format!("{name}.toml")))
-            .env("COCALC_LOG", "warn")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .unwrap();
-        self.children.push((name.to_owned(), child));
-    }
-
-    /// As `kill -9` does.
-    fn kill(&mut self, name: &str) {
-        let at = self.children.iter().position(|(other, _)| other == name).unwrap();
-        let (_, mut child) = self.children.remove(at);
-        child.kill().unwrap();
-        child.wait().unwrap();
-    }
-
-    fn api(&self) -> Api {
-        Api { url: self.url.clone(), token: self.admin.clone() }
-    }
-
-    fn call(&self, method: &str, path: &str, body: Value) -> Result<Value, String> {
-        self.api().call(method, path, body)
-    }
-
-    fn ok(&self, method: &str, path: &str, body: Value) -> Value {
-        self.call(method, path, body)
-            .unwrap_or_else(|error| panic!("{method} {path}: {error}\n{}", self.log()))
-    }
-
-    fn settle(&self, begun: &Value) {
-        let id = begun["operation_id"].as_str().unwrap();
-        until("an operation", || {
-            let path = format!("/operations/{id}/wait?timeout_secs=10");
-            let seen = self.ok("GET", &path, Value::Null);
-            assert!(seen["state"] == "running" || seen["state"] == "done", "{seen}\n{}", self.log());
-            (seen["state"] == "done").then_some(())
-        });
-    }
-
-    fn log(&self) -> String {
-        let mut text = String::new();
-        for entry in std::fs::read_dir(self.dir.path()).unwrap().flatten() {
-            if entry.path().extension().is_some_and(|end| end == "log") {
-                let log = std::fs::read_to_string(entry.path()).unwrap_or_default();
-                let lines: Vec<&str> = log.lines().collect();
-                text.push_str(&format!("\n-- {}\n", entry.path().display()));
-                text.push_str(&lines[lines.len().saturating_sub(20)..].join("\n"));
-            }
-        }
-        text
-    }
-
-    /// One number of a host's metrics.
-    fn metric(&self, host: usize, name: &str) -> u64 {
-        let url = format!("http://{}/metrics", self.hosts[host]);
-        let text = ureq::get(&url).call().unwrap().body_mut().read_to_string().unwrap();
-        let line = text.lines().find(|line| line.split(' ').next() == Some(name));
-        let line = line.unwrap_or_else(|| panic!("no {name} in\n{text}"));
-        line.rsplit(' ').next().unwrap().parse().unwrap()
-    }
-}
-
-impl Drop for World {
-    fn drop(&mut self) {
-        for (_, child) in &mut self.children {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-        // The apps, which outlive their hosts' daemons, as they should.
-        for entry in std::fs::read_dir(self.dir.path()).into_iter().flatten().flatten() {
-            if entry.path().extension().is_some_and(|end| end == "pid")
-                && let Ok(pid) = std::fs::read_to_string(entry.path())
-            {
-                let _ = Command::new("kill").args(["-9", pid.trim()]).status();
-            }
-        }
-    }
-}
-
-/// The master's API as one account.
-#[derive(Clone)]
-struct Api {
-    url: String,
-    token: String,
-}
-
-impl Api {
-    fn call(&self, method: &str, path: &str, body: Value) -> Result<Value, String> {
-        let text = if body.is_null() { String::new() } else { body.to_string() };
-        let request = ureq::http::Request::builder()
-            .method(method)
-            .uri(format!("{}/api/v1{path}", self.url))
-            .header("authorization", format!("Bearer {}", self.token))
-            .body(text)
-            .unwrap();
-        let config = ureq::Agent::config_builder()
-            .http_status_as_error(false)
-            .allow_non_standard_methods(true)
-            .timeout_global(Some(LIMIT));
-        let agent = ureq::Agent::from(config.build());
-        let mut response = agent.run(request).map_err(|error| error.to_string())?;
-        let mut text = String::new();
-        response.body_mut().as_reader().read_to_string(&mut text).map_err(|error| error.to_string())?;
-        match response.status().is_success() {
-            true => Ok(serde_json::from_str(&text).unwrap_or(Value::Null)),
-            false => Err(format!("{}: {text}", response.status())),
-        }
-    }
-}
-
-fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + LIMIT;
-    loop {
-        if let Some(value) = look() {
-            return value;
-        }
-        assert!(Instant::now() < deadline, "not within {LIMIT:?}: {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
 
 /// The app of every project: greets a WebSocket, answers each message, and
 /// streams to who asks for `/stream`. It ends by itself after a while.
@@ -288,22 +83,6 @@ async def main():
 asyncio.run(main())
 "#;
 
-/// Runs a command line to its end, which must be a good one.
-async fn run_line(way: &Way, line: String) {
-    let identity = Identity::Token(Secret::new(way.token.clone()));
-    let project = way.project.parse().unwrap();
-    let client = Client::connect(&way.ssh, project, &identity, HostKeyCheck::Any).await.unwrap();
-    let request = ExecRequest { command: Run::Line(line), ..ExecRequest::default() };
-    let mut process = client.exec(&request).await.unwrap();
-    let (mut said, mut errors) = (String::new(), String::new());
-    process.stdout.read_to_string(&mut said).await.unwrap();
-    if let Some(stderr) = &mut process.stderr {
-        stderr.read_to_string(&mut errors).await.unwrap();
-    }
-    let exit = tokio::time::timeout(LIMIT, process.handle.wait()).await.unwrap().unwrap();
-    assert_eq!(exit, cocalc_core::runner::Exit::Code(0), "{said}{errors}");
-}
-
 /// Something of an account's that is open.
 struct Open {
     account: usize,
@@ -316,16 +95,6 @@ struct Open {
     /// Of streams: who says that no more comes is taken for gone.
     _write: Option<OwnedWriteHalf>,
     _session: Option<Client>,
-}
-
-/// Where an account's project is, and what opens it.
-#[derive(Clone)]
-struct Way {
-    project: String,
-    http: SocketAddr,
-    ssh: String,
-    token: String,
-    port: u16,
 }
 
 /// Each account has an address of its own, as users do.
@@ -427,15 +196,15 @@ fn percentile(sorted: &[Duration], percent: usize) -> Duration {
 #[test]
 fn revocation_is_exact_and_bounded_with_real_processes() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-    let mut world = World::new();
+    let mut world = World::new(&format!(
+        "keepalive_ms = 500\nlease_ms = {}\ngrace_ms = {}\n",
+        LEASE.as_millis(),
+        GRACE.as_millis()
+    ));
     for number in 0..HOSTS {
-        world.add_host(&format!("host{number}"));
+        world.add_host(&format!("host{number}"), "");
     }
-    until("the hosts", || {
-        let hosts = world.ok("GET", "/hosts", Value::Null);
-        let hosts = hosts["hosts"].as_array()?;
-        (hosts.len() == HOSTS && hosts.iter().all(|host| host["state"] == "connected")).then_some(())
-    });
+    world.connected(HOSTS, 0);
     runtime.block_on(scenario(&mut world));
 }
 
@@ -492,12 +261,6 @@ async fn scenario(world: &mut World) {
     let mut open = remove_collaborators(world, &users, open).await;
     everyone_else_goes_on(&mut open).await;
     without_the_master(world, &users, open).await;
-}
-
-/// A shell's words that wait for a file: what is left in the background before
-/// it has a session of its own ends with the session that started it.
-fn waits_for(path: &Path) -> String {
-    format!("until test -s {}; do sleep 0.05; done", path.display())
 }
 
 /// In each project the app, as a user would start it: by SSH.
@@ -563,17 +326,6 @@ fn make_accounts(world: &World, projects: &[(String, u16)], users: &Users) {
             });
         }
     });
-}
-
-/// A fresh token of an account, and where to show it.
-fn way(own: &Api, project: &str, port: u16) -> Way {
-    let path = format!("/projects/{project}/connect");
-    let answer = own.call("POST", &path, json!({ "ttl_secs": 300 })).unwrap();
-    let url = answer["direct"]["path_url"].as_str().unwrap();
-    let http = url.strip_prefix("http://").unwrap().split('/').next().unwrap().parse().unwrap();
-    let (_, ssh) = answer["direct"]["ssh"].as_str().unwrap().split_once('@').unwrap();
-    let token = answer["token"].as_str().unwrap().to_owned();
-    Way { project: project.to_owned(), http, ssh: ssh.to_owned(), token, port }
 }
 
 async fn refresh_tokens(world: &World, users: &mut [(usize, String, String, Way)]) {
@@ -716,7 +468,7 @@ async fn without_the_master(world: &mut World, users: &[(usize, String, String, 
     run_line(&way, line).await;
     let own = Api { url: world.url.clone(), token: users[ACCOUNTS - 1].2.clone() };
     let (project, port) = (way.project.clone(), way.port);
-    way = tokio::task::spawn_blocking(move || self::way(&own, &project, port)).await.unwrap();
+    way = tokio::task::spawn_blocking(move || world::way(&own, &project, port)).await.unwrap();
     assert_eq!(world.metric(0, "cocalc_host_auth_tier"), 0);
     world.kill("master");
     let killed = Instant::now();
@@ -770,7 +522,7 @@ async fn without_the_master(world: &mut World, users: &[(usize, String, String, 
     until("the tier of before", || (world.metric(0, "cocalc_host_auth_tier") == 0).then_some(()));
     let own = Api { url: world.url.clone(), token: users[ACCOUNTS - 1].2.clone() };
     let (project, port) = (way.project.clone(), way.port);
-    let fresh = tokio::task::spawn_blocking(move || self::way(&own, &project, port)).await.unwrap();
+    let fresh = tokio::task::spawn_blocking(move || world::way(&own, &project, port)).await.unwrap();
     let deadline = Instant::now() + LIMIT;
     loop {
         let (_, head) = request(account, &fresh, "/", false).await;

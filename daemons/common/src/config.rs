@@ -5,10 +5,7 @@
 //! `[limits] pids`. Unknown keys are refused by name; daemons derive
 //! `deny_unknown_fields`.
 
-use std::{
-    collections::BTreeSet,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 
@@ -106,27 +103,64 @@ pub fn parse<C: DeserializeOwned>(
     vars: impl IntoIterator<Item = (String, String)>,
 ) -> Result<C, Error> {
     let mut table: toml::Table = text.parse().map_err(|e: toml::de::Error| Error::Invalid(e.to_string()))?;
-    let tables: BTreeSet<String> =
-        table.iter().filter(|(_, value)| value.is_table()).map(|(key, _)| key.clone()).collect();
+    let keys = keys::<C>();
     let prefix = format!("COCALC_{}_", name.to_ascii_uppercase());
     for (variable, value) in vars {
         let Some(key) = variable.strip_prefix(&prefix) else { continue };
         let key = key.to_ascii_lowercase();
         let value = scalar(value);
-        match tables.iter().find_map(|t| Some((t, key.strip_prefix(t.as_str())?.strip_prefix('_')?))) {
+        let own = keys.contains(&key.as_str());
+        let nested = keys.iter().filter(|_| !own).find_map(|parent| {
+            Some((*parent, key.strip_prefix(parent)?.strip_prefix('_')?))
+        });
+        match nested {
             Some((parent, child)) => {
-                if let Some(toml::Value::Table(parent)) = table.get_mut(parent) {
-                    parent.insert(child.to_owned(), value);
+                let parent = table.entry(parent).or_insert_with(|| toml::Table::new().into());
+                match parent.as_table_mut() {
+                    Some(parent) => drop(parent.insert(child.to_owned(), value)),
+                    None => drop(table.insert(key, value)),
                 }
             }
-            None => {
-                table.insert(key, value);
-            }
+            None => drop(table.insert(key, value)),
         }
     }
     // Serialized again, so that an error shows the line with the key at fault.
     let merged = toml::to_string(&table).map_err(|e| Error::Invalid(e.to_string()))?;
     toml::from_str(&merged).map_err(|e| Error::Invalid(e.to_string().trim_end().to_owned()))
+}
+
+/// The names of a configuration's keys, as its type tells whoever reads it.
+fn keys<C: DeserializeOwned>() -> &'static [&'static str] {
+    let mut probe = Probe(&[]);
+    // It never succeeds: there is nothing to read.
+    drop(C::deserialize(&mut probe));
+    probe.0
+}
+
+/// Has no values, and remembers which fields it was asked for.
+struct Probe(&'static [&'static str]);
+
+impl<'de> serde::Deserializer<'de> for &mut Probe {
+    type Error = serde::de::value::Error;
+
+    fn deserialize_any<V: serde::de::Visitor<'de>>(self, _: V) -> Result<V::Value, Self::Error> {
+        Err(serde::de::Error::custom("there is nothing to read"))
+    }
+
+    fn deserialize_struct<V: serde::de::Visitor<'de>>(
+        self,
+        _: &'static str,
+        fields: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, Self::Error> {
+        self.0 = fields;
+        self.deserialize_any(visitor)
+    }
+
+    serde::forward_to_deserialize_any! {
+        bool i8 i16 i32 i64 u8 u16 u32 u64 f32 f64 char str string bytes byte_buf option unit unit_struct
+        newtype_struct seq tuple tuple_struct map enum identifier ignored_any
+    }
 }
 
 /// A variable's value as TOML would have it: a number, truth value or list if
@@ -176,6 +210,9 @@ mod tests {
         )
         .unwrap();
         assert_eq!(config, Config { listen: "a".into(), lease_ms: 2, limits: Limits { pids: Some(9) } });
+        // Also where the file has no such table.
+        let config: Config = parse("host", "listen = 'a'", [var("COCALC_HOST_LIMITS_PIDS", "9")]).unwrap();
+        assert_eq!(config.limits.pids, Some(9));
     }
 
     #[test]
@@ -184,6 +221,9 @@ mod tests {
         assert!(unknown.to_string().contains("listen_adress"), "{unknown}");
         let unknown = parse::<Config>("host", "listen = 'a'", [var("COCALC_HOST_LEESE", "1")]).unwrap_err();
         assert!(unknown.to_string().contains("leese"), "{unknown}");
+        let unknown =
+            parse::<Config>("host", "listen = 'a'", [var("COCALC_HOST_LIMITS_PITS", "9")]).unwrap_err();
+        assert!(unknown.to_string().contains("pits"), "{unknown}");
         let wrong = parse::<Config>("host", "listen = 'a'\nlease_ms = 'soon'", []).unwrap_err();
         assert!(wrong.to_string().contains("lease_ms"), "{wrong}");
         let missing = parse::<Config>("host", "", []).unwrap_err();

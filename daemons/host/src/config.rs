@@ -5,6 +5,8 @@ use std::{net::SocketAddr, path::PathBuf};
 use cocalc_core::{ids::HostName, snapshots::Policy};
 use serde::Deserialize;
 
+use crate::limits::HostLimits;
+
 /// What a host is told. Every key is also `COCALC_HOST_<KEY>`.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -61,6 +63,9 @@ pub struct Config {
     /// snapshots; 1 to 1000.
     #[serde(default = "visits_per_sec")]
     pub snapshot_visits_per_sec: u16,
+    /// How much one user, one address and all of them may ask.
+    #[serde(default)]
+    pub limits: HostLimits,
 }
 
 fn visits_per_sec() -> u16 {
@@ -122,7 +127,7 @@ impl Config {
         if !(1..=1000).contains(&self.snapshot_visits_per_sec) {
             return Err("snapshot_visits_per_sec: 1 to 1000".into());
         }
-        Ok(())
+        self.limits.validate()
     }
 }
 
@@ -152,6 +157,27 @@ mod tests {
             let error = parse(&GOOD.replace(from, to)).unwrap_err();
             assert!(error.contains(key), "{error}");
         }
+    }
+
+    #[test]
+    fn limits_are_configured_in_a_table_and_by_the_environment() {
+        assert_eq!(parse(GOOD).unwrap().limits, HostLimits::default());
+        let text = format!("{GOOD}[limits]\nsource_burst = 7\n");
+        let variable = |name: &str| (format!("COCALC_HOST_LIMITS_{name}"), "9".to_owned());
+        for text in [GOOD, &text] {
+            let config: Config =
+                cocalc_daemon::config::parse("host", text, [variable("FAILURES_BURST")]).unwrap();
+            let burst = if text == GOOD { 5000 } else { 7 };
+            let expected =
+                HostLimits { failures_burst: 9, source_burst: burst, ..HostLimits::default() };
+            assert_eq!(config.limits, expected);
+        }
+        for (line, key) in [("host_burst = 0", "host_burst"), ("sauce_burst = 1", "sauce_burst")] {
+            let error = parse(&format!("{GOOD}[limits]\n{line}\n")).unwrap_err();
+            assert!(error.contains(key), "{error}");
+        }
+        let error = cocalc_daemon::config::parse::<Config>("host", GOOD, [variable("SAUCE")]).unwrap_err();
+        assert!(error.to_string().contains("sauce"), "{error}");
     }
 
     #[test]

@@ -99,9 +99,10 @@ impl HostEndpoints {
         counter("cocalc_host_snapshots_failures_total", failed, kept.failed);
         let (lines, _) = self.audit.head();
         counter("cocalc_host_audit_events_total", "Lines of the audit log.", lines);
-        let help =
-            "Audit events that were dropped: the queue was full. Nothing administrative is decided then.";
+        let help = "Audit events that were dropped: the disk was full or slow. Nothing administrative is decided then.";
         counter("cocalc_host_audit_dropped_total", help, self.audit.lost());
+        let help = "Writes of the audit log that failed.";
+        counter("cocalc_host_audit_failures_total", help, self.audit.failures());
         gauge("cocalc_host_auth_tier", "0 fresh, 1 in grace, 2 expired.", tier);
     }
 }

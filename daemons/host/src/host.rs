@@ -4,7 +4,9 @@ use std::{fs::File, os::unix::fs::DirBuilderExt as _, path::Path, sync::Arc, tim
 
 use async_trait::async_trait;
 use cocalc_auth::identity::Identity;
-use cocalc_auth_live::{AuditLog, AuthLimits, DriverConfig, Knowledge, LimitedAuth, StreamDriver, TokenAuth};
+use cocalc_auth_live::{
+    AuditLog, AuditReport, DriverConfig, Knowledge, LimitedAuth, StreamDriver, TokenAuth,
+};
 use cocalc_core::{
     auth::Auth,
     bus::Bus,
@@ -47,6 +49,8 @@ use crate::{
 const RESERVE_BYTES: u64 = 256 << 20;
 /// How long what is open may take to end.
 const DRAIN_LIMIT: Duration = Duration::from_secs(5);
+/// How long the master may take, at the end, to hear where the audit log ends.
+const REPORT_LIMIT: Duration = Duration::from_secs(2);
 
 /// A running host. Dropping it ends its daemon's work at once; projects run on.
 #[derive(Debug)]
@@ -55,7 +59,7 @@ pub struct Host {
     address: HostAddress,
     shutdown: CancellationToken,
     serving: JoinSet<()>,
-    _driver: StreamDriver,
+    driver: StreamDriver,
     _background: JoinSet<()>,
     _lock: File,
 }
@@ -131,7 +135,7 @@ impl Host {
         let held = move |project: ProjectId| grants.entry(project).and_then(|entry| entry.may_run());
         let decides = TokenAuth::new(Arc::clone(&knowledge), id, Arc::new(held), Some(audit.clone()));
         let auth: Arc<dyn Auth> =
-            Arc::new(LimitedAuth::new(Arc::new(decides), Arc::new(SystemClock), AuthLimits::default()));
+            Arc::new(LimitedAuth::new(Arc::new(decides), Arc::new(SystemClock), config.limits.auth()));
 
         let peer = Peer::Host(id);
         let connect =
@@ -171,7 +175,7 @@ impl Host {
                 bus: Arc::clone(&bus),
                 keepalive,
                 handler: Arc::new(registrar),
-                audit: Some(audit.clone()),
+                audit: Some(AuditReport { log: audit.clone(), identity: Arc::clone(&identity) }),
             },
         );
 
@@ -193,10 +197,15 @@ impl Host {
                 .endpoints(Arc::new(endpoints))
                 .served(served)
                 .https(address.url.starts_with("https://"))
+                .limits(config.limits.http())
                 .build();
         let gate: Arc<dyn Gate> =
             Arc::new(LocalGate::new(auth, router, Arc::new(Arc::clone(&backends.runner))).wake(wake));
-        let ssh = SshIngress::builder(Arc::clone(&gate), ssh_keys).build();
+        let at_most = |limit: u32| usize::try_from(limit).unwrap_or(usize::MAX);
+        let ssh = SshIngress::builder(Arc::clone(&gate), ssh_keys)
+            .connections_max(at_most(config.limits.ssh_connections))
+            .connections_per_address_max(at_most(config.limits.ssh_connections_per_source))
+            .build();
         let services = PeerServices {
             http: http.clone(),
             ssh: SshPeers::new(gate),
@@ -227,7 +236,7 @@ impl Host {
         let stop = shutdown.clone();
         serving.spawn(async move { peer_listener.serve(listeners.peer, stop.cancelled_owned()).await });
         tracing::info!(%id, name = %config.name, url = address.url, "host started");
-        Ok(Self { id, address, shutdown, serving, _driver: driver, _background: background, _lock: lock })
+        Ok(Self { id, address, shutdown, serving, driver, _background: background, _lock: lock })
     }
 
     /// Its id in the federation.
@@ -248,6 +257,9 @@ impl Host {
         let ended = async { while self.serving.join_next().await.is_some() {} };
         if tokio::time::timeout(DRAIN_LIMIT, ended).await.is_err() {
             tracing::info!("closing what is still open");
+        }
+        if tokio::time::timeout(REPORT_LIMIT, self.driver.report_audit()).await.is_err() {
+            tracing::info!("the master was not told the end of the audit log");
         }
     }
 }

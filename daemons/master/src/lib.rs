@@ -39,6 +39,7 @@ mod signing;
 
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
+use cocalc_auth_live::AuditLog;
 use cocalc_conat::{Broker, BrokerConfig};
 use cocalc_core::{
     BoxError,
@@ -140,6 +141,9 @@ impl Master {
         let signing = Signing::open(config.data_dir.join("signing-keys"), config.token_algorithm, now)
             .map_err(unusable)?;
         admin::ensure(&store, &config.data_dir.join("admin-token"), now).map_err(unusable)?;
+        let folder = config.data_dir.join("audit");
+        admin::make_directory(&folder).map_err(|error| unusable(error.into()))?;
+        let audit = AuditLog::open(&folder).map_err(|error| unusable(error.into()))?;
         let stream = store.next_stream(now).map_err(|error| database(error.into()))?;
         store.forget_unanswered().map_err(|error| database(error.into()))?;
 
@@ -160,6 +164,7 @@ impl Master {
             receipts: Receipts::default(),
             broker: broker.clone(),
             limits: Limits::new(config.trusted_proxies.clone()),
+            audit,
             accounts,
             settings: config.settings(),
             store,
@@ -217,6 +222,10 @@ impl Master {
         self.shared.operations.stop().await;
         let _ = tokio::time::timeout(Duration::from_secs(5), &mut self.server).await;
         self.tasks.shutdown().await;
+        let audit = self.shared.audit.clone();
+        if !matches!(tokio::task::spawn_blocking(move || audit.flush()).await, Ok(true)) {
+            tracing::error!("the end of the audit log may not be on disk");
+        }
     }
 }
 

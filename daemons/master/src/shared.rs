@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use cocalc_auth::stream::Entry;
+use cocalc_auth_live::AuditLog;
 use cocalc_conat::Broker;
 use cocalc_core::{
     bus::{self, Bus},
@@ -41,6 +42,8 @@ pub(crate) struct Shared {
     pub(crate) receipts: Receipts,
     pub(crate) broker: Broker,
     pub(crate) limits: Limits,
+    /// Who changed what.
+    pub(crate) audit: AuditLog,
     /// Accounts that somebody else keeps.
     pub(crate) accounts: Option<Arc<dyn Accounts>>,
 }

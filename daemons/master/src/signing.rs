@@ -101,7 +101,7 @@ impl Signing {
 /// Why the ring was not changed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ChangeError {
-    #[error("the next key is not known everywhere yet")]
+    #[error("the keys cannot be rotated yet")]
     TooEarly(#[source] RotateError),
     #[error("the keys could not be changed")]
     Failed(#[source] BoxError),
@@ -110,7 +110,7 @@ pub(crate) enum ChangeError {
 impl From<RotateError> for ChangeError {
     fn from(error: RotateError) -> Self {
         match error {
-            RotateError::TooEarly { .. } => Self::TooEarly(error),
+            RotateError::TooEarly { .. } | RotateError::TooOften { .. } => Self::TooEarly(error),
             other => Self::Failed(other.into()),
         }
     }

@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock, atomic::Ordering};
 
 use async_trait::async_trait;
-use cocalc_auth_live::Knowledge;
+use cocalc_auth_live::{AuditLog, Knowledge};
 use cocalc_core::auth::Tier;
 use cocalc_daemon::probe::Metrics;
 use cocalc_http::{Body, Client, Endpoints, ProxyIngress};
@@ -17,6 +17,7 @@ pub(crate) struct ProxyEndpoints {
     pub(crate) metrics: Metrics,
     /// The ingress that has these endpoints, once it is built.
     pub(crate) ingress: Arc<OnceLock<ProxyIngress>>,
+    pub(crate) audit: AuditLog,
 }
 
 #[async_trait]
@@ -50,6 +51,11 @@ impl ProxyEndpoints {
         counter("cocalc_proxy_requests_total", "HTTP requests.", stats.requests);
         counter("cocalc_proxy_denials_total", "HTTP requests that were denied here.", stats.denied);
         counter("cocalc_proxy_websockets_total", "WebSockets that began.", stats.websockets);
+        counter("cocalc_proxy_audit_events_total", "Lines of the audit log.", self.audit.head().0);
+        let help = "Audit events that were dropped: the disk was full or slow.";
+        counter("cocalc_proxy_audit_dropped_total", help, self.audit.lost());
+        let help = "Writes of the audit log that failed.";
+        counter("cocalc_proxy_audit_failures_total", help, self.audit.failures());
     }
 }
 

@@ -6,13 +6,13 @@ use std::{
     time::Duration,
 };
 
-use cocalc_auth::identity::Identity;
-use cocalc_auth_live::{DriverConfig, Knowledge, ProxyCheck, StreamDriver};
+use cocalc_auth::{audit::Event, identity::Identity};
+use cocalc_auth_live::{AuditLog, AuditReport, DriverConfig, Knowledge, ProxyCheck, StreamDriver};
 use cocalc_core::{
     BoxError,
     auth::{Denial, Secret},
     bus::{Bus, Payload},
-    clock::SystemClock,
+    clock::{Clock, SystemClock},
     connector::{Connector, Peer},
     control::{PeerReply, PeerRequest, api_subject},
     ids::{HostId, ProjectId, ProxyId, SessionId},
@@ -37,6 +37,8 @@ use crate::{config::Config, endpoints::ProxyEndpoints, pinned::Pinned, registrar
 const LOOKUP_LIMIT: Duration = Duration::from_secs(2);
 /// How long what is open may take to end.
 const DRAIN_LIMIT: Duration = Duration::from_secs(5);
+/// How long the master may take, at the end, to hear where the audit log ends.
+const REPORT_LIMIT: Duration = Duration::from_secs(2);
 
 /// A running proxy. Dropping it closes what it carries.
 #[derive(Debug)]
@@ -44,7 +46,7 @@ pub struct Proxy {
     id: ProxyId,
     shutdown: CancellationToken,
     serving: JoinSet<()>,
-    _driver: StreamDriver,
+    driver: StreamDriver,
     _lock: File,
 }
 
@@ -84,6 +86,8 @@ impl Proxy {
         let acl = HostAcl::open(&data).map_err(|e| open("cache")(e.into()))?;
         let knowledge = Knowledge::open(Arc::new(acl), Arc::new(SystemClock), None)
             .map_err(|e| open("cache")(e.into()))?;
+        let audit =
+            AuditLog::open(&make_dir(&data.join("audit"))?).map_err(|e| open("audit log")(e.into()))?;
         let table = TableRouter::new(lookup(Arc::clone(&bus), peer));
         let ssh_keys = HostKeys::load_or_create(&data.join("ssh_host_ed25519_key"))
             .map_err(|e| open("SSH host key")(e.into()))?;
@@ -98,7 +102,14 @@ impl Proxy {
         let handler = Arc::new(registrar);
         let driver = StreamDriver::start(
             Arc::clone(&knowledge),
-            DriverConfig { peer, session, bus, keepalive, handler, audit: None },
+            DriverConfig {
+                peer,
+                session,
+                bus,
+                keepalive,
+                handler,
+                audit: Some(AuditReport { log: audit.clone(), identity: Arc::clone(&identity) }),
+            },
         );
 
         let router: Arc<dyn Router> = Arc::new(table.clone());
@@ -117,8 +128,9 @@ impl Proxy {
             connected: driver.connected(),
             metrics: Metrics::default(),
             ingress: Arc::clone(&built),
+            audit: audit.clone(),
         };
-        let precheck = Arc::new(Precheck(ProxyCheck::new(knowledge)));
+        let precheck = Arc::new(Precheck { check: ProxyCheck::new(knowledge), audit });
         let http = ProxyIngress::builder(Arc::clone(&router), Arc::clone(&connector), precheck)
             .served(served)
             .https(address.url.starts_with("https://"))
@@ -135,7 +147,7 @@ impl Proxy {
         let stop = shutdown.clone();
         serving.spawn(async move { ssh.serve(ssh_listener, stop.cancelled_owned()).await });
         tracing::info!(%id, name = %config.name, url = address.url, "proxy started");
-        Ok(Self { id, shutdown, serving, _driver: driver, _lock: lock })
+        Ok(Self { id, shutdown, serving, driver, _lock: lock })
     }
 
     /// Its id in the federation.
@@ -152,16 +164,27 @@ impl Proxy {
         if tokio::time::timeout(DRAIN_LIMIT, ended).await.is_err() {
             tracing::info!("closing what is still open");
         }
+        if tokio::time::timeout(REPORT_LIMIT, self.driver.report_audit()).await.is_err() {
+            tracing::info!("the master was not told the end of the audit log");
+        }
     }
 }
 
 /// The tokens that a proxy need not carry further.
 #[derive(Debug)]
-struct Precheck(ProxyCheck);
+struct Precheck {
+    check: ProxyCheck,
+    audit: AuditLog,
+}
 
 impl TokenPrecheck for Precheck {
     fn verify(&self, token: &Secret, project: ProjectId) -> Result<Option<TokenHost>, Denial> {
-        let claims = self.0.token(token.expose(), project)?;
+        let checked = self.check.token(token.expose(), project);
+        let claims = checked.inspect_err(|denial| {
+            let mut event = Event::new("deny", denial.to_string(), SystemClock.wall());
+            event.project = Some(project);
+            self.audit.record(event);
+        })?;
         Ok(Some(TokenHost { host: claims.aud.0, epoch: claims.epoch }))
     }
 }

@@ -22,13 +22,13 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use cocalc_core::{
     BoxError,
-    auth::{Auth, Context, Decision, Denial, Principal, Tier, Via},
+    auth::{Auth, Context, Credential, Decision, Denial, Principal, Tier, Via},
     ids::{Action, HostId, ProjectId, Scope},
     router::{self, Reach, Router},
     runner::Runner,
     wake::Wake,
 };
-use http::{HeaderMap, Method, Request, Response, header, request::Parts};
+use http::{HeaderMap, Method, Request, Response, StatusCode, header, request::Parts};
 use hyper::{body::Body as _, upgrade::OnUpgrade};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -43,6 +43,7 @@ use self::view::View;
 pub(crate) use self::{session::claimed, view::unknown_host};
 use crate::{
     body::Body,
+    cookies,
     credential::{self, Shown},
     failures::Failures,
     headers::check_request,
@@ -400,7 +401,7 @@ impl Inner {
             What::Bus { .. } => self.bus(asked, rest, principal, action).await?,
             What::Files { .. } => {
                 return Err(Problem::new(
-                    http::StatusCode::NOT_FOUND,
+                    StatusCode::NOT_FOUND,
                     "not_available",
                     "Raw files are not served on this host.",
                 ));
@@ -416,12 +417,10 @@ impl Inner {
 
     /// Proves who shows a credential for `project`.
     async fn verify(&self, shown: &Shown, project: ProjectId, view: &View) -> Result<Principal, Problem> {
-        use cocalc_core::auth::Credential;
-
         let credential = match shown {
             Shown::Nothing => return Err(self.denied(project, &Denial::Unauthenticated)),
             Shown::Bearer(token) | Shown::Query(token) => Credential::Token(token.clone()),
-            Shown::Cookie(value) => Credential::Session(value.clone()),
+            Shown::Cookies(found) => return self.session_of(found, project, view).await,
         };
         let context = Context { project, source: view.source };
         let verified = self.auth.verify(&credential, &context).await;
@@ -431,6 +430,49 @@ impl Inner {
             return Err(self.denied(project, &denial));
         }
         Ok(principal)
+    }
+
+    /// Proves whose session is among the cookies. What is none does not matter;
+    /// sessions of two people do: one of them did not open theirs here.
+    async fn session_of(
+        &self,
+        found: &cookies::Found,
+        project: ProjectId,
+        view: &View,
+    ) -> Result<Principal, Problem> {
+        let context = Context { project, source: view.source };
+        let conflict = || {
+            self.denied(project, &Denial::BadCredential("session cookies of several people".to_owned()));
+            let message = "This browser has several people's session cookies for this project, which an app may \
+                have set. Delete the cookies of this site, and open the project again.";
+            Problem { failure: true, ..Problem::new(StatusCode::FORBIDDEN, "session_conflict", message) }
+        };
+        if found.crowded {
+            return Err(conflict());
+        }
+        let mut last = Denial::BadCredential("no such session".to_owned());
+        for values in &found.spellings {
+            let mut proved: Option<Principal> = None;
+            for value in values {
+                match self.auth.verify(&Credential::Session(value.clone()), &context).await {
+                    Ok(principal) if principal.project != project => {}
+                    Ok(principal) => match &proved {
+                        Some(first) if first.account != principal.account => return Err(conflict()),
+                        Some(_) => {}
+                        None => proved = Some(principal),
+                    },
+                    // Nothing can be said of the others either.
+                    Err(denial @ (Denial::RateLimited { .. } | Denial::Stale)) => {
+                        return Err(self.denied(project, &denial));
+                    }
+                    Err(denial) => last = denial,
+                }
+            }
+            if let Some(principal) = proved {
+                return Ok(principal);
+            }
+        }
+        Err(self.denied(project, &last))
     }
 
     /// Waits while a move cuts over, and returns when the project is here; who
@@ -496,7 +538,7 @@ impl Inner {
 
 /// Removes every credential of ours, so that none reaches an app.
 fn scrub(headers: &mut HeaderMap, shown: &Shown) {
-    crate::cookies::strip(headers);
+    cookies::strip(headers);
     let ours = matches!(shown, Shown::Bearer(_))
         || headers.get_all(header::AUTHORIZATION).iter().any(|field| {
             field.to_str().is_ok_and(|field| field.split(' ').any(credential::is_connect_token))

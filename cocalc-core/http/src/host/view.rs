@@ -76,7 +76,7 @@ impl Inner {
     /// Refuses what a page of another site makes a browser do in the user's
     /// name: WebSockets, and requests that change something.
     pub(super) fn check_origin(&self, asked: &Asked<'_>, shown: &Shown) -> Result<(), Problem> {
-        let ambient = matches!(shown, Shown::Cookie(_));
+        let ambient = matches!(shown, Shown::Cookies(_));
         let websocket = asked.wish == Wish::WebSocket;
         let safe = matches!(asked.parts.method, Method::GET | Method::HEAD | Method::OPTIONS);
         if !websocket && (safe || !ambient) {

@@ -258,14 +258,50 @@ async fn apps_see_the_user_and_nothing_else() {
     }
 }
 
+/// An app of another project on the same origin can set a cookie of our name
+/// for a path above or below. It neither lets anybody in nor keeps out who has
+/// a session.
 #[tokio::test(flavor = "multi_thread")]
-async fn planted_cookies_and_grace_are_noticed() {
+async fn planted_cookies_are_passed_over_and_two_people_are_refused() {
     let world = World::new().await;
     let url = format!("http://127.0.0.1:{}{}/x", world.host_address.port(), world.mount());
+    let posted = format!("http://127.0.0.1:{}/{}/.cocalc/session", world.host_address.port(), world.project);
     let name = format!("cocalc-session-{}", world.host);
-    let planted = format!("Cookie: {name}=a; {name}=b");
-    let code = ["-o", "/dev/null", "-w", "%{http_code} %header{cocalc-code}"];
-    assert_eq!(curl(&[&code[..], &["-H", &planted, &url]].concat()).await, "403 access_denied");
+    let session = async || {
+        let bearer = format!("Authorization: Bearer {}", world.token());
+        let opened = curl(&["-i", "-X", "POST", "-H", &bearer, &posted]).await;
+        let field = opened.lines().find(|line| line.contains(&format!("{name}="))).unwrap();
+        field.split_once('=').unwrap().1.split(';').next().unwrap().to_owned()
+    };
+    let (mine, theirs) = (session().await, session().await);
+    let crowd: Vec<String> = (0..17).map(|n| format!("{name}=planted{n}")).collect();
+    let crowd = crowd.join("; ");
+    for (cookies, expected) in [
+        (format!("{name}=a; {name}=b"), "403 access_denied"),
+        (format!("{name}={mine}"), "200 "),
+        (format!("{name}=planted; {name}={mine}"), "200 "),
+        (format!("{name}={mine}; {name}=planted; {name}="), "200 "),
+        (format!("{name}={mine}; {name}={mine}"), "200 "),
+        (format!("odd=\u{e9}; {name}={mine}"), "200 "),
+        (format!("cocalc-session-http-{}={theirs}; {name}={mine}", world.host), "200 "),
+        (format!("{name}={theirs}; {name}={mine}"), "403 session_conflict"),
+        (format!("{crowd}; {name}={mine}"), "403 session_conflict"),
+    ] {
+        let field = format!("Cookie: {cookies}");
+        let code = ["-o", "/dev/null", "-w", "%{http_code} %header{cocalc-code}", "-H", &field, &url];
+        assert_eq!(curl(&code).await, expected, "{cookies}");
+    }
+    let told = curl(&["-H", &format!("Cookie: {name}={theirs}; {name}={mine}"), &url]).await;
+    assert!(told.contains("Delete the cookies of this site"), "{told}");
+    for secret in ["planted", &mine, &theirs] {
+        assert!(!world.app.has_seen(secret), "the app saw {secret}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn grace_is_noticed() {
+    let world = World::new().await;
+    let url = format!("http://127.0.0.1:{}{}/x", world.host_address.port(), world.mount());
     *world.auth.tier.lock().unwrap() = Tier::Grace;
     let bearer = format!("Authorization: Bearer {}", world.token());
     let tier = ["-o", "/dev/null", "-w", "%{http_code} %header{cocalc-tier}", "-H", &bearer, &url];

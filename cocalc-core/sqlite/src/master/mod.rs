@@ -7,6 +7,7 @@
 
 mod access;
 mod account;
+mod audit;
 mod idempotency;
 mod login;
 mod member;
@@ -26,6 +27,7 @@ use rusqlite::params;
 pub use self::{
     access::ProjectAccess,
     account::Account,
+    audit::{AUDIT_DAYS_MAX, AuditHead, AuditHeads},
     idempotency::Remembered,
     member::Member,
     moves::{MoveChange, MoveRow, MoveSaved, NewMove},
@@ -41,8 +43,12 @@ use crate::{Database, Durability};
 /// The result of a store call.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-const MIGRATIONS: &[&str] =
-    &[include_str!("schema_1.sql"), include_str!("schema_2.sql"), include_str!("schema_access.sql")];
+const MIGRATIONS: &[&str] = &[
+    include_str!("schema_1.sql"),
+    include_str!("schema_2.sql"),
+    include_str!("schema_access.sql"),
+    include_str!("schema_audit.sql"),
+];
 
 /// The master's database.
 #[derive(Debug)]

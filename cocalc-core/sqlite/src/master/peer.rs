@@ -348,35 +348,6 @@ impl Store {
                 .ok_or(Fault::Refused(Error::NotFound { what: "host" }))
         })
     }
-
-    /// The head of a peer's audit chain, as it was told last: how many lines,
-    /// and the hash of the last.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::NotFound`], or the database failed.
-    pub fn kept_audit_head(&self, id: [u8; 16]) -> Result<(u64, String)> {
-        self.database.read("read an audit head", |db| {
-            let sql = "SELECT audit_count, audit_head FROM peers WHERE id = ?1";
-            db.query_row(sql, [HostId::from_bytes(id).to_string()], |row| Ok((row.get(0)?, row.get(1)?)))
-                .optional()?
-                .ok_or(Fault::Refused(Error::NotFound { what: "peer" }))
-        })
-    }
-
-    /// Keeps the head of a peer's audit chain. A chain that got shorter is kept
-    /// out, and `false`: somebody cut it.
-    ///
-    /// # Errors
-    ///
-    /// The database failed.
-    pub fn audit_head(&self, id: [u8; 16], count: u64, head: &str) -> Result<bool> {
-        self.database.write("keep an audit head", |db| {
-            let sql =
-                "UPDATE peers SET audit_count = ?2, audit_head = ?3 WHERE id = ?1 AND audit_count <= ?2";
-            Ok(db.execute(sql, params![HostId::from_bytes(id).to_string(), count, head])? == 1)
-        })
-    }
 }
 
 fn refuse_taken(db: &Transaction<'_>, joining: &Joining<'_>, id: HostId) -> Result<(), Fault<Error>> {

@@ -12,7 +12,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
     caller::Caller,
-    input::{Asked, Body, Id, Ids, check_name},
+    input::{Asked, Body, Id, Ids, clean_name},
     problem::{Answer, Problem},
     receipts::Wait,
     scope,
@@ -50,9 +50,10 @@ async fn create(
     Body(new): Body<NewAccount>,
 ) -> Answer<(StatusCode, Json<AccountView>)> {
     caller.require_admin()?;
-    check_name(&new.name)?;
+    let name = clean_name(&new.name)?;
     let (id, now) = (AccountId::from_random_bytes(caller.new_id("account")), shared.now());
-    let account = shared.db(move |store| store.create_account(id, &new.name, new.admin, now)).await?;
+    caller.notes("account.create", id);
+    let account = shared.db(move |store| store.create_account(id, &name, new.admin, now)).await?;
     Ok((StatusCode::CREATED, Json(account.into())))
 }
 
@@ -149,9 +150,7 @@ async fn add_token(
     if new.ttl_secs.is_some_and(|ttl| !(1..=TTL_SECS_MAX).contains(&ttl)) {
         return Err(Problem::invalid("ttl_secs: 1 to 315360000"));
     }
-    if !new.name.is_empty() {
-        check_name(&new.name)?;
-    }
+    let name = if new.name.is_empty() { String::new() } else { clean_name(&new.name)? };
     let limits = match (new.projects, new.verbs) {
         (None, None) => None,
         // All that can be done to projects that exist.
@@ -167,7 +166,8 @@ async fn add_token(
     let text = secret::generate("cct_").map_err(|error| Problem::internal(&error))?;
     let (hash, created) = (secret::hash(&text), shared.now());
     let expires = new.ttl_secs.map(|ttl| created.plus(Duration::from_secs(ttl)));
-    let token = ApiToken { id: KeyId::random(), name: new.name, limits, created, expires };
+    let token = ApiToken { id: KeyId::random(), name, limits, created, expires };
+    caller.notes("api-key.create", token.id);
     let answer = TokenAnswer { id: token.id.to_string(), token: text, expires_at: expires.map(time) };
     shared.db(move |store| store.add_api_token(&hash, id, &token)).await?;
     Ok((StatusCode::CREATED, Json(answer)))

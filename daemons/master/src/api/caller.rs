@@ -15,9 +15,10 @@ use http_body_util::BodyExt;
 use sha2::{Digest, Sha256};
 
 use super::{
-    input::whole,
+    input::{harmless_name, whole},
     problem::{Answer, Problem},
     scope,
+    trail::Trail,
 };
 use crate::{accounts::Accounts, secret, shared::Shared};
 
@@ -34,6 +35,8 @@ pub(crate) struct Caller {
     /// From account and idempotency key, or random: ids of what the call makes
     /// follow from it, so that a repeated call makes nothing twice.
     seed: [u8; 32],
+    /// What the audit log says of the call.
+    trail: Trail,
 }
 
 impl Caller {
@@ -51,6 +54,11 @@ impl Caller {
     /// Whether its API key is good for this project.
     pub(crate) fn covers(&self, project: ProjectId) -> bool {
         self.limits.as_ref().is_none_or(|limits| scope::covers(limits, project))
+    }
+
+    /// Says in the audit log what is changed, where the path does not.
+    pub(crate) fn notes(&self, what: &str, subject: impl ToString) {
+        self.trail.changes(what, subject);
     }
 
     /// The id of the `what` that this call makes.
@@ -135,8 +143,9 @@ async fn vouched(shared: &Shared, accounts: &dyn Accounts, token: &str) -> Answe
         Err(_) => return Err(unavailable()),
     };
     let (provider, id, now) = (accounts.provider().to_owned(), AccountId::random(), shared.now());
+    let name = harmless_name(&person.name);
     let find = move |store: &Store| {
-        store.account_of_identity(&provider, &person.subject, Some((id, &person.name)), now)
+        store.account_of_identity(&provider, &person.subject, Some((id, &name)), now)
     };
     let mut account = shared.db(find).await?;
     account.admin = false;
@@ -157,6 +166,8 @@ pub(crate) async fn authenticate(
 
 async fn answer(shared: &Arc<Shared>, mut request: Request, next: Next) -> Answer<Response> {
     let Bearer { account, limits, key: token } = bearer(shared, request.headers()).await?;
+    let trail = request.extensions().get::<Trail>().cloned().unwrap_or_default();
+    trail.is(account.id, token);
     if let Some(limits) = &limits {
         let route = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str).unwrap_or_default();
         scope::check(limits, request.method(), route, request.uri().path())?;
@@ -180,6 +191,7 @@ async fn answer(shared: &Arc<Shared>, mut request: Request, next: Next) -> Answe
         key: token,
         limits: limits.map(Arc::new),
         seed,
+        trail,
     });
     match key {
         // Answers with a secret are not kept: only its hash is, anywhere. Such

@@ -19,7 +19,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
     caller::Caller,
-    input::{Asked, Body, Id, Ids, check_name},
+    input::{Asked, Body, Id, Ids, clean_name},
     problem::{Answer, Problem},
     projects::{Nothing, SETTLED, begin},
     view::Begun,
@@ -213,7 +213,7 @@ async fn clone(
     // Whoever may work in it sees all of it, the system's files, too.
     let original = caller.project(&shared, source, Some(Action::Operate)).await?;
     let name = body.name.unwrap_or(original.name);
-    check_name(&name)?;
+    let name = clean_name(&name)?;
     if !original.made {
         return Err(Problem::conflict(
             "wrong_state",

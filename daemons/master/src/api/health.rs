@@ -73,5 +73,16 @@ pub(super) async fn metrics(
             "# HELP cocalc_master_{name} {help}\n# TYPE cocalc_master_{name} gauge\ncocalc_master_{name} {value}\n"
         );
     }
+    for (name, help, value) in [
+        ("events", "Lines of the audit log.", shared.audit.head().0),
+        ("dropped", "Audit events that were dropped: the disk was full or slow.", shared.audit.lost()),
+        ("failures", "Writes of the audit log that failed.", shared.audit.failures()),
+    ] {
+        let _ = write!(
+            text,
+            "# HELP cocalc_master_audit_{name}_total {help}\n# TYPE cocalc_master_audit_{name}_total counter\n\
+             cocalc_master_audit_{name}_total {value}\n"
+        );
+    }
     Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text))
 }

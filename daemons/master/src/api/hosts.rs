@@ -2,12 +2,12 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use axum::{Json, extract::State};
+use axum::{Extension, Json, extract::State};
 use base64::Engine;
 use cocalc_auth::PublicKey;
 use cocalc_core::{connector::Peer, router::HostAddress};
 use cocalc_ids::{HostId, HostName};
-use cocalc_sqlite::master::{Host, JoinKind, Joining, Proxy};
+use cocalc_sqlite::master::{self as store, Host, JoinKind, Joining, Proxy};
 use http::StatusCode;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
@@ -19,9 +19,15 @@ use super::{
     problem::{Answer, Problem},
     projects::Nothing,
     receipts::Wait,
+    trail::Trail,
     view::{AddressView, HostView, time},
 };
-use crate::{bus::gate::joined, receipts::Receipt, secret, shared::Shared};
+use crate::{
+    bus::{gate::joined, streams::peer_name},
+    receipts::Receipt,
+    secret,
+    shared::Shared,
+};
 
 /// Without a bearer token: the join token is the credential.
 pub(super) fn open_routes() -> OpenApiRouter<Arc<Shared>> {
@@ -37,6 +43,8 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Shared>> {
         .routes(routes!(uncordon))
         .routes(routes!(proxies))
         .routes(routes!(audit_head))
+        .routes(routes!(audit_heads))
+        .routes(routes!(proxy_audit_heads))
         .routes(routes!(rotate_host_key))
         .routes(routes!(rotate_proxy_key))
         .routes(routes!(withdraw_host))
@@ -74,6 +82,7 @@ async fn join_token(
     if !(1..=604_800).contains(&ttl) {
         return Err(Problem::invalid("ttl_secs: 1 to 604800"));
     }
+    caller.notes("join-token.create", new.kind.as_str());
     make_join_token(&shared, new.kind, None, ttl).await
 }
 
@@ -127,7 +136,7 @@ async fn rotate_proxy_key(
 
 #[derive(Serialize, ToSchema)]
 struct AuditHead {
-    /// How many lines the host's audit log had when it last said so.
+    /// How many lines the audit log had when its host or proxy last said so.
     count: u64,
     /// The hash of the last of them.
     head: String,
@@ -144,9 +153,88 @@ async fn audit_head(
     Id(id): Id<String>,
 ) -> Answer<Json<AuditHead>> {
     caller.require_admin()?;
-    let id = *find(&shared, &id).await?.id.as_bytes();
-    let (count, head) = shared.db(move |store| store.kept_audit_head(id)).await?;
+    let peer = peer_name(Peer::Host(find(&shared, &id).await?.id));
+    let mut known = shared.db(move |store| store.audit_heads(&peer)).await?;
+    let last = known.heads.pop();
+    let (count, head) = last.map_or_else(Default::default, |last| (last.count, last.hash));
     Ok(Json(AuditHead { count, head }))
+}
+
+#[derive(Serialize, ToSchema)]
+struct SignedHead {
+    /// How many lines the log had.
+    count: u64,
+    /// The hash of the last of them.
+    head: String,
+    /// When, by the clock of who signed.
+    time: String,
+    /// The same in milliseconds since 1970, as it was signed.
+    time_ms: i64,
+    /// When the master heard it.
+    received_at: String,
+    /// The identity key that signed, base64url.
+    identity: String,
+    /// Its signature over `cocalc-audit-head-1 <peer> <count> <head>
+    /// <time_ms>`, base64url without padding.
+    signature: String,
+}
+
+impl From<store::AuditHead> for SignedHead {
+    fn from(head: store::AuditHead) -> Self {
+        Self {
+            count: head.count,
+            head: head.hash,
+            time: time(head.time),
+            time_ms: head.time.millis(),
+            received_at: time(head.received),
+            identity: head.identity,
+            signature: head.signature,
+        }
+    }
+}
+
+#[derive(Serialize, ToSchema)]
+struct AuditHeads {
+    /// `host:<id>` or `proxy:<id>`.
+    peer: String,
+    /// The last of each day, oldest first; of the last 400 days.
+    heads: Vec<SignedHead>,
+    /// The last one that contradicts them, if there was any: the log was cut,
+    /// or written anew.
+    contradiction: Option<SignedHead>,
+}
+
+async fn heads_of(shared: &Shared, peer: Peer) -> Answer<Json<AuditHeads>> {
+    let name = peer_name(peer);
+    let peer = name.clone();
+    let known = shared.db(move |store| store.audit_heads(&name)).await?;
+    let heads = known.heads.into_iter().map(Into::into).collect();
+    Ok(Json(AuditHeads { peer, heads, contradiction: known.contradiction.map(Into::into) }))
+}
+
+/// Shows where a host's audit chain was, day by day, as the host signed it.
+/// Administrators.
+#[utoipa::path(get, path = "/hosts/{id}/audit-heads", tag = "hosts", params(("id" = String, Path)),
+    responses((status = 200, body = AuditHeads), (status = "default", body = Problem)))]
+async fn audit_heads(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    Id(id): Id<String>,
+) -> Answer<Json<AuditHeads>> {
+    caller.require_admin()?;
+    heads_of(&shared, Peer::Host(find(&shared, &id).await?.id)).await
+}
+
+/// The same of a proxy. Administrators.
+#[utoipa::path(get, path = "/proxies/{id}/audit-heads", tag = "hosts", params(("id" = String, Path)),
+    responses((status = 200, body = AuditHeads), (status = "default", body = Problem)))]
+async fn proxy_audit_heads(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    Id(id): Id<String>,
+) -> Answer<Json<AuditHeads>> {
+    caller.require_admin()?;
+    heads_of(&shared, Peer::Proxy(find_proxy(&shared, &id).await?.id)).await
 }
 
 #[derive(Deserialize, ToSchema)]
@@ -277,19 +365,32 @@ struct Joined {
 #[utoipa::path(post, path = "/hosts/join", tag = "hosts",
     request_body = Join,
     responses((status = 200, body = Joined), (status = "default", body = Problem)))]
-async fn join_host(State(shared): State<Arc<Shared>>, Body(body): Body<Join>) -> Answer<Json<Joined>> {
-    join(&shared, JoinKind::Host, body).await
+async fn join_host(
+    State(shared): State<Arc<Shared>>,
+    trail: Option<Extension<Trail>>,
+    Body(body): Body<Join>,
+) -> Answer<Json<Joined>> {
+    join(&shared, JoinKind::Host, trail, body).await
 }
 
 /// Enrolls a proxy with a join token.
 #[utoipa::path(post, path = "/proxies/join", tag = "hosts",
     request_body = Join,
     responses((status = 200, body = Joined), (status = "default", body = Problem)))]
-async fn join_proxy(State(shared): State<Arc<Shared>>, Body(body): Body<Join>) -> Answer<Json<Joined>> {
-    join(&shared, JoinKind::Proxy, body).await
+async fn join_proxy(
+    State(shared): State<Arc<Shared>>,
+    trail: Option<Extension<Trail>>,
+    Body(body): Body<Join>,
+) -> Answer<Json<Joined>> {
+    join(&shared, JoinKind::Proxy, trail, body).await
 }
 
-async fn join(shared: &Shared, kind: JoinKind, join: Join) -> Answer<Json<Joined>> {
+async fn join(
+    shared: &Shared,
+    kind: JoinKind,
+    trail: Option<Extension<Trail>>,
+    join: Join,
+) -> Answer<Json<Joined>> {
     // Parsing refuses weak points, with which anything would verify.
     let key: PublicKey =
         join.identity.parse().map_err(|_| Problem::invalid("identity: not an Ed25519 key"))?;
@@ -319,6 +420,9 @@ async fn join(shared: &Shared, kind: JoinKind, join: Join) -> Answer<Json<Joined
     let mut answer = Joined { host_id: None, proxy_id: None, issuer: shared.issuer.clone() };
     // A connection that was opened with a key of before ends with it.
     shared.disconnect(joined(kind, id)).await;
+    if let Some(Extension(trail)) = trail {
+        trail.changes("join", peer_name(joined(kind, id)));
+    }
     match joined(kind, id) {
         Peer::Host(host) => {
             shared.announce_host(host).await?;

@@ -83,26 +83,49 @@ impl<T: FromStr, U: FromStr, S: Send + Sync> FromRequestParts<S> for Ids<T, U> {
     }
 }
 
-/// Whether a character changes how the text around it is shown, without being
-/// seen: marks of direction, joiners aside, which some scripts need.
+/// Whether a character changes how the text around it is shown, or is not seen
+/// at all, so that two names that look alike would differ: marks of direction,
+/// fillers, tags, line and paragraph separators. Joiners and variation
+/// selectors stay, which some scripts and emoji need.
 fn is_disguise(c: char) -> bool {
-    matches!(c, '\u{61c}' | '\u{200b}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}'
-        | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}')
+    matches!(c, '\u{ad}' | '\u{34f}' | '\u{61c}' | '\u{115f}' | '\u{1160}' | '\u{17b4}' | '\u{17b5}' | '\u{180e}'
+        | '\u{200b}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{2800}'
+        | '\u{3164}' | '\u{feff}' | '\u{ffa0}' | '\u{fff0}'..='\u{fffb}' | '\u{e0000}'..='\u{e00ff}')
+}
+
+/// Whether a text has characters that act on what is around them rather than
+/// being read.
+pub(crate) fn acts(text: &str) -> bool {
+    text.chars().any(|c| c.is_control() || is_disguise(c))
+}
+
+/// Text in Unicode's composed form (NFC): what looks the same and was typed on
+/// different machines is the same.
+pub(crate) fn composed(text: &str) -> String {
+    icu_normalizer::ComposingNormalizerBorrowed::new_nfc().normalize(text).into_owned()
 }
 
 /// A name that people give, for people: no control characters or marks of
-/// direction, no limits on script.
-pub(crate) fn check_name(name: &str) -> Result<(), Problem> {
+/// direction, no limits on script, in composed form.
+pub(crate) fn clean_name(name: &str) -> Result<String, Problem> {
+    // What cannot become short enough is not worth the work.
+    let name = if name.len() > 16 * NAME_CHARS_MAX { String::new() } else { composed(name) };
     let length = name.chars().count();
-    if (1..=100).contains(&length)
-        && name.trim() == name
-        && !name.chars().any(|c| c.is_control() || is_disguise(c))
-    {
-        Ok(())
+    if (1..=NAME_CHARS_MAX).contains(&length) && name.trim() == name && !acts(&name) {
+        Ok(name)
     } else {
         Err(Problem::invalid("name: 1 to 100 characters, none of control, no space around it"))
     }
 }
+
+/// Somebody else's name for a person, made harmless to show.
+pub(crate) fn harmless_name(name: &str) -> String {
+    let shown = name.chars().filter(|c| !c.is_control() && !is_disguise(*c)).take(NAME_CHARS_MAX);
+    composed(shown.collect::<String>().trim())
+}
+
+/// In composed form.
+pub(crate) const NAME_CHARS_MAX: usize = 100;
 
 #[cfg(test)]
 mod tests {
@@ -110,12 +133,39 @@ mod tests {
 
     #[test]
     fn names_are_what_they_look_like() {
-        for good in ["a", "Grüße an alle", "مشروع", "می‌خواهم", "日本語", "👩‍🔬"] {
-            assert!(check_name(good).is_ok(), "{good}");
+        for good in ["a", "Grüße an alle", "مشروع", "می‌خواهم", "日本語", "👩‍🔬", "❤️", "e\u{328}\u{301}x", &"é".repeat(100)] {
+            assert_eq!(clean_name(good).ok().as_deref(), Some(&*composed(good)), "{good}");
         }
-        for bad in ["", " a", "a\n", "a\u{202e}gpj", "a\u{2066}b", "\u{200f}a", "a\u{7f}", "a\u{feff}"] {
-            assert!(check_name(bad).is_err(), "{bad:?}");
+        for bad in [
+            "",
+            " a",
+            "a\u{3000}",
+            "a\n",
+            "a\0",
+            "a\u{9b}2J",
+            "a\u{202e}gpj",
+            "a\u{2066}b",
+            "\u{200f}a",
+            "a\u{200b}b",
+            "a\u{ad}b",
+            "\u{3164}",
+            "a\u{e0041}",
+            "a\u{7f}",
+            "a\u{feff}",
+            &"x".repeat(101),
+            &"é".repeat(101),
+            &"x".repeat(1 << 20),
+        ] {
+            assert!(clean_name(bad).is_err(), "{bad:?}");
         }
-        assert!(check_name(&"x".repeat(101)).is_err());
+    }
+
+    #[test]
+    fn mixed_normal_forms_are_one_name() {
+        let (composed, decomposed) = ("Jos\u{e9}", "Jose\u{301}");
+        assert_eq!(clean_name(decomposed).ok().as_deref(), Some(composed));
+        // A hundred characters, however they were typed.
+        assert!(clean_name(&"e\u{301}".repeat(100)).is_ok());
+        assert!(clean_name(&"e\u{301}".repeat(101)).is_err());
     }
 }

@@ -20,8 +20,9 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
     caller::Caller,
-    input::{Body, Id, check_name},
+    input::{Body, Id, NAME_CHARS_MAX, clean_name, composed},
     problem::{Answer, Problem},
+    trail::Trail,
     view::time,
 };
 use crate::{limits::Source, secret, shared::Shared};
@@ -32,6 +33,8 @@ const LIFE: Duration = Duration::from_secs(7 * 24 * 3600);
 static HASHING: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Arc::new(Semaphore::new(2)));
 /// How long somebody waits for their turn.
 const TURN_LIMIT: Duration = Duration::from_secs(10);
+/// What could become a login in composed form is not longer.
+const LOGIN_BYTES_MAX: usize = 16 * NAME_CHARS_MAX;
 const PASSWORD_BYTES: std::ops::RangeInclusive<usize> = 8..=1024;
 
 /// Without a bearer token: the password is the credential.
@@ -89,7 +92,7 @@ async fn set_password(
     Body(new): Body<NewPassword>,
 ) -> Answer<StatusCode> {
     caller.require_self(id)?;
-    check_name(&new.login)?;
+    let login = clean_name(&new.login)?;
     if !PASSWORD_BYTES.contains(&new.password.len()) {
         return Err(Problem::invalid("password: 8 to 1024 bytes"));
     }
@@ -104,7 +107,7 @@ async fn set_password(
     let password = new.password;
     let hash = work(move || hash(&password)).await?.map_err(|error| Problem::internal(&error))?;
     let now = shared.now();
-    shared.db(move |store| store.set_password(id, &new.login, &hash, now)).await?;
+    shared.db(move |store| store.set_password(id, &login, &hash, now)).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -130,19 +133,24 @@ struct LoggedIn {
 async fn login(
     State(shared): State<Arc<Shared>>,
     source: Option<Extension<Source>>,
+    trail: Option<Extension<Trail>>,
     Body(asked): Body<Login>,
 ) -> Answer<(StatusCode, Json<LoggedIn>)> {
     let refused = || Problem::new(StatusCode::UNAUTHORIZED, "unauthenticated", "wrong name or password");
     // What nobody can have costs nothing, and is remembered by nobody.
-    if asked.password.len() > *PASSWORD_BYTES.end() || asked.login.chars().count() > 100 {
+    if asked.password.len() > *PASSWORD_BYTES.end() || asked.login.len() > LOGIN_BYTES_MAX {
         return Err(refused());
     }
-    let name = asked.login.clone();
+    let login = composed(&asked.login);
+    if login.chars().count() > NAME_CHARS_MAX {
+        return Err(refused());
+    }
+    let name = login.clone();
     let found = shared.db(move |store| store.password(&name)).await?;
     // By name as well as by address, so that neither many addresses nor many
     // names give more tries.
     let account = found.as_ref().map(|(account, _)| account.id);
-    shared.limits.login(account, &asked.login, shared.clock.boot())?;
+    shared.limits.login(account, &login, shared.clock.boot())?;
     let (account, expected) = match found {
         Some((account, hash)) => (Some(account), hash),
         // The same work for a name that nobody has.
@@ -156,6 +164,9 @@ async fn login(
             return Err(refused());
         }
     };
+    if let Some(Extension(trail)) = trail {
+        trail.is(account.id, None);
+    }
     log_in(&shared, account, "log-in").await
 }
 

@@ -20,6 +20,7 @@ mod receipts;
 mod scope;
 mod snapshots;
 mod ssh_keys;
+mod trail;
 mod view;
 
 use std::sync::Arc;
@@ -73,7 +74,8 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
         .merge(open)
         .route("/openapi.json", get(move || async move { Json(document.as_ref().clone()) }))
         .fallback(nothing)
-        .method_not_allowed_fallback(wrong_method);
+        .method_not_allowed_fallback(wrong_method)
+        .layer(middleware::from_fn_with_state(shared.clone(), trail::record));
     Router::new()
         .nest("/api/v1", api)
         .route("/.well-known/jwks.json", get(keys::jwks))

@@ -34,6 +34,10 @@ pub(crate) struct Problem {
     retry_after_secs: Option<u64>,
 }
 
+/// Rides on a response, for who writes down how a call ended.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Code(pub(crate) &'static str);
+
 /// What a handler returns.
 pub(crate) type Answer<T> = Result<T, Problem>;
 
@@ -130,6 +134,7 @@ impl IntoResponse for Problem {
     fn into_response(self) -> Response {
         let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         let mut response = (status, Json(&self)).into_response();
+        response.extensions_mut().insert(Code(self.code));
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
         if status == StatusCode::UNAUTHORIZED {

@@ -14,7 +14,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::{
     caller::Caller,
     files, hosts,
-    input::{Asked, Body, Id, check_name},
+    input::{Asked, Body, Id, clean_name},
     problem::{Answer, Problem},
     view::{Begun, ProjectView, time},
 };
@@ -71,8 +71,9 @@ async fn create(
     caller: Caller,
     Body(new): Body<NewProject>,
 ) -> Answer<(StatusCode, Json<Begun>)> {
-    check_name(&new.name)?;
+    let name = clean_name(&new.name)?;
     let id = ProjectId::from_random_bytes(caller.new_id("project"));
+    caller.notes("project.create", id);
     let operation = OperationId::from_random_bytes(caller.new_id("create"));
     let only = match &new.host {
         Some(host) => Some(hosts::find(&shared, host).await?.id),
@@ -94,7 +95,7 @@ async fn create(
         ..ProjectConfig::default()
     };
     let project =
-        shared.create_project(id, operation, new.name, caller.id, config, host, Job::Create).await?;
+        shared.create_project(id, operation, name, caller.id, config, host, Job::Create).await?;
     Ok((StatusCode::ACCEPTED, Json(Begun { operation_id: operation.to_string(), project: project.into() })))
 }
 

@@ -60,7 +60,9 @@ impl Wait {
 impl Caller {
     /// A change of this caller's.
     pub(super) fn change(&self, what: &'static str, subject: impl ToString) -> Change {
-        Change { account: self.id, what, subject: subject.to_string(), grace: None }
+        let subject = subject.to_string();
+        self.notes(what, &subject);
+        Change { account: self.id, what, subject, grace: None }
     }
 }
 

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use axum::{Json, extract::State};
 use base64::Engine;
+use cocalc_auth::PublicKey;
 use cocalc_ids::{Action, KeyId, ProjectId, Scope};
 use cocalc_sqlite::master::StoredSshKey;
 use http::StatusCode;
@@ -13,7 +14,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
     caller::Caller,
-    input::{Asked, Body, Id},
+    input::{Asked, Body, Id, acts},
     problem::{Answer, Problem},
     receipts::Wait,
     view::time,
@@ -76,7 +77,7 @@ fn parse_key(line: &str) -> Option<(String, String)> {
     {
         return None;
     }
-    if comment.chars().any(char::is_control) {
+    if acts(&comment) {
         return None;
     }
     // The blob repeats the algorithm's name, with its length in front.
@@ -84,7 +85,17 @@ fn parse_key(line: &str) -> Option<(String, String)> {
     let name = blob.get(4..4 + algorithm.len())?;
     let length = u32::from_be_bytes(blob.get(..4)?.try_into().ok()?);
     let matches = usize::try_from(length) == Ok(algorithm.len()) && name == algorithm.as_bytes();
+    if matches && algorithm.contains("ed25519") && !is_strong_ed25519(&blob[4 + algorithm.len()..]) {
+        return None;
+    }
     (matches && blob.len() > 4 + algorithm.len() + 4).then(|| (format!("{algorithm} {encoded}"), comment))
+}
+
+/// Whether what follows the algorithm's name begins with an Ed25519 key for
+/// which not just anybody can sign.
+fn is_strong_ed25519(rest: &[u8]) -> bool {
+    let key = rest.strip_prefix(&32_u32.to_be_bytes()).and_then(|rest| rest.first_chunk::<32>());
+    key.is_some_and(|key| PublicKey::from_bytes(key).is_ok())
 }
 
 /// Adds a public SSH key to the caller's account.
@@ -155,6 +166,8 @@ async fn remove(
 
 #[cfg(test)]
 mod tests {
+    use base64::Engine;
+
     use super::parse_key;
 
     const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIOMqqnkVzrm0SdG6UOoqKLsabgH5C9okWi0dh2l9GKJl";
@@ -173,8 +186,18 @@ mod tests {
             "ssh-rsa AAAAC3NzaC1lZDI1NTE5AAAAIOMqqnkVzrm0SdG6UOoqKLsabgH5C9okWi0dh2l9GKJl",
             "command=\"x\" ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIOMqqnkVzrm0SdG6UOoqKLsabgH5C9okWi0dh2l9GKJl",
             "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5",
+            &format!("{KEY} a\u{202e}b"),
         ] {
             assert_eq!(parse_key(bad), None, "{bad}");
+        }
+        // Anybody can sign for a point of small order.
+        for weak in [[0_u8; 32], std::array::from_fn(|at| u8::from(at == 0))] {
+            for algorithm in ["ssh-ed25519", "sk-ssh-ed25519@openssh.com"] {
+                let field = |bytes: &[u8]| [&u32::try_from(bytes.len()).unwrap().to_be_bytes()[..], bytes].concat();
+                let blob = [field(algorithm.as_bytes()), field(&weak), field(b"ssh:")].concat();
+                let line = format!("{algorithm} {}", base64::engine::general_purpose::STANDARD.encode(blob));
+                assert_eq!(parse_key(&line), None, "{line}");
+            }
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use cocalc_auth::audit::Head;
 use cocalc_core::{
     bus::{Message, Payload},
     connector::Peer,
@@ -18,7 +19,7 @@ use tokio::{sync::Semaphore, task::JoinSet};
 
 use super::{
     gate::bus_name,
-    streams::{host_state, peer_state},
+    streams::{host_state, peer_name, peer_state},
 };
 use crate::shared::Shared;
 
@@ -161,18 +162,44 @@ async fn respond(shared: &Arc<Shared>, peer: Peer, request: PeerRequest) -> stor
             let Peer::Host(host) = peer else { return Ok(hosts_only()) };
             return wake(shared, host, project, epoch).await;
         }
-        PeerRequest::AuditHead { count, head } => {
-            if head.len() > 64 || !head.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-                return Ok(PeerReply::Error { message: "the head is not SHA-256".to_owned() });
-            }
-            let id = peer_bytes(peer);
-            if !shared.db(move |store| store.audit_head(id, count, &head)).await? {
-                tracing::error!(?peer, count, "a peer's audit chain is shorter than it was");
-                return Ok(PeerReply::Error { message: "the chain was longer before".to_owned() });
-            }
+        PeerRequest::AuditHead { count, head, time, signature } => {
+            let head = Head { count, hash: head, time };
+            return keep_audit_head(shared, peer, head, signature).await;
         }
     }
     Ok(PeerReply::Done)
+}
+
+/// Keeps the head of a peer's audit chain, if it is signed with the key that the
+/// peer has now.
+async fn keep_audit_head(
+    shared: &Shared,
+    peer: Peer,
+    head: Head,
+    signature: String,
+) -> store::Result<PeerReply> {
+    let refused = |message: &str| Ok(PeerReply::Error { message: message.to_owned() });
+    if head.hash.len() != 64 || !head.hash.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')) {
+        return refused("the head is not SHA-256");
+    }
+    let identity = shared
+        .db(move |store| match peer {
+            Peer::Host(id) => Ok(store.host(id)?.address.identity),
+            Peer::Proxy(id) => Ok(store.proxy(id)?.address.identity),
+        })
+        .await?;
+    let name = peer_name(peer);
+    if !identity.parse().is_ok_and(|key| head.is_signed(&name, &key, &signature)) {
+        tracing::warn!(?peer, "an audit head that is not signed with the peer's key is passed over");
+        return refused("the head is not signed with the identity key");
+    }
+    let Head { count, hash, time } = head;
+    let row = store::AuditHead { count, hash, time, received: shared.now(), identity, signature };
+    if shared.db(move |store| store.keep_audit_head(&name, &row)).await? {
+        return Ok(PeerReply::Done);
+    }
+    tracing::error!(?peer, count, "a peer's audit chain contradicts what it was: it was cut, or written anew");
+    refused("the chain was longer, or another, before")
 }
 
 /// What the database says, which knows of another key that it was given.

@@ -64,6 +64,8 @@ const CALLS: &[&str] = &[
     "POST /hosts/{id}/withdraw",
     "GET /keys",
     "GET /hosts/{id}/audit-head",
+    "GET /hosts/{id}/audit-heads",
+    "GET /proxies/{id}/audit-heads",
     "!POST /login",
     "POST /logout",
     "PUT /accounts/{id}/password",

@@ -1,0 +1,322 @@
+//! A master, hosts and proxies as processes of their own, on plain directories
+//! and plain processes: what is shown is the control plane and who gets in, and
+//! that needs neither root nor containers.
+
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    reason = "each test binary uses its part, and a failed start fails the test"
+)]
+
+use std::{
+    io::Read,
+    net::{SocketAddr, TcpListener as Probe},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use cocalc_core::{
+    auth::Secret,
+    runner::{Command as Run, ExecRequest},
+};
+use cocalc_ssh::client::{Client, HostKeyCheck, Identity};
+use serde_json::{Value, json};
+use tokio::io::AsyncReadExt;
+
+/// Every wait has an end; none is what is measured.
+pub(crate) const LIMIT: Duration = Duration::from_secs(90);
+
+/// Daemons, which end with the value.
+pub(crate) struct World {
+    pub(crate) dir: tempfile::TempDir,
+    children: Vec<(String, Child)>,
+    pub(crate) url: String,
+    pub(crate) admin: String,
+    /// Where each host serves HTTP, in the order in which they were added.
+    pub(crate) hosts: Vec<SocketAddr>,
+}
+
+pub(crate) fn program(name: &str) -> PathBuf {
+    let path = Path::new(env!("CARGO_BIN_EXE_cocalc")).with_file_name(name);
+    assert!(path.exists(), "{} is missing: run `cargo build --workspace --bins` first", path.display());
+    path
+}
+
+/// A port that is free now.
+pub(crate) fn free_port() -> u16 {
+    Probe::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+impl World {
+    /// Starts a master; `settings` are lines of its configuration.
+    pub(crate) fn new(settings: &str) -> Self {
+        let dir = tempfile::Builder::new().prefix("cocalc-world-").tempdir().unwrap();
+        let port = free_port();
+        let mut world = Self {
+            url: format!("http://127.0.0.1:{port}"),
+            dir,
+            children: Vec::new(),
+            admin: String::new(),
+            hosts: Vec::new(),
+        };
+        let data = world.dir.path().join("master");
+        let text = format!("listen = '127.0.0.1:{port}'\ndata_dir = '{}'\n{settings}", data.display());
+        world.configure("master", &text);
+        world.start("master");
+        let token = data.join("admin-token");
+        until("the administrator's token", || std::fs::read_to_string(&token).ok().filter(|t| t.len() > 40));
+        world.admin = std::fs::read_to_string(&token).unwrap().trim().to_owned();
+        until("the master", || world.call("GET", "/account", Value::Null).ok());
+        world
+    }
+
+    fn join_token(&self, kind: &str, name: &str) -> PathBuf {
+        let token = self.ok("POST", "/join-tokens", json!({ "kind": kind }));
+        let path = self.dir.path().join(format!("{name}.token"));
+        std::fs::write(&path, token["token"].as_str().unwrap()).unwrap();
+        path
+    }
+
+    /// Starts a host; `settings` are more lines of its configuration.
+    pub(crate) fn add_host(&mut self, name: &str, settings: &str) {
+        let path = self.join_token("host", name);
+        let (http, ssh, peer) = (free_port(), free_port(), free_port());
+        let (url, dir) = (&self.url, self.dir.path().join(name));
+        let text = format!(
+            "name = '{name}'\nmaster_url = '{url}'\njoin_token_file = '{}'\ndata_dir = '{}'\n\
+             listen = '127.0.0.1:{http}'\nssh_listen = '127.0.0.1:{ssh}'\npeer_listen = '127.0.0.1:{peer}'\n\
+             storage = 'directory'\nvolume = '{}'\nrunner = 'process'\n{settings}",
+            path.display(),
+            dir.join("data").display(),
+            dir.join("volume").display(),
+        );
+        std::fs::create_dir_all(dir.join("volume")).unwrap();
+        self.configure(name, &text);
+        self.start(name);
+        self.hosts.push(([127, 0, 0, 1], http).into());
+    }
+
+    /// Starts a proxy, whose name begins with `proxy`.
+    pub(crate) fn add_proxy(&mut self, name: &str) {
+        let path = self.join_token("proxy", name);
+        let (http, ssh) = (free_port(), free_port());
+        let text = format!(
+            "name = '{name}'\nmaster_url = '{}'\njoin_token_file = '{}'\ndata_dir = '{}'\n\
+             listen = '127.0.0.1:{http}'\nssh_listen = '127.0.0.1:{ssh}'\n",
+            self.url,
+            path.display(),
+            self.data_dir(name).display(),
+        );
+        self.configure(name, &text);
+        self.start(name);
+    }
+
+    /// Where a host or proxy keeps its own state.
+    pub(crate) fn data_dir(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name).join("data")
+    }
+
+    /// Waits until so many hosts, and so many proxies, are connected.
+    pub(crate) fn connected(&self, hosts: usize, proxies: usize) {
+        for (path, kind, count) in [("/hosts", "hosts", hosts), ("/proxies", "proxies", proxies)] {
+            until(kind, || {
+                let answer = self.ok("GET", path, Value::Null);
+                let all = answer[kind].as_array()?;
+                (all.len() == count && all.iter().all(|one| one["state"] == "connected")).then_some(())
+            });
+        }
+    }
+
+    pub(crate) fn configure(&self, name: &str, text: &str) {
+        std::fs::write(self.dir.path().join(format!("{name}.toml")), text).unwrap();
+    }
+
+    pub(crate) fn start(&mut self, name: &str) {
+        let log = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(self.dir.path().join(format!("{name}.log")))
+            .unwrap();
+        let binary = match name {
+            "master" => "cocalc-master",
+            name if name.starts_with("proxy") => "cocalc-proxy",
+            _ => "cocalc-host",
+        };
+        let child = Command::new(program(binary))
+            .arg("--config")
+            .arg(self.dir.path().join(format!("{name}.toml")))
+            .env("COCALC_LOG", "warn")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        self.children.push((name.to_owned(), child));
+    }
+
+    /// As `kill -9` does.
+    pub(crate) fn kill(&mut self, name: &str) {
+        let at = self.children.iter().position(|(other, _)| other == name).unwrap();
+        let (_, mut child) = self.children.remove(at);
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    pub(crate) fn api(&self) -> Api {
+        Api { url: self.url.clone(), token: self.admin.clone() }
+    }
+
+    pub(crate) fn call(&self, method: &str, path: &str, body: Value) -> Result<Value, String> {
+        self.api().call(method, path, body)
+    }
+
+    pub(crate) fn ok(&self, method: &str, path: &str, body: Value) -> Value {
+        self.call(method, path, body)
+            .unwrap_or_else(|error| panic!("{method} {path}: {error}\n{}", self.log()))
+    }
+
+    pub(crate) fn settle(&self, begun: &Value) {
+        let id = begun["operation_id"].as_str().unwrap();
+        until("an operation", || {
+            let path = format!("/operations/{id}/wait?timeout_secs=10");
+            let seen = self.ok("GET", &path, Value::Null);
+            assert!(seen["state"] == "running" || seen["state"] == "done", "{seen}\n{}", self.log());
+            (seen["state"] == "done").then_some(())
+        });
+    }
+
+    pub(crate) fn log(&self) -> String {
+        let mut text = String::new();
+        for entry in std::fs::read_dir(self.dir.path()).unwrap().flatten() {
+            if entry.path().extension().is_some_and(|end| end == "log") {
+                let log = std::fs::read_to_string(entry.path()).unwrap_or_default();
+                let lines: Vec<&str> = log.lines().collect();
+                text.push_str(&format!("\n-- {}\n", entry.path().display()));
+                text.push_str(&lines[lines.len().saturating_sub(20)..].join("\n"));
+            }
+        }
+        text
+    }
+
+    /// Asks a daemon to end, as the system does, and waits until it has.
+    pub(crate) fn stop(&mut self, name: &str) {
+        let at = self.children.iter().position(|(other, _)| other == name).unwrap();
+        let (_, mut child) = self.children.remove(at);
+        let killed = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
+        assert!(killed.success());
+        until(&format!("the end of {name}"), || child.try_wait().unwrap());
+    }
+
+    /// One number of a host's metrics.
+    pub(crate) fn metric(&self, host: usize, name: &str) -> u64 {
+        let url = format!("http://{}/metrics", self.hosts[host]);
+        let text = ureq::get(&url).call().unwrap().body_mut().read_to_string().unwrap();
+        let line = text.lines().find(|line| line.split(' ').next() == Some(name));
+        let line = line.unwrap_or_else(|| panic!("no {name} in\n{text}"));
+        line.rsplit(' ').next().unwrap().parse().unwrap()
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        for (_, child) in &mut self.children {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        // The apps, which outlive their hosts' daemons, as they should.
+        for entry in std::fs::read_dir(self.dir.path()).into_iter().flatten().flatten() {
+            if entry.path().extension().is_some_and(|end| end == "pid")
+                && let Ok(pid) = std::fs::read_to_string(entry.path())
+            {
+                let _ = Command::new("kill").args(["-9", pid.trim()]).status();
+            }
+        }
+    }
+}
+
+/// The master's API as one account.
+#[derive(Clone)]
+pub(crate) struct Api {
+    pub(crate) url: String,
+    pub(crate) token: String,
+}
+
+impl Api {
+    pub(crate) fn call(&self, method: &str, path: &str, body: Value) -> Result<Value, String> {
+        let text = if body.is_null() { String::new() } else { body.to_string() };
+        let request = ureq::http::Request::builder()
+            .method(method)
+            .uri(format!("{}/api/v1{path}", self.url))
+            .header("authorization", format!("Bearer {}", self.token))
+            .body(text)
+            .unwrap();
+        let config = ureq::Agent::config_builder()
+            .http_status_as_error(false)
+            .allow_non_standard_methods(true)
+            .timeout_global(Some(LIMIT));
+        let agent = ureq::Agent::from(config.build());
+        let mut response = agent.run(request).map_err(|error| error.to_string())?;
+        let mut text = String::new();
+        response.body_mut().as_reader().read_to_string(&mut text).map_err(|error| error.to_string())?;
+        match response.status().is_success() {
+            true => Ok(serde_json::from_str(&text).unwrap_or(Value::Null)),
+            false => Err(format!("{}: {text}", response.status())),
+        }
+    }
+}
+
+pub(crate) fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        if let Some(value) = look() {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "not within {LIMIT:?}: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Where an account's project is, and what opens it.
+#[derive(Clone)]
+pub(crate) struct Way {
+    pub(crate) project: String,
+    pub(crate) http: SocketAddr,
+    pub(crate) ssh: String,
+    pub(crate) token: String,
+    pub(crate) port: u16,
+}
+
+/// A fresh token of an account, and where to show it.
+pub(crate) fn way(own: &Api, project: &str, port: u16) -> Way {
+    let path = format!("/projects/{project}/connect");
+    let answer = own.call("POST", &path, json!({ "ttl_secs": 300 })).unwrap();
+    let url = answer["direct"]["path_url"].as_str().unwrap();
+    let http = url.strip_prefix("http://").unwrap().split('/').next().unwrap().parse().unwrap();
+    let (_, ssh) = answer["direct"]["ssh"].as_str().unwrap().split_once('@').unwrap();
+    let token = answer["token"].as_str().unwrap().to_owned();
+    Way { project: project.to_owned(), http, ssh: ssh.to_owned(), token, port }
+}
+
+/// Runs a command line to its end, which must be a good one.
+pub(crate) async fn run_line(way: &Way, line: String) {
+    let identity = Identity::Token(Secret::new(way.token.clone()));
+    let project = way.project.parse().unwrap();
+    let client = Client::connect(&way.ssh, project, &identity, HostKeyCheck::Any).await.unwrap();
+    let request = ExecRequest { command: Run::Line(line), ..ExecRequest::default() };
+    let mut process = client.exec(&request).await.unwrap();
+    let (mut said, mut errors) = (String::new(), String::new());
+    process.stdout.read_to_string(&mut said).await.unwrap();
+    if let Some(stderr) = &mut process.stderr {
+        stderr.read_to_string(&mut errors).await.unwrap();
+    }
+    let exit = tokio::time::timeout(LIMIT, process.handle.wait()).await.unwrap().unwrap();
+    assert_eq!(exit, cocalc_core::runner::Exit::Code(0), "{said}{errors}");
+}
+
+/// A shell's words that wait for a file: what is left in the background before
+/// it has a session of its own ends with the session that started it.
+pub(crate) fn waits_for(path: &Path) -> String {
+    format!("until test -s {}; do sleep 0.05; done", path.display())
+}
+
