@@ -25,6 +25,7 @@ use crate::{
     operations::Operations,
     receipts::Receipts,
     signing::Signing,
+    ssh_ca::SshCa,
 };
 
 /// A running master's state.
@@ -34,6 +35,7 @@ pub(crate) struct Shared {
     pub(crate) settings: Settings,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) signing: Signing,
+    pub(crate) ssh_ca: SshCa,
     pub(crate) bus: Arc<dyn Bus>,
     pub(crate) peers: Arc<Peers>,
     pub(crate) streams: Streams,

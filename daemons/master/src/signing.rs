@@ -102,7 +102,7 @@ impl Signing {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ChangeError {
     #[error("the next key is not known everywhere yet")]
-    TooEarly(#[source] RotateError),
+    TooEarly(#[source] BoxError),
     #[error("the keys could not be changed")]
     Failed(#[source] BoxError),
 }
@@ -110,7 +110,7 @@ pub(crate) enum ChangeError {
 impl From<RotateError> for ChangeError {
     fn from(error: RotateError) -> Self {
         match error {
-            RotateError::TooEarly { .. } => Self::TooEarly(error),
+            RotateError::TooEarly { .. } => Self::TooEarly(error.into()),
             other => Self::Failed(other.into()),
         }
     }

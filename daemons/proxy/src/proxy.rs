@@ -45,6 +45,7 @@ pub struct Proxy {
     shutdown: CancellationToken,
     serving: JoinSet<()>,
     _driver: StreamDriver,
+    _background: JoinSet<()>,
     _lock: File,
 }
 
@@ -98,7 +99,7 @@ impl Proxy {
         let handler = Arc::new(registrar);
         let driver = StreamDriver::start(
             Arc::clone(&knowledge),
-            DriverConfig { peer, session, bus, keepalive, handler, audit: None },
+            DriverConfig { peer, session, bus: Arc::clone(&bus), keepalive, handler, audit: None },
         );
 
         let router: Arc<dyn Router> = Arc::new(table.clone());
@@ -118,7 +119,7 @@ impl Proxy {
             metrics: Metrics::default(),
             ingress: Arc::clone(&built),
         };
-        let precheck = Arc::new(Precheck(ProxyCheck::new(knowledge)));
+        let precheck = Arc::new(Precheck(ProxyCheck::new(Arc::clone(&knowledge))));
         let http = ProxyIngress::builder(Arc::clone(&router), Arc::clone(&connector), precheck)
             .served(served)
             .https(address.url.starts_with("https://"))
@@ -127,15 +128,24 @@ impl Proxy {
         // It was made a line above and is set once.
         let _ = built.set(http.clone());
         let ssh = SshIngress::builder(Arc::new(RemoteGate::new(router, connector)), ssh_keys).build();
+        let (offers, known) = (ssh.clone(), Arc::clone(&knowledge));
+        let certified = cocalc_daemon::certify::keep_certified(
+            peer,
+            bus,
+            move || known.with(|cache| cache.ssh_authorities().version),
+            move |certificates| offers.offer_certificates(certificates),
+        );
 
         let shutdown = CancellationToken::new();
+        let mut background = JoinSet::new();
+        background.spawn(certified);
         let mut serving = JoinSet::new();
         let stop = shutdown.clone();
         serving.spawn(async move { http.serve(http_listener, stop.cancelled_owned()).await });
         let stop = shutdown.clone();
         serving.spawn(async move { ssh.serve(ssh_listener, stop.cancelled_owned()).await });
         tracing::info!(%id, name = %config.name, url = address.url, "proxy started");
-        Ok(Self { id, shutdown, serving, _driver: driver, _lock: lock })
+        Ok(Self { id, shutdown, serving, _driver: driver, _background: background, _lock: lock })
     }
 
     /// Its id in the federation.

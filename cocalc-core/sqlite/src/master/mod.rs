@@ -41,8 +41,12 @@ use crate::{Database, Durability};
 /// The result of a store call.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-const MIGRATIONS: &[&str] =
-    &[include_str!("schema_1.sql"), include_str!("schema_2.sql"), include_str!("schema_access.sql")];
+const MIGRATIONS: &[&str] = &[
+    include_str!("schema_1.sql"),
+    include_str!("schema_2.sql"),
+    include_str!("schema_access.sql"),
+    include_str!("schema_ssh.sql"),
+];
 
 /// The master's database.
 #[derive(Debug)]
