@@ -679,9 +679,10 @@ async fn a_certificate_opens_what_it_permits() {
         assert_eq!(text(&output.stdout), "forced: cat /etc/shadow\n", "{}", text(&output.stderr));
         let output = ssh(port, &["-s", "127.0.0.1", "sftp"]).await;
         assert_eq!(text(&output.stdout), "forced: internal-sftp\n");
+        let output = ssh(port, &["127.0.0.1"]).await;
+        assert_eq!(text(&output.stdout), "forced: \n", "{}", text(&output.stderr));
         let output = ssh(port, &["-tt", "127.0.0.1"]).await;
         assert!(text(&output.stderr).contains("PTY allocation request failed"), "{}", text(&output.stderr));
-        assert_eq!(text(&output.stdout), "forced: \n");
         // A listener that is there, and is not reached.
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let there = listener.local_addr().unwrap().to_string();
