@@ -119,6 +119,7 @@ pub fn entry_name(entry: &Entry) -> Option<String> {
         Entry::ProjectGone { project } => format!("project/{project}"),
         Entry::Account(account) => format!("account/{}", account.account),
         Entry::KeyRing(_) => "ring".to_owned(),
+        Entry::SshAuthorities(_) => "ssh-authorities".to_owned(),
         Entry::Host { host, .. } => format!("host/{host}"),
         Entry::Proxy { proxy, .. } => format!("proxy/{proxy}"),
         Entry::Route { project, .. } => format!("route/{project}"),

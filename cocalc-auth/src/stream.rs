@@ -38,6 +38,8 @@ pub enum Entry {
     Account(AccountState),
     /// The keys that sign connect tokens.
     KeyRing(PublicRing),
+    /// The keys that sign SSH certificates.
+    SshAuthorities(SshAuthorities),
     /// A host: where it is and what proves it. For proxies, and for transfers.
     Host {
         /// Which.
@@ -84,6 +86,9 @@ pub struct ProjectAcl {
     /// The ports whose apps viewers may see.
     #[serde(default)]
     pub viewable_ports: Vec<u16>,
+    /// Whether the project's own `~/.ssh/authorized_keys` opens it.
+    #[serde(default)]
+    pub authorized_keys: bool,
 }
 
 /// What is known of an account.
@@ -109,6 +114,10 @@ pub struct SshKey {
     pub account: AccountId,
     /// OpenSSH text `algorithm base64`, without options and comment.
     pub key: String,
+    /// The options in front of it, as in `authorized_keys`. Whoever cannot
+    /// honour them refuses the key.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub options: String,
 }
 
 /// The public keys that verify connect tokens.
@@ -133,4 +142,19 @@ pub struct RingKey {
     pub key: String,
     /// The algorithm's name in the header: `EdDSA`, or `Ed25519` (RFC 9864).
     pub alg: String,
+}
+
+/// The public keys that sign SSH certificates, each `algorithm base64`.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+pub struct SshAuthorities {
+    /// Grows with each change.
+    pub version: u64,
+    /// Those of users' certificates: current, next and former.
+    pub user: Vec<String>,
+    /// Those of hosts' certificates.
+    pub host: Vec<String>,
+    /// Keys that were withdrawn, as opposed to retired after their last
+    /// certificate had ended: what their certificates opened ends too.
+    #[serde(default)]
+    pub withdrawn: Vec<String>,
 }

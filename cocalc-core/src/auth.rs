@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, fmt, net::IpAddr, time::Duration};
 
 use async_trait::async_trait;
-use cocalc_ids::{AccountId, Action, Epoch, KeyId, ProjectId, ProxyId, Scope, Timestamp};
+use cocalc_ids::{AccountId, Action, Epoch, KeyId, ProjectId, ProxyId, Restrictions, Scope, Timestamp};
 use serde::{Deserialize, Serialize};
 
 /// Verifies credentials and decides, on a host, from what it knows now.
@@ -60,6 +60,16 @@ pub enum Credential {
         /// Which proxy says so.
         proxy: String,
     },
+    /// An OpenSSH user certificate, as text, the possession of whose key the
+    /// caller has verified; of the certificate itself nothing.
+    SshCertificate(String),
+    /// The same, where an enrolled proxy attests the possession.
+    AttestedSshCertificate {
+        /// As in [`SshCertificate`](Self::SshCertificate).
+        certificate: String,
+        /// Which proxy says so.
+        proxy: String,
+    },
 }
 
 /// Where and for what a credential was shown.
@@ -93,6 +103,11 @@ pub struct Principal {
     pub embed_origin: Option<String>,
     /// When the proof itself ends; sessions and keys have none.
     pub expires: Option<Timestamp>,
+    /// What its SSH sessions are limited to, by the key's or certificate's own
+    /// words. Whoever opens sessions keeps to it.
+    pub restrictions: Restrictions,
+    /// From where the proof was shown, as far as it is known. For the audit log.
+    pub source: Option<IpAddr>,
 }
 
 /// Which proof a [`Principal`] gave.
@@ -117,6 +132,27 @@ pub enum Via {
         key: KeyId,
         /// The proxy that attests that the user holds it; `None` if they have
         /// proved it here.
+        proxy: Option<ProxyId>,
+    },
+    /// An SSH certificate of the master.
+    SshCertificate {
+        /// Its number.
+        serial: u64,
+        /// Its name: account, project and number.
+        key_id: String,
+        /// The key that signed it, `algorithm base64`.
+        authority: String,
+        /// The fingerprint of the user's key, `SHA256:…`.
+        fingerprint: String,
+        /// As of a key.
+        proxy: Option<ProxyId>,
+    },
+    /// An SSH key in the project's own `~/.ssh/authorized_keys`, which its owner
+    /// lets count. The account is the owner's, the rights a collaborator's.
+    InsideSshKey {
+        /// The key's fingerprint, `SHA256:…`.
+        fingerprint: String,
+        /// As of a key.
         proxy: Option<ProxyId>,
     },
 }

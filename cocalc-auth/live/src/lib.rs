@@ -53,7 +53,7 @@ pub use self::{
     knowledge::{Error, Knowledge},
     limited::{AuthLimits, LimitedAuth},
     proxy::ProxyCheck,
-    token_auth::{Grants, TokenAuth},
+    token_auth::{Grants, InsideKeys, TokenAuth},
 };
 
 use cocalc_auth::acl::{Refusal, Tier as AclTier};

@@ -182,6 +182,8 @@ mod tests {
                 via: Via::Token { jti: String::new(), once: false },
                 embed_origin: None,
                 expires: None,
+                restrictions: Default::default(),
+                source: None,
             })
         }
 

@@ -2,6 +2,7 @@
 
 use std::{
     fmt,
+    net::IpAddr,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -14,12 +15,14 @@ use cocalc_auth::{
     acl::{Ask, Proof, Refusal, Verdict},
     audit::Event,
     session::{SessionHash, SessionRecord, SessionSecret},
+    stream::SshKey,
     token::{Claims, Expect, LEEWAY, TokenError, TokenId, Usage},
 };
+use cocalc_auth_ssh::{Found, Options, certificate_fingerprint, find_key, fingerprint, verify_user};
 use cocalc_core::{
     auth::{Admission, Auth, Context, Credential, Decision, Denial, Principal, Secret, Via},
     chain,
-    ids::{AccountId, Action, Epoch, HostId, KeyId, ProjectId, ProxyId, Scope, Timestamp},
+    ids::{AccountId, Action, Epoch, HostId, ProjectId, ProxyId, Restrictions, Scope, Timestamp},
 };
 
 use crate::{
@@ -44,13 +47,27 @@ impl<F: Fn(ProjectId) -> Option<Epoch> + Send + Sync + 'static> Grants for F {
     }
 }
 
-/// Decides by connect tokens, browser sessions and SSH keys, from the cached
-/// ACL, for the projects that this host holds.
+/// Reads `~/.ssh/authorized_keys` of the projects of this host.
+///
+/// # Contract
+///
+/// - What is returned is inside the project, whatever links its tenant made.
+/// - No more than [`FILE_BYTES_MAX`](cocalc_auth_ssh::FILE_BYTES_MAX) bytes are
+///   returned; a larger file is none.
+#[async_trait]
+pub trait InsideKeys: fmt::Debug + Send + Sync + 'static {
+    /// The file, or `None` if there is none that may be read.
+    async fn file(&self, project: ProjectId) -> Option<Vec<u8>>;
+}
+
+/// Decides by connect tokens, browser sessions, SSH keys and SSH certificates,
+/// from the cached ACL, for the projects that this host holds.
 pub struct TokenAuth {
     knowledge: Arc<Knowledge>,
     host: HostId,
     grants: Arc<dyn Grants>,
     audit: Option<AuditLog>,
+    inside: Option<Arc<dyn InsideKeys>>,
     allowed: AtomicU64,
 }
 
@@ -62,7 +79,14 @@ impl TokenAuth {
         grants: Arc<dyn Grants>,
         audit: Option<AuditLog>,
     ) -> Self {
-        Self { knowledge, host, grants, audit, allowed: AtomicU64::new(0) }
+        Self { knowledge, host, grants, audit, inside: None, allowed: AtomicU64::new(0) }
+    }
+
+    /// Looks also into the lists of keys inside projects, where their owners
+    /// let them count. Default: it does not, and those lists open nothing.
+    pub fn inside_keys(mut self, keys: Arc<dyn InsideKeys>) -> Self {
+        self.inside = Some(keys);
+        self
     }
 
     fn token(&self, token: &str, context: &Context) -> Result<Principal, Denial> {
@@ -76,7 +100,7 @@ impl TokenAuth {
         let expect = Expect { issuer: &issuer, host: Some(self.host), project: context.project };
         match self.knowledge.verify(token, &expect, now) {
             Ok(claims) if claims.usage == Usage::Once && self.may_be_forgotten(&claims) => Err(Denial::Used),
-            Ok(claims) => Ok(principal(claims)),
+            Ok(claims) => Ok(principal(claims, context.source)),
             Err(TokenError::Expired) => Err(Denial::TokenExpired),
             Err(error) => Err(Denial::BadCredential(error.to_string())),
         }
@@ -113,38 +137,130 @@ impl TokenAuth {
             via: Via::Session { hash: hash.to_string() },
             embed_origin: session.embed_origin,
             expires: None,
+            restrictions: Restrictions::default(),
+            source: context.source,
         })
     }
 
-    async fn attested(&self, key: &str, project: ProjectId, proxy: ProxyId) -> Result<Principal, Denial> {
-        let principal = self.key(key, project, Some(proxy)).await?;
+    /// Somebody who, as `proxy` attests, holds the key of `verified`.
+    async fn attested(&self, verified: Principal, proxy: ProxyId) -> Result<Principal, Denial> {
+        let project = verified.project;
+        let known = || self.knowledge.with(|cache| cache.project(project).is_some());
+        if self.grants.held(project).is_some() && !known() {
+            self.knowledge.fetch(project, known).await;
+        }
         if self.knowledge.with(|cache| cache.attesting_proxy(project, proxy).is_some()) {
-            return Ok(principal);
+            return Ok(verified);
         }
         // The owner may have allowed it since the project left; its host knows.
         let left = self.grants.held(project).is_none();
         Err(denial(if left { Refusal::NotHeld } else { Refusal::ProxyWithdrawn }))
     }
 
-    async fn key(&self, key: &str, project: ProjectId, proxy: Option<ProxyId>) -> Result<Principal, Denial> {
-        let find = || self.knowledge.with(|cache| cache.find_key(project, key));
+    async fn key(&self, key: &str, context: &Context, proxy: Option<ProxyId>) -> Result<Principal, Denial> {
+        let project = context.project;
+        let find = || self.knowledge.with(|cache| cache.find_keys(project, key));
         if self.grants.held(project).is_none() {
             // What is still known of a project that has left proves who may
             // hear where it is; every use is refused. Nothing is fetched for
             // somebody who has proved nothing yet.
             return match find() {
-                Ok(Some((account, key))) => Ok(by_key(account, key, proxy, project)),
-                _ => Err(denial(Refusal::NotHeld)),
+                Ok(found) => self.admitted(&found, context, proxy).unwrap_or(Err(denial(Refusal::NotHeld))),
+                Err(_) => Err(denial(Refusal::NotHeld)),
             };
         }
         let mut found = find();
         if found.is_err() && self.knowledge.fetch(project, || find().is_ok()).await {
             found = find();
         }
-        let (account, key) = found
-            .map_err(denial)?
-            .ok_or_else(|| Denial::BadCredential("the key is in no list of the project".to_owned()))?;
-        Ok(by_key(account, key, proxy, project))
+        match self.admitted(&found.map_err(denial)?, context, proxy) {
+            Some(decided) => decided,
+            None => self.inside(key, context, proxy).await,
+        }
+    }
+
+    /// The first of several entries of a key whose options admit it here and
+    /// now; `None` if there is no entry at all.
+    fn admitted(
+        &self,
+        found: &[SshKey],
+        context: &Context,
+        proxy: Option<ProxyId>,
+    ) -> Option<Result<Principal, Denial>> {
+        let mut refused = None;
+        for listed in found {
+            let admitted = Options::parse(&listed.options).and_then(|options| {
+                options.admits(context.source, self.knowledge.master_now())?;
+                Ok(options.restrictions().clone())
+            });
+            match admitted {
+                Ok(restrictions) => {
+                    let via = Via::SshKey { key: listed.id, proxy };
+                    return Some(Ok(by_key(listed.account, via, restrictions, context)));
+                }
+                Err(error) => refused = Some(Err(Denial::BadCredential(error.to_string()))),
+            }
+        }
+        refused
+    }
+
+    /// Looks into the project's own list, if that counts.
+    async fn inside(
+        &self,
+        key: &str,
+        context: &Context,
+        proxy: Option<ProxyId>,
+    ) -> Result<Principal, Denial> {
+        let unknown = || Denial::BadCredential("the key is in no list of the project".to_owned());
+        let project = context.project;
+        let owner = self.knowledge.with(|cache| cache.inside_keys(project));
+        let (Some(owner), Some(inside)) = (owner, &self.inside) else { return Err(unknown()) };
+        let file = inside.file(project).await.ok_or_else(unknown)?;
+        match find_key(&file, key, context.source, self.knowledge.master_now()) {
+            Found::Nowhere => Err(unknown()),
+            Found::Refused(error) => {
+                Err(Denial::BadCredential(format!("the project's authorized_keys: {error}")))
+            }
+            Found::Admitted(restrictions) => {
+                let fingerprint = fingerprint(key).ok_or_else(unknown)?;
+                Ok(by_key(owner, Via::InsideSshKey { fingerprint, proxy }, restrictions, context))
+            }
+        }
+    }
+
+    fn certificate(
+        &self,
+        text: &str,
+        context: &Context,
+        proxy: Option<ProxyId>,
+    ) -> Result<Principal, Denial> {
+        if self.knowledge.skewed() {
+            return Err(Denial::Stale);
+        }
+        let authorities = self.knowledge.with(|cache| cache.ssh_authorities().user.clone());
+        let now = self.knowledge.master_now();
+        // The signatures are checked without the lock.
+        let verified = verify_user(text, &authorities, context.project, context.source, now)
+            .map_err(|error| Denial::BadCredential(error.to_string()))?;
+        Ok(Principal {
+            account: verified.account,
+            project: context.project,
+            scopes: [Scope::Ssh].into(),
+            epoch: None,
+            session_epoch: Some(verified.session_epoch),
+            acl: verified.acl,
+            via: Via::SshCertificate {
+                serial: verified.serial,
+                key_id: verified.key_id,
+                authority: verified.authority,
+                fingerprint: verified.fingerprint,
+                proxy,
+            },
+            embed_origin: None,
+            expires: Some(verified.expires),
+            restrictions: verified.restrictions,
+            source: context.source,
+        })
     }
 
     fn ask(&self, principal: &Principal, project: ProjectId, action: Action) -> Result<Ask, Denial> {
@@ -162,6 +278,10 @@ impl TokenAuth {
             }
             Via::SshKey { key, proxy: None } => Proof::Key(*key),
             Via::SshKey { key, proxy: Some(proxy) } => Proof::AttestedKey(*key, *proxy),
+            Via::SshCertificate { authority, proxy, .. } => {
+                Proof::Certificate { authority: authority.clone(), proxy: *proxy }
+            }
+            Via::InsideSshKey { proxy, .. } => Proof::InsideKey { proxy: *proxy },
             _ => return Err(Denial::BadCredential("a proof of unknown kind".to_owned())),
         };
         Ok(Ask {
@@ -204,15 +324,24 @@ impl TokenAuth {
         };
         let reason = verdict.outcome.map_or_else(|refusal| refusal.to_string(), |()| "member".to_owned());
         self.record(kind, reason, principal.project, |event| {
-            event.account = Some(principal.account);
+            identify(event, principal);
             event.action = Some(format!("{action:?}"));
+            event.staleness_ms = verdict.staleness.and_then(|age| u64::try_from(age.as_millis()).ok());
+        });
+    }
+
+    /// Somebody was let in by SSH: by what proof.
+    fn record_login(&self, principal: &Principal, verdict: &Verdict) {
+        self.record("login", proof_text(&principal.via), principal.project, |event| {
+            identify(event, principal);
+            event.action = Some(format!("{:?}", Action::Use(Scope::Ssh)));
             event.staleness_ms = verdict.staleness.and_then(|age| u64::try_from(age.as_millis()).ok());
         });
     }
 
     fn record_denial(&self, principal: &Principal, action: Action, denial: &Denial) {
         self.record("deny", denial.to_string(), principal.project, |event| {
-            event.account = Some(principal.account);
+            identify(event, principal);
             event.action = Some(format!("{action:?}"));
         });
     }
@@ -260,15 +389,26 @@ impl Auth for TokenAuth {
         let verified = match credential {
             Credential::Token(token) => self.token(token.expose(), context),
             Credential::Session(cookie) => self.session(cookie.expose(), context),
-            Credential::SshKey(key) => self.key(key, context.project, None).await,
-            Credential::AttestedSshKey { key, proxy } => match proxy.parse() {
-                Ok(proxy) => self.attested(key, context.project, proxy).await,
-                Err(_) => Err(Denial::BadCredential("a proxy without an id".to_owned())),
+            Credential::SshKey(key) => self.key(key, context, None).await,
+            Credential::SshCertificate(text) => self.certificate(text, context, None),
+            Credential::AttestedSshKey { key, proxy } => match proxy_id(proxy) {
+                Ok(proxy) => match self.key(key, context, Some(proxy)).await {
+                    Ok(verified) => self.attested(verified, proxy).await,
+                    Err(denial) => Err(denial),
+                },
+                Err(denial) => Err(denial),
+            },
+            Credential::AttestedSshCertificate { certificate, proxy } => match proxy_id(proxy) {
+                Ok(proxy) => match self.certificate(certificate, context, Some(proxy)) {
+                    Ok(verified) => self.attested(verified, proxy).await,
+                    Err(denial) => Err(denial),
+                },
+                Err(denial) => Err(denial),
             },
             _ => Err(Denial::BadCredential("a credential of unknown kind".to_owned())),
         };
         if let Err(denial) = &verified {
-            self.record("deny", denial.to_string(), context.project, |event| {
+            self.record("deny", refusal_text(credential, denial), context.project, |event| {
                 event.source = context.source.map(|source| source.to_string());
             });
         }
@@ -303,7 +443,11 @@ impl Auth for TokenAuth {
         // one step below, so that no change can fall in between.
         self.settle(&ask).await;
         let (verdict, admission) = self.knowledge.admit(&ask, self.grants.held(project));
-        self.record_decision(principal, action, &verdict);
+        match (action, &verdict.outcome) {
+            // Every one of them, not a sample: there are few, and they last.
+            (Action::Use(Scope::Ssh), Ok(())) => self.record_login(principal, &verdict),
+            _ => self.record_decision(principal, action, &verdict),
+        }
         match (verdict.outcome, admission) {
             (Ok(()), Some(admission)) => Ok(admission),
             (Err(refusal), _) => Err(denial(refusal)),
@@ -366,7 +510,52 @@ impl fmt::Debug for TokenAuth {
     }
 }
 
-fn principal(claims: Claims) -> Principal {
+/// Who it is, and from where. Whose keys a project's own list has is not known:
+/// the account that answers for the list is not who was there.
+fn identify(event: &mut Event, principal: &Principal) {
+    if !matches!(principal.via, Via::InsideSshKey { .. }) {
+        event.account = Some(principal.account);
+    }
+    event.source = principal.source.map(|source| source.to_string());
+}
+
+/// A proof in words, without secrets.
+fn proof_text(via: &Via) -> String {
+    let (text, proxy) = match via {
+        Via::Token { jti, .. } => (format!("token {jti}"), &None),
+        Via::SshKey { key, proxy } => (format!("key {key}"), proxy),
+        Via::SshCertificate { serial, key_id, fingerprint, proxy, .. } => {
+            (format!("certificate {serial} \"{key_id}\" of {fingerprint}"), proxy)
+        }
+        Via::InsideSshKey { fingerprint, proxy } => (format!("authorized_keys {fingerprint}"), proxy),
+        _ => ("session".to_owned(), &None),
+    };
+    match proxy {
+        Some(proxy) => format!("{text} by proxy {proxy}"),
+        None => text,
+    }
+}
+
+/// Why a credential was refused, with what can be said of it.
+fn refusal_text(credential: &Credential, denial: &Denial) -> String {
+    let (kind, key) = match credential {
+        Credential::SshKey(key) | Credential::AttestedSshKey { key, .. } => ("key", fingerprint(key)),
+        Credential::SshCertificate(text) | Credential::AttestedSshCertificate { certificate: text, .. } => {
+            ("certificate", certificate_fingerprint(text))
+        }
+        _ => return denial.to_string(),
+    };
+    match key {
+        Some(key) => format!("{kind} {key}: {denial}"),
+        None => format!("{kind}: {denial}"),
+    }
+}
+
+fn proxy_id(text: &str) -> Result<ProxyId, Denial> {
+    text.parse().map_err(|_| Denial::BadCredential("a proxy without an id".to_owned()))
+}
+
+fn principal(claims: Claims, source: Option<IpAddr>) -> Principal {
     let expires = claims.expires();
     Principal {
         account: claims.sub,
@@ -378,20 +567,24 @@ fn principal(claims: Claims) -> Principal {
         via: Via::Token { jti: claims.jti.to_string(), once: claims.usage == Usage::Once },
         embed_origin: claims.emb,
         expires: Some(expires),
+        restrictions: Restrictions::default(),
+        source,
     }
 }
 
-fn by_key(account: AccountId, key: KeyId, proxy: Option<ProxyId>, project: ProjectId) -> Principal {
+fn by_key(account: AccountId, via: Via, restrictions: Restrictions, context: &Context) -> Principal {
     Principal {
         account,
-        project,
+        project: context.project,
         scopes: [Scope::Ssh].into(),
         epoch: None,
         session_epoch: None,
         acl: 0,
-        via: Via::SshKey { key, proxy },
+        via,
         embed_origin: None,
         expires: None,
+        restrictions,
+        source: context.source,
     }
 }
 

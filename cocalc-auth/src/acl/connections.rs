@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use cocalc_ids::{AccountId, ProjectId, ProxyId};
 
-use super::{Ask, Proof};
+use super::Ask;
 
 /// Names a registered connection for as long as the process lives.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
@@ -26,7 +26,7 @@ impl Connections {
         let id = ConnectionId(self.last);
         self.by_account.entry(ask.account).or_default().insert(id);
         self.by_project.entry(ask.project).or_default().insert(id);
-        if let Proof::AttestedKey(_, proxy) = ask.proof {
+        if let Some(proxy) = ask.proof.proxy() {
             self.by_proxy.entry(proxy).or_default().insert(id);
         }
         self.asks.insert(id, ask);
@@ -37,7 +37,7 @@ impl Connections {
         let Some(ask) = self.asks.remove(&id) else { return };
         forget(&mut self.by_account, ask.account, id);
         forget(&mut self.by_project, ask.project, id);
-        if let Proof::AttestedKey(_, proxy) = ask.proof {
+        if let Some(proxy) = ask.proof.proxy() {
             forget(&mut self.by_proxy, proxy, id);
         }
     }
@@ -62,9 +62,13 @@ impl Connections {
         self.by_project.keys().copied().collect()
     }
 
+    pub(super) fn which(&self, which: impl Fn(&Ask) -> bool) -> Vec<ConnectionId> {
+        self.asks.iter().filter(|(_, ask)| which(ask)).map(|(id, _)| *id).collect()
+    }
+
     /// Removes and returns those for which `which` holds.
     pub(super) fn take_if(&mut self, which: impl Fn(&Ask) -> bool) -> Vec<ConnectionId> {
-        let ids: Vec<_> = self.asks.iter().filter(|(_, ask)| which(ask)).map(|(id, _)| *id).collect();
+        let ids = self.which(which);
         for id in &ids {
             self.remove(*id);
         }

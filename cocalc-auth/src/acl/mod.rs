@@ -19,7 +19,7 @@ pub use self::{
 use crate::{
     session::SessionHash,
     store::{Position, Save, Saved, entry_name},
-    stream::{AccountState, Entry, Frame, ProjectAcl, PublicRing},
+    stream::{AccountState, Entry, Frame, ProjectAcl, PublicRing, SshAuthorities, SshKey},
     token::Verifier,
 };
 
@@ -43,7 +43,7 @@ pub struct Ask {
 }
 
 /// By which proof somebody asks.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Proof {
     /// A connect token.
     Token,
@@ -53,6 +53,36 @@ pub enum Proof {
     Key(KeyId),
     /// The same, as a proxy attests, which must still be let.
     AttestedKey(KeyId, ProxyId),
+    /// An SSH certificate.
+    Certificate {
+        /// The key that signed it, `algorithm base64`.
+        authority: String,
+        /// The proxy that attests that its key is held, which must still be
+        /// let; `None` if it was proved here.
+        proxy: Option<ProxyId>,
+    },
+    /// An SSH key in the project's own list. Its account is the project's
+    /// owner, who answers for that list; it has a collaborator's rights.
+    InsideKey {
+        /// As of a certificate.
+        proxy: Option<ProxyId>,
+    },
+}
+
+impl Proof {
+    /// The proxy whose word it is.
+    pub fn proxy(&self) -> Option<ProxyId> {
+        match self {
+            Self::AttestedKey(_, proxy) => Some(*proxy),
+            Self::Certificate { proxy, .. } | Self::InsideKey { proxy } => *proxy,
+            Self::Token | Self::Session(_) | Self::Key(_) => None,
+        }
+    }
+
+    /// Whether a token, or the session that it opened, is the proof.
+    fn is_of_token(&self) -> bool {
+        matches!(self, Self::Token | Self::Session(_))
+    }
 }
 
 /// The answer, and from how fresh knowledge.
@@ -106,6 +136,9 @@ pub enum Refusal {
     /// A signing key was withdrawn, and with it what its tokens opened.
     #[error("a signing key was withdrawn")]
     KeyWithdrawn,
+    /// The project's own list of keys does not count, or not any more.
+    #[error("the project's own list of keys does not count")]
+    InsideKeys,
     /// The session was ended.
     #[error("the session was ended")]
     SessionEnded,
@@ -162,6 +195,7 @@ pub struct AclCache {
     proxies: BTreeMap<ProxyId, String>,
     ring: PublicRing,
     verifier: Arc<Verifier>,
+    ssh: SshAuthorities,
     lease: Lease,
     connections: connections::Connections,
 }
@@ -179,6 +213,7 @@ impl AclCache {
             proxies: BTreeMap::new(),
             ring: PublicRing::default(),
             verifier: Arc::default(),
+            ssh: SshAuthorities::default(),
             lease: Lease::new(grace),
             connections: connections::Connections::default(),
         }
@@ -284,6 +319,10 @@ impl AclCache {
                 let ids = self.connections.of_account(account.account);
                 self.recheck(ids, applied);
             }
+            Entry::SshAuthorities(_) => {
+                let ids = self.connections.which(|ask| matches!(ask.proof, Proof::Certificate { .. }));
+                self.recheck(ids, applied);
+            }
             Entry::Proxy { proxy, .. } => {
                 let ids = self.connections.of_proxy(*proxy);
                 self.recheck(ids, applied);
@@ -292,7 +331,7 @@ impl AclCache {
                 applied.end_sessions = true;
                 applied.close.extend(
                     self.connections
-                        .take_if(|ask| !matches!(ask.proof, Proof::Key(_) | Proof::AttestedKey(..)))
+                        .take_if(|ask| ask.proof.is_of_token())
                         .into_iter()
                         .map(|id| (id, Refusal::KeyWithdrawn)),
                 );
@@ -361,6 +400,9 @@ impl AclCache {
             self.ring = PublicRing::default();
             self.verifier = Arc::default();
         }
+        if !named.contains_key("ssh-authorities") {
+            self.ssh = SshAuthorities::default();
+        }
         self.complete = true;
         self.rolled_back = false;
         let entries = named.into_iter().map(|(name, entry)| (name, Some(entry))).collect();
@@ -394,6 +436,12 @@ impl AclCache {
                 }
                 self.verifier = Arc::new(Verifier::new(ring));
                 self.ring = ring.clone();
+            }
+            Entry::SshAuthorities(ssh) => {
+                if !replace && self.ssh.version > ssh.version {
+                    return false;
+                }
+                self.ssh = ssh.clone();
             }
             Entry::Proxy { proxy, identity: Some(key) } => {
                 self.proxies.insert(*proxy, key.clone());
@@ -445,7 +493,7 @@ impl AclCache {
             return Err(Refusal::TooOld);
         }
         let member = acl.members.iter().find(|(account, _)| *account == ask.account);
-        let (_, role) = member.ok_or(Refusal::NotAMember)?;
+        let (_, mut role) = *member.ok_or(Refusal::NotAMember)?;
         let account = self.accounts.get(&ask.account).ok_or(Refusal::Unknown)?;
         if account.banned {
             return Err(Refusal::Banned);
@@ -455,7 +503,7 @@ impl AclCache {
             Some(epoch) if epoch > account.session_epoch => return Err(Refusal::TooOld),
             _ => {}
         }
-        if let Proof::AttestedKey(_, proxy) = ask.proof
+        if let Some(proxy) = ask.proof.proxy()
             && self.attesting_proxy(ask.project, proxy).is_none()
         {
             return Err(Refusal::ProxyWithdrawn);
@@ -465,6 +513,16 @@ impl AclCache {
             if !listed.into_iter().any(|key| key.id == id && key.account == ask.account) {
                 return Err(Refusal::KeyRemoved);
             }
+        }
+        match &ask.proof {
+            Proof::Certificate { authority, .. } if self.ssh.withdrawn.contains(authority) => {
+                return Err(Refusal::KeyWithdrawn);
+            }
+            Proof::InsideKey { .. } if !acl.authorized_keys || role != Role::Owner => {
+                return Err(Refusal::InsideKeys);
+            }
+            Proof::InsideKey { .. } => role = Role::Collaborator,
+            _ => {}
         }
         if role.permits_in(&acl.viewable_ports, ask.action) { Ok(()) } else { Err(Refusal::Role) }
     }
@@ -480,6 +538,18 @@ impl AclCache {
     ///
     /// [`Refusal::Unknown`] if the project is not known here.
     pub fn find_key(&self, project: ProjectId, key: &str) -> Result<Option<(AccountId, KeyId)>, Refusal> {
+        let found = self.find_keys(project, key)?;
+        Ok(found.first().map(|listed| (listed.account, listed.id)))
+    }
+
+    /// Every entry of a list that counts for an SSH key, the first of which is
+    /// that of [`find_key`](Self::find_key): with their options they may admit
+    /// in different ways.
+    ///
+    /// # Errors
+    ///
+    /// As [`find_key`](Self::find_key).
+    pub fn find_keys(&self, project: ProjectId, key: &str) -> Result<Vec<SshKey>, Refusal> {
         let acl = self.projects.get(&project).ok_or(Refusal::Unknown)?;
         let of_project = acl.keys.iter().map(|listed| (true, listed));
         let of_members = acl
@@ -489,16 +559,16 @@ impl AclCache {
             // A list names its own account only, whatever its entries say.
             .flat_map(|account| account.keys.iter().filter(|key| key.account == account.account))
             .map(|listed| (false, listed));
-        let found = of_project
+        let mut found: Vec<_> = of_project
             .chain(of_members)
             .filter(|(_, listed)| listed.key == key)
             .filter_map(|(own, listed)| {
                 let role = self.ssh_role(acl, listed.account)?;
-                let id = (listed.account, listed.id);
-                Some(((own, role, Reverse(id)), id))
+                Some((Reverse((own, role)), (listed.account, listed.id), listed))
             })
-            .max();
-        Ok(found.map(|(_, id)| id))
+            .collect();
+        found.sort_by_key(|(rank, id, _)| (*rank, *id));
+        Ok(found.into_iter().map(|(_, _, listed)| listed.clone()).collect())
     }
 
     /// The role of a member who may use SSH, as far as is known.
@@ -521,6 +591,19 @@ impl AclCache {
     /// Verifies connect tokens with the keys of the stream.
     pub fn verifier(&self) -> &Arc<Verifier> {
         &self.verifier
+    }
+
+    /// The keys that sign SSH certificates.
+    pub fn ssh_authorities(&self) -> &SshAuthorities {
+        &self.ssh
+    }
+
+    /// As whom the keys in the project's own list act: its owner. `None` if that
+    /// list does not count.
+    pub fn inside_keys(&self, project: ProjectId) -> Option<AccountId> {
+        let acl = self.projects.get(&project).filter(|acl| acl.authorized_keys)?;
+        let owner = acl.members.iter().filter(|(_, role)| *role == Role::Owner).min();
+        owner.map(|(account, _)| *account)
     }
 
     /// The project's ACL as it is known.

@@ -24,7 +24,12 @@ fn project(n: u8) -> ProjectId {
 }
 
 fn key(n: u8, of: u8) -> SshKey {
-    SshKey { id: KeyId::from_bytes([n; 16]), account: account(of), key: format!("ssh-ed25519 KEY{n}") }
+    SshKey {
+        id: KeyId::from_bytes([n; 16]),
+        account: account(of),
+        key: format!("ssh-ed25519 KEY{n}"),
+        options: String::new(),
+    }
 }
 
 fn acl(n: u8, version: u64, members: &[(u8, Role)]) -> ProjectAcl {
@@ -36,6 +41,7 @@ fn acl(n: u8, version: u64, members: &[(u8, Role)]) -> ProjectAcl {
         keys: vec![],
         grace_ms: None,
         proxy_ssh: false,
+        authorized_keys: false,
         viewable_ports: Vec::new(),
     }
 }
@@ -337,6 +343,81 @@ fn what_a_proxy_attested_ends_with_it() {
     }
     assert_eq!(closed, [(second, Refusal::ProxyWithdrawn)]);
     assert_eq!(cache.connections(), 1);
+}
+
+#[test]
+fn a_certificate_ends_with_its_authority_its_login_and_its_proxy() {
+    let (mut cache, mut sender) = live();
+    let proxy = ProxyId::from_bytes([1; 16]);
+    let authorities = |version, withdrawn: &[&str]| {
+        Entry::SshAuthorities(SshAuthorities {
+            version,
+            user: vec!["ssh-ed25519 NEW".to_owned()],
+            host: Vec::new(),
+            withdrawn: withdrawn.iter().map(|key| (*key).to_owned()).collect(),
+        })
+    };
+    for entry in [
+        Entry::Account(state(1, 0)),
+        Entry::Project(ProjectAcl { proxy_ssh: true, ..acl(1, 2, &[(1, Role::Collaborator)]) }),
+        Entry::Proxy { proxy, identity: Some("key".to_owned()) },
+        authorities(1, &[]),
+    ] {
+        sender.send(&mut cache, entry);
+    }
+    let ask = |session_epoch, authority: &str, proxy| Ask {
+        session_epoch: Some(session_epoch),
+        proof: Proof::Certificate { authority: authority.to_owned(), proxy },
+        ..ask(1, 1)
+    };
+    let mut admit = |ask: &Ask| cache.admit(ask, Some(Epoch::FIRST), START).1.expect("it is allowed");
+    let (old, new) = ("ssh-ed25519 OLD", "ssh-ed25519 NEW");
+    let of_old = admit(&ask(0, old, None));
+    let by_proxy = admit(&ask(0, new, Some(proxy)));
+    let of_new = admit(&ask(0, new, None));
+    // A withdrawn key of tokens is nothing to certificates.
+    let ring = PublicRing { version: 9, withdrawn: vec!["k".to_owned()], ..PublicRing::default() };
+    assert_eq!(sender.send(&mut cache, Entry::KeyRing(ring)).close, []);
+    // Retired keys end nothing; withdrawn ones end what they opened.
+    assert_eq!(sender.send(&mut cache, authorities(2, &[])).close, []);
+    assert_eq!(sender.send(&mut cache, authorities(3, &[old])).close, [(of_old, Refusal::KeyWithdrawn)]);
+    assert_eq!(outcome(&cache, &ask(0, old, None), START), Err(Refusal::KeyWithdrawn));
+    // What is older than what is known changes nothing.
+    sender.send(&mut cache, authorities(2, &[]));
+    assert_eq!(cache.ssh_authorities().version, 3);
+    let withdrawn = sender.send(&mut cache, Entry::Proxy { proxy, identity: None });
+    assert_eq!(withdrawn.close, [(by_proxy, Refusal::ProxyWithdrawn)]);
+    let signed_out = sender.send(&mut cache, Entry::Account(state(1, 1)));
+    assert_eq!(signed_out.close, [(of_new, Refusal::SignedOut)]);
+    assert_eq!(outcome(&cache, &ask(2, new, None), START), Err(Refusal::TooOld));
+}
+
+#[test]
+fn keys_inside_a_project_count_while_its_owner_lets_them() {
+    let (mut cache, mut sender) = live();
+    let members = [(1, Role::Collaborator), (2, Role::Owner)];
+    for n in [1, 2] {
+        sender.send(&mut cache, Entry::Account(state(n, 0)));
+    }
+    sender.send(&mut cache, Entry::Project(acl(1, 2, &members)));
+    assert_eq!(cache.inside_keys(project(1)), None);
+    let lets = |version| Entry::Project(ProjectAcl { authorized_keys: true, ..acl(1, version, &members) });
+    sender.send(&mut cache, lets(3));
+    assert_eq!(cache.inside_keys(project(1)), Some(account(2)));
+    let ask = |of, action| Ask {
+        action,
+        session_epoch: None,
+        proof: Proof::InsideKey { proxy: None },
+        ..ask(of, 1)
+    };
+    let ssh = Action::Use(Scope::Ssh);
+    let (_, id) = cache.admit(&ask(2, ssh), Some(Epoch::FIRST), START);
+    // A collaborator's rights, although it is the owner who answers for them.
+    assert_eq!(outcome(&cache, &ask(2, Action::Administer), START), Err(Refusal::Role));
+    assert_eq!(outcome(&cache, &ask(1, ssh), START), Err(Refusal::InsideKeys));
+    let closed = sender.send(&mut cache, Entry::Project(acl(1, 4, &members))).close;
+    assert_eq!(closed, [(id.expect("it was allowed"), Refusal::InsideKeys)]);
+    assert_eq!(outcome(&cache, &ask(2, ssh), START), Err(Refusal::InsideKeys));
 }
 
 #[test]

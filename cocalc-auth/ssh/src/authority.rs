@@ -3,7 +3,8 @@
 use std::{fmt, time::Duration};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
-use cocalc_ids::{AccountId, ProjectId, Timestamp};
+use cocalc_auth::stream::SshAuthorities;
+use cocalc_ids::{AccountId, Ports, ProjectId, Restrictions, Timestamp};
 use serde::{Deserialize, Serialize};
 use ssh_key::{
     Certificate, PrivateKey, PublicKey,
@@ -12,7 +13,7 @@ use ssh_key::{
 };
 use zeroize::Zeroizing;
 
-use crate::certificate::{BACKDATED, GRANT, USER_LIFE_MAX, account_principal};
+use crate::certificate::{BACKDATED, GRANT, USER_LIFE_MAX, account_principal, user_key_id};
 
 /// How long a host's certificate lives. The master renews it long before.
 const HOST_LIFE: Duration = Duration::from_secs(7 * 24 * 3600);
@@ -36,21 +37,6 @@ pub struct Authority {
     withdrawn: Vec<String>,
 }
 
-/// The public keys that sign SSH certificates, each `algorithm base64`.
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
-pub struct SshAuthorities {
-    /// Grows with each change.
-    pub version: u64,
-    /// Those of users' certificates: current, next and former.
-    pub user: Vec<String>,
-    /// Those of hosts' certificates.
-    pub host: Vec<String>,
-    /// Keys that were withdrawn, as opposed to retired after their last
-    /// certificate had ended: what their certificates opened ends too.
-    #[serde(default)]
-    pub withdrawn: Vec<String>,
-}
-
 /// Which ring.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -59,6 +45,22 @@ pub enum Kind {
     User,
     /// Signs hosts' certificates.
     Host,
+}
+
+/// What is known of a key.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct KeyInfo {
+    /// What it signs.
+    pub kind: Kind,
+    /// `SHA256:…`
+    pub fingerprint: String,
+    /// `algorithm base64`
+    pub key: String,
+    /// `current`: signs; `next`: published, and does not sign yet; `former`:
+    /// trusted until what it signed has ended.
+    pub state: &'static str,
+    /// When it began to sign, was published, or ceased to sign.
+    pub since: Option<Timestamp>,
 }
 
 struct Ring {
@@ -92,6 +94,9 @@ pub struct UserRequest {
     pub acl: u64,
     /// The networks from which it is good, as `source-address`; `None` for all.
     pub sources: Option<String>,
+    /// What its sessions may do. A certificate can force a command, and refuse
+    /// terminals and all ports; nothing else of them can be said in one.
+    pub restrictions: Restrictions,
     /// How long it lives; at most [`USER_LIFE_MAX`].
     pub life: Duration,
 }
@@ -199,6 +204,29 @@ impl Authority {
         }
     }
 
+    /// What is known of each key, without its secret: users' first, and in each
+    /// ring the current one, the next and the former ones.
+    pub fn list(&self) -> Vec<KeyInfo> {
+        let of = |kind, ring: &Ring| {
+            let info = |key: &Key, state, since| KeyInfo {
+                kind,
+                fingerprint: crate::fingerprint(&key.public()).unwrap_or_default(),
+                key: key.public(),
+                state,
+                since,
+            };
+            let mut keys = vec![
+                info(&ring.current, "current", ring.current.signing),
+                info(&ring.next, "next", Some(ring.next.made)),
+            ];
+            keys.extend(ring.former.iter().map(|key| info(key, "former", key.retired)));
+            keys
+        };
+        let mut keys = of(Kind::User, &self.user);
+        keys.extend(of(Kind::Host, &self.host));
+        keys
+    }
+
     /// Signs a user's certificate.
     ///
     /// # Errors
@@ -212,8 +240,17 @@ impl Authority {
         if request.life < Duration::from_secs(1) || request.life > USER_LIFE_MAX {
             return Err(AuthorityError::Life);
         }
+        let Restrictions { command, pty, ports, environment } = &request.restrictions;
+        let forwards = match ports {
+            Ports::All => true,
+            Ports::Only(none) if none.is_empty() => false,
+            Ports::Only(_) => return Err(AuthorityError::Restrictions),
+        };
+        if !environment.is_empty() {
+            return Err(AuthorityError::Restrictions);
+        }
         let serial = random_serial()?;
-        let key_id = format!("{}/{serial}", request.account);
+        let key_id = user_key_id(request.account, request.project, serial);
         let principal =
             request.project.map_or_else(|| account_principal(request.account), |project| project.to_string());
         let mut builder = begin(&request.key, now, request.life)?;
@@ -223,14 +260,20 @@ impl Authority {
                 .cert_type(CertType::User)?
                 .key_id(&*key_id)?
                 .valid_principal(principal)?;
+            if let Some(command) = command {
+                builder.critical_option("force-command", command.as_str())?;
+            }
             if let Some(sources) = &request.sources {
                 builder.critical_option("source-address", sources.as_str())?;
             }
             let grant = format!("{} {}", request.session_epoch, request.acl);
-            builder
-                .extension(GRANT, grant)?
-                .extension("permit-port-forwarding", "")?
-                .extension("permit-pty", "")?;
+            builder.extension(GRANT, grant)?;
+            if forwards {
+                builder.extension("permit-port-forwarding", "")?;
+            }
+            if *pty {
+                builder.extension("permit-pty", "")?;
+            }
             Ok::<_, ssh_key::Error>(())
         })();
         built.map_err(|_| AuthorityError::NotSigned)?;
@@ -466,6 +509,9 @@ pub enum AuthorityError {
     /// The life is out of bounds.
     #[error("a certificate lives for 1 to {} seconds", USER_LIFE_MAX.as_secs())]
     Life,
+    /// The restrictions cannot be said in a certificate.
+    #[error("a certificate cannot say which ports are open or what the environment is")]
+    Restrictions,
     /// No names, or too many.
     #[error("a host's certificate needs 1 to {NAMES_MAX} names")]
     Names,

@@ -7,8 +7,10 @@ use ssh_key::{Certificate, HashAlg, certificate::CertType};
 
 use crate::{Ports, Restrictions, SourceError, SourceList};
 
+/// How long a user's certificate lives where nothing else is asked for.
+pub const USER_LIFE: Duration = Duration::from_secs(300);
 /// The longest life of a user's certificate.
-pub const USER_LIFE_MAX: Duration = Duration::from_secs(300);
+pub const USER_LIFE_MAX: Duration = Duration::from_secs(3600);
 /// How far certificates begin before they are made, so that a host whose clock
 /// is behind the master's takes them.
 pub(crate) const BACKDATED: Duration = Duration::from_secs(60);
@@ -30,7 +32,8 @@ pub struct UserCertificate {
     pub account: AccountId,
     /// Its number, for the audit log.
     pub serial: u64,
-    /// Its name, for the audit log: `<account>/<serial>`.
+    /// Its name, for the audit log: `<account>/<project>/<serial>`, with
+    /// `*` for all projects.
     pub key_id: String,
     /// The account's session epoch that it was made under.
     pub session_epoch: u64,
@@ -80,15 +83,16 @@ pub fn verify_user(
         return Err(CertificateError::Life);
     }
     let serial = certificate.serial();
-    let (account, named) = certificate.key_id().split_once('/').ok_or(CertificateError::KeyId)?;
+    let (account, _) = certificate.key_id().split_once('/').ok_or(CertificateError::KeyId)?;
     let account: AccountId = account.parse().map_err(|_| CertificateError::KeyId)?;
-    if named != serial.to_string() {
-        return Err(CertificateError::KeyId);
-    }
     // A certificate without principals would be good for everything.
     let (of_project, of_account) = (project.to_string(), account_principal(account));
     if !certificate.valid_principals().iter().any(|name| *name == of_project || *name == of_account) {
         return Err(CertificateError::Principal);
+    }
+    let named = [Some(project), None].map(|project| user_key_id(account, project, serial));
+    if !named.iter().any(|name| name == certificate.key_id()) {
+        return Err(CertificateError::KeyId);
     }
     let mut restrictions =
         Restrictions { pty: false, ports: Ports::Only([].into()), ..Restrictions::default() };
@@ -155,6 +159,12 @@ pub fn check_host(
     })
 }
 
+/// The fingerprint of the key in a certificate that may be worth nothing, for
+/// logs.
+pub fn certificate_fingerprint(text: &str) -> Option<String> {
+    Some(read(text).ok()?.public_key().fingerprint(HashAlg::Sha256).to_string())
+}
+
 fn read(text: &str) -> Result<Certificate, CertificateError> {
     if text.len() > TEXT_BYTES_MAX {
         return Err(CertificateError::Malformed);
@@ -205,6 +215,14 @@ pub(crate) fn account_principal(account: AccountId) -> String {
     format!("account:{account}")
 }
 
+/// The name of a user's certificate: whose it is, for what, and its number.
+pub(crate) fn user_key_id(account: AccountId, project: Option<ProjectId>, serial: u64) -> String {
+    match project {
+        Some(project) => format!("{account}/{project}/{serial}"),
+        None => format!("{account}/*/{serial}"),
+    }
+}
+
 fn parse_grant(text: &str) -> Option<(u64, u64)> {
     let (session_epoch, acl) = text.split_once(' ')?;
     Some((session_epoch.parse().ok()?, acl.parse().ok()?))
@@ -235,7 +253,7 @@ pub enum CertificateError {
     /// It lives for longer than any that the master signs.
     #[error("the certificate is valid for too long")]
     Life,
-    /// Its name is not of the form `<account>/<serial>`.
+    /// Its name is not of the form `<account>/<project>/<serial>`.
     #[error("the certificate does not say whose it is")]
     KeyId,
     /// It does not say for which login it was made.

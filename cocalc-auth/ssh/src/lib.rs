@@ -24,18 +24,18 @@ mod authority;
 mod certificate;
 mod line;
 mod options;
-mod restrictions;
 mod source;
 
+pub use cocalc_auth::stream::SshAuthorities;
+pub use cocalc_ids::{Ports, Restrictions};
+
 pub use self::{
-    authority::{
-        Authority, AuthorityError, HostRequest, Kind, SignedCertificate, SshAuthorities, UserRequest,
-    },
+    authority::{Authority, AuthorityError, HostRequest, KeyInfo, Kind, SignedCertificate, UserRequest},
     certificate::{
-        CertificateError, HostCertificate, USER_LIFE_MAX, UserCertificate, check_host, verify_user,
+        CertificateError, HostCertificate, USER_LIFE, USER_LIFE_MAX, UserCertificate,
+        certificate_fingerprint, check_host, verify_user,
     },
     line::{FILE_BYTES_MAX, Found, KeyLine, find_key, fingerprint},
     options::{OptionError, Options},
-    restrictions::{Ports, Restrictions},
     source::{SourceError, SourceList},
 };

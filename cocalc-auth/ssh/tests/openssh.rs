@@ -4,8 +4,8 @@
 use std::{path::Path, process::Command, time::Duration};
 
 use cocalc_auth_ssh::{
-    Authority, AuthorityError, CertificateError, HostRequest, Kind, Ports, UserRequest, check_host,
-    fingerprint, verify_user,
+    Authority, AuthorityError, CertificateError, HostRequest, Kind, Ports, Restrictions, UserRequest,
+    certificate_fingerprint, check_host, fingerprint, verify_user,
 };
 use cocalc_ids::{AccountId, ProjectId, Timestamp};
 
@@ -43,6 +43,7 @@ fn request(key: &str) -> UserRequest {
         session_epoch: 7,
         acl: 3,
         sources: None,
+        restrictions: Restrictions::default(),
         life: Duration::from_secs(300),
     }
 }
@@ -65,7 +66,7 @@ fn ssh_keygen_reads_what_the_authority_signs_for_every_kind_of_key() {
         let shown = keygen(dir.path(), &["-L", "-f", "cert.pub"]);
         for expected in [
             "user certificate",
-            &format!("Key ID: \"{}/{}\"", account(), signed.serial),
+            &format!("Key ID: \"{}/{}/{}\"", account(), project(), signed.serial),
             &format!("Serial: {}", signed.serial),
             &project().to_string(),
             "source-address 10.0.0.0/8,127.0.0.1",
@@ -133,6 +134,29 @@ fn a_certificate_is_good_for_its_time_its_project_and_its_authority() {
 }
 
 #[test]
+fn what_a_certificate_forbids_is_in_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let key = new_key(dir.path(), "user", &["-t", "ed25519"]);
+    let now = Timestamp::now();
+    let authority = Authority::generate(now).unwrap();
+    let restrictions = Restrictions {
+        command: Some("report --all".to_owned()),
+        pty: false,
+        ports: Ports::Only([].into()),
+        ..Restrictions::default()
+    };
+    let request = UserRequest { restrictions: restrictions.clone(), ..request(&key) };
+    let signed = authority.sign_user(&request, now).unwrap();
+    std::fs::write(dir.path().join("cert.pub"), format!("{}\n", signed.text)).unwrap();
+    let shown = keygen(dir.path(), &["-L", "-f", "cert.pub"]);
+    assert!(shown.contains("force-command report --all"), "{shown}");
+    assert!(!shown.contains("permit-pty") && !shown.contains("permit-port-forwarding"), "{shown}");
+    let verified = verify_user(&signed.text, &authority.public().user, project(), None, now).unwrap();
+    assert_eq!(verified.restrictions, restrictions);
+    assert_eq!(certificate_fingerprint(&signed.text), fingerprint(&key));
+}
+
+#[test]
 fn an_account_wide_certificate_opens_every_project() {
     let dir = tempfile::tempdir().unwrap();
     let key = new_key(dir.path(), "user", &["-t", "ed25519"]);
@@ -147,8 +171,14 @@ fn an_account_wide_certificate_opens_every_project() {
         change(&mut request);
         authority.sign_user(&request, now).unwrap_err()
     };
-    assert_eq!(bad(|request| request.life = Duration::from_secs(301)), AuthorityError::Life);
+    assert_eq!(bad(|request| request.life = Duration::from_secs(3601)), AuthorityError::Life);
     assert_eq!(bad(|request| request.life = Duration::ZERO), AuthorityError::Life);
+    let some = |request: &mut UserRequest| request.restrictions.ports = Ports::Only([80].into());
+    assert_eq!(bad(some), AuthorityError::Restrictions);
+    let set = |request: &mut UserRequest| {
+        request.restrictions.environment = [("A".to_owned(), "1".to_owned())].into();
+    };
+    assert_eq!(bad(set), AuthorityError::Restrictions);
     assert_eq!(bad(|request| request.key = "ssh-ed25519 AAAA".into()), AuthorityError::Key);
 }
 
@@ -173,7 +203,7 @@ fn theirs(
 
 #[test]
 fn what_a_certificate_demands_is_honoured_or_refuses_it() {
-    let key_id = format!("{}/5", account());
+    let key_id = format!("{}/{}/5", account(), project());
     let project = project().to_string();
     let grant = "extension:grant@cocalc.com=1 1";
     let usual = ["-n", &project, "-V", "-1m:+4m", "-O", "clear", "-O", grant];
@@ -195,6 +225,9 @@ fn what_a_certificate_demands_is_honoured_or_refuses_it() {
     assert_eq!(with(&["-O", "critical:unheard@of.example=1"]), critical("unheard@of.example"));
 
     assert_eq!(theirs(&usual, "somebody", "5"), Err(CertificateError::KeyId));
+    let elsewhere = format!("{}/{}/5", account(), ProjectId::random());
+    assert_eq!(theirs(&usual, &elsewhere, "5"), Err(CertificateError::KeyId));
+    assert!(theirs(&usual, &format!("{}/*/5", account()), "5").is_ok());
     assert_eq!(theirs(&usual, &key_id, "6"), Err(CertificateError::KeyId));
     let no_grant = ["-n", &project, "-V", "-1m:+4m"];
     assert_eq!(theirs(&no_grant, &key_id, "5"), Err(CertificateError::Grant));

@@ -19,6 +19,7 @@ mod access;
 mod digest;
 mod epoch;
 mod name;
+mod restrictions;
 mod time;
 mod tree_path;
 mod uuid_id;
@@ -27,6 +28,7 @@ pub use access::{Action, Role, Scope};
 pub use digest::ImageDigest;
 pub use epoch::Epoch;
 pub use name::{HostName, SnapshotName};
+pub use restrictions::{Ports, Restrictions};
 pub use time::Timestamp;
 pub use tree_path::TreePath;
 pub use uuid_id::{

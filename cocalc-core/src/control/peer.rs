@@ -66,6 +66,8 @@ pub enum PeerRequest {
         /// Under which grant.
         epoch: Epoch,
     },
+    /// Certify the SSH host keys that were registered.
+    CertifySshHostKeys,
     /// The head of the audit chain.
     AuditHead {
         /// How many events.
@@ -91,6 +93,15 @@ pub enum PeerReply {
     Route {
         /// Where it is.
         route: Option<crate::router::Route>,
+    },
+    /// To `CertifySshHostKeys`.
+    SshCertificates {
+        /// One for each key, as OpenSSH text.
+        certificates: Vec<String>,
+        /// The version of the authority's keys that signed them.
+        version: u64,
+        /// For how long they are good from now.
+        life_secs: u64,
     },
     /// It was refused.
     Error {

@@ -15,7 +15,7 @@ use cocalc_core::{
 };
 use russh::{
     ChannelId, ChannelOpenFailure, ChannelWriteHalf, MethodKind, MethodSet, Sig,
-    keys::Algorithm,
+    keys::{Algorithm, Certificate},
     server::{Auth, ChannelOpenHandle, Handler, Msg, PublicKeyOffer, Response, Session, VerifiedPublicKey},
 };
 use tokio::{
@@ -38,6 +38,8 @@ use crate::{
 
 /// The longest credential that is looked at; connect tokens are shorter.
 const CREDENTIAL_BYTES_MAX: usize = 4096;
+/// The longest certificate, as text.
+const CERTIFICATE_BYTES_MAX: usize = 8 * 1024;
 /// The longest command line.
 const COMMAND_BYTES_MAX: usize = 64 * 1024;
 /// The library keeps a few kilobytes of every channel that the server closed
@@ -144,6 +146,14 @@ impl Connection {
             return reject(&METHODS);
         }
         self.attempt(user, Credential::Token(Secret::new(token))).await
+    }
+
+    /// Whether whoever logged in may have a terminal. News of a move need none.
+    fn permits_pty(&self) -> bool {
+        match self.login.as_deref() {
+            Some(Login::Open(access)) => access.restrictions.pty,
+            _ => true,
+        }
     }
 
     /// Forgets channels whose tasks have ended.
@@ -297,6 +307,22 @@ impl Handler for Connection {
         }
     }
 
+    async fn auth_openssh_certificate(
+        &mut self,
+        user: &str,
+        certificate: &Certificate,
+    ) -> Result<Auth, Self::Error> {
+        // The library has checked that the key in it is held, and that the
+        // certificate's signature fits the key that it names itself.
+        match certificate.to_openssh() {
+            Ok(text) if text.len() <= CERTIFICATE_BYTES_MAX => {
+                let text = text.trim_end().to_owned();
+                Ok(self.attempt(user, Credential::SshCertificate(text)).await)
+            }
+            _ => Ok(reject(&METHODS)),
+        }
+    }
+
     async fn auth_password(&mut self, user: &str, password: &str) -> Result<Auth, Self::Error> {
         Ok(self.attempt_token(user, password).await)
     }
@@ -422,6 +448,9 @@ impl Handler for Connection {
         _modes: &[(russh::Pty, u32)],
         session: &mut Session,
     ) -> Result<(), Self::Error> {
+        if !self.permits_pty() {
+            return session.channel_failure(channel);
+        }
         let named = term.len() <= 64 && term.bytes().all(|b| b.is_ascii_graphic());
         match self.channels.get_mut(&channel) {
             Some(State::Waiting { pty, .. }) if named => {

@@ -8,7 +8,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use russh::keys::{Algorithm, PrivateKey, ssh_key::LineEnding};
+use russh::keys::{
+    Algorithm, Certificate, PrivateKey,
+    ssh_key::{LineEnding, certificate::CertType},
+};
+
+/// The longest certificate, as text.
+const CERTIFICATE_BYTES_MAX: usize = 16 * 1024;
 
 /// The host keys of one server: one Ed25519 key, kept in a file.
 #[derive(Clone)]
@@ -95,6 +101,19 @@ impl HostKeys {
         }
     }
 
+    /// Reads a host certificate (OpenSSH text) of one of these keys.
+    pub(crate) fn certificate(&self, text: &str) -> Result<Certificate, HostCertificateError> {
+        if text.len() > CERTIFICATE_BYTES_MAX {
+            return Err(HostCertificateError::Unreadable);
+        }
+        let certificate = Certificate::from_openssh(text).map_err(|_| HostCertificateError::Unreadable)?;
+        let own = |key: &PrivateKey| key.public_key().key_data() == certificate.public_key();
+        if certificate.cert_type() != CertType::Host || !self.keys.iter().any(own) {
+            return Err(HostCertificateError::NotOurs);
+        }
+        Ok(certificate)
+    }
+
     /// The public keys as `algorithm base64`, for the master to publish and
     /// for clients to pin.
     pub fn public(&self) -> Vec<String> {
@@ -114,6 +133,18 @@ pub(crate) fn key_text(key: &russh::keys::PublicKey) -> Option<String> {
     let mut words = text.split_ascii_whitespace();
     let (algorithm, base64) = (words.next()?, words.next()?);
     Some(format!("{algorithm} {base64}"))
+}
+
+/// Why a host certificate is not offered.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum HostCertificateError {
+    /// It is no certificate.
+    #[error("not a certificate in OpenSSH's format")]
+    Unreadable,
+    /// It is of another key, or a user's.
+    #[error("not a host certificate of this server's key")]
+    NotOurs,
 }
 
 /// Why there is no host key.

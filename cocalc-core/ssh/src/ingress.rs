@@ -11,6 +11,7 @@ use std::{
 use cocalc_core::stream::BoxStream;
 use russh::{
     Disconnect, MethodSet, SshId,
+    keys::Certificate,
     server::{Config, run_stream},
 };
 use tokio::{
@@ -21,7 +22,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    Gate, HostKeys, Login,
+    Gate, HostCertificateError, HostKeys, Login,
     algorithms::preferred,
     connection::{Connection, METHODS},
     input::WINDOW_BYTES,
@@ -42,7 +43,10 @@ pub struct SshIngress {
 
 struct Inner {
     gate: Arc<dyn Gate>,
-    config: Arc<Config>,
+    /// Of connections that begin now; the certificates change.
+    config: Mutex<Arc<Config>>,
+    keys: HostKeys,
+    keepalive: Duration,
     limits: Limits,
     counts: Mutex<Counts>,
 }
@@ -105,6 +109,22 @@ impl SshIngress {
             },
             keepalive: Duration::from_secs(30),
         }
+    }
+
+    /// Offers these host certificates (OpenSSH text) to connections that begin
+    /// from now on, instead of those of before. Clients that know their
+    /// authority then need not know the host's key; to others nothing changes.
+    ///
+    /// # Errors
+    ///
+    /// One of them cannot be read, or is not of this server's key. Nothing is
+    /// changed then.
+    pub fn offer_certificates(&self, certificates: &[String]) -> Result<(), HostCertificateError> {
+        let certificates =
+            certificates.iter().map(|text| self.inner.keys.certificate(text)).collect::<Result<_, _>>()?;
+        let config = config(&self.inner.keys, self.inner.keepalive, certificates);
+        *self.inner.config.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(config);
+        Ok(())
     }
 
     /// Accepts connections from `listener` until `shutdown` resolves, then
@@ -222,35 +242,42 @@ impl SshIngressBuilder {
 
     /// Makes the ingress.
     pub fn build(self) -> SshIngress {
-        let config = Config {
-            server_id: SshId::Standard("SSH-2.0-CoCalc".into()),
-            methods: MethodSet::from(&METHODS[..]),
-            auth_rejection_time: REFUSAL_TIME,
-            // Every client begins with this one, which tells nothing.
-            auth_rejection_time_initial: Some(Duration::ZERO),
-            keys: self.keys.keys,
-            window_size: WINDOW_BYTES,
-            maximum_packet_size: 32 * 1024,
-            // Output waits in the processes, not here: a full queue in front
-            // of a slow client is what a keystroke's echo waits behind.
-            event_buffer_size: 8,
-            channel_buffer_size: 1,
-            preferred: preferred(),
-            max_auth_attempts: 10,
-            inactivity_timeout: Some(Duration::from_secs(600)),
-            keepalive_interval: Some(self.keepalive),
-            keepalive_max: 3,
-            nodelay: true,
-            ..Config::default()
-        };
+        let config = config(&self.keys, self.keepalive, Vec::new());
         SshIngress {
             inner: Arc::new(Inner {
                 gate: self.gate,
-                config: Arc::new(config),
+                config: Mutex::new(Arc::new(config)),
+                keys: self.keys,
+                keepalive: self.keepalive,
                 limits: self.limits,
                 counts: Mutex::default(),
             }),
         }
+    }
+}
+
+fn config(keys: &HostKeys, keepalive: Duration, certificates: Vec<Certificate>) -> Config {
+    Config {
+        server_id: SshId::Standard("SSH-2.0-CoCalc".into()),
+        methods: MethodSet::from(&METHODS[..]),
+        auth_rejection_time: REFUSAL_TIME,
+        // Every client begins with this one, which tells nothing.
+        auth_rejection_time_initial: Some(Duration::ZERO),
+        keys: keys.keys.clone(),
+        certificates,
+        window_size: WINDOW_BYTES,
+        maximum_packet_size: 32 * 1024,
+        // Output waits in the processes, not here: a full queue in front
+        // of a slow client is what a keystroke's echo waits behind.
+        event_buffer_size: 8,
+        channel_buffer_size: 1,
+        preferred: preferred(),
+        max_auth_attempts: 10,
+        inactivity_timeout: Some(Duration::from_secs(600)),
+        keepalive_interval: Some(keepalive),
+        keepalive_max: 3,
+        nodelay: true,
+        ..Config::default()
     }
 }
 
@@ -277,10 +304,11 @@ impl Inner {
             self.limits.channels_max,
         );
         let line = Line::new(stream, grip.clone());
+        let config = self.config.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let grace = sleep(self.limits.login_grace);
         tokio::pin!(grace);
         let started = tokio::select! {
-            started = run_stream(self.config.clone(), line, handler) => started,
+            started = run_stream(config, line, handler) => started,
             () = &mut grace => return,
             () = shutdown.cancelled() => return,
         };

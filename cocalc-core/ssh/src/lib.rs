@@ -2,7 +2,8 @@
 //! each other, and a small client.
 //!
 //! `ssh <project id>@host` opens a shell in that project. The user name is the
-//! project ([`project_of_user`]), the key or connect token says who it is, and
+//! project ([`project_of_user`]), the key, the certificate of the master or the
+//! connect token says who it is, and
 //! a [`Gate`] decides: [`LocalGate`] on a host, by its own rights;
 //! [`RemoteGate`] on a proxy, by asking the project's host ([`SshPeers`]).
 //! Shells, commands with exact exit status, terminals, sftp, scp, rsync and
@@ -71,7 +72,7 @@ mod user;
 mod wire;
 
 pub use gate::{Access, Attempt, Gate, LocalGate, Login, Moved, Refusal, RemoteGate};
-pub use host_keys::{HostKeyError, HostKeys};
+pub use host_keys::{HostCertificateError, HostKeyError, HostKeys};
 pub use ingress::{SshIngress, SshIngressBuilder};
 pub use peers::SshPeers;
 pub use sessions::Sessions;

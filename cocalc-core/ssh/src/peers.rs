@@ -88,6 +88,9 @@ impl SshPeers {
             Call::Login { credential, source } => {
                 let credential = match credential {
                     Shown::Key(key) => Credential::AttestedSshKey { key, proxy: proxy.to_string() },
+                    Shown::Certificate(certificate) => {
+                        Credential::AttestedSshCertificate { certificate, proxy: proxy.to_string() }
+                    }
                     Shown::Token(token) => Credential::Token(Secret::new(token)),
                 };
                 self.login(stream, proxy, Attempt { project, credential, source }).await
@@ -117,7 +120,7 @@ impl SshPeers {
     }
 
     async fn login(&self, mut stream: BoxStream, proxy: ProxyId, attempt: Attempt) -> io::Result<()> {
-        let Access { project, sessions, admission } = match self.gate.login(attempt).await {
+        let Access { project, sessions, restrictions, admission } = match self.gate.login(attempt).await {
             Ok(Login::Open(access)) => access,
             Ok(Login::Moved(moved)) => {
                 return wire::send(&mut stream, &Answer::Moved { host: moved.host, ssh: moved.ssh }).await;
@@ -134,7 +137,7 @@ impl SshPeers {
         let over = CancellationToken::new();
         let _registered =
             self.register(ticket.clone(), Opened { proxy, project, sessions, over: over.clone() })?;
-        wire::send(&mut stream, &Answer::LoggedIn { ticket }).await?;
+        wire::send(&mut stream, &Answer::LoggedIn { ticket, restrictions }).await?;
         let mut byte = [0];
         tokio::select! {
             reason = admission.revoked() => {

@@ -11,7 +11,7 @@ use std::{io, net::IpAddr};
 use bytes::Bytes;
 use cocalc_core::{
     auth::Secret,
-    ids::{HostId, ProjectId},
+    ids::{HostId, ProjectId, Restrictions},
     runner::{ExecRequest, Exit, WindowSize},
     wake::Awake,
 };
@@ -53,6 +53,8 @@ pub(crate) enum Call {
 pub(crate) enum Shown {
     /// A key whose possession the proxy has verified.
     Key(String),
+    /// A certificate, the possession of whose key the proxy has verified.
+    Certificate(String),
     /// A connect token.
     Token(String),
 }
@@ -61,6 +63,7 @@ impl std::fmt::Debug for Shown {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Key(key) => f.debug_tuple("Key").field(key).finish(),
+            Self::Certificate(text) => f.debug_tuple("Certificate").field(text).finish(),
             Self::Token(token) => f.debug_tuple("Token").field(&Secret::new(token.as_str())).finish(),
         }
     }
@@ -71,8 +74,12 @@ impl std::fmt::Debug for Shown {
 #[serde(tag = "answer", rename_all = "snake_case")]
 pub(crate) enum Answer {
     /// Let in. The ticket opens processes and connections until this stream
-    /// ends.
-    LoggedIn { ticket: String },
+    /// ends, within the restrictions: the proxy need not try what they forbid.
+    LoggedIn {
+        ticket: String,
+        #[serde(default)]
+        restrictions: Restrictions,
+    },
     /// Not decided: the project is there now.
     Moved { host: HostId, ssh: String },
     /// Not let in.

@@ -11,7 +11,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{EXPIRED, TOKEN, World, finish, text, until, within};
+use cocalc_core::ids::{Ports, Restrictions};
+use common::{EXPIRED, TOKEN, World, finish, keygen, text, until, within};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::{TcpListener, TcpStream},
@@ -575,4 +576,135 @@ async fn a_channel_that_holds_up_another_for_long_is_given_up() {
     assert!(text(&given_up.stderr).contains("does not read its input"), "{}", text(&given_up.stderr));
     feeding.abort();
     master.kill().await.unwrap();
+}
+
+/// Runs ssh-keygen in the world's directory.
+fn sign(world: &World, arguments: &[&str]) {
+    let output = std::process::Command::new("ssh-keygen")
+        .current_dir(world.directory.path())
+        .args(arguments)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+}
+
+/// A certificate file's two words.
+fn certificate(world: &World, name: &str) -> String {
+    let line = std::fs::read_to_string(world.path(name)).unwrap();
+    line.split_ascii_whitespace().take(2).collect::<Vec<_>>().join(" ")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_host_certificate_saves_the_question() {
+    let world = World::new().await;
+    keygen(&world.path("ca"));
+    std::fs::write(world.path("host.pub"), format!("{}\n", world.host_keys[0])).unwrap();
+    sign(&world, &["-q", "-s", "ca", "-I", "h", "-h", "-n", "127.0.0.1", "-V", "-1m:+1h", "host.pub"]);
+    let good = certificate(&world, "host-cert.pub");
+    let authority = std::fs::read_to_string(world.path("ca.pub")).unwrap();
+    std::fs::write(world.path("known_hosts"), format!("@cert-authority [127.0.0.1]:* {authority}")).unwrap();
+    for port in [world.direct, world.proxied] {
+        let output = world.run(port, "echo in", b"").await;
+        assert_eq!(output.status.code(), Some(255), "there is no certificate yet");
+    }
+    for ingress in &world.ingresses {
+        // What is of another key, or a user's, is never offered.
+        let stranger = world.path("stranger.pub");
+        std::fs::copy(stranger, world.path("other.pub")).unwrap();
+        sign(&world, &["-q", "-s", "ca", "-I", "o", "-h", "-n", "127.0.0.1", "other.pub"]);
+        sign(&world, &["-q", "-s", "ca", "-I", "u", "-n", "127.0.0.1", "host.pub"]);
+        for bad in [certificate(&world, "other-cert.pub"), certificate(&world, "host-cert.pub"), "x".into()] {
+            assert!(ingress.offer_certificates(&[bad]).is_err());
+        }
+        ingress.offer_certificates(std::slice::from_ref(&good)).unwrap();
+    }
+    for port in [world.direct, world.proxied] {
+        let output = world.run(port, "echo in", b"").await;
+        assert_eq!(text(&output.stdout), "in\n", "{}", text(&output.stderr));
+        // Rekeying stays with it.
+        let arguments = ["-o", "RekeyLimit=1M", "127.0.0.1", "head -c 8000000 /dev/zero"];
+        let output = finish(world.ssh(port, &arguments), b"").await;
+        assert_eq!(output.stdout.len(), 8_000_000, "{}", text(&output.stderr));
+        // Who knows the key itself needs no authority.
+        let known = format!("[127.0.0.1]:{port} {}\n", world.host_keys[0]);
+        std::fs::write(world.path("plain"), known).unwrap();
+        let file = format!("UserKnownHostsFile={}", world.path("plain").display());
+        let mut ssh = tokio::process::Command::new("ssh");
+        // Of two options the first counts.
+        ssh.args(["-o", &file]).args(world.ssh(port, &["127.0.0.1", "echo in"]).as_std().get_args());
+        let output = finish(ssh, b"").await;
+        assert_eq!(text(&output.stdout), "in\n", "{}", text(&output.stderr));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_certificate_opens_what_it_permits() {
+    let world = World::new().await;
+    keygen(&world.path("ca"));
+    let project = world.project.to_string();
+    // No key of this pair is known to anybody.
+    keygen(&world.path("fresh"));
+    let sign = |validity: &str| {
+        sign(&world, &["-q", "-s", "ca", "-I", "u", "-n", &project, "-V", validity, "fresh.pub"]);
+        certificate(&world, "fresh-cert.pub")
+    };
+    let ssh = |port: u16, arguments: &[&str]| {
+        let mut command = tokio::process::Command::new("ssh");
+        command
+            .args(world.options("fresh"))
+            .args(["-o", "BatchMode=yes", "-p", &port.to_string(), "-l", &project])
+            .args(arguments)
+            .kill_on_drop(true);
+        finish(command, b"")
+    };
+    let permit = |text: &str, restrictions: Restrictions| {
+        *world.rights.certificate.lock().unwrap() = Some((text.to_owned(), restrictions));
+    };
+    for port in [world.direct, world.proxied] {
+        let good = sign("-1m:+5m");
+        permit(&good, Restrictions::default());
+        let output = ssh(port, &["127.0.0.1", "echo in; exit 3"]).await;
+        assert_eq!((text(&output.stdout).as_str(), output.status.code()), ("in\n", Some(3)));
+        let output = ssh(port, &["-tt", "127.0.0.1", "tty | cut -c1-8"]).await;
+        assert_eq!(text(&output.stdout).trim(), "/dev/pts", "{}", text(&output.stderr));
+
+        let forced = Restrictions {
+            command: Some("echo \"forced: $SSH_ORIGINAL_COMMAND\"".into()),
+            pty: false,
+            ports: Ports::Only([].into()),
+            environment: [("FOR".into(), "me".into())].into(),
+        };
+        permit(&good, forced);
+        let output = ssh(port, &["127.0.0.1", "cat /etc/shadow"]).await;
+        assert_eq!(text(&output.stdout), "forced: cat /etc/shadow\n", "{}", text(&output.stderr));
+        let output = ssh(port, &["-s", "127.0.0.1", "sftp"]).await;
+        assert_eq!(text(&output.stdout), "forced: internal-sftp\n");
+        let output = ssh(port, &["127.0.0.1"]).await;
+        assert_eq!(text(&output.stdout), "forced: \n", "{}", text(&output.stderr));
+        let output = ssh(port, &["-tt", "127.0.0.1"]).await;
+        assert!(text(&output.stderr).contains("PTY allocation request failed"), "{}", text(&output.stderr));
+        // A listener that is there, and is not reached.
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let there = listener.local_addr().unwrap().to_string();
+        let output = ssh(port, &["-W", &there, "127.0.0.1"]).await;
+        assert_ne!(output.status.code(), Some(0));
+        assert!(text(&output.stderr).contains("open failed"), "{}", text(&output.stderr));
+
+        let env =
+            Restrictions { environment: [("FOR".into(), "me".into())].into(), ..Restrictions::default() };
+        permit(&good, env);
+        let output = ssh(port, &["-o", "SetEnv=FOR=you", "127.0.0.1", "echo $FOR"]).await;
+        assert_eq!(text(&output.stdout), "me\n");
+
+        // One that has ended is refused before anybody is asked.
+        let ended = sign("-10m:-5m");
+        permit(&ended, Restrictions::default());
+        let output = ssh(port, &["127.0.0.1", "echo in"]).await;
+        assert_eq!(output.status.code(), Some(255), "{}", text(&output.stdout));
+        let other = sign("-1m:+6m");
+        assert_ne!(other, good);
+        permit(&good, Restrictions::default());
+        let output = ssh(port, &["127.0.0.1", "echo in"]).await;
+        assert_eq!(output.status.code(), Some(255), "{}", text(&output.stdout));
+    }
 }

@@ -72,9 +72,19 @@ pub(crate) enum Command {
     /// Accounts, for administrators.
     #[command(subcommand)]
     Account(Account),
-    /// The keys that sign connect tokens, for administrators.
+    /// The keys that sign connect tokens and SSH certificates, for
+    /// administrators.
     #[command(subcommand)]
     Keys(Keys),
+    /// Print lines for ~/.ssh/known_hosts, after which ssh asks nobody about a
+    /// fingerprint of this federation.
+    SshKnownHosts {
+        /// The names that the lines are for, as known_hosts has patterns, for
+        /// instance `*.example.com`; otherwise those of the hosts and proxies
+        /// that there are now.
+        #[arg(long, value_delimiter = ',')]
+        pattern: Vec<String>,
+    },
     /// Show where a revocation is in force.
     Receipt {
         id: String,
@@ -178,7 +188,8 @@ pub(crate) enum Project {
         #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
         command: Vec<String>,
     },
-    /// Open a shell in it, or run a command line; no key needed.
+    /// Open a shell in it, or run a command line; no key needed: one that lives
+    /// in memory is certified for five minutes.
     Ssh {
         id: String,
         /// Through the proxy rather than directly at the host.
@@ -187,6 +198,28 @@ pub(crate) enum Project {
         /// A command line; otherwise a shell.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         command: Vec<String>,
+    },
+    /// Have a public SSH key certified for it, for a few minutes, and write the
+    /// certificate beside it, where ssh finds it: FILE-cert.pub.
+    SshCertificate {
+        id: String,
+        /// The public key, such as ~/.ssh/id_ed25519.pub.
+        file: PathBuf,
+        /// How long it lasts, in seconds, at most 3600; otherwise 300.
+        #[arg(long)]
+        ttl: Option<u32>,
+        /// The addresses and networks from which it is good; otherwise all.
+        #[arg(long)]
+        source_address: Option<String>,
+        /// The only command that it runs; otherwise any.
+        #[arg(long)]
+        force_command: Option<String>,
+        /// Without terminals.
+        #[arg(long)]
+        no_pty: bool,
+        /// Without connections to its ports.
+        #[arg(long)]
+        no_port_forwarding: bool,
     },
     /// Print an address that opens one of its ports in a browser.
     Open {
@@ -233,6 +266,10 @@ pub(crate) enum Project {
         /// Whether a proxy may attest SSH keys for it.
         #[arg(long)]
         proxy_ssh: Option<bool>,
+        /// Whether the keys in its own ~/.ssh/authorized_keys open it: whoever
+        /// writes there lets in whom they like.
+        #[arg(long)]
+        authorized_keys: Option<bool>,
         #[command(flatten)]
         wait: WaitOptions,
     },
@@ -418,7 +455,8 @@ pub(crate) enum Collaborator {
 pub(crate) enum Key {
     /// Add a public key.
     Add {
-        /// A file such as ~/.ssh/id_ed25519.pub.
+        /// A file such as ~/.ssh/id_ed25519.pub. Options in front of the key
+        /// (`from=`, `command=`, `no-pty`, …) are honoured, or the key refused.
         file: PathBuf,
         /// For one project only.
         #[arg(long)]
@@ -490,17 +528,35 @@ pub(crate) enum Keys {
         /// Even if the next key was published less than a day ago.
         #[arg(long)]
         force: bool,
+        /// Of the keys that sign SSH certificates: `user` or `host`.
+        #[arg(long, value_name = "KIND")]
+        ssh_ca: Option<SshCaKind>,
         #[command(flatten)]
         wait: WaitOptions,
     },
     /// List them.
-    List,
+    List {
+        /// Those that sign SSH certificates.
+        #[arg(long)]
+        ssh_ca: bool,
+    },
     /// Refuse everything signed with this key, at once.
     Withdraw {
+        /// Its name; of a key that signs SSH certificates, its fingerprint
+        /// (`SHA256:…`).
         kid: String,
         #[command(flatten)]
         wait: WaitOptions,
     },
+}
+
+/// What a key of the SSH authority signs.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum SshCaKind {
+    /// Users' certificates.
+    User,
+    /// Certificates of hosts and proxies.
+    Host,
 }
 
 /// Whether to wait until a revocation is in force.

@@ -1,17 +1,20 @@
-//! `project exec` and `project ssh`: a small SSH client whose password is a
-//! connect token, so that nobody needs a key.
+//! `project exec` and `project ssh`: a small SSH client with a key that lives
+//! as long as it does and a certificate of the master for it, so that nobody
+//! needs a key of their own.
 
-use cocalc_core::{
-    auth::Secret,
-    runner::{Command, ExecRequest, Exit as Ended, Pty},
-};
+use cocalc_core::runner::{Command, ExecRequest, Exit as Ended, Pty};
 use cocalc_ssh::client::{Client, HostKeyCheck, Identity, attach, terminal_size};
 
 use crate::failure::{Exit, Failure, While};
 
 /// Runs a command line, or a shell, at `address` (`user@host:port`), joined to
 /// this process's standard streams; returns its exit status.
-pub(crate) fn run(address: &str, token: &str, keys: &[String], line: Option<String>) -> Result<u8, Failure> {
+pub(crate) fn run(
+    address: &str,
+    identity: &Identity,
+    keys: &[String],
+    line: Option<String>,
+) -> Result<u8, Failure> {
     let (user, server) =
         address.split_once('@').ok_or_else(|| Failure::failed(format!("not user@host:port: {address}")))?;
     let project = user.parse().during("the master's answer")?;
@@ -29,8 +32,7 @@ pub(crate) fn run(address: &str, token: &str, keys: &[String], line: Option<Stri
         ExecRequest { command: line.map_or(Command::Shell, Command::Line), pty, ..ExecRequest::default() };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let ended = runtime.block_on(async {
-        let identity = Identity::Token(Secret::new(token));
-        let client = Client::connect(server, project, &identity, HostKeyCheck::Pinned(keys.to_vec()))
+        let client = Client::connect(server, project, identity, HostKeyCheck::Pinned(keys.to_vec()))
             .await
             .during("cannot log in")?;
         let process = client.exec(&request).await.during("cannot run it")?;

@@ -18,6 +18,7 @@
 //! ```
 
 pub mod bus;
+pub mod certify;
 pub mod config;
 pub mod files;
 pub mod join;

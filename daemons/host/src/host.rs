@@ -38,6 +38,7 @@ use crate::{
     config::Config,
     endpoints::HostEndpoints,
     inbox,
+    inside_keys::VolumeKeys,
     lifecycle::Lifecycle,
     peers::Peers,
     registrar::Registrar,
@@ -133,7 +134,9 @@ impl Host {
             .map_err(|e| open("access cache")(e.into()))?;
         let grants = ledger.clone();
         let held = move |project: ProjectId| grants.entry(project).and_then(|entry| entry.may_run());
-        let decides = TokenAuth::new(Arc::clone(&knowledge), id, Arc::new(held), Some(audit.clone()));
+        let inside = VolumeKeys { storage: Arc::clone(&backends.storage) };
+        let decides = TokenAuth::new(Arc::clone(&knowledge), id, Arc::new(held), Some(audit.clone()))
+            .inside_keys(Arc::new(inside));
         let auth: Arc<dyn Auth> =
             Arc::new(LimitedAuth::new(Arc::new(decides), Arc::new(SystemClock), config.limits.auth()));
 
@@ -206,6 +209,13 @@ impl Host {
             .connections_max(at_most(config.limits.ssh_connections))
             .connections_per_address_max(at_most(config.limits.ssh_connections_per_source))
             .build();
+        let (offers, known) = (ssh.clone(), Arc::clone(&knowledge));
+        let certified = cocalc_daemon::certify::keep_certified(
+            peer,
+            Arc::clone(&bus),
+            move || known.with(|cache| cache.ssh_authorities().version),
+            move |certificates| offers.offer_certificates(certificates),
+        );
         let services = PeerServices {
             http: http.clone(),
             ssh: SshPeers::new(gate),
@@ -217,6 +227,7 @@ impl Host {
             .map_err(|e| open("peer channel")(e.into()))?;
 
         let mut background = JoinSet::new();
+        background.spawn(certified);
         background.spawn(inbox::serve(Arc::clone(&bus), id, lifecycle.clone()));
         background.spawn(watch::space(peer, Arc::clone(&bus), backends.clone()));
         background.spawn(watch::streams(peer, Arc::clone(&bus), sending));

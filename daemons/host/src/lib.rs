@@ -23,6 +23,7 @@ mod config;
 mod endpoints;
 mod host;
 mod inbox;
+mod inside_keys;
 mod lifecycle;
 mod limits;
 mod peers;

@@ -36,6 +36,7 @@ mod secret;
 mod server;
 mod shared;
 mod signing;
+mod ssh_ca;
 
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
@@ -58,6 +59,7 @@ use self::{
     receipts::Receipts,
     shared::Shared,
     signing::Signing,
+    ssh_ca::SshCa,
 };
 
 /// How long a connection to the bus may take to sign in.
@@ -140,6 +142,7 @@ impl Master {
         let store = Arc::new(store);
         let signing = Signing::open(config.data_dir.join("signing-keys"), config.token_algorithm, now)
             .map_err(unusable)?;
+        let ssh_ca = SshCa::open(config.data_dir.join("ssh-ca-keys"), now).map_err(unusable)?;
         admin::ensure(&store, &config.data_dir.join("admin-token"), now).map_err(unusable)?;
         let folder = config.data_dir.join("audit");
         admin::make_directory(&folder).map_err(|error| unusable(error.into()))?;
@@ -171,6 +174,7 @@ impl Master {
             issuer,
             clock,
             signing,
+            ssh_ca,
             bus,
         });
 

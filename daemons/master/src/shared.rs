@@ -26,6 +26,7 @@ use crate::{
     operations::Operations,
     receipts::Receipts,
     signing::Signing,
+    ssh_ca::SshCa,
 };
 
 /// A running master's state.
@@ -35,6 +36,7 @@ pub(crate) struct Shared {
     pub(crate) settings: Settings,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) signing: Signing,
+    pub(crate) ssh_ca: SshCa,
     pub(crate) bus: Arc<dyn Bus>,
     pub(crate) peers: Arc<Peers>,
     pub(crate) streams: Streams,

@@ -101,8 +101,8 @@ impl Signing {
 /// Why the ring was not changed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ChangeError {
-    #[error("the keys cannot be rotated yet")]
-    TooEarly(#[source] RotateError),
+    #[error("the keys cannot be changed yet")]
+    TooEarly(#[source] BoxError),
     #[error("the keys could not be changed")]
     Failed(#[source] BoxError),
 }
@@ -110,7 +110,7 @@ pub(crate) enum ChangeError {
 impl From<RotateError> for ChangeError {
     fn from(error: RotateError) -> Self {
         match error {
-            RotateError::TooEarly { .. } | RotateError::TooOften { .. } => Self::TooEarly(error),
+            RotateError::TooEarly { .. } | RotateError::TooOften { .. } => Self::TooEarly(error.into()),
             other => Self::Failed(other.into()),
         }
     }

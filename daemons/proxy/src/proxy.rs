@@ -47,6 +47,7 @@ pub struct Proxy {
     shutdown: CancellationToken,
     serving: JoinSet<()>,
     driver: StreamDriver,
+    _background: JoinSet<()>,
     _lock: File,
 }
 
@@ -105,7 +106,7 @@ impl Proxy {
             DriverConfig {
                 peer,
                 session,
-                bus,
+                bus: Arc::clone(&bus),
                 keepalive,
                 handler,
                 audit: Some(AuditReport { log: audit.clone(), identity: Arc::clone(&identity) }),
@@ -130,7 +131,7 @@ impl Proxy {
             ingress: Arc::clone(&built),
             audit: audit.clone(),
         };
-        let precheck = Arc::new(Precheck { check: ProxyCheck::new(knowledge), audit });
+        let precheck = Arc::new(Precheck { check: ProxyCheck::new(Arc::clone(&knowledge)), audit });
         let http = ProxyIngress::builder(Arc::clone(&router), Arc::clone(&connector), precheck)
             .served(served)
             .https(address.url.starts_with("https://"))
@@ -139,15 +140,24 @@ impl Proxy {
         // It was made a line above and is set once.
         let _ = built.set(http.clone());
         let ssh = SshIngress::builder(Arc::new(RemoteGate::new(router, connector)), ssh_keys).build();
+        let (offers, known) = (ssh.clone(), Arc::clone(&knowledge));
+        let certified = cocalc_daemon::certify::keep_certified(
+            peer,
+            bus,
+            move || known.with(|cache| cache.ssh_authorities().version),
+            move |certificates| offers.offer_certificates(certificates),
+        );
 
         let shutdown = CancellationToken::new();
+        let mut background = JoinSet::new();
+        background.spawn(certified);
         let mut serving = JoinSet::new();
         let stop = shutdown.clone();
         serving.spawn(async move { http.serve(http_listener, stop.cancelled_owned()).await });
         let stop = shutdown.clone();
         serving.spawn(async move { ssh.serve(ssh_listener, stop.cancelled_owned()).await });
         tracing::info!(%id, name = %config.name, url = address.url, "proxy started");
-        Ok(Self { id, shutdown, serving, driver, _lock: lock })
+        Ok(Self { id, shutdown, serving, driver, _background: background, _lock: lock })
     }
 
     /// Its id in the federation.

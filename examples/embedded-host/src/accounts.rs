@@ -61,6 +61,8 @@ impl Auth for Accounts {
                     via: Via::Token { jti: "secret".to_owned(), once: false },
                     embed_origin: None,
                     expires: None,
+                    restrictions: Default::default(),
+                    source: None,
                 })
             }
             Credential::Session(value) => {

@@ -57,6 +57,7 @@ pub fn acl(n: u8, version: u64, members: &[u8]) -> ProjectAcl {
         keys: vec![],
         grace_ms: None,
         proxy_ssh: false,
+        authorized_keys: false,
         viewable_ports: Vec::new(),
     }
 }
@@ -66,6 +67,7 @@ pub fn state(n: u8) -> AccountState {
         id: KeyId::from_bytes([n; 16]),
         account: account(n),
         key: format!("ssh-ed25519 KEY{n}"),
+        options: String::new(),
     };
     AccountState { account: account(n), session_epoch: 0, banned: false, keys: vec![key] }
 }

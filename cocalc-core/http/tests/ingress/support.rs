@@ -85,6 +85,8 @@ fn check(token: &str, project: ProjectId) -> Result<Principal, Denial> {
         via: Via::Token { jti: claims["jti"].to_string(), once: claims["once"] == true },
         embed_origin: claims["emb"].as_str().map(str::to_owned),
         expires: None,
+        restrictions: Default::default(),
+        source: None,
     })
 }
 

@@ -14,6 +14,8 @@ pub struct ProjectAccess {
     pub grace_ms: Option<u64>,
     /// Whether a proxy that terminates SSH may attest for it.
     pub proxy_ssh: bool,
+    /// Whether the project's own `~/.ssh/authorized_keys` opens it.
+    pub authorized_keys: bool,
 }
 
 impl Store {
@@ -51,14 +53,15 @@ impl Store {
                 return Ok((found.acl_version, after));
             }
             db.execute(
-                "UPDATE projects SET viewable_ports = ?2, grace_ms = ?3, proxy_ssh = ?4,
+                "UPDATE projects SET viewable_ports = ?2, grace_ms = ?3, proxy_ssh = ?4, authorized_keys = ?6,
                    grace_known_ms = max(ifnull(grace_known_ms, 0), ?5) WHERE id = ?1",
                 params![
                     id.to_string(),
                     serde_json::to_string(&after.viewable_ports)?,
                     after.grace_ms,
                     after.proxy_ssh,
-                    before.grace_ms.unwrap_or(default_grace_ms)
+                    before.grace_ms.unwrap_or(default_grace_ms),
+                    after.authorized_keys,
                 ],
             )?;
             Ok((member::bump(db, id)?, after))
@@ -86,5 +89,6 @@ fn of(project: &project::Project) -> ProjectAccess {
         viewable_ports: project.viewable_ports.clone(),
         grace_ms: project.grace_ms,
         proxy_ssh: project.proxy_ssh,
+        authorized_keys: project.authorized_keys,
     }
 }

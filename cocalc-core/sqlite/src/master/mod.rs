@@ -48,6 +48,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("schema_2.sql"),
     include_str!("schema_access.sql"),
     include_str!("schema_audit.sql"),
+    include_str!("schema_ssh.sql"),
 ];
 
 /// The master's database.

@@ -49,6 +49,8 @@ pub struct Project {
     pub proxy_ssh: bool,
     /// The ports whose apps viewers may see.
     pub viewable_ports: Vec<u16>,
+    /// Whether the project's own `~/.ssh/authorized_keys` opens it.
+    pub authorized_keys: bool,
     /// When it was asked for.
     pub created: Timestamp,
     /// Whether its host ever made it.
@@ -156,7 +158,8 @@ pub struct NewProject<'a> {
 }
 
 const COLUMNS: &str = "p.id, p.name, p.owner, p.config, p.host, p.epoch, p.state, p.reason, p.phases,
-    p.started, p.fence, p.acl_version, p.grace_ms, p.proxy_ssh, p.created, p.made, p.viewable_ports";
+    p.started, p.fence, p.acl_version, p.grace_ms, p.proxy_ssh, p.created, p.made, p.viewable_ports,
+    p.authorized_keys";
 
 fn read(row: &Row<'_>) -> rusqlite::Result<Project> {
     Ok(Project {
@@ -177,6 +180,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Project> {
         created: Timestamp::from_millis(row.get(14)?),
         made: row.get(15)?,
         viewable_ports: json(row, 16)?,
+        authorized_keys: row.get(17)?,
     })
 }
 

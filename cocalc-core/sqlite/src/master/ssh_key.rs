@@ -21,6 +21,8 @@ pub struct StoredSshKey {
     pub project: Option<ProjectId>,
     /// OpenSSH text `algorithm base64`.
     pub key: String,
+    /// What stands in front of it in `authorized_keys`; empty for nothing.
+    pub options: String,
     /// What its owner calls it.
     pub comment: String,
     /// When it was added.
@@ -30,7 +32,7 @@ pub struct StoredSshKey {
 /// All keys of an account, or of a project, travel in one frame to hosts.
 const KEYS_MAX: usize = 100;
 
-const COLUMNS: &str = "id, account, project, key, comment, created";
+const COLUMNS: &str = "id, account, project, key, comment, created, options";
 
 fn read(row: &Row<'_>) -> rusqlite::Result<StoredSshKey> {
     Ok(StoredSshKey {
@@ -40,6 +42,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<StoredSshKey> {
         key: row.get(3)?,
         comment: row.get(4)?,
         created: Timestamp::from_millis(row.get(5)?),
+        options: row.get(6)?,
     })
 }
 
@@ -50,12 +53,12 @@ fn list(db: &Connection, condition: &'static str, id: &str) -> rusqlite::Result<
 }
 
 fn on_stream(key: StoredSshKey) -> SshKey {
-    SshKey { id: key.id, account: key.account, key: key.key }
+    SshKey { id: key.id, account: key.account, key: key.key, options: key.options }
 }
 
 impl Store {
-    /// Adds a key. The same key for the same account and project is returned
-    /// as it is.
+    /// Adds a key. The same key for the same account and project stays as it
+    /// is, but for its options, which become these.
     ///
     /// # Errors
     ///
@@ -82,9 +85,19 @@ impl Store {
                 return Err(Fault::Refused(Error::TooMany { what: "SSH keys", limit: KEYS_MAX }));
             }
             let added = db.execute(
-                "INSERT INTO ssh_keys (id, account, project, key, comment, created)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6) ON CONFLICT DO NOTHING",
-                params![key.id.to_string(), account, project, key.key, key.comment, key.created.millis()],
+                "INSERT INTO ssh_keys (id, account, project, key, comment, created, options)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)
+                 ON CONFLICT (account, key, ifnull(project, '')) DO UPDATE SET options = excluded.options
+                 WHERE options <> excluded.options",
+                params![
+                    key.id.to_string(),
+                    account,
+                    project,
+                    key.key,
+                    key.comment,
+                    key.created.millis(),
+                    key.options
+                ],
             )?;
             if let (1, Some(project)) = (added, key.project) {
                 member::bump(db, project)?;
@@ -143,6 +156,7 @@ impl Store {
                 grace_ms: project.grace_ms,
                 proxy_ssh: project.proxy_ssh,
                 viewable_ports: project.viewable_ports,
+                authorized_keys: project.authorized_keys,
             })
         })
     }

@@ -246,6 +246,7 @@ fn every_change_of_rights_is_a_new_version() {
         account: guest,
         project: Some(project),
         key: "ssh-ed25519 AAAA".into(),
+        options: String::new(),
         comment: String::new(),
         created: NOW,
     };

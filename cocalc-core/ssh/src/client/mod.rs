@@ -1,6 +1,6 @@
 //! A small SSH client, for programs that run commands in projects.
 //!
-//! It speaks to this crate's server with a connect token or a key, and checks
+//! It speaks to this crate's server with a connect token, a certificate or a key, and checks
 //! the server's key against those that the master published.
 
 mod process;
@@ -17,13 +17,13 @@ use cocalc_core::{
 use russh::{
     ChannelMsg, Disconnect, SshId,
     client::{Config, Handle, Handler, KeyboardInteractiveAuthResponse, connect_stream},
-    keys::{PrivateKey, PrivateKeyWithHashAlg, PublicKeyOrCertificate},
+    keys::{Certificate, PrivateKey, PrivateKeyWithHashAlg, PublicKeyOrCertificate},
 };
 use tokio::{net::TcpStream, time::timeout};
 
 pub use terminal::{attach, terminal_size};
 
-use crate::{algorithms::preferred, host_keys::key_text};
+use crate::{HostKeyError, HostKeys, algorithms::preferred, host_keys::key_text};
 
 /// How long reaching the server and logging in may take.
 const CONNECT_MAX: Duration = Duration::from_secs(30);
@@ -36,8 +36,37 @@ const OPEN_MAX: Duration = Duration::from_secs(30);
 pub enum Identity {
     /// A connect token.
     Token(Secret),
+    /// A key that lives as long as this process, with its certificate.
+    Certificate(ClientKey, String),
     /// A private key in this file, in OpenSSH's format, without a passphrase.
     KeyFile(PathBuf),
+}
+
+/// An Ed25519 key that lives as long as this process, in memory only.
+#[derive(Clone)]
+pub struct ClientKey(Arc<PrivateKey>);
+
+impl ClientKey {
+    /// Makes one.
+    ///
+    /// # Errors
+    ///
+    /// The system gives no randomness.
+    pub fn generate() -> Result<Self, HostKeyError> {
+        let mut keys = HostKeys::generate()?;
+        keys.keys.pop().map(|key| Self(Arc::new(key))).ok_or(HostKeyError::NoRandomness)
+    }
+
+    /// The public key, `algorithm base64`.
+    pub fn public(&self) -> String {
+        key_text(self.0.public_key()).unwrap_or_default()
+    }
+}
+
+impl fmt::Debug for ClientKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("ClientKey").field(&self.public()).finish()
+    }
 }
 
 /// What the server must prove.
@@ -162,6 +191,11 @@ async fn log_in(
     let user = project.to_string();
     let result = match identity {
         Identity::Token(token) => handle.authenticate_password(user.as_str(), token.expose()).await?,
+        Identity::Certificate(key, text) => {
+            let certificate = Certificate::from_openssh(text)
+                .map_err(|_| ClientError::Certificate("it cannot be read".into()))?;
+            handle.authenticate_openssh_cert(user.as_str(), key.0.clone(), certificate).await?
+        }
         Identity::KeyFile(path) => {
             let failed = |source: BoxError| ClientError::Key { path: path.clone(), source };
             let text = tokio::fs::read(path).await.map_err(|error| failed(error.into()))?;
@@ -235,6 +269,9 @@ pub enum ClientError {
         /// Why.
         source: BoxError,
     },
+    /// The certificate cannot be used.
+    #[error("cannot use the SSH certificate")]
+    Certificate(#[source] BoxError),
     /// The login was refused; the server's words.
     #[error("{0}")]
     Refused(String),

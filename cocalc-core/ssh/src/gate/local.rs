@@ -12,7 +12,7 @@ use cocalc_core::{
     wake::{Awake, Wake},
 };
 
-use super::{Access, Attempt, Gate, Login, Moved, Refusal};
+use super::{Access, Attempt, Gate, Login, Moved, Refusal, restricted::Restricted};
 use crate::Sessions;
 
 /// How long a login waits for a move to cut over.
@@ -110,7 +110,9 @@ impl Gate for LocalGate {
             }
             _ => match self.auth.admit(&principal, project, action).await {
                 Ok(admission) => {
-                    return Ok(Login::Open(Access { project, sessions: self.sessions.clone(), admission }));
+                    let restrictions = principal.restrictions;
+                    let sessions = Restricted::wrap(self.sessions.clone(), &restrictions);
+                    return Ok(Login::Open(Access { project, sessions, restrictions, admission }));
                 }
                 Err(denial) => denial,
             },

@@ -2,13 +2,14 @@
 
 mod local;
 mod remote;
+mod restricted;
 
 use std::{fmt, net::IpAddr, sync::Arc};
 
 use async_trait::async_trait;
 use cocalc_core::{
     auth::{Admission, Credential, Denial},
-    ids::ProjectId,
+    ids::{ProjectId, Restrictions},
 };
 
 pub use local::LocalGate;
@@ -56,8 +57,11 @@ pub enum Login {
 pub struct Access {
     /// Which project.
     pub project: ProjectId,
-    /// Its processes and ports.
+    /// Its processes and ports, within the restrictions.
     pub sessions: Arc<dyn Sessions>,
+    /// What the key or certificate limits it to. A server refuses terminals
+    /// accordingly; `sessions` keeps to it in any case.
+    pub restrictions: Restrictions,
     /// Ends the connection when it is revoked.
     pub admission: Admission,
 }

@@ -48,6 +48,7 @@ impl RemoteGate {
     async fn ask(&self, host: HostId, attempt: &Attempt) -> io::Result<(Answer, BoxStream)> {
         let credential = match &attempt.credential {
             Credential::SshKey(key) => Shown::Key(key.clone()),
+            Credential::SshCertificate(certificate) => Shown::Certificate(certificate.clone()),
             Credential::Token(token) => Shown::Token(token.expose().to_owned()),
             _ => return Err(io::Error::other("a credential that SSH does not have")),
         };
@@ -72,15 +73,15 @@ impl Gate for RemoteGate {
                 Refusal::access_denied()
             })?;
             match answer {
-                Answer::LoggedIn { ticket } => {
+                Answer::LoggedIn { ticket, restrictions } => {
                     let sessions = RemoteSessions {
                         connector: self.connector.clone(),
                         host,
                         source: attempt.source,
                         ticket,
                     };
-                    let access =
-                        Access { project, sessions: Arc::new(sessions), admission: watch_login(stream) };
+                    let admission = watch_login(stream);
+                    let access = Access { project, sessions: Arc::new(sessions), restrictions, admission };
                     return Ok(Login::Open(access));
                 }
                 // A route lags behind a move; whoever was there knows better.

@@ -26,7 +26,7 @@ use async_trait::async_trait;
 use cocalc_core::{
     auth::{Admission, Auth, Context, Credential, Decision, Denial, Principal, Secret, Tier, Via},
     connector::{self, Connector, Service},
-    ids::{AccountId, Action, Epoch, HostId, KeyId, ProjectId, ProxyId, Scope},
+    ids::{AccountId, Action, Epoch, HostId, KeyId, ProjectId, ProxyId, Restrictions, Scope},
     router::{self, HostAddress, Reach, Route, Router},
     runner::{Command, Error, ExecRequest, Exit, Process, ProcessHandle, WindowSize},
     stream::BoxStream,
@@ -54,6 +54,8 @@ pub struct Rights {
     pub project: ProjectId,
     pub key: String,
     pub trusted_proxy: Option<ProxyId>,
+    /// The only certificate that is good, and what it permits.
+    pub certificate: Mutex<Option<(String, Restrictions)>>,
     /// Whether the host still has the project, and so knows its keys.
     pub held: AtomicBool,
     revoked: watch::Sender<Option<Denial>>,
@@ -63,6 +65,20 @@ pub struct Rights {
 impl Rights {
     pub fn revoke(&self) {
         self.revoked.send_replace(Some(Denial::Forbidden("removed".into())));
+    }
+}
+
+impl Rights {
+    fn certified(&self, text: &str, proxy: Option<ProxyId>) -> Option<Via> {
+        let known = self.certificate.lock().unwrap();
+        known.as_ref().filter(|(known, _)| known == text)?;
+        Some(Via::SshCertificate {
+            serial: 1,
+            key_id: "test".into(),
+            authority: String::new(),
+            fingerprint: String::new(),
+            proxy,
+        })
     }
 }
 
@@ -89,6 +105,12 @@ impl Auth for Rights {
             {
                 Via::SshKey { key: KeyId::random(), proxy: self.trusted_proxy }
             }
+            Credential::SshCertificate(text) => self.certified(text, None).ok_or_else(bad)?,
+            Credential::AttestedSshCertificate { certificate, proxy }
+                if self.trusted_proxy.map(|p| p.to_string()).as_ref() == Some(proxy) =>
+            {
+                self.certified(certificate, self.trusted_proxy).ok_or_else(bad)?
+            }
             Credential::Token(token) if token.expose() == TOKEN => {
                 Via::Token { jti: "1".into(), once: false }
             }
@@ -105,6 +127,13 @@ impl Auth for Rights {
             via,
             embed_origin: None,
             expires: None,
+            restrictions: match credential {
+                Credential::SshCertificate(_) | Credential::AttestedSshCertificate { .. } => {
+                    self.certificate.lock().unwrap().clone().map(|(_, permits)| permits).unwrap_or_default()
+                }
+                _ => Restrictions::default(),
+            },
+            source: context.source,
         })
     }
 
@@ -350,6 +379,8 @@ pub struct World {
     pub router: Arc<OneRoute>,
     pub shells: Arc<Shells>,
     pub host_keys: Vec<String>,
+    /// The host's, and the proxy's.
+    pub ingresses: Vec<SshIngress>,
     pub direct: u16,
     pub proxied: u16,
     _servers: tokio::task::JoinSet<()>,
@@ -373,6 +404,7 @@ impl World {
                 project,
                 key: key.clone(),
                 trusted_proxy: Some(proxy),
+                certificate: Mutex::default(),
                 held: AtomicBool::new(true),
                 revoked: watch::Sender::new(None),
                 admitted: Arc::default(),
@@ -393,13 +425,14 @@ impl World {
         let keys = HostKeys::load_or_create(&directory.path().join("host_key")).unwrap();
         let host_keys = keys.public();
         let mut servers = tokio::task::JoinSet::new();
-        let mut ports = Vec::new();
+        let (mut ports, mut ingresses) = (Vec::new(), Vec::new());
         let mut known = String::new();
         for gate in [gate as Arc<dyn cocalc_ssh::Gate>, remote] {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let port = listener.local_addr().unwrap().port();
             known += &format!("[127.0.0.1]:{port} {}\n", host_keys[0]);
             let ingress = configure(SshIngress::builder(gate, keys.clone())).build();
+            ingresses.push(ingress.clone());
             servers.spawn(async move { ingress.serve(listener, std::future::pending()).await });
             ports.push(port);
         }
@@ -412,6 +445,7 @@ impl World {
             router,
             shells,
             host_keys,
+            ingresses,
             direct: ports[0],
             proxied: ports[1],
             _servers: servers,

@@ -5,7 +5,7 @@ use serde_json::json;
 use super::receipt;
 use crate::{
     api::Api,
-    args::{Account, ApiKey, Collaborator, Key, Keys, Output, WaitOptions},
+    args::{Account, ApiKey, Collaborator, Key, Keys, Output, SshCaKind, WaitOptions},
     failure::{Failure, While},
     output::{items, print},
 };
@@ -77,12 +77,29 @@ fn api_key(api: &Api, output: Output, verb: ApiKey) -> Result<(), Failure> {
 
 pub(super) fn keys(api: &Api, output: Output, verb: Keys) -> Result<(), Failure> {
     let (answer, wait) = match verb {
-        Keys::List => {
+        Keys::List { ssh_ca: true } => {
+            let answer = api.get("/ssh-ca")?;
+            print(output, items(&answer, "keys"), &["kind", "state", "fingerprint", "since"]);
+            return Ok(());
+        }
+        Keys::List { ssh_ca: false } => {
             let answer = api.get("/keys")?;
             print(output, items(&answer, "keys"), &["kid", "state", "alg", "since", "until"]);
             return Ok(());
         }
-        Keys::Rotate { force, wait } => (api.post(&format!("/keys/rotate?force={force}"), &json!({}))?, wait),
+        Keys::Rotate { force, ssh_ca: Some(kind), wait } => {
+            let kind = match kind {
+                SshCaKind::User => "user",
+                SshCaKind::Host => "host",
+            };
+            (api.post(&format!("/ssh-ca/rotate?force={force}"), &json!({ "kind": kind }))?, wait)
+        }
+        Keys::Withdraw { kid, wait } if kid.starts_with("SHA256:") => {
+            (api.post("/ssh-ca/withdraw", &json!({ "fingerprint": kid }))?, wait)
+        }
+        Keys::Rotate { force, ssh_ca: None, wait } => {
+            (api.post(&format!("/keys/rotate?force={force}"), &json!({}))?, wait)
+        }
         Keys::Withdraw { kid, wait } => (api.post(&format!("/keys/{kid}/withdraw"), &json!({}))?, wait),
     };
     if output == Output::Table {
@@ -92,7 +109,7 @@ pub(super) fn keys(api: &Api, output: Output, verb: Keys) -> Result<(), Failure>
 }
 
 pub(super) fn key(api: &Api, output: Output, verb: Key) -> Result<(), Failure> {
-    const COLUMNS: [&str; 3] = ["id", "key", "project_id"];
+    const COLUMNS: [&str; 4] = ["id", "key", "project_id", "options"];
     match verb {
         Key::Add { file, project } => {
             let text = std::fs::read_to_string(&file).during(format!("cannot read {}", file.display()))?;

@@ -1,6 +1,7 @@
 //! The verbs that call the master's API.
 
 mod account;
+mod certificate;
 mod host;
 mod operation;
 mod project;
@@ -35,6 +36,7 @@ pub(crate) fn run(api: &Api, output: Output, command: Command) -> Result<ExitCod
         Command::Key(verb) => account::key(api, output, verb)?,
         Command::Account(verb) => account::run(api, output, verb)?,
         Command::Keys(verb) => account::keys(api, output, verb)?,
+        Command::SshKnownHosts { pattern } => certificate::known_hosts(api, output, pattern)?,
         Command::Receipt { id, wait } => receipt::show(api, output, &id, wait)?,
         Command::Operation(verb) => operation::run(api, output, verb)?,
         // The others were dispatched before a master was looked for.

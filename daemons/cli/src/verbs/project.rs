@@ -44,10 +44,10 @@ pub(super) fn run(api: &Api, output: Output, verb: Project) -> Result<ExitCode, 
                 print(output, &answer, &[]);
             }
         }
-        Project::Access { id, viewable_ports, grace, proxy_ssh, wait } => {
+        Project::Access { id, viewable_ports, grace, proxy_ssh, authorized_keys, wait } => {
             let path = format!("/projects/{id}/access");
-            let body = access(viewable_ports, grace, proxy_ssh)?;
-            let columns = ["viewable_ports", "grace_secs", "proxy_ssh"];
+            let body = access(viewable_ports, grace, proxy_ssh, authorized_keys)?;
+            let columns = ["viewable_ports", "grace_secs", "proxy_ssh", "authorized_keys"];
             if body == json!({}) {
                 print(output, &api.get(&path)?, &columns);
             } else {
@@ -126,6 +126,24 @@ pub(super) fn run(api: &Api, output: Output, verb: Project) -> Result<ExitCode, 
             }
         }
         Project::Exec { id, via_proxy, command } => return reach::exec(api, &id, via_proxy, command),
+        Project::SshCertificate {
+            id,
+            file,
+            ttl,
+            source_address,
+            force_command,
+            no_pty,
+            no_port_forwarding,
+        } => {
+            let body = json!({
+                "ttl_secs": ttl,
+                "source_address": source_address,
+                "force_command": force_command,
+                "permit_pty": !no_pty,
+                "permit_port_forwarding": !no_port_forwarding,
+            });
+            super::certificate::write(api, output, &id, &file, body)?;
+        }
         Project::Ssh { id, via_proxy, command } => return reach::ssh(api, &id, via_proxy, &command),
     }
     Ok(ExitCode::SUCCESS)
@@ -136,6 +154,7 @@ fn access(
     ports: Option<Vec<String>>,
     grace: Option<String>,
     proxy_ssh: Option<bool>,
+    authorized_keys: Option<bool>,
 ) -> Result<Value, Failure> {
     let usage = |what: String| Failure::new(Exit::Usage, what);
     let mut body = json!({});
@@ -159,6 +178,9 @@ fn access(
     }
     if let Some(proxy_ssh) = proxy_ssh {
         body["proxy_ssh"] = proxy_ssh.into();
+    }
+    if let Some(authorized_keys) = authorized_keys {
+        body["authorized_keys"] = authorized_keys.into();
     }
     Ok(body)
 }

@@ -2,10 +2,14 @@
 
 use std::process::ExitCode;
 
+use cocalc_ssh::client::{ClientKey, Identity};
 use serde_json::{Value, json};
 
 use super::project::text;
-use crate::{api::Api, failure::Failure};
+use crate::{
+    api::Api,
+    failure::{Failure, While},
+};
 
 /// The exit status of our own failures, as ssh has it.
 const OWN_FAILURE: u8 = 255;
@@ -31,12 +35,16 @@ fn run(api: &Api, id: &str, via_proxy: bool, line: Option<String>) -> ExitCode {
 }
 
 fn connect_and_run(api: &Api, id: &str, via_proxy: bool, line: Option<String>) -> Result<u8, Failure> {
-    let answer = api.post(&format!("/projects/{id}/connect"), &json!({ "scopes": ["ssh"] }))?;
+    // Never written anywhere: it is of no use without its certificate, and that
+    // ends in minutes.
+    let key = ClientKey::generate().during("cannot make a key")?;
+    let answer =
+        api.post(&format!("/projects/{id}/ssh-certificate"), &json!({ "public_key": key.public() }))?;
     let way = if via_proxy { "proxy" } else { "direct" };
-    let token = text(&answer, "token")?;
+    let identity = Identity::Certificate(key, text(&answer, "certificate")?);
     let address = text(&answer[way], "ssh")?;
     let keys = host_keys(api, &answer, via_proxy)?;
-    crate::ssh::run(&address, &token, &keys, line)
+    crate::ssh::run(&address, &identity, &keys, line)
 }
 
 /// The keys that the master publishes for where we connect to.

@@ -34,6 +34,8 @@ struct AccessView {
     grace_secs: Option<u64>,
     /// Whether a proxy that terminates SSH may attest for it.
     proxy_ssh: bool,
+    /// Whether the project's own `~/.ssh/authorized_keys` opens it.
+    authorized_keys: bool,
     /// The version of the ACL that says so.
     acl_version: u64,
     /// Where it is in force; with `wait`, when it is so everywhere. Only in the
@@ -48,6 +50,7 @@ impl AccessView {
             viewable_ports: access.viewable_ports,
             grace_secs: access.grace_ms.map(|millis| millis / 1000),
             proxy_ssh: access.proxy_ssh,
+            authorized_keys: access.authorized_keys,
             acl_version,
             receipt,
         }
@@ -78,6 +81,9 @@ struct ChangedAccess {
     #[schema(value_type = Option<u64>)]
     grace_secs: Option<Option<u64>>,
     proxy_ssh: Option<bool>,
+    /// Whoever writes to that file in the project lets in whom they like, with
+    /// the rights of a collaborator. Default: no.
+    authorized_keys: Option<bool>,
 }
 
 /// Tells null from nothing.
@@ -119,6 +125,9 @@ async fn change(
                 }
                 if let Some(proxy_ssh) = new.proxy_ssh {
                     access.proxy_ssh = proxy_ssh;
+                }
+                if let Some(authorized_keys) = new.authorized_keys {
+                    access.authorized_keys = authorized_keys;
                 }
             })
         })

@@ -6,6 +6,7 @@ use axum::{Json, extract::State};
 use cocalc_auth::{mint::NewToken, token::Usage};
 use cocalc_core::{connector::Peer, router::HostAddress};
 use cocalc_ids::{Action, ProjectId, Role, Scope, Timestamp};
+use cocalc_sqlite::master::{Account, Project};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
@@ -63,6 +64,13 @@ pub(super) struct Way {
 pub(super) struct Connected {
     pub(super) token: String,
     expires_at: String,
+    #[serde(flatten)]
+    pub(super) ways: Ways,
+}
+
+/// Where a project is.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct Ways {
     /// Directly at the host.
     pub(super) direct: Way,
     /// Through a proxy, if there is one.
@@ -95,6 +103,44 @@ async fn mint(shared: &Shared, caller: &Caller, id: ProjectId, asked: Connect) -
     if let Some(origin) = &asked.embed_origin {
         check_origin(origin)?;
     }
+    let (Membership { project, role, account }, ways) = ways(shared, caller, id, asked.port).await?;
+    let scopes = permitted(role, asked.scopes)?;
+    // What the host would refuse is not promised.
+    if let Some(port) = asked.port {
+        let app = Action::App { scope: Scope::Http, port };
+        if !role.permits_in(&project.viewable_ports, app) {
+            return Err(Problem::denied());
+        }
+    }
+    let new = NewToken::new(&shared.issuer, project.host, caller.id, id, project.epoch)
+        .scopes(scopes)
+        .session_epoch(account.session_epoch)
+        .acl(project.acl_version)
+        .usage(match asked.usage {
+            Use::Once => Usage::Once,
+            Use::Multi => Usage::Multi,
+        })
+        .embed_origin(asked.embed_origin)
+        .ttl(Duration::from_secs(ttl));
+    let minted = shared.signing.mint(&new, shared.now()).map_err(|error| Problem::internal(&error))?;
+    let exp = i64::try_from(minted.claims.exp).unwrap_or(i64::MAX);
+    Ok(Connected { token: minted.token, expires_at: time(Timestamp::from_secs(exp)), ways })
+}
+
+/// What the caller is to a project.
+pub(super) struct Membership {
+    pub(super) project: Project,
+    pub(super) role: Role,
+    pub(super) account: Account,
+}
+
+/// Where a project is, for a caller who is a member.
+pub(super) async fn ways(
+    shared: &Shared,
+    caller: &Caller,
+    id: ProjectId,
+    port: Option<u16>,
+) -> Answer<(Membership, Ways)> {
     let account_id = caller.id;
     let (project, role, account, host, proxies) = shared
         .db(move |store| {
@@ -111,36 +157,15 @@ async fn mint(shared: &Shared, caller: &Caller, id: ProjectId, asked: Connect) -
     if !caller.covers(id) {
         return Err(Problem::not_found("project"));
     }
-    let scopes = permitted(role, asked.scopes)?;
-    // What the host would refuse is not promised.
-    if let Some(port) = asked.port {
-        let app = Action::App { scope: Scope::Http, port };
-        if !role.permits_in(&project.viewable_ports, app) {
-            return Err(Problem::denied());
-        }
-    }
-    let new = NewToken::new(&shared.issuer, project.host, account_id, id, project.epoch)
-        .scopes(scopes)
-        .session_epoch(account.session_epoch)
-        .acl(project.acl_version)
-        .usage(match asked.usage {
-            Use::Once => Usage::Once,
-            Use::Multi => Usage::Multi,
-        })
-        .embed_origin(asked.embed_origin)
-        .ttl(Duration::from_secs(ttl));
-    let minted = shared.signing.mint(&new, shared.now()).map_err(|error| Problem::internal(&error))?;
     // One that is there, if any is.
     let proxy = proxies.iter().find(|proxy| shared.alive(Peer::Proxy(proxy.id))).or(proxies.first());
-    let exp = i64::try_from(minted.claims.exp).unwrap_or(i64::MAX);
-    Ok(Connected {
-        token: minted.token,
-        expires_at: time(Timestamp::from_secs(exp)),
-        direct: way(&host.address, id, asked.port),
-        proxy: proxy.map(|proxy| way(&proxy.address, id, asked.port)),
+    let ways = Ways {
+        direct: way(&host.address, id, port),
+        proxy: proxy.map(|proxy| way(&proxy.address, id, port)),
         host_id: project.host.to_string(),
         epoch: project.epoch.number(),
-    })
+    };
+    Ok((Membership { project, role, account }, ways))
 }
 
 fn permitted(role: Role, asked: Option<BTreeSet<Scope>>) -> Answer<BTreeSet<Scope>> {

@@ -19,6 +19,7 @@ mod projects;
 mod receipts;
 mod scope;
 mod snapshots;
+mod ssh_ca;
 mod ssh_keys;
 mod trail;
 mod view;
@@ -54,6 +55,7 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
         .merge(snapshots::routes())
         .merge(files::routes())
         .merge(ssh_keys::routes())
+        .merge(ssh_ca::routes())
         .merge(hosts::routes())
         .merge(operations::routes())
         .merge(keys::routes())
@@ -63,6 +65,7 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
         .split_for_parts();
     let (open, mut rest) = OpenApiRouter::with_openapi(Document::openapi())
         .merge(hosts::open_routes())
+        .merge(ssh_ca::open_routes())
         .merge(login::open_routes())
         .split_for_parts();
     document::complete(&mut document, Access::Bearer);

@@ -22,7 +22,7 @@ pub(super) fn verb_of(method: &Method, route: &str) -> Option<Verb> {
             Some(Verb::Read)
         }
         ("POST", "/projects", _) => Some(Verb::Create),
-        ("POST", _, Some("/connect")) => Some(Verb::Connect),
+        ("POST", _, Some("/connect" | "/ssh-certificate")) => Some(Verb::Connect),
         ("POST", _, Some("/start" | "/stop" | "/move")) => Some(Verb::Operate),
         ("POST", "/operations/{id}/cancel", _) => Some(Verb::Operate),
         ("POST" | "DELETE", _, Some(rest)) if rest.starts_with("/snapshots") => Some(Verb::Operate),
@@ -87,6 +87,8 @@ mod tests {
         for (method, route, verb) in [
             (Method::GET, "/api/v1/projects/{id}/why", Some(Verb::Read)),
             (Method::POST, "/api/v1/projects/{id}/connect", Some(Verb::Connect)),
+            (Method::POST, "/api/v1/projects/{id}/ssh-certificate", Some(Verb::Connect)),
+            (Method::POST, "/api/v1/ssh-ca/rotate", None),
             (Method::DELETE, "/api/v1/projects/{id}", Some(Verb::Manage)),
             (Method::DELETE, "/api/v1/projects/{id}/snapshots/{name}", Some(Verb::Operate)),
             (Method::POST, "/api/v1/projects/{id}/members", Some(Verb::Manage)),

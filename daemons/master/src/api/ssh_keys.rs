@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::{Json, extract::State};
 use base64::Engine;
 use cocalc_auth::PublicKey;
+use cocalc_auth_ssh::KeyLine;
 use cocalc_ids::{Action, KeyId, ProjectId, Scope};
 use cocalc_sqlite::master::StoredSshKey;
 use http::StatusCode;
@@ -25,21 +26,12 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Shared>> {
     OpenApiRouter::new().routes(routes!(add, list)).routes(routes!(remove))
 }
 
-/// The algorithms that hosts accept.
-const ALGORITHMS: [&str; 7] = [
-    "ssh-ed25519",
-    "ssh-rsa",
-    "ecdsa-sha2-nistp256",
-    "ecdsa-sha2-nistp384",
-    "ecdsa-sha2-nistp521",
-    "sk-ssh-ed25519@openssh.com",
-    "sk-ecdsa-sha2-nistp256@openssh.com",
-];
-
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct NewKey {
-    /// A line of a public key file: `algorithm base64 comment`.
+    /// A line of a public key file or of `authorized_keys`:
+    /// `[options] algorithm base64 comment`. A key with an option that is not
+    /// honoured is refused.
     key: String,
     /// The only project it opens; default: all of the account's.
     #[schema(value_type = Option<String>)]
@@ -50,6 +42,8 @@ struct NewKey {
 struct KeyView {
     id: String,
     key: String,
+    /// What its sessions are limited to, as in `authorized_keys`.
+    options: String,
     comment: String,
     project_id: Option<String>,
     created: String,
@@ -60,6 +54,7 @@ impl From<StoredSshKey> for KeyView {
         Self {
             id: key.id.to_string(),
             key: key.key,
+            options: key.options,
             comment: key.comment,
             project_id: key.project.map(|id| id.to_string()),
             created: time(key.created),
@@ -67,28 +62,22 @@ impl From<StoredSshKey> for KeyView {
     }
 }
 
-/// Splits a line of a public key file, and checks that it is one.
-fn parse_key(line: &str) -> Option<(String, String)> {
-    let mut words = line.split_ascii_whitespace();
-    let (algorithm, encoded) = (words.next()?, words.next()?);
-    let comment: Vec<&str> = words.collect();
-    let comment = comment.join(" ");
-    if !ALGORITHMS.contains(&algorithm) || encoded.len() > 4096 || comment.len() > 200 || line.contains('\n')
-    {
-        return None;
+/// A key with its options, as hosts will read them, and its comment.
+fn parse_key(line: &str) -> Answer<KeyLine> {
+    let parsed = KeyLine::parse(line).map_err(|error| Problem::invalid(format!("key: {error}")))?;
+    if acts(&parsed.comment) {
+        return Err(Problem::invalid("key: its comment holds characters that are not shown as they are"));
     }
-    if acts(&comment) {
-        return None;
+    let weak = || Problem::invalid("key: anybody can sign for this key");
+    let (algorithm, encoded) = parsed.key.split_once(' ').ok_or_else(weak)?;
+    if algorithm.contains("ed25519") {
+        let blob = base64::engine::general_purpose::STANDARD.decode(encoded).map_err(|_| weak())?;
+        // The blob repeats the algorithm's name, with its length in front.
+        if !blob.get(4 + algorithm.len()..).is_some_and(is_strong_ed25519) {
+            return Err(weak());
+        }
     }
-    // The blob repeats the algorithm's name, with its length in front.
-    let blob = base64::engine::general_purpose::STANDARD.decode(encoded).ok()?;
-    let name = blob.get(4..4 + algorithm.len())?;
-    let length = u32::from_be_bytes(blob.get(..4)?.try_into().ok()?);
-    let matches = usize::try_from(length) == Ok(algorithm.len()) && name == algorithm.as_bytes();
-    if matches && algorithm.contains("ed25519") && !is_strong_ed25519(&blob[4 + algorithm.len()..]) {
-        return None;
-    }
-    (matches && blob.len() > 4 + algorithm.len() + 4).then(|| (format!("{algorithm} {encoded}"), comment))
+    Ok(parsed)
 }
 
 /// Whether what follows the algorithm's name begins with an Ed25519 key for
@@ -107,14 +96,20 @@ async fn add(
     caller: Caller,
     Body(new): Body<NewKey>,
 ) -> Answer<(StatusCode, Json<KeyView>)> {
-    let (key, comment) =
-        parse_key(new.key.trim()).ok_or_else(|| Problem::invalid("key: not a public key of OpenSSH"))?;
+    let KeyLine { options_text: options, key, comment, .. } = parse_key(new.key.trim())?;
     if let Some(project) = new.project_id {
         caller.project(&shared, project, Some(Action::Use(Scope::Ssh))).await?;
     }
     let id = KeyId::from_random_bytes(caller.new_id("ssh-key"));
-    let row =
-        StoredSshKey { id, account: caller.id, project: new.project_id, key, comment, created: shared.now() };
+    let row = StoredSshKey {
+        id,
+        account: caller.id,
+        project: new.project_id,
+        key,
+        options,
+        comment,
+        created: shared.now(),
+    };
     let stored = shared.db(move |store| store.add_ssh_key(&row)).await?;
     announce(&shared, &stored).await?;
     Ok((StatusCode::CREATED, Json(stored.into())))
@@ -174,21 +169,19 @@ mod tests {
 
     #[test]
     fn keys_are_split_and_checked() {
-        assert_eq!(parse_key(KEY), Some((KEY.to_owned(), String::new())));
-        let (key, comment) = parse_key(&format!("{KEY} me at home")).unwrap();
-        assert_eq!((key.as_str(), comment.as_str()), (KEY, "me at home"));
+        let plain = parse_key(KEY).unwrap();
+        assert_eq!((plain.key.as_str(), plain.comment.as_str()), (KEY, ""));
+        let named = parse_key(&format!("from=\"10.0.0.0/8\",no-pty {KEY} me at home")).unwrap();
+        assert_eq!((named.key.as_str(), named.comment.as_str()), (KEY, "me at home"));
+        assert_eq!(named.options_text, "from=\"10.0.0.0/8\",no-pty");
         for bad in [
             "",
-            "ssh-ed25519",
-            "ssh-ed25519 !!!!",
-            "ssh-dss AAAAB3NzaC1kc3M=",
-            // The blob is of another algorithm than it says.
-            "ssh-rsa AAAAC3NzaC1lZDI1NTE5AAAAIOMqqnkVzrm0SdG6UOoqKLsabgH5C9okWi0dh2l9GKJl",
-            "command=\"x\" ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIOMqqnkVzrm0SdG6UOoqKLsabgH5C9okWi0dh2l9GKJl",
-            "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5",
+            "ssh-ed25519 AAAA",
+            &format!("tunnel=\"0\" {KEY}"),
+            &format!("unheard-of {KEY}"),
             &format!("{KEY} a\u{202e}b"),
         ] {
-            assert_eq!(parse_key(bad), None, "{bad}");
+            assert!(parse_key(bad).is_err(), "{bad}");
         }
         // Anybody can sign for a point of small order.
         for weak in [[0_u8; 32], std::array::from_fn(|at| u8::from(at == 0))] {
@@ -196,7 +189,7 @@ mod tests {
                 let field = |bytes: &[u8]| [&u32::try_from(bytes.len()).unwrap().to_be_bytes()[..], bytes].concat();
                 let blob = [field(algorithm.as_bytes()), field(&weak), field(b"ssh:")].concat();
                 let line = format!("{algorithm} {}", base64::engine::general_purpose::STANDARD.encode(blob));
-                assert_eq!(parse_key(&line), None, "{line}");
+                assert!(parse_key(&line).is_err(), "{line}");
             }
         }
     }

@@ -68,6 +68,16 @@ impl Shared {
         Ok(targets)
     }
 
+    /// The keys that sign SSH certificates changed: everybody hears.
+    pub(crate) async fn announce_ssh_ca(&self) -> store::Result<Vec<Target>> {
+        let mut targets = Vec::new();
+        for peer in self.everybody().await? {
+            let entry = Entry::SshAuthorities(self.ssh_ca.public());
+            targets.push(self.streams.send(peer, About::default(), move |_| Ok(vec![entry])).await?);
+        }
+        Ok(targets)
+    }
+
     /// A host is new, somewhere else, or withdrawn: everybody hears.
     pub(crate) async fn announce_host(&self, host: HostId) -> store::Result<Vec<Target>> {
         let mut targets = Vec::new();
@@ -114,6 +124,20 @@ pub(crate) async fn tend_keys(shared: Arc<Shared>) {
                 tracing::error!(error = %cocalc_core::chain(&error), "cannot tend the keys");
             }
             Err(error) => tracing::error!(%error, "cannot tend the keys"),
+        }
+        let task = shared.clone();
+        let tended = tokio::task::spawn_blocking(move || task.ssh_ca.tend(task.now())).await;
+        match tended {
+            Ok(Ok(true)) => {
+                if let Err(error) = shared.announce_ssh_ca().await {
+                    tracing::error!(error = %cocalc_core::chain(&error), "cannot announce the new SSH keys");
+                }
+            }
+            Ok(Ok(false)) => {}
+            Ok(Err(error)) => {
+                tracing::error!(error = %cocalc_core::chain(&error), "cannot tend the SSH keys");
+            }
+            Err(error) => tracing::error!(%error, "cannot tend the SSH keys"),
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use cocalc_auth::audit::Head;
+use cocalc_auth_ssh::HostRequest;
 use cocalc_core::{
     bus::{Message, Payload},
     connector::Peer,
@@ -133,8 +134,8 @@ async fn respond(shared: &Arc<Shared>, peer: Peer, request: PeerRequest) -> stor
         PeerRequest::Sync { position } => {
             let task = shared.clone();
             let read = move |store: &store::Store| match peer {
-                Peer::Host(host) => host_state(store, &task.signing, host),
-                Peer::Proxy(_) => peer_state(store, &task.signing),
+                Peer::Host(host) => host_state(store, &task, host),
+                Peer::Proxy(_) => peer_state(store, &task),
             };
             shared.streams.sync(peer, position, read).await?;
         }
@@ -162,6 +163,7 @@ async fn respond(shared: &Arc<Shared>, peer: Peer, request: PeerRequest) -> stor
             let Peer::Host(host) = peer else { return Ok(hosts_only()) };
             return wake(shared, host, project, epoch).await;
         }
+        PeerRequest::CertifySshHostKeys => return certify(shared, peer).await,
         PeerRequest::AuditHead { count, head, time, signature } => {
             let head = Head { count, hash: head, time };
             return keep_audit_head(shared, peer, head, signature).await;
@@ -200,6 +202,47 @@ async fn keep_audit_head(
     }
     tracing::error!(?peer, count, "a peer's audit chain contradicts what it was: it was cut, or written anew");
     refused("the chain was longer, or another, before")
+}
+
+/// Certifies the SSH host keys that a peer registered, for the name by which
+/// users reach it.
+async fn certify(shared: &Shared, peer: Peer) -> store::Result<PeerReply> {
+    let (keys, ssh) = shared
+        .db(move |store| {
+            Ok(match peer {
+                Peer::Host(id) => store.host(id).map(|host| (host.ssh_host_keys, host.address.ssh))?,
+                Peer::Proxy(id) => store.proxy(id).map(|proxy| (proxy.ssh_host_keys, proxy.address.ssh))?,
+            })
+        })
+        .await?;
+    let refused = |message: String| Ok(PeerReply::Error { message });
+    let Some(name) = host_name(&ssh) else {
+        return refused(format!("{ssh:?} is not host:port: its SSH host keys cannot be certified"));
+    };
+    let request = |key| HostRequest { key, id: bus_name(peer), names: vec![name.clone()] };
+    let requests: Vec<_> = keys.into_iter().map(request).collect();
+    let now = shared.now();
+    match shared.ssh_ca.sign_hosts(&requests, now) {
+        Ok((signed, version)) => {
+            let ends = signed.iter().map(|one| one.expires).min();
+            Ok(PeerReply::SshCertificates {
+                life_secs: ends.map_or(0, |ends| ends.since(now).as_secs()),
+                certificates: signed.into_iter().map(|one| one.text).collect(),
+                version,
+            })
+        }
+        Err(error) => refused(format!("the SSH host keys were not certified: {error}")),
+    }
+}
+
+/// The name in `name:port`, as SSH clients compare it.
+fn host_name(address: &str) -> Option<String> {
+    let (name, port) = address.rsplit_once(':')?;
+    port.parse::<u16>().ok()?;
+    let name = name.trim_start_matches('[').trim_end_matches(']').to_ascii_lowercase();
+    // A comma or star would be a pattern for somebody.
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b".-_:".contains(&byte);
+    (!name.is_empty() && name.len() <= 255 && name.bytes().all(plain)).then_some(name)
 }
 
 /// What the database says, which knows of another key that it was given.
@@ -327,6 +370,15 @@ mod tests {
     use cocalc_ids::HostId;
 
     use super::*;
+
+    #[test]
+    fn host_keys_are_certified_for_plain_names() {
+        assert_eq!(host_name("Alpha.example:2222").as_deref(), Some("alpha.example"));
+        assert_eq!(host_name("[2001:db8::1]:22").as_deref(), Some("2001:db8::1"));
+        for bad in ["", "alpha", ":22", "*:22", "a,b:22", "a b:22", "alpha:ssh"] {
+            assert_eq!(host_name(bad), None, "{bad}");
+        }
+    }
 
     #[test]
     fn answers_go_to_who_asked() {

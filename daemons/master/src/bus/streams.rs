@@ -22,7 +22,7 @@ use cocalc_ids::{AccountId, HostId, ProjectId, ProxyId};
 use cocalc_sqlite::master::{self as store, Store};
 use tokio::sync::watch;
 
-use crate::{shared::on_store, signing::Signing};
+use crate::shared::{Shared, on_store};
 
 /// How many sent frames are kept for who missed some; who missed more gets the
 /// whole state.
@@ -242,8 +242,8 @@ pub(crate) fn project_entries(store: &Store, host: HostId, project: ProjectId) -
 }
 
 /// Everything that a host is told at the beginning.
-pub(crate) fn host_state(store: &Store, signing: &Signing, host: HostId) -> store::Result<Vec<Entry>> {
-    let mut entries = peer_state(store, signing)?;
+pub(crate) fn host_state(store: &Store, shared: &Shared, host: HostId) -> store::Result<Vec<Entry>> {
+    let mut entries = peer_state(store, shared)?;
     for proxy in store.proxies()? {
         entries.push(Entry::Proxy { proxy: proxy.id, identity: Some(proxy.address.identity) });
     }
@@ -257,8 +257,9 @@ pub(crate) fn host_state(store: &Store, signing: &Signing, host: HostId) -> stor
 }
 
 /// Everything that a proxy is told at the beginning. Routes it asks for.
-pub(crate) fn peer_state(store: &Store, signing: &Signing) -> store::Result<Vec<Entry>> {
-    let mut entries = vec![Entry::KeyRing(signing.public())];
+pub(crate) fn peer_state(store: &Store, shared: &Shared) -> store::Result<Vec<Entry>> {
+    let mut entries =
+        vec![Entry::KeyRing(shared.signing.public()), Entry::SshAuthorities(shared.ssh_ca.public())];
     // Of those that were withdrawn, that they are nowhere: who was away
     // meanwhile may still know them.
     for host in store.hosts()?.into_iter().chain(store.withdrawn_hosts()?) {

@@ -1,10 +1,10 @@
-//! What a session may do beside running a command.
+//! What an SSH session may do beside running a command.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
-/// The limits that a key or certificate sets to the sessions it opens.
+/// The limits that an SSH key or certificate sets to the sessions it opens.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct Restrictions {
     /// Run instead of whatever is asked for, which it finds in
@@ -36,6 +36,11 @@ impl Default for Restrictions {
 }
 
 impl Restrictions {
+    /// Whether nothing is restricted or set.
+    pub fn are_none(&self) -> bool {
+        *self == Self::default()
+    }
+
     /// The most that `self` and `other` both allow. A command of `self` goes
     /// before that of `other`.
     pub fn and(self, other: &Self) -> Self {
