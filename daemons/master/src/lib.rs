@@ -29,6 +29,7 @@ mod api;
 mod bus;
 mod config;
 mod limits;
+mod oidc;
 mod operations;
 pub mod placement;
 mod receipts;
@@ -48,16 +49,17 @@ use cocalc_sqlite::master::Store;
 use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
-pub use self::config::Config;
 use self::{
     accounts::Accounts,
     bus::{gate, peers::Peers, streams::Streams},
     limits::Limits,
+    oidc::Oidc,
     operations::Operations,
     receipts::Receipts,
     shared::Shared,
     signing::Signing,
 };
+pub use self::{config::Config, oidc::OidcConfig};
 
 /// How long a connection to the bus may take to sign in.
 const SIGN_IN_LIMIT: Duration = Duration::from_secs(10);
@@ -148,6 +150,7 @@ impl Master {
         let address = listener.local_addr().map_err(listen)?;
         let issuer = config.public_url.clone().unwrap_or_else(|| format!("http://{address}"));
 
+        let oidc = Oidc::new(&config.oidc, &issuer).map_err(Error::Config)?;
         let gate = gate::Gate::new(issuer.clone(), store.clone(), clock.clone());
         // Hosts and proxies sign in at once; others have no business here.
         let limits = BrokerConfig { connect_limit: SIGN_IN_LIMIT, ..BrokerConfig::default() };
@@ -161,6 +164,7 @@ impl Master {
             broker: broker.clone(),
             limits: Limits::new(config.trusted_proxies.clone()),
             accounts,
+            oidc,
             settings: config.settings(),
             store,
             issuer,
