@@ -21,8 +21,12 @@ guard() {
   done
 }
 guard cocalc-ids tokio rustic_core
-guard cocalc-auth tokio hyper russh rusqlite rustic_core cocalc-core
+guard cocalc-auth tokio hyper russh rusqlite rustic_core cocalc-core openidconnect
 guard cocalc-auth-ssh tokio hyper russh rusqlite rustic_core cocalc-core
+# RSA and an HTTP client, for the master alone.
+guard cocalc-auth-live openidconnect reqwest rsa
+guard cocalc-host openidconnect rsa
+guard cocalc-proxy openidconnect rsa
 guard cocalc-core hyper russh rusqlite rustic_core rustls podman
 guard cocalc-storage hyper russh rusqlite rustls rustic_core
 # rustic and the cloud clients are built for one program only, the worker.

@@ -42,6 +42,11 @@ impl Api {
         }
     }
 
+    /// The master's address.
+    pub(crate) fn url(&self) -> &str {
+        self.base.strip_suffix("/api/v1").unwrap_or(&self.base)
+    }
+
     /// Reads a resource.
     pub(crate) fn get(&self, path: &str) -> Result<Value, Failure> {
         let request = self.agent.get(format!("{}{path}", self.base)).header("authorization", self.bearer());

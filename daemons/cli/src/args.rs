@@ -44,12 +44,17 @@ pub(crate) enum Command {
         #[arg(long)]
         url: String,
         /// An API token.
-        #[arg(long, required_unless_present = "name")]
+        #[arg(long, required_unless_present_any = ["name", "oidc"])]
         token: Option<String>,
         /// Log in with this name; the password is the first line of standard
         /// input, or COCALC_PASSWORD.
         #[arg(long, conflicts_with = "token")]
         name: Option<String>,
+        /// Log in with this OpenID provider, in a browser on this machine.
+        #[arg(long, conflicts_with_all = ["token", "name"])]
+        oidc: Option<String>,
+        #[command(flatten)]
+        browser: BrowserOptions,
     },
     /// Projects.
     #[command(subcommand)]
@@ -100,6 +105,17 @@ pub(crate) enum Command {
         /// Which shell.
         shell: clap_complete::Shell,
     },
+}
+
+/// How a browser is asked to open an address.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct BrowserOptions {
+    /// Only print the address to open.
+    #[arg(long)]
+    pub(crate) no_browser: bool,
+    /// Give up after so many seconds.
+    #[arg(long, default_value_t = 600)]
+    pub(crate) browser_timeout: u64,
 }
 
 #[derive(Clone, Debug, Args)]
@@ -508,6 +524,9 @@ pub(crate) enum Account {
     /// Keys for programs that call the master.
     #[command(subcommand)]
     ApiKey(ApiKey),
+    /// OpenID providers with which the account logs in.
+    #[command(subcommand)]
+    Identity(Identity),
     /// Set the name and password to log in with; the password is the first line
     /// of standard input, or COCALC_PASSWORD. The one of before, if there is
     /// one, is COCALC_CURRENT_PASSWORD; administrators need not know it.
@@ -643,6 +662,32 @@ pub(crate) enum ApiKey {
     },
     /// End one.
     Revoke {
+        id: String,
+        /// Of this account; otherwise your own.
+        #[arg(long)]
+        account: Option<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Identity {
+    /// List them.
+    List {
+        /// Of this account; otherwise your own.
+        #[arg(long)]
+        account: Option<String>,
+    },
+    /// Log in with this provider, too, from now on: shown in a browser on this
+    /// machine.
+    Link {
+        /// The provider's name.
+        #[arg(long)]
+        oidc: String,
+        #[command(flatten)]
+        browser: BrowserOptions,
+    },
+    /// Log in with it no more.
+    Unlink {
         id: String,
         /// Of this account; otherwise your own.
         #[arg(long)]

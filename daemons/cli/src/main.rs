@@ -4,6 +4,7 @@
 mod api;
 mod args;
 mod audit;
+mod browser;
 mod doctor;
 mod down;
 mod failure;
@@ -45,10 +46,11 @@ fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
             clap_complete::generate(shell, &mut Arguments::command(), "cocalc", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)
         }
-        Command::Login { url, token, name } => {
-            let token = match (token, name) {
+        Command::Login { url, token, name, oidc, browser } => {
+            let token = match (token, oidc) {
                 (Some(token), _) => token,
-                (None, name) => profile::log_in(&url, &name.unwrap_or_default())?,
+                (None, Some(provider)) => profile::log_in_with(&url, &provider, &browser)?,
+                (None, None) => profile::log_in(&url, &name.unwrap_or_default())?,
             };
             profile::save(&url, &token).map(done)
         }

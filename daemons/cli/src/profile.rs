@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     api::Api,
+    args::BrowserOptions,
+    browser,
     failure::{Exit, Failure, While},
 };
 
@@ -32,6 +34,15 @@ pub(crate) fn password() -> Result<String, Failure> {
 pub(crate) fn log_in(url: &str, name: &str) -> Result<String, Failure> {
     let body = serde_json::json!({ "login": name, "password": password()? });
     let answer = Api::new(url, "").post("/login", &body)?;
+    let token = answer["token"].as_str();
+    token.map(str::to_owned).ok_or_else(|| Failure::failed("the master gave no token"))
+}
+
+/// A token for who logs in with an OpenID provider, in a browser.
+pub(crate) fn log_in_with(url: &str, provider: &str, options: &BrowserOptions) -> Result<String, Failure> {
+    let api = Api::new(url, "");
+    let shown = browser::show_who(url, &api, provider, false, options)?;
+    let answer = api.post("/login/oidc", &shown)?;
     let token = answer["token"].as_str();
     token.map(str::to_owned).ok_or_else(|| Failure::failed("the master gave no token"))
 }

@@ -9,6 +9,8 @@ use cocalc_auth::token::Algorithm;
 use cocalc_core::control::Settings;
 use serde::Deserialize;
 
+use crate::oidc::{self, OidcConfig};
+
 /// What a master is told: one TOML file, every key also as
 /// `COCALC_MASTER_<KEY>`.
 #[derive(Clone, Debug, Deserialize)]
@@ -47,6 +49,9 @@ pub struct Config {
     /// `EdDSA`.
     #[serde(default)]
     pub token_algorithm: Algorithm,
+    /// OpenID providers with which people may log in. Default: none.
+    #[serde(default)]
+    pub oidc: Vec<OidcConfig>,
 }
 
 fn connections_per_address_max() -> usize {
@@ -78,6 +83,7 @@ impl Config {
             trusted_proxies: Vec::new(),
             connections_per_address_max: connections_per_address_max(),
             token_algorithm: Algorithm::default(),
+            oidc: Vec::new(),
         }
     }
 
@@ -108,7 +114,7 @@ impl Config {
         if self.connections_per_address_max == 0 {
             return Err("connections_per_address_max: at least 1".to_owned());
         }
-        Ok(())
+        oidc::validate(&self.oidc)
     }
 
     pub(crate) fn settings(&self) -> Settings {
@@ -139,6 +145,9 @@ mod tests {
             ("connections_per_address_max = 0", "connections_per_address_max"),
             ("token_algorithm = 'none'", "token_algorithm"),
             ("leese_ms = 100", "leese_ms"),
+            ("[[oidc]]\nname = 'x'\nclient_id = 'y'", "issuer"),
+            ("[[oidc]]\nname = 'x'\nclient_id = 'y'\nissuer = 'http://id.example'", "issuer"),
+            ("[[oidc]]\nname = 'x'\nclient_id = 'y'\nissuer = 'https://id.example'\nsecret = 'z'", "secret"),
         ] {
             let error = parse(&format!("{least}{wrong}")).unwrap_err();
             assert!(error.contains(key), "{wrong}: {error}");

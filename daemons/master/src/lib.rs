@@ -29,6 +29,7 @@ mod api;
 mod bus;
 mod config;
 mod limits;
+mod oidc;
 mod operations;
 pub mod placement;
 mod receipts;
@@ -50,17 +51,18 @@ use cocalc_sqlite::master::Store;
 use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
-pub use self::config::Config;
 use self::{
     accounts::Accounts,
     bus::{gate, peers::Peers, streams::Streams},
     limits::Limits,
+    oidc::Oidc,
     operations::Operations,
     receipts::Receipts,
     shared::Shared,
     signing::Signing,
     ssh_ca::SshCa,
 };
+pub use self::{config::Config, oidc::OidcConfig};
 
 /// How long a connection to the bus may take to sign in.
 const SIGN_IN_LIMIT: Duration = Duration::from_secs(10);
@@ -155,6 +157,7 @@ impl Master {
         let address = listener.local_addr().map_err(listen)?;
         let issuer = config.public_url.clone().unwrap_or_else(|| format!("http://{address}"));
 
+        let oidc = Oidc::new(&config.oidc, &issuer).map_err(Error::Config)?;
         let gate = gate::Gate::new(issuer.clone(), store.clone(), clock.clone());
         // Hosts and proxies sign in at once; others have no business here.
         let limits = BrokerConfig { connect_limit: SIGN_IN_LIMIT, ..BrokerConfig::default() };
@@ -169,6 +172,7 @@ impl Master {
             limits: Limits::new(config.trusted_proxies.clone()),
             audit,
             accounts,
+            oidc,
             settings: config.settings(),
             store,
             issuer,

@@ -29,6 +29,9 @@ const FAILURES: (u32, u32) = (5, 100);
 /// Passwords that are tried for one name: from many addresses, too.
 const LOGINS: Quota = Quota { interval: Duration::from_secs(10), burst: 10 };
 
+/// Log-ins that one address begins at OpenID providers: an office may share it.
+const BEGINNINGS: (u32, u32) = (2, 200);
+
 /// The limits of a running master.
 #[derive(Debug)]
 pub(crate) struct Limits {
@@ -45,6 +48,8 @@ struct Inner {
     logins: Gcra<AccountId>,
     /// Tries at names that nobody has.
     strangers: Gcra<String>,
+    /// Log-ins that addresses begin.
+    beginnings: Gcra<IpAddr>,
 }
 
 /// Where a call comes from, as far as can be believed.
@@ -60,6 +65,7 @@ impl Limits {
             failures: Gcra::new(quota(FAILURES), KEYS_MAX),
             logins: Gcra::new(LOGINS, KEYS_MAX),
             strangers: Gcra::new(LOGINS, KEYS_MAX),
+            beginnings: Gcra::new(quota(BEGINNINGS), KEYS_MAX),
         };
         Self { trusted, state: Mutex::new(state) }
     }
@@ -103,6 +109,11 @@ impl Limits {
             None => state.strangers.take(&name.to_owned(), now),
         };
         taken.map_err(Problem::rate_limited)
+    }
+
+    /// Somebody begins a log-in at an OpenID provider, which is remembered.
+    pub(crate) fn begin(&self, source: IpAddr, now: Duration) -> Result<(), Problem> {
+        self.lock().beginnings.take(&network(source), now).map_err(Problem::rate_limited)
     }
 }
 

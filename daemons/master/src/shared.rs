@@ -23,6 +23,7 @@ use crate::{
     bus::peers::Peers,
     bus::streams::{About, Streams, Target},
     limits::Limits,
+    oidc::Oidc,
     operations::Operations,
     receipts::Receipts,
     signing::Signing,
@@ -48,6 +49,8 @@ pub(crate) struct Shared {
     pub(crate) audit: AuditLog,
     /// Accounts that somebody else keeps.
     pub(crate) accounts: Option<Arc<dyn Accounts>>,
+    /// OpenID providers, and who is logging in with them.
+    pub(crate) oidc: Oidc,
 }
 
 impl fmt::Debug for Shared {

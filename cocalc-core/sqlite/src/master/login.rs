@@ -6,6 +6,20 @@ use rusqlite::{OptionalExtension, params};
 use super::{Account, ApiToken, Error, Result, Store, account};
 use crate::error::Fault;
 
+/// How many identities one account may have.
+const IDENTITIES_MAX: usize = 20;
+
+/// Whom an account is at somebody else's.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Identity {
+    /// Who vouches: an OpenID provider's issuer, or an integrator's accounts.
+    pub provider: String,
+    /// Their name for the person, which never changes.
+    pub subject: String,
+    /// Since when.
+    pub created: Timestamp,
+}
+
 impl Store {
     /// Sets the name and password with which an account logs in; `hash` is
     /// argon2id's.
@@ -104,6 +118,104 @@ impl Store {
                 params![provider, subject, id.to_string(), now.millis()],
             )?;
             find()?.ok_or(Fault::Refused(Error::NotFound { what: "account" }))
+        })
+    }
+
+    /// The identities of an account, oldest first.
+    ///
+    /// # Errors
+    ///
+    /// The database failed.
+    pub fn identities(&self, account: AccountId) -> Result<Vec<Identity>> {
+        self.database.read("list identities", |db| {
+            let sql = "SELECT provider, subject, created FROM identities
+                       WHERE account = ?1 ORDER BY created, provider, subject";
+            let read = |row: &rusqlite::Row<'_>| {
+                Ok(Identity {
+                    provider: row.get(0)?,
+                    subject: row.get(1)?,
+                    created: Timestamp::from_millis(row.get(2)?),
+                })
+            };
+            let found =
+                db.prepare_cached(sql)?.query_map([account.to_string()], read)?.collect::<Result<_, _>>()?;
+            Ok(found)
+        })
+    }
+
+    /// Lets `provider` vouch for the account under the name `subject`. Doing it
+    /// twice is harmless.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Exists`] if that is another account's, [`Error::TooMany`],
+    /// [`Error::NotFound`] without such an account, or the database failed.
+    pub fn link_identity(
+        &self,
+        account: AccountId,
+        provider: &str,
+        subject: &str,
+        now: Timestamp,
+    ) -> Result<()> {
+        self.database.write("link an identity", |db| {
+            let sql = "SELECT account FROM identities WHERE provider = ?1 AND subject = ?2";
+            let whose: Option<String> =
+                db.query_row(sql, params![provider, subject], |row| row.get(0)).optional()?;
+            match whose {
+                Some(whose) if whose == account.to_string() => return Ok(()),
+                Some(_) => {
+                    return Err(Fault::Refused(Error::Exists { what: "an account with that identity" }));
+                }
+                None => {}
+            }
+            let sql = "SELECT count(*) FROM identities WHERE account = ?1";
+            let count: usize = db.query_row(sql, [account.to_string()], |row| row.get(0))?;
+            if count >= IDENTITIES_MAX {
+                return Err(Fault::Refused(Error::TooMany { what: "identities", limit: IDENTITIES_MAX }));
+            }
+            let linked = db.execute(
+                "INSERT INTO identities (provider, subject, account, created)
+                 SELECT ?1, ?2, id, ?4 FROM accounts WHERE id = ?3",
+                params![provider, subject, account.to_string(), now.millis()],
+            )?;
+            if linked == 1 { Ok(()) } else { Err(Fault::Refused(Error::NotFound { what: "account" })) }
+        })
+    }
+
+    /// Takes an identity from an account. What stays must include a way to log
+    /// in: a password, or an identity of a provider that is one of `usable`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotFound`] if the account has no such identity,
+    /// [`Error::LastWayIn`], or the database failed.
+    pub fn unlink_identity(
+        &self,
+        account: AccountId,
+        provider: &str,
+        subject: &str,
+        usable: &[String],
+    ) -> Result<()> {
+        self.database.write("unlink an identity", |db| {
+            let account = account.to_string();
+            let removed = db.execute(
+                "DELETE FROM identities WHERE account = ?1 AND provider = ?2 AND subject = ?3",
+                params![account, provider, subject],
+            )?;
+            if removed == 0 {
+                return Err(Fault::Refused(Error::NotFound { what: "identity" }));
+            }
+            let sql = "SELECT EXISTS (SELECT 1 FROM passwords WHERE account = ?1)";
+            let password: bool = db.query_row(sql, [&account], |row| row.get(0))?;
+            let mut others = db.prepare_cached("SELECT provider FROM identities WHERE account = ?1")?;
+            let others =
+                others.query_map([&account], |row| row.get(0))?.collect::<Result<Vec<String>, _>>()?;
+            // Refused, it is undone with the transaction.
+            if password || others.iter().any(|other| usable.contains(other)) {
+                Ok(())
+            } else {
+                Err(Fault::Refused(Error::LastWayIn))
+            }
         })
     }
 

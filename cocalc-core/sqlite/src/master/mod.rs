@@ -29,6 +29,7 @@ pub use self::{
     account::Account,
     audit::{AUDIT_DAYS_MAX, AuditHead, AuditHeads},
     idempotency::Remembered,
+    login::Identity,
     member::Member,
     moves::{MoveChange, MoveRow, MoveSaved, NewMove},
     operation::{Ended, Event, Job, Operation, OperationState, Outcome},
@@ -154,6 +155,9 @@ pub enum Error {
         /// How many are allowed.
         limit: usize,
     },
+    /// Without it nobody could log in to the account.
+    #[error("it is the account's last way to log in; set a password or link another first")]
+    LastWayIn,
     /// A credential is unknown, used up or expired.
     #[error("the token is not valid")]
     BadToken,

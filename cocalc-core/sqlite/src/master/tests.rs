@@ -442,3 +442,44 @@ fn free_space_is_what_the_host_said_last() {
     let after = world.store.host(id).unwrap().capabilities.unwrap();
     assert_eq!(after, Capabilities { free_bytes: 7 << 40, ..can });
 }
+
+#[test]
+fn an_identity_is_one_accounts_and_the_last_way_in_stays() {
+    let world = World::new(0);
+    let store = &world.store;
+    let (google, uni) = ("https://accounts.google.com", "https://id.example.edu");
+    let usable = [google.to_owned(), uni.to_owned()];
+    let [ada, eve] = ["ada", "eve"].map(|name| {
+        let make = Some((AccountId::random(), name));
+        store.account_of_identity(google, &format!("{name}-1"), make, NOW).unwrap().id
+    });
+    let subjects = |account| {
+        let found = store.identities(account).unwrap().into_iter();
+        found.map(|identity| (identity.provider, identity.subject)).collect::<Vec<_>>()
+    };
+    let unlink = |provider: &str, subject: &str| store.unlink_identity(ada, provider, subject, &usable);
+    // The same subject of another provider is somebody else.
+    assert!(matches!(store.account_of_identity(uni, "ada-1", None, NOW), Err(Error::NotFound { .. })));
+    assert!(matches!(store.link_identity(eve, google, "ada-1", NOW), Err(Error::Exists { .. })));
+    assert!(matches!(unlink(google, "ada-1"), Err(Error::LastWayIn)));
+    assert_eq!(subjects(ada), [(google.to_owned(), "ada-1".to_owned())], "what was refused is undone");
+    for _ in 0..2 {
+        store.link_identity(ada, uni, "u17", NOW).unwrap();
+    }
+    assert_eq!(store.account_of_identity(uni, "u17", None, NOW).unwrap().id, ada);
+    assert!(matches!(unlink(google, "eve-1"), Err(Error::NotFound { .. })), "another's");
+    // A provider that nobody can log in with is no way in.
+    let only = [google.to_owned()];
+    assert!(matches!(store.unlink_identity(ada, google, "ada-1", &only), Err(Error::LastWayIn)));
+    unlink(google, "ada-1").unwrap();
+    assert!(matches!(unlink(uni, "u17"), Err(Error::LastWayIn)));
+    store.set_password(ada, "ada", "hash", NOW).unwrap();
+    unlink(uni, "u17").unwrap();
+    assert_eq!(subjects(ada), []);
+    for n in 0..20 {
+        store.link_identity(ada, uni, &n.to_string(), NOW).unwrap();
+    }
+    assert!(matches!(store.link_identity(ada, uni, "20", NOW), Err(Error::TooMany { .. })));
+    let nobody = AccountId::random();
+    assert!(matches!(store.link_identity(nobody, uni, "x", NOW), Err(Error::NotFound { .. })));
+}

@@ -5,7 +5,8 @@ use serde_json::json;
 use super::receipt;
 use crate::{
     api::Api,
-    args::{Account, ApiKey, Collaborator, Key, Keys, Output, SshCaKind, WaitOptions},
+    args::{Account, ApiKey, Collaborator, Identity, Key, Keys, Output, SshCaKind, WaitOptions},
+    browser,
     failure::{Failure, While},
     output::{items, print},
 };
@@ -32,6 +33,7 @@ pub(super) fn run(api: &Api, output: Output, verb: Account) -> Result<(), Failur
             }
         }
         Account::ApiKey(verb) => api_key(api, output, verb)?,
+        Account::Identity(verb) => identity(api, output, verb)?,
         Account::Password { login, account } => {
             let path = format!("/accounts/{}/password", whose(api, account)?);
             let current = std::env::var("COCALC_CURRENT_PASSWORD").ok();
@@ -70,6 +72,27 @@ fn api_key(api: &Api, output: Output, verb: ApiKey) -> Result<(), Failure> {
         }
         ApiKey::Revoke { id, account } => {
             api.delete(&format!("/accounts/{}/tokens/{id}", whose(api, account)?))?;
+        }
+    }
+    Ok(())
+}
+
+fn identity(api: &Api, output: Output, verb: Identity) -> Result<(), Failure> {
+    const COLUMNS: [&str; 5] = ["id", "provider", "issuer", "subject", "created"];
+    match verb {
+        Identity::List { account } => {
+            let answer = api.get(&format!("/accounts/{}/identities", whose(api, account)?))?;
+            print(output, items(&answer, "identities"), &COLUMNS);
+        }
+        Identity::Link { oidc, browser } => {
+            // A bad token is found before somebody logs in for nothing.
+            let path = format!("/accounts/{}/identities", whose(api, None)?);
+            let shown = browser::show_who(api.url(), api, &oidc, true, &browser)?;
+            let answer = api.post(&path, &shown)?;
+            print(output, items(&answer, "identities"), &COLUMNS);
+        }
+        Identity::Unlink { id, account } => {
+            api.delete(&format!("/accounts/{}/identities/{id}", whose(api, account)?))?;
         }
     }
     Ok(())

@@ -119,10 +119,10 @@ struct Login {
 }
 
 #[derive(Serialize, ToSchema)]
-struct LoggedIn {
+pub(super) struct LoggedIn {
     account_id: String,
     /// A bearer token; shown this once. It ends when the account signs out.
-    token: String,
+    pub(super) token: String,
     expires_at: String,
 }
 
@@ -167,28 +167,24 @@ async fn login(
     if let Some(Extension(trail)) = trail {
         trail.is(account.id, None);
     }
-    log_in(&shared, account, "log-in").await
+    Ok((StatusCode::CREATED, Json(log_in(&shared, account).await?)))
 }
 
-async fn log_in(
-    shared: &Shared,
-    account: cocalc_sqlite::master::Account,
-    name: &str,
-) -> Answer<(StatusCode, Json<LoggedIn>)> {
+/// A token for an account that has shown who it is.
+pub(super) async fn log_in(shared: &Shared, account: cocalc_sqlite::master::Account) -> Answer<LoggedIn> {
     let token = secret::generate("cct_").map_err(|error| Problem::internal(&error))?;
     let (hash, created) = (secret::hash(&token), shared.now());
     let expires = created.plus(LIFE);
     let row = ApiToken {
         id: KeyId::random(),
-        name: name.to_owned(),
+        name: "log-in".to_owned(),
         limits: None,
         created,
         expires: Some(expires),
     };
     let id = account.id;
     shared.db(move |store| store.add_login(&hash, &account, &row)).await?;
-    let answer = LoggedIn { account_id: id.to_string(), token, expires_at: time(expires) };
-    Ok((StatusCode::CREATED, Json(answer)))
+    Ok(LoggedIn { account_id: id.to_string(), token, expires_at: time(expires) })
 }
 
 /// The hash of a password that nobody has.

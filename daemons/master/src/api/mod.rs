@@ -8,10 +8,12 @@ mod document;
 mod files;
 mod health;
 mod hosts;
+mod identities;
 mod input;
 mod keys;
 mod login;
 mod members;
+mod oidc;
 mod operations;
 mod page;
 mod problem;
@@ -61,12 +63,14 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
         .merge(keys::routes())
         .merge(receipts::routes())
         .merge(login::routes())
+        .merge(identities::routes())
         .merge(access::routes())
         .split_for_parts();
     let (open, mut rest) = OpenApiRouter::with_openapi(Document::openapi())
         .merge(hosts::open_routes())
         .merge(ssh_ca::open_routes())
         .merge(login::open_routes())
+        .merge(oidc::open_routes())
         .split_for_parts();
     document::complete(&mut document, Access::Bearer);
     document::complete(&mut rest, Access::Anybody);
@@ -83,6 +87,8 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
         .nest("/api/v1", api)
         .route("/.well-known/jwks.json", get(keys::jwks))
         .route("/projects/{id}", get(page::project))
+        .route("/auth/oidc/{name}/start", get(oidc::start))
+        .route("/auth/oidc/{name}/callback", get(oidc::callback))
         .route("/healthz", get(health::alive))
         .route("/readyz", get(health::ready))
         .route("/metrics", get(health::metrics))

@@ -84,6 +84,19 @@ impl Problem {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, code, detail)
     }
 
+    /// The HTTP status.
+    pub(crate) fn status(&self) -> StatusCode {
+        StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
+    }
+
+    pub(crate) fn code(&self) -> &'static str {
+        self.code
+    }
+
+    pub(crate) fn detail(&self) -> &str {
+        &self.detail
+    }
+
     /// Something of ours failed: the log says what, the caller learns nothing.
     pub(crate) fn internal(error: &(dyn std::error::Error + 'static)) -> Self {
         tracing::error!(error = %cocalc_core::chain(error), "a request failed");
@@ -104,6 +117,7 @@ impl From<store::Error> for Problem {
             store::Error::WrongState { .. } => Self::conflict("wrong_state", detail),
             store::Error::Stale { .. } => Self::conflict("conflict", detail),
             store::Error::TooMany { .. } => Self::conflict("limit_reached", detail),
+            store::Error::LastWayIn => Self::conflict("last_way_in", detail),
             store::Error::BadToken => Self::unauthenticated(),
             other => Self::internal(&other),
         }
@@ -132,7 +146,7 @@ impl From<ChangeError> for Problem {
 
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
-        let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let status = self.status();
         let mut response = (status, Json(&self)).into_response();
         response.extensions_mut().insert(Code(self.code));
         let headers = response.headers_mut();
