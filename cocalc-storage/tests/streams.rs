@@ -1,6 +1,6 @@
 //! What streams between Btrfs volumes carry, what they say of what they do
 //! not carry, and how they end. Needs root, loop devices, e2fsprogs and
-//! btrfs-progs from 6.2 on.
+//! btrfs-progs.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests report by panicking, in helpers too")]
 
@@ -16,7 +16,7 @@ use std::{
 
 use cocalc_core::{
     ids::{ProjectId, SnapshotName, VolumeUuid},
-    storage::{Error, SendHeader, SendOptions, Storage, VolumeOptions},
+    storage::{CloneOptions, Error, SendHeader, SendOptions, Storage, VolumeOptions},
 };
 use cocalc_storage::{Btrfs, StreamGuard, loopback::Loopback};
 use tokio::io::AsyncReadExt as _;
@@ -390,4 +390,56 @@ async fn a_stream_without_data_is_refused() {
         "{refused:?}"
     );
     f.receive(&header, bytes).await.unwrap();
+}
+
+/// How often the kernel has committed the file system that this is on.
+fn commits(path: &Path) -> u64 {
+    let found = Command::new("findmnt").args(["-n", "-o", "UUID", "--target"]).arg(path).output().unwrap();
+    let id = String::from_utf8(found.stdout).unwrap();
+    let stats = fs::read_to_string(format!("/sys/fs/btrfs/{}/commit_stats", id.trim())).unwrap();
+    let count = stats.lines().find_map(|line| line.strip_prefix("commits ")).unwrap();
+    count.parse().unwrap()
+}
+
+/// What waits for the disk is what an operation costs. The kernel commits by
+/// itself now and then, so the fewest of several counts.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_more_is_committed_than_must_be() {
+    let f = fixture().await;
+    let (here, there) = (f.a.path().to_owned(), f.b.path().to_owned());
+    let mut fewest = [u64::MAX; 4];
+    let mut base = None;
+    for round in 0..4 {
+        fs::write(f.live.join("home/file"), vec![round; 100_000]).unwrap();
+        let name = format!("s{round}");
+        let mut counted = [0; 4];
+        let before = commits(&here);
+        f.snapshot(&name).await;
+        counted[0] = commits(&here) - before;
+
+        let options = CloneOptions { same_owner: true, ..CloneOptions::default() };
+        let target = ProjectId::random();
+        // The first clone of a project makes its quota group.
+        let before = commits(&here);
+        f.a.clone_volume(f.project, &named(&name), target, &options).await.unwrap();
+        counted[1] = commits(&here) - before;
+
+        let (header, bytes) = f.stream(&name, &SendOptions::since(base.as_ref())).await;
+        let before = commits(&there);
+        f.receive(&header, bytes).await.unwrap();
+        counted[if base.is_some() { 3 } else { 2 }] = commits(&there) - before;
+        for (fewest, counted) in fewest.iter_mut().zip(counted).filter(|(_, counted)| *counted > 0) {
+            *fewest = counted.min(*fewest);
+        }
+        base = Some(named(&name));
+        if round == 1 {
+            // A whole one again.
+            f.b.delete(f.project).await.unwrap();
+            assert!(f.b.wait_trash_empty(Duration::from_secs(60)).await.unwrap());
+            base = None;
+        }
+    }
+    // A snapshot and a clone are one commit of the kernel's; a receive is that
+    // of its copy of the base, of its mark, and of its snapshot.
+    assert_eq!(fewest, [1, 1, 2, 3], "snapshot, clone, whole receive, delta receive");
 }
