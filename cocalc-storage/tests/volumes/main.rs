@@ -8,6 +8,5 @@ mod faults;
 mod footprint;
 mod opening;
 mod quota;
-mod receiving;
 mod stores;
 mod trash;

@@ -330,7 +330,7 @@ pub(super) async fn raced(h: &dyn Harness) {
         Err(error) => panic!("{what}: {}", cocalc_core::chain(&error)),
     };
     let replacing = CopyOptions { replace: true, ..CopyOptions::default() };
-    for round in 0..20 {
+    for round in 0..12 {
         let n = format!("r{round}");
         // Out of what is swapped, and into it.
         let (from, to) = (Place::live(one, path("home/a")), Place::live(two, path("home/got")));
@@ -345,7 +345,7 @@ pub(super) async fn raced(h: &dyn Harness) {
         let _ = store.diff(one, &name("s"), None, None, 1000).await;
         let _ = store.footprint(one, None).await;
         refused(store.snapshot(one, &name(&n)).await.map(|_| ()), "snapshot");
-        if round % 5 == 4 {
+        if round % 4 == 3 {
             refused(store.restore(one, &name("s"), &name(&format!("f{round}"))).await.map(|_| ()), "restore");
         }
     }
