@@ -2,9 +2,18 @@
 //!
 //! A holder is done with when it has acknowledged a position of its stream that
 //! contains the change, or when it can admit nobody any more: it was not heard
-//! of for as long as its lease and the longest grace it may know.
+//! of for as long as its lease and the longest grace it may know, on its clock,
+//! and for the time that it takes to close what has ended.
 
 use std::{collections::BTreeMap, time::Duration};
+
+/// Two clocks are measured against each other over a hold by no more than a part
+/// in so many: each may run wrong by 500 millionths, five times what crystals
+/// do.
+const DRIFT_PART: u32 = 1000;
+/// A holder looks each second for what time has ended, and gives connections a
+/// second to go.
+const CLOSING: Duration = Duration::from_secs(2);
 
 /// A place in a peer's stream: the stream's epoch, and the frame.
 pub type Place = (u64, u64);
@@ -116,7 +125,7 @@ impl<P: Copy + Ord> Holding<P> {
 
 impl Holder {
     fn gone(&self) -> Duration {
-        self.heard.saturating_add(self.hold)
+        self.heard.saturating_add(self.hold).saturating_add(self.hold / DRIFT_PART).saturating_add(CLOSING)
     }
 }
 
@@ -154,15 +163,16 @@ mod tests {
     fn who_is_silent_is_waited_for_until_lease_and_grace_are_over() {
         let peer = 'p';
         let mut holding = Holding::default();
-        holding.add(peer, (1, 5), secs(45), secs(100));
-        assert_eq!(holding.next(), Some(secs(145)));
-        assert!(holding.expire(secs(144)).is_empty());
+        holding.add(peer, (1, 5), secs(1000), secs(100));
+        // A second for clocks that differ, and two to close what is open.
+        assert_eq!(holding.next(), Some(secs(1103)));
+        assert!(holding.expire(secs(1102)).is_empty());
         // It renews its lease without having applied the change.
         holding.heard(peer, secs(140));
         holding.heard(peer, secs(120));
-        assert!(holding.expire(secs(184)).is_empty(), "a lease of then may still be held");
-        assert_eq!(holding.expire(secs(185)), [peer]);
-        assert!(holding.expire(secs(186)).is_empty(), "once");
+        assert!(holding.expire(secs(1142)).is_empty(), "a lease of then may still be held");
+        assert_eq!(holding.expire(secs(1143)), [peer]);
+        assert!(holding.expire(secs(1144)).is_empty(), "once");
         assert_eq!(outcome(&holding, peer), Some(Settled::Expired));
         // What comes late changes nothing that was told.
         assert!(!holding.acknowledged(peer, (1, 9)));

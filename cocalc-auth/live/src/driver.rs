@@ -293,6 +293,7 @@ impl Shared {
             if !self.knowledge.closed(CLOSE_LIMIT).await {
                 tracing::warn!(seq, "connections that were told to close are still there");
             }
+            self.knowledge.acknowledged(stream, seq);
             // A lost acknowledgement is made good by the next, or by the
             // position in the next keepalive.
             let request = PeerRequest::Acknowledge { stream, seq };
@@ -312,7 +313,10 @@ impl Shared {
             let sent = self.knowledge.clock.boot();
             let position = self.knowledge.is_live().then(|| self.knowledge.position()).flatten();
             let position = position.map(|at| (at.stream, at.seq));
-            let pause = match self.renew(position, every.max(RETRY_MIN)).await {
+            // The master settles receipts by this: not by what is not on disk yet,
+            // or has connections to close.
+            let in_force = self.knowledge.in_force();
+            let pause = match self.renew(in_force, every.max(RETRY_MIN)).await {
                 Ok(reply) if reply.lease_ms == 0 => {
                     self.again.notify_one();
                     RETRY_MIN

@@ -62,7 +62,19 @@ struct State {
     /// What the store holds: a standing must not name more, or a crash between
     /// the two would look like a store that was restored.
     saved: Option<Position>,
+    /// Up to here all is applied, on disk, and what it ended has gone.
+    in_force: Option<Position>,
     alarmed: bool,
+}
+
+impl State {
+    /// Whatever is on disk is in force as soon as nobody is left that was told
+    /// to close.
+    fn settle(&mut self) {
+        if self.closing.is_empty() {
+            self.in_force = self.saved;
+        }
+    }
 }
 
 /// What is kept beside the stream's entries.
@@ -134,6 +146,7 @@ impl Knowledge {
             kept,
             loaded: saved.entries,
             saved: saved.position,
+            in_force: saved.position,
             alarmed: false,
         };
         Ok(Arc::new(Self {
@@ -340,6 +353,21 @@ impl Knowledge {
     }
 
     // What follows is the driver's.
+
+    /// Up to where the master may be told that all is in force: applied, on
+    /// disk, and gone what it ended; `None` while the state is not whole.
+    pub(crate) fn in_force(&self) -> Option<(u64, u64)> {
+        let mut state = self.lock();
+        state.settle();
+        let at = state.in_force.filter(|at| state.cache.is_live() && Some(*at) <= state.cache.position());
+        at.map(|at| (at.stream, at.seq))
+    }
+
+    /// What was applied up to here has had its time to close connections.
+    pub(crate) fn acknowledged(&self, stream: u64, seq: u64) {
+        let mut state = self.lock();
+        state.in_force = state.in_force.max(Some(Position { stream, seq }));
+    }
 
     pub(crate) fn take_loaded(&self) -> Vec<Entry> {
         std::mem::take(&mut self.lock().loaded)

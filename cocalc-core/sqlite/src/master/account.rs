@@ -23,6 +23,15 @@ pub struct Account {
     pub created: Timestamp,
 }
 
+/// The next session epoch. It never falls below the time in seconds: after a
+/// backup was restored it would otherwise be counted anew, and a session of the
+/// days that were lost, signed out since, would be good again.
+macro_rules! later_epoch {
+    () => {
+        "max(session_epoch + 1, unixepoch())"
+    };
+}
+
 pub(super) const COLUMNS: &str = "a.id, a.name, a.admin, a.session_epoch, a.banned, a.created";
 /// How many they are.
 pub(super) const WIDTH: usize = 6;
@@ -126,7 +135,7 @@ impl Store {
     ///
     /// [`Error::NotFound`], or the database failed.
     pub fn sign_out(&self, id: AccountId) -> Result<Account> {
-        self.change_account(id, "sign an account out", "session_epoch = session_epoch + 1")
+        self.change_account(id, "sign an account out", concat!("session_epoch = ", later_epoch!()))
     }
 
     /// Bans the account, which also signs it out, or lifts the ban.
@@ -135,7 +144,8 @@ impl Store {
     ///
     /// [`Error::NotFound`], or the database failed.
     pub fn ban(&self, id: AccountId, banned: bool) -> Result<Account> {
-        let change = if banned { "banned = 1, session_epoch = session_epoch + 1" } else { "banned = 0" };
+        let change =
+            if banned { concat!("banned = 1, session_epoch = ", later_epoch!()) } else { "banned = 0" };
         self.change_account(id, "ban an account", change)
     }
 

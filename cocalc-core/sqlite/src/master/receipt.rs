@@ -172,8 +172,10 @@ impl Store {
     }
 
     /// The longest grace that the host may know of a project: of this one, or
-    /// of any of the account's on `host`, or of any on `host`. `default_ms` is
-    /// the federation's.
+    /// of any on `host`. `default_ms` is the federation's.
+    ///
+    /// What concerns an account concerns every project: the host may still take
+    /// it for a member of one that it was removed from a moment ago.
     ///
     /// # Errors
     ///
@@ -182,19 +184,15 @@ impl Store {
         &self,
         host: HostId,
         project: Option<ProjectId>,
-        account: Option<AccountId>,
         default_ms: u64,
     ) -> Result<u64> {
         self.database.read("find a grace", |db| {
-            let sql = "SELECT max(max(ifnull(p.grace_ms, ?4), ifnull(p.grace_known_ms, 0))) FROM projects p
-                       WHERE p.host = ?1 AND p.state <> 'deleted' AND (?2 IS NULL OR p.id = ?2)
-                         AND (?3 IS NULL OR EXISTS
-                           (SELECT 1 FROM members m WHERE m.project = p.id AND m.account = ?3))";
+            let sql = "SELECT max(max(ifnull(p.grace_ms, ?3), ifnull(p.grace_known_ms, 0))) FROM projects p
+                       WHERE p.host = ?1 AND p.state <> 'deleted' AND (?2 IS NULL OR p.id = ?2)";
             let longest: Option<u64> = db.prepare_cached(sql)?.query_row(
                 params![
                     host.to_string(),
                     project.map(|id| id.to_string()),
-                    account.map(|id| id.to_string()),
                     default_ms
                 ],
                 |row| row.get(0),

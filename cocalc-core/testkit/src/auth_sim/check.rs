@@ -36,6 +36,8 @@ pub(super) enum Right {
     Key(u32, u64),
     /// A signing key is not withdrawn.
     Signer(u64),
+    /// A project is where it is; no condition, but hosts are told.
+    Owned(u32),
 }
 
 /// Since when a condition holds, or does not.
@@ -97,8 +99,19 @@ impl Truth {
         self.rights.insert(right, since);
     }
 
+    /// A project has another owner.
+    pub(super) fn moved(&mut self, project: u32, now: Ms, life: u64) {
+        self.rights.remove(&Right::Owned(project));
+        self.set(Right::Owned(project), true, now, life);
+    }
+
     pub(super) fn holds(&self, right: Right) -> bool {
         self.rights.get(&right).is_some_and(|since| since.holds)
+    }
+
+    /// When it ended, if it does not hold.
+    pub(super) fn ended(&self, right: Right) -> Option<Ms> {
+        self.rights.get(&right).filter(|since| !since.holds).map(|since| since.at)
     }
 
     pub(super) fn all_hold(&self, facts: &Facts) -> bool {
@@ -198,7 +211,9 @@ impl Sim {
                 | Refusal::KeyRemoved
                 | Refusal::Unknown
         );
-        if about_rights && facts.rights().all(known) {
+        let arrived = Right::Owned(facts.project);
+        let here = !rights.contains_key(&arrived) || known(arrived);
+        if about_rights && here && facts.rights().all(known) {
             self.violate(Check::LostGrant, || {
                 format!("host {host} refuses {facts:?} ({refusal}), which it has acknowledged")
             });

@@ -12,7 +12,9 @@ impl Sim {
         let wait = self.around(self.scenario.fault_ms);
         self.after(wait, Event::Fault);
         let host = self.pick(self.hosts.len());
-        match self.below(100) {
+        // There are more hosts than masters.
+        let mostly_hosts = if self.below(self.hosts.len() as u64) < 10 { 100 } else { 92 };
+        match self.below(mostly_hosts) {
             // A host is cut off: in one way, or in both, shortly or for long.
             0..=29 => {
                 let time = self.outage();
@@ -143,10 +145,11 @@ impl Sim {
                 self.after(1_000, Event::Boot { host });
             }
         }
-        for _ in 0..8 {
+        // One after the other, or one would be in the way of the next.
+        for n in 0..8 {
             let project = self.pick(self.master.db.projects.len()) as u32;
             let account = self.pick(self.master.db.accounts.len()) as u32;
-            let wait = 100_000 + self.below(10_000);
+            let wait = 60_000 + n * 10_000;
             self.after(wait, Event::Drill { step: 0, project, account });
         }
         self.after(super::world::QUIET, Event::End);

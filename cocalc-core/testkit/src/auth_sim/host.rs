@@ -76,6 +76,8 @@ pub(super) struct Daemon {
     pub(super) process: u64,
     pub(super) cache: AclCache,
     saved: Option<Position>,
+    /// Up to here all is applied, on disk, and gone what it ended.
+    in_force: Option<Position>,
     phase: Phase,
     subscription: u64,
     wait: Ms,
@@ -256,6 +258,7 @@ impl Sim {
             process,
             cache,
             saved: saved.position,
+            in_force: saved.position,
             phase: Phase::Away,
             subscription: 0,
             wait: RETRY_MIN,
@@ -521,6 +524,7 @@ impl Sim {
         }
         let Some(at) = daemon.progress else { return };
         daemon.told = Some(at);
+        daemon.in_force = daemon.in_force.max(Some(at));
         daemon.acknowledging = true;
         self.say(host, at);
         self.request(host, Request::Acknowledge(at));
@@ -591,6 +595,7 @@ impl Sim {
 
     pub(super) fn keepalive_due(&mut self, host: usize, process: u64, beat: u64) {
         let every = self.timing.keepalive;
+        let hasty = self.is(Broken::KeepaliveAcknowledges);
         let boot = self.hosts[host].boot(self.now);
         let Some(daemon) = self.daemon(host, process) else { return };
         if daemon.beat != beat {
@@ -605,10 +610,18 @@ impl Sim {
         }
         let position = daemon.cache.is_live().then(|| daemon.cache.position()).flatten();
         daemon.asked = Some(Asked { sent: boot, position });
-        if let Some(at) = position {
+        if daemon.closing.is_empty() {
+            daemon.in_force = daemon.saved;
+        }
+        let in_force = if hasty {
+            position
+        } else {
+            daemon.in_force.filter(|at| position.is_some_and(|position| *at <= position))
+        };
+        if let Some(at) = in_force {
             self.say(host, at);
         }
-        self.send_keepalive(host, process, beat, position);
+        self.send_keepalive(host, process, beat, in_force);
         self.after(every, Event::KeepaliveDue { host, process, beat });
     }
 
@@ -700,7 +713,7 @@ impl Sim {
         if wait == 0 && daemon.expire_at.is_some_and(|planned| planned > now && planned <= now + 1000) {
             return;
         }
-        let at = at + self.below(999);
+        let at = at + if wait == 0 { 990 } else { self.below(999) };
         let Some(daemon) = &mut self.hosts[host].daemon else { return };
         daemon.expire_round += 1;
         daemon.expire_at = Some(at);

@@ -56,6 +56,9 @@ struct Session {
 
 impl Sim {
     pub(super) fn visit(&mut self) {
+        if !self.faulty {
+            return;
+        }
         let wait = self.around(self.scenario.visit_ms);
         self.after(wait, Event::Visit);
         match self.below(10) {
@@ -249,6 +252,9 @@ impl Sim {
     }
 
     pub(super) fn change(&mut self) {
+        if !self.faulty {
+            return;
+        }
         let wait = self.around(self.scenario.change_ms);
         self.after(wait, Event::Change);
         let project = self.pick(self.master.db.projects.len()) as u32;
@@ -321,7 +327,7 @@ impl Sim {
                     Right::Welcome(account) | Right::Login(account, _) | Right::Key(account, _) => {
                         self.master.hosts_of_account(account)
                     }
-                    Right::Signer(_) => Vec::new(),
+                    Right::Signer(_) | Right::Owned(_) => Vec::new(),
                 };
                 for host in hosts {
                     for facts in self.facts_of(right, host) {
@@ -373,7 +379,8 @@ impl Sim {
             }
             _ => {
                 self.links[host].deaf = false;
-                self.come(host, Visit { ask: ask(version), facts, stays: false, must: true });
+                let must = self.truth.all_hold(&facts);
+                self.come(host, Visit { ask: ask(version), facts, stays: false, must });
             }
         }
     }

@@ -68,6 +68,8 @@ struct Ring {
 #[derive(Clone, Debug)]
 struct Receipt {
     right: Right,
+    /// Since when, in truth, the right does not hold.
+    ended: Option<Ms>,
     holders: BTreeMap<usize, (Ms, Option<Settled>)>,
     grace: Option<(u32, u64)>,
 }
@@ -231,11 +233,13 @@ impl Master {
         of.map(|project| project.owner).collect::<BTreeSet<_>>().into_iter().collect()
     }
 
-    fn longest_grace(&self, host: usize, news: &News, default: Ms) -> Ms {
+    fn longest_grace(&self, host: usize, news: &News, default: Ms, of_members: bool) -> Ms {
         let projects = self.owned[host].iter().filter(|project| match news {
             News::Project(of, ..) => *project == of,
-            News::Account(account, _) => self.db.projects[**project as usize].members.contains(account),
-            News::Ring(_) | News::Owner(..) => true,
+            News::Account(account, _) if of_members => {
+                self.db.projects[**project as usize].members.contains(account)
+            }
+            News::Account(..) | News::Ring(_) | News::Owner(..) => true,
         });
         let graces = projects.map(|project| {
             let row = &self.db.projects[*project as usize];
@@ -324,6 +328,7 @@ impl Sim {
         );
         let ended: Vec<Right> =
             self.truth.rights.keys().filter(|right| !hold.contains(right)).copied().collect();
+        let ended = ended.into_iter().filter(|right| !matches!(right, Right::Owned(_)));
         for right in hold {
             self.truth.set(right, true, now, life);
         }
@@ -342,11 +347,14 @@ impl Sim {
         }
         if let Some(standby) = self.master.standby.take() {
             self.note(|| "the standby takes over, without the last commits".to_owned());
-            let placement: Vec<_> =
-                self.master.db.projects.iter().map(|project| (project.owner, project.epoch)).collect();
-            self.master.db = standby;
-            for (project, (owner, epoch)) in self.master.db.projects.iter_mut().zip(placement) {
-                (project.owner, project.epoch) = (owner, epoch);
+            let lost = std::mem::replace(&mut self.master.db, standby);
+            let default = self.timing.grace;
+            for (project, lost) in self.master.db.projects.iter_mut().zip(lost.projects) {
+                (project.owner, project.epoch) = (lost.owner, lost.epoch);
+                // What nobody can know: that a host has heard of a longer grace
+                // in the commits that are lost.
+                let known = lost.grace.unwrap_or(default).max(lost.grace_known.unwrap_or(0));
+                project.grace_known = Some(project.grace_known.unwrap_or(0).max(known));
             }
             self.retell();
         }
@@ -395,6 +403,9 @@ impl Sim {
 
     /// What the standby has from now on; it takes over at `restart`.
     pub(super) fn standby(&mut self, restart: Ms) {
+        if !self.faulty {
+            return;
+        }
         if self.now < restart {
             if self.master.standby.is_none() {
                 self.master.standby = Some(self.master.db.clone());
@@ -433,7 +444,7 @@ impl Sim {
             News::Owner(project, former) => {
                 let owner = self.master.db.projects[*project as usize].owner;
                 let all: BTreeSet<usize> = [owner, *former].into();
-                (all.into_iter().collect(), Vec::new(), None)
+                (all.into_iter().collect(), vec![Right::Owned(*project)], None)
             }
         };
         let mut holders = BTreeMap::new();
@@ -443,7 +454,8 @@ impl Sim {
                 News::Account(account, _) => vec![Entry::Account(self.master.account_state(*account))],
                 News::Ring(_) => vec![Entry::KeyRing(self.master.public_ring())],
             };
-            let grace = self.master.longest_grace(host, &news, self.timing.grace);
+            let of_members = self.is(Broken::ReceiptForMembersOnly);
+            let grace = self.master.longest_grace(host, &news, self.timing.grace, of_members);
             let Some(place) = self.tell(host, entries) else { return };
             for right in &rights {
                 self.truth.placed(*right, host, place);
@@ -469,6 +481,7 @@ impl Sim {
 
     fn issue(&mut self, right: Right, holders: &BTreeMap<usize, (Position, Ms)>, grace: Option<(u32, u64)>) {
         let id = self.name();
+        let ended = self.truth.ended(right);
         let Some(process) = &mut self.master.process else { return };
         if process.open.len() >= RECEIPTS_MAX {
             return;
@@ -483,7 +496,7 @@ impl Sim {
         }
         process.open.insert(id, holding);
         let epoch = process.epoch;
-        self.master.db.receipts.insert(id, Receipt { right, holders: stored, grace });
+        self.master.db.receipts.insert(id, Receipt { right, ended, holders: stored, grace });
         for host in holders.keys() {
             let applied = self.master.process.as_ref().map_or(0, |process| process.streams[*host].applied);
             self.acknowledged(*host, (epoch, applied));
@@ -637,12 +650,13 @@ impl Sim {
         for (id, host, settled) in news {
             ids.push(id);
             let Some(receipt) = self.master.db.receipts.get_mut(&id) else { continue };
-            let right = receipt.right;
+            let (right, ended) = (receipt.right, receipt.ended);
             if let Some(holder) = receipt.holders.get_mut(&host) {
                 holder.1 = Some(settled);
             }
             self.note(|| format!("receipt {id}: {right:?} at host {host}: {settled:?}"));
-            if self.truth.holds(right) {
+            // It may have been given again since, and taken again.
+            if ended.is_none() || self.truth.ended(right) != ended {
                 continue;
             }
             self.truth.settled(right, host);
@@ -723,7 +737,7 @@ impl Sim {
         };
         let account = match right {
             Right::Member(project, account) => return vec![plain(account, project)],
-            Right::Signer(_) => return Vec::new(),
+            Right::Signer(_) | Right::Owned(_) => return Vec::new(),
             Right::Welcome(account) | Right::Login(account, _) | Right::Key(account, _) => account,
         };
         let of = self.master.owned[host]
@@ -769,13 +783,17 @@ impl Sim {
     pub(super) fn sign_out(&mut self, account: u32, ban: Option<bool>) -> Option<News> {
         let life = self.master.process.as_ref()?.epoch;
         let login = self.name();
+        // Never below the time in seconds, so that what a lost database had
+        // given away is not given again.
+        let counted = self.is(Broken::SessionEpochCounted);
+        let floor = if counted { 0 } else { u64::try_from(self.master_now().secs()).unwrap_or(0) };
         let row = &mut self.master.db.accounts[account as usize];
         if ban.is_some_and(|ban| ban == row.banned) {
             return None;
         }
         let mut rights = Vec::new();
         if ban != Some(false) {
-            row.session_epoch += 1;
+            row.session_epoch = floor.max(row.session_epoch + 1);
             rights.push(Right::Login(account, row.login));
             self.truth.set(Right::Login(account, row.login), false, self.now, life);
             row.login = login;
@@ -843,7 +861,7 @@ impl Sim {
 
     /// A project changes hands, while both hosts are there.
     pub(super) fn move_project(&mut self, project: u32, to: usize) -> Option<News> {
-        self.master.process.as_ref()?;
+        let life = self.master.process.as_ref()?.epoch;
         let row = &mut self.master.db.projects[project as usize];
         let from = row.owner;
         let there = |host: usize| self.hosts[host].is_connected() && self.links[host].bus.is_none();
@@ -857,6 +875,7 @@ impl Sim {
         row.epoch = row.epoch.next();
         self.master.owned[from].remove(&project);
         self.master.owned[to].insert(project);
+        self.truth.moved(project, self.now, life);
         let wait = 5 + self.below(200);
         self.after(wait, Event::Granted { project, host: to });
         Some(News::Owner(project, from))

@@ -21,6 +21,8 @@
 //! only while both hosts are there, and is never lost with a database; moves
 //! have their own simulator, [`crate::sim`]), sessions that travel with a move,
 //! proxies, rate limits, sizes of frames, and jumps of the master's own clock.
+//! One thing is given to the master that it cannot know: after a failover that
+//! lost commits, that a silent host may have heard of a longer grace in them.
 //!
 //! Time is virtual, and everything random follows from the seed: [`run`] with
 //! the same arguments does the same again. What is checked at each step is in
@@ -147,6 +149,9 @@ pub enum Broken {
     AcknowledgedBeforeApplied,
     /// A host acknowledges before what it applied is on disk.
     AcknowledgedBeforeSaved,
+    /// A host's keepalive says what is applied, but not on disk yet, or has
+    /// connections to close.
+    KeepaliveAcknowledges,
     /// A host never asks again for what it could not have once.
     NegativeForever,
     /// A host keeps the sessions that a withdrawn key opened.
@@ -157,6 +162,12 @@ pub enum Broken {
     OlderAcknowledgementCounts,
     /// The master forgets graces where it waits for a silent host.
     ReceiptWithoutGrace,
+    /// The master waits for a silent host as long as the projects say that an
+    /// account is a member of, and not those that it was just removed from.
+    ReceiptForMembersOnly,
+    /// The master counts session epochs by one, also after an older database was
+    /// restored.
+    SessionEpochCounted,
     /// The master sends nothing of what it had sent before a gap.
     GapNotRepeated,
 }

@@ -24,7 +24,7 @@ impl Shared {
     /// Tells one host what it should know of a project now, which may be that
     /// it is not its own.
     pub(crate) async fn tell_of_project(&self, host: HostId, project: ProjectId) -> store::Result<Target> {
-        let about = About { project: Some(project), account: None };
+        let about = About { project: Some(project) };
         self.streams.send(Peer::Host(host), about, move |store| project_entries(store, host, project)).await
     }
 
@@ -51,8 +51,7 @@ impl Shared {
         let mut targets = Vec::with_capacity(hosts.len());
         for host in hosts {
             let read = move |store: &store::Store| Ok(vec![Entry::Account(store.account_state(account)?)]);
-            let about = About { project: None, account: Some(account) };
-            targets.push(self.streams.send(Peer::Host(host), about, read).await?);
+            targets.push(self.streams.send(Peer::Host(host), About::default(), read).await?);
         }
         Ok(targets)
     }

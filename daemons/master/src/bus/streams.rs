@@ -62,7 +62,6 @@ struct Log {
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct About {
     pub(crate) project: Option<ProjectId>,
-    pub(crate) account: Option<AccountId>,
 }
 
 /// A frame that must be applied before a change is in force at `peer`.
@@ -123,7 +122,7 @@ impl Streams {
         let default_ms = self.grace_ms;
         let (entries, grace_ms) = on_store(&self.store, move |store| {
             let grace_ms = match peer {
-                Peer::Host(host) => store.longest_grace(host, about.project, about.account, default_ms)?,
+                Peer::Host(host) => store.longest_grace(host, about.project, default_ms)?,
                 Peer::Proxy(_) => default_ms,
             };
             Ok((read(store)?, grace_ms))
