@@ -24,7 +24,7 @@ const TEXT_BYTES_MAX: usize = 512;
 pub struct Event {
     /// When, by this machine's wall clock.
     pub time: Timestamp,
-    /// What happened: `deny`, `allow`, `redeem`, `close`, `dropped`.
+    /// What happened: `deny`, `allow`, `login`, `redeem`, `close`, `dropped`.
     pub kind: String,
     /// Who, if it was proved.
     pub account: Option<AccountId>,
