@@ -27,9 +27,9 @@ const TEXT_BYTES_MAX: usize = 512;
 pub struct Event {
     /// When, by this machine's wall clock.
     pub time: Timestamp,
-    /// What happened. On hosts and proxies `deny`, `allow` (a sample), `redeem`;
-    /// at the master `change`, `fail`, `deny`, `allow` (a sample), `login`;
-    /// of the log itself `dropped`, `broken`.
+    /// What happened. On hosts and proxies `deny`, `allow` (a sample), `login` (by
+    /// SSH), `redeem`, `close`; at the master `change`, `fail`, `deny`, `allow` (a
+    /// sample), `login`; of the log itself `dropped`, `broken`.
     pub kind: String,
     /// Who, if it was proved.
     pub account: Option<AccountId>,

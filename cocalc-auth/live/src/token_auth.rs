@@ -179,27 +179,36 @@ impl TokenAuth {
         }
     }
 
-    /// The first of several entries of a key whose options admit it here and
-    /// now; `None` if there is no entry at all.
+    /// What the entries of a key come to, here and now; `None` if there is no
+    /// entry at all.
+    ///
+    /// Of each account the first entry counts that admits. Of several accounts
+    /// one that sets no limits goes first: nobody limits the key's holder by
+    /// listing it too.
     fn admitted(
         &self,
         found: &[SshKey],
         context: &Context,
         proxy: Option<ProxyId>,
     ) -> Option<Result<Principal, Denial>> {
-        let mut refused = None;
+        let now = self.knowledge.master_now();
+        let (mut admitted, mut refused) = (Vec::<(&SshKey, Restrictions)>::new(), None);
         for listed in found {
-            let admitted = Options::parse(&listed.options).and_then(|options| {
-                options.admits(context.source, self.knowledge.master_now())?;
-                Ok(options.restrictions().clone())
-            });
-            match admitted {
-                Ok(restrictions) => {
-                    let via = Via::SshKey { key: listed.id, proxy };
-                    return Some(Ok(by_key(listed.account, via, restrictions, context)));
+            let decided = Options::parse(&listed.options)
+                .and_then(|options| options.admits(context.source, now).map(|()| options));
+            match decided {
+                Ok(options) if admitted.iter().all(|(other, _)| other.account != listed.account) => {
+                    admitted.push((listed, options.restrictions().clone()));
                 }
+                Ok(_) => {}
                 Err(error) => refused = Some(Err(Denial::BadCredential(error.to_string()))),
             }
+        }
+        let free = admitted.iter().position(|(_, restrictions)| restrictions.are_none()).unwrap_or(0);
+        if free < admitted.len() {
+            let (listed, restrictions) = admitted.swap_remove(free);
+            let via = Via::SshKey { key: listed.id, proxy };
+            return Some(Ok(by_key(listed.account, via, restrictions, context)));
         }
         refused
     }

@@ -192,6 +192,21 @@ async fn options_of_a_key_are_honoured_or_refuse_it() {
     assert!(!verify(&rig, &credential, from("10.0.0.1")).await.unwrap().restrictions.pty);
     let other = verify(&rig, &credential, from("192.0.2.1")).await.unwrap();
     assert_eq!(other.restrictions.command.as_deref(), Some("x"));
+    // Somebody else lists it, too, with limits: its holder has none.
+    let other = SshKey {
+        id: cocalc_core::ids::KeyId::from_bytes([9; 16]),
+        account: account(2),
+        key: KEY.to_owned(),
+        options: "command=\"false\"".to_owned(),
+    };
+    let limits = Entry::Project(ProjectAcl { keys: vec![other], ..acl(1, 2, &[1, 2]) });
+    rig.master.send(limits).await;
+    set(&[""]).await;
+    let holder = verify(&rig, &credential, None).await.unwrap();
+    assert!(holder.account == account(1) && holder.restrictions.are_none());
+    set(&["no-pty"]).await;
+    assert_eq!(verify(&rig, &credential, None).await.unwrap().account, account(2));
+    rig.master.send(Entry::Project(acl(1, 3, &[1, 2]))).await;
     // What a newer master lets in, and this host does not know.
     set(&["unheard-of"]).await;
     assert!(matches!(verify(&rig, &credential, from("10.0.0.1")).await, Err(Denial::BadCredential(_))));

@@ -45,9 +45,9 @@ fn err(output: &Output) -> String {
 }
 
 impl World {
-    fn new() -> Self {
+    fn new(base_port: u16, storage: &str, runner: &str) -> Self {
         let federation =
-            Federation::up(19100, &["--storage", "directory", "--runner", "process", "--hosts", "1"]);
+            Federation::up(base_port, &["--storage", storage, "--runner", runner, "--hosts", "1"]);
         let project = federation.project();
         let home = tempfile::Builder::new().prefix("cocalc-ssh-").tempdir().unwrap();
         let ssh = |peer: &Value| peer["ssh"].as_str().unwrap().rsplit('@').next().unwrap().to_owned();
@@ -199,35 +199,43 @@ impl World {
 
 #[test]
 fn certificates_open_projects_and_prove_hosts() {
-    let world = World::new();
+    scenario(&World::new(19100, "directory", "process"));
+}
+
+#[test]
+fn the_same_with_btrfs_and_podman() {
+    scenario(&World::new(19300, "btrfs", "podman"));
+}
+
+fn scenario(world: &World) {
     let ways = [world.direct.clone(), world.proxy.clone()];
 
     // Both servers get their certificates soon after they have joined.
     let signed = world.certify(None, "id", &[]);
     for server in &ways {
-        world.until("the server's certificate", || out(&world.ssh(server, "id", &[], "echo in")) == "in\n");
+        world.until("the server's certificate", || out(world.ssh(server, "id", &[], "echo in")) == "in\n");
         let output = world.ssh(server, "id", &["-v"], "echo in");
         let said = err(&output);
         assert!(said.contains("Server host certificate: ssh-ed25519-cert-v01@openssh.com"), "{said}");
         assert!(said.contains("ED25519-CERT"), "{said}");
     }
     let (serial, key_id) = (signed["serial"].as_str().unwrap(), signed["key_id"].as_str().unwrap());
-    assert!(key_id.contains(&world.project), "{key_id}");
+    assert!(key_id.contains(world.project), "{key_id}");
     world.until("the audit event", || world.logged("login", &format!("certificate {serial} \"{key_id}\"")));
     world.until("the proxy's", || world.logged("login", "by proxy"));
     // Whoever does not know the authority is asked, as ever.
     std::fs::rename(world.path("known_hosts"), world.path("aside")).unwrap();
-    let output = world.ssh(&world.direct, "id", &[], "echo in");
+    let output = world.ssh(world.direct, "id", &[], "echo in");
     assert!(err(&output).contains("Host key verification failed"), "{}", err(&output));
     std::fs::rename(world.path("aside"), world.path("known_hosts")).unwrap();
 
-    the_command_line_needs_no_key(&world);
-    what_is_wrong_is_refused(&world, &ways);
-    what_it_permits_is_all_it_opens(&world, &ways);
-    who_may_no_more_is_out(&world, &ways);
-    keys_inside_the_project(&world, &ways);
-    registered_keys_have_options(&world, &ways);
-    the_authority_is_withdrawn(&world, &ways);
+    the_command_line_needs_no_key(world);
+    what_is_wrong_is_refused(world, &ways);
+    what_it_permits_is_all_it_opens(world, &ways);
+    who_may_no_more_is_out(world, &ways);
+    keys_inside_the_project(world, &ways);
+    registered_keys_have_options(world, &ways);
+    the_authority_is_withdrawn(world, &ways);
 }
 
 fn the_command_line_needs_no_key(world: &World) {

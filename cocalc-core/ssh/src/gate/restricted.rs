@@ -15,6 +15,9 @@ use crate::Sessions;
 /// Where a forced command finds what was asked for.
 const ORIGINAL_COMMAND: &str = "SSH_ORIGINAL_COMMAND";
 
+/// What OpenSSH calls sftp where it is built into the server.
+const INTERNAL_SFTP: &str = "internal-sftp";
+
 /// Sessions within restrictions. It is the host's, so that a proxy that passes
 /// over them gains nothing.
 #[derive(Debug)]
@@ -42,11 +45,13 @@ impl Restricted {
             match request.command {
                 Command::Shell => request.env.remove(ORIGINAL_COMMAND),
                 Command::Line(line) => request.env.insert(ORIGINAL_COMMAND.to_owned(), line),
-                // As OpenSSH calls it where sftp is built in.
-                Command::Sftp => request.env.insert(ORIGINAL_COMMAND.to_owned(), "internal-sftp".to_owned()),
+                Command::Sftp => request.env.insert(ORIGINAL_COMMAND.to_owned(), INTERNAL_SFTP.to_owned()),
                 _ => return Err("this key or certificate permits one command only"),
             };
-            request.command = Command::Line(forced.clone());
+            request.command = match forced.as_str() {
+                INTERNAL_SFTP => Command::Sftp,
+                line => Command::Line(line.to_owned()),
+            };
         }
         Ok(request)
     }
@@ -130,6 +135,9 @@ mod tests {
             assert_eq!(request.env.get(ORIGINAL_COMMAND).map(String::as_str), original);
             assert_eq!(request.env["A"], "1");
         }
+        let sftp = Restrictions { command: Some("internal-sftp".into()), ..Restrictions::default() };
+        let sftp = self::restricted(sftp).request(ExecRequest::default()).unwrap();
+        assert_eq!(sftp.command, Command::Sftp);
         let argv = ExecRequest { command: Command::Argv(vec!["sh".into()]), ..ExecRequest::default() };
         assert!(restricted.request(argv).is_err());
     }
