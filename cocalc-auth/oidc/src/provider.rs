@@ -127,7 +127,7 @@ impl Provider {
         &self.settings.issuer
     }
 
-    /// Begins a log-in. Asks the provider only if it is not known, within 30 s.
+    /// Begins a log-in. Asks the provider only if it is not known, within 40 s.
     ///
     /// # Errors
     ///
@@ -151,7 +151,7 @@ impl Provider {
     }
 
     /// Exchanges the code with which the browser came back, and says who it is.
-    /// Takes 40 s at most.
+    /// Takes two minutes at most.
     ///
     /// # Errors
     ///

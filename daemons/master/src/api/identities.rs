@@ -64,7 +64,7 @@ async fn found(shared: &Shared, account: AccountId) -> Answer<Json<Identities>> 
 }
 
 /// Lists with whom an account can log in.
-#[utoipa::path(get, path = "/accounts/{id}/identities", tag = "accounts", params(("id" = String, Path)),
+#[utoipa::path(get, path = "/accounts/{id}/identities", tag = "identities", params(("id" = String, Path)),
     responses((status = 200, body = Identities), (status = "default", body = Problem)))]
 async fn list(
     State(shared): State<Arc<Shared>>,
@@ -85,7 +85,7 @@ struct NewIdentity {
 }
 
 /// Links an identity to the caller's own account: who has it can log in.
-#[utoipa::path(post, path = "/accounts/{id}/identities", tag = "accounts", params(("id" = String, Path)),
+#[utoipa::path(post, path = "/accounts/{id}/identities", tag = "identities", params(("id" = String, Path)),
     request_body = NewIdentity,
     responses((status = 200, body = Identities), (status = "default", body = Problem)))]
 async fn link(
@@ -110,7 +110,7 @@ async fn link(
 }
 
 /// Takes an identity from an account. The last way to log in stays.
-#[utoipa::path(delete, path = "/accounts/{id}/identities/{identity}", tag = "accounts",
+#[utoipa::path(delete, path = "/accounts/{id}/identities/{identity}", tag = "identities",
     params(("id" = String, Path), ("identity" = String, Path)),
     responses((status = 204), (status = "default", body = Problem)))]
 async fn unlink(

@@ -17,7 +17,7 @@ use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
-    input::{Body, check_name},
+    input::{Body, clean_name},
     login::{LoggedIn, log_in},
     page::{escaped, respond},
     problem::{Answer, Problem},
@@ -304,7 +304,7 @@ async fn finish(shared: &Shared, login: Login, returned: Returned) -> Answer<Res
 /// Whose identity it is: by issuer and subject, and by nothing else that a
 /// provider says, such as an address.
 async fn account_of(shared: &Shared, known: &Known, person: Person) -> Answer<Account> {
-    let name = oidc::account_name(&person, |name| check_name(name).is_ok());
+    let name = oidc::account_name(&person, |name| clean_name(name).ok());
     let (provider, id, now) = (known.provider.issuer().to_owned(), AccountId::random(), shared.now());
     let make = known.create_accounts;
     let find = move |store: &store::Store| {

@@ -196,14 +196,14 @@ pub(crate) fn is_secret(text: &str) -> bool {
 }
 
 /// A name for an account, from what a provider calls a person.
-pub(crate) fn account_name(person: &Person, acceptable: impl Fn(&str) -> bool) -> String {
+pub(crate) fn account_name(person: &Person, clean: impl Fn(&str) -> Option<String>) -> String {
     let candidates = [&person.name, &person.email];
     let short = |text: &String| text.trim().chars().take(100).collect::<String>().trim().to_owned();
     candidates
         .into_iter()
         .flatten()
         .map(short)
-        .find(|name| acceptable(name))
+        .find_map(|name| clean(&name))
         .unwrap_or_else(|| "somebody".to_owned())
 }
 
@@ -272,7 +272,8 @@ mod tests {
             name: Some(name.into()),
             email: Some(email.into()),
         };
-        let named = |person| account_name(&person, |name| !name.is_empty() && !name.contains('\n'));
+        let clean = |name: &str| (!name.is_empty() && !name.contains('\n')).then(|| name.to_owned());
+        let named = |person| account_name(&person, clean);
         assert_eq!(named(person(" Ada ", "")), "Ada");
         assert_eq!(named(person("a\nb", "ada@x.org")), "ada@x.org");
         assert_eq!(named(person("", "")), "somebody");

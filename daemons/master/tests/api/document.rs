@@ -139,6 +139,7 @@ async fn the_document_is_what_is_served() {
 
             // It is served: whoever has no token is told so, and nothing else.
             let place = path.replace("{id}", "x").replace("{token}", "x").replace("{account}", "x");
+            let place = place.replace("{identity}", "x");
             let (status, answer) = world.call(&method, &place, "", Value::Null).await;
             let expected = match (open, method.as_str()) {
                 // What anybody may read needs no words either.

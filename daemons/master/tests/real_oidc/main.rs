@@ -248,6 +248,34 @@ fn a_provider_may_go_come_back_and_change_its_keys() {
     assert!(!master.log().contains("panicked"));
 }
 
+#[test]
+fn a_provider_is_who_its_certificate_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let made = |name: &str| {
+        let made = rcgen::generate_simple_self_signed([name.to_owned()]).unwrap();
+        let files = [dir.path().join(format!("{name}.crt")), dir.path().join(format!("{name}.key"))];
+        std::fs::write(&files[0], made.cert.pem()).unwrap();
+        std::fs::write(&files[1], made.signing_key.serialize_pem()).unwrap();
+        files
+    };
+    let ([right, key], [wrong, other]) = (made("localhost"), made("id.example"));
+    for (certificate, key, trusted, status) in [
+        (&right, &key, &right, 303),
+        // Somebody's whom we trust, for another name; and of nobody we trust.
+        (&wrong, &other, &wrong, 503),
+        (&right, &key, &wrong, 503),
+    ] {
+        let port = free_port();
+        let provider = Provider::start_with(0, &client(&callback(port)), &[certificate, key]);
+        assert!(provider.issuer.starts_with("https://localhost:"));
+        let master = Master::start_with(port, &[("local", &provider.issuer)], "", Some(trusted));
+        let shown = Browser::default().get(&master.start_of("local"));
+        assert_eq!(shown.status, status, "{}", master.log());
+        let to = shown.location().is_some_and(|to| to.starts_with(&provider.issuer));
+        assert_eq!(to, status == 303, "{shown:?}");
+    }
+}
+
 /// A log-in with a provider whose token endpoint does as it likes: `forge` gets
 /// the nonce.
 fn attempt(master: &Master, name: &str, forge: impl Fn(&str)) -> Shown {

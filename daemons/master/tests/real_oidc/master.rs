@@ -3,6 +3,7 @@
 use std::{
     io::Write,
     os::unix::fs::OpenOptionsExt,
+    path::Path,
     process::{Child, Command, Stdio},
 };
 
@@ -42,6 +43,16 @@ impl Master {
     /// Starts one on `port` that knows each issuer by its name. `more` goes into
     /// the table of each.
     pub(crate) fn start(port: u16, issuers: &[(&str, &str)], more: &str) -> Self {
+        Self::start_with(port, issuers, more, None)
+    }
+
+    /// The same, trusting the certificates in a file.
+    pub(crate) fn start_with(
+        port: u16,
+        issuers: &[(&str, &str)],
+        more: &str,
+        trusted: Option<&Path>,
+    ) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (file, secret) = (dir.path().join("master.toml"), dir.path().join("secret"));
         let mut options = std::fs::OpenOptions::new();
@@ -61,6 +72,8 @@ impl Master {
         for (key, _) in std::env::vars_os().filter(|(key, _)| key.to_string_lossy().starts_with("COCALC_")) {
             command.env_remove(key);
         }
+        command.env_remove("SSL_CERT_FILE").env_remove("SSL_CERT_DIR");
+        command.envs(trusted.map(|file| ("SSL_CERT_FILE", file)));
         let log = std::fs::File::create(dir.path().join("log")).unwrap();
         let child = command
             .arg("--config")

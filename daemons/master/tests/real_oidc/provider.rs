@@ -36,10 +36,16 @@ impl Provider {
     /// Starts one on `port`, or any if that is 0, for a client whose
     /// description may depend on nothing yet: the issuer is known first.
     pub(crate) fn start(port: u16, client: &Value) -> Self {
+        Self::start_with(port, client, &[])
+    }
+
+    /// The same, with TLS by a certificate and key in files.
+    pub(crate) fn start_with(port: u16, client: &Value, tls: &[&Path]) -> Self {
         let folder = install();
         let mut child = Command::new("node")
             .arg(folder.join("provider.mjs"))
             .arg(port.to_string())
+            .args(tls)
             .current_dir(&folder)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

@@ -187,7 +187,7 @@ fn identities_are_linked_by_who_has_both_and_the_last_stays() {
     assert_eq!(code, Some(0), "{said}");
     let (code, listed) = with(&["account", "identity", "list"]);
     assert_eq!(code, Some(0), "{listed}");
-    let identity = json_of(&listed)["identities"][0].clone();
+    let identity = json_of(&listed)[0].clone();
     assert_eq!((&identity["provider"], &identity["subject"]), (&json!("local"), &json!("ada")), "{listed}");
     let shown = log_in("ada");
     let logged = shown.data("token").unwrap();
