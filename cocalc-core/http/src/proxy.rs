@@ -103,13 +103,25 @@ pub struct ProxyIngressBuilder {
     connector: Arc<dyn Connector>,
     precheck: Arc<dyn TokenPrecheck>,
     endpoints: Option<Arc<dyn Endpoints>>,
+    decoy: Decoy,
     served: Served,
     https: bool,
     limits: Limits,
 }
 
+/// Which host answers for a project that nobody knows.
+#[derive(Clone)]
+struct Decoy(Arc<dyn Fn(ProjectId) -> Option<HostId> + Send + Sync>);
+
+impl fmt::Debug for Decoy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Decoy")
+    }
+}
+
 #[derive(Debug)]
 struct Inner {
+    decoy: Decoy,
     router: Arc<dyn Router>,
     connector: Arc<dyn Connector>,
     precheck: Arc<dyn TokenPrecheck>,
@@ -138,6 +150,7 @@ impl ProxyIngress {
             connector,
             precheck,
             endpoints: None,
+            decoy: Decoy(Arc::new(|_| None)),
             served: Served::new(),
             https: false,
             limits: Limits::default(),
@@ -213,6 +226,15 @@ impl ProxyIngressBuilder {
         self
     }
 
+    /// Which host is asked about a project that nobody knows, when whoever asks
+    /// has proved nothing: it refuses them as it refuses everybody, so that
+    /// neither answer nor time tells such a project from others. Default: none,
+    /// the proxy refuses by itself.
+    pub fn decoy(mut self, host: impl Fn(ProjectId) -> Option<HostId> + Send + Sync + 'static) -> Self {
+        self.decoy = Decoy(Arc::new(host));
+        self
+    }
+
     /// Bounds. Default: [`Limits::default`].
     pub fn limits(mut self, limits: Limits) -> Self {
         self.limits = limits;
@@ -224,6 +246,7 @@ impl ProxyIngressBuilder {
         let server = Arc::new(Server::new(self.limits.clone()));
         let closing = Arc::new(server.closing().clone().drop_guard());
         let inner = Inner {
+            decoy: self.decoy,
             router: self.router,
             connector: self.connector,
             precheck: self.precheck,
@@ -400,7 +423,7 @@ impl Inner {
         fresh: bool,
         only: Option<TokenHost>,
     ) -> Result<(Response<Incoming>, Lease), Problem> {
-        let (mut host, mut epoch) = self.route(project).await?;
+        let (mut host, mut epoch) = self.route(project, only.is_some()).await?;
         if let Some(token) = only.filter(|token| token.epoch > epoch) {
             // The token was made after a move that this proxy has not heard of
             // yet. Its host decides for itself.
@@ -455,12 +478,16 @@ impl Inner {
         }
     }
 
-    async fn route(&self, project: ProjectId) -> Result<(HostId, Epoch), Problem> {
+    /// Where a project is. For one that nobody knows, somebody who has proved
+    /// nothing is sent to some host, which refuses them as it refuses everybody:
+    /// an answer of this proxy's would differ, and come sooner.
+    async fn route(&self, project: ProjectId, proved: bool) -> Result<(HostId, Epoch), Problem> {
         match timeout(self.limits.connect_timeout, self.router.route(project)).await {
             Ok(Ok(route)) => Ok((route.host, route.epoch)),
-            Ok(Err(router::Error::NotFound { .. })) => {
-                Err(self.denied(project, &Denial::NotHere("no route".to_owned())))
-            }
+            Ok(Err(router::Error::NotFound { .. })) => match (self.decoy.0)(project) {
+                Some(host) if !proved => Ok((host, Epoch::FIRST)),
+                _ => Err(self.denied(project, &Denial::NotHere("no route".to_owned()))),
+            },
             Ok(Err(error)) => {
                 tracing::warn!(%project, error = %chain(&error), "no route");
                 Err(no_route())

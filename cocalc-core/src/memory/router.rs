@@ -5,11 +5,12 @@ use std::{
     fmt,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use async_trait::async_trait;
 use cocalc_ids::{Epoch, HostId, ProjectId};
-use tokio::sync::broadcast;
+use tokio::{sync::broadcast, time::Instant};
 
 use crate::{
     BoxError,
@@ -19,6 +20,11 @@ use crate::{
 
 /// How many changes a slow receiver may lag behind.
 const CHANGES_MAX: usize = 1024;
+/// How long it is remembered that nobody knows a project: who asks again and
+/// again for one gets an answer as fast as for a project that is known.
+const UNKNOWN_FOR: Duration = Duration::from_secs(10);
+/// How many of them are remembered.
+const UNKNOWN_MAX: usize = 65_536;
 
 /// A host's router: what its ledger says, and nothing else.
 #[derive(Clone, Debug)]
@@ -66,6 +72,8 @@ struct Table {
     hosts: BTreeMap<HostId, HostAddress>,
     /// One question per project at a time; who comes later waits for it.
     asking: BTreeMap<ProjectId, Arc<tokio::sync::Mutex<()>>>,
+    /// Until when what was asked for is nobody's.
+    unknown: BTreeMap<ProjectId, Instant>,
 }
 
 impl Default for TableRouter {
@@ -111,6 +119,18 @@ impl TableRouter {
         self.table().hosts.get(&host).cloned()
     }
 
+    /// The host that is asked about a project that nobody knows: always the same
+    /// for one project, any for another. `None` if there is no host.
+    pub fn decoy(&self, project: ProjectId) -> Option<HostId> {
+        let table = self.table();
+        let from = HostId::from_bytes(*project.as_bytes());
+        // Ids of hosts are as random as those of projects. Hosts that were
+        // withdrawn are nowhere.
+        let around = table.hosts.range(from..).chain(table.hosts.range(..from));
+        let mut there = around.filter(|(_, address)| !address.peer.is_empty());
+        there.next().map(|(host, _)| *host)
+    }
+
     /// Learns who owns a project. What is older than what is known is passed
     /// over.
     pub fn set_owner(&self, project: ProjectId, host: HostId, epoch: Epoch) {
@@ -120,6 +140,7 @@ impl TableRouter {
                 return;
             }
             table.owners.insert(project, (host, epoch));
+            table.unknown.remove(&project);
             table.route(project)
         };
         self.announce(route);
@@ -173,6 +194,9 @@ impl Router for TableRouter {
             return Ok(route);
         }
         let Some(lookup) = &self.0.lookup else { return Err(Error::NotFound { project }) };
+        if self.table().unknown.get(&project).is_some_and(|until| Instant::now() < *until) {
+            return Err(Error::NotFound { project });
+        }
         let turn = self.asking(project);
         let _turn = turn.lock().await;
         // Whoever had the turn before has asked already.
@@ -186,7 +210,14 @@ impl Router for TableRouter {
                 let known = self.table().route(project);
                 known.ok_or(Error::NotFound { project })
             }
-            Ok(None) => Err(Error::NotFound { project }),
+            Ok(None) => {
+                let mut table = self.table();
+                if table.unknown.len() >= UNKNOWN_MAX {
+                    table.unknown.clear();
+                }
+                table.unknown.insert(project, Instant::now() + UNKNOWN_FOR);
+                Err(Error::NotFound { project })
+            }
             Err(source) => Err(Error::Unavailable { project, source }),
         }
     }

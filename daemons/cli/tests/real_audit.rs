@@ -318,7 +318,7 @@ fn rewritten(world: &mut World, folder: &Path) {
     };
     let folder = folder.to_str().unwrap();
     // In as many lines, one of which says otherwise.
-    forge(&|number, event| Some(if number == 0 { Event { source: None, ..event } } else { event }));
+    forge(&|number, event| Some(if number == 0 { Event { reason: "member".repeat(2), ..event } } else { event }));
     json_of(world, &["audit", "verify", folder]);
     let told = complaint(world, &["audit", "verify", folder, "--host", "alpha"]);
     assert!(told.contains("written anew"), "{told}");

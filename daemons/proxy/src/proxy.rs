@@ -114,7 +114,7 @@ impl Proxy {
         );
 
         let router: Arc<dyn Router> = Arc::new(table.clone());
-        let hosts = table.clone();
+        let (hosts, decoys) = (table.clone(), table.clone());
         let book = move |host: HostId| hosts.host(host);
         let direct =
             DirectConnector::new(&identity, Arc::new(book)).map_err(|e| open("peer channel")(e.into()))?;
@@ -136,6 +136,7 @@ impl Proxy {
             .served(served)
             .https(address.url.starts_with("https://"))
             .endpoints(Arc::new(endpoints))
+            .decoy(move |project| decoys.decoy(project))
             .build();
         // It was made a line above and is set once.
         let _ = built.set(http.clone());
