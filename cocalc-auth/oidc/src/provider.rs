@@ -305,8 +305,8 @@ impl Provider {
         else {
             return person;
         };
-        if let Ok(info) = request.request_async::<_, _, _>(&self.http).await {
-            let info: CoreUserInfoClaims = info;
+        let info: Result<CoreUserInfoClaims, _> = request.request_async(&self.http).await;
+        if let Ok(info) = info {
             person.name = person
                 .name
                 .or_else(|| info.name().and_then(|name| name.get(None)).map(|name| name.to_string()))

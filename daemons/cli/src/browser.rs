@@ -102,7 +102,10 @@ fn open(address: &str) {
     let program = if cfg!(target_os = "macos") { "open" } else { "xdg-open" };
     let mut command = Command::new(program);
     command.arg(address).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    let _ = command.spawn();
+    // Waited for, so that it leaves nothing behind; by nobody who is in a hurry.
+    std::thread::spawn(move || {
+        let _ = command.status();
+    });
 }
 
 /// Waits until a browser comes with this state.
@@ -179,8 +182,8 @@ fn parse(head: &str, state: &str) -> Option<Brought> {
     let target = head.strip_prefix("GET ")?.split(' ').next()?;
     let query = target.strip_prefix("/?")?;
     let value = |wanted: &str| {
-        let found = query.split('&').filter_map(|pair| pair.split_once('='));
-        found.into_iter().find(|(key, _)| *key == wanted).and_then(|(_, value)| decoded(value))
+        let mut found = query.split('&').filter_map(|pair| pair.split_once('='));
+        found.find(|(key, _)| *key == wanted).and_then(|(_, value)| decoded(value))
     };
     if value("state")? != state {
         return None;

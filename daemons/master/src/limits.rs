@@ -48,6 +48,9 @@ struct Inner {
     logins: Gcra<AccountId>,
     /// Tries at names that nobody has.
     strangers: Gcra<String>,
+    /// Log-ins with OpenID, apart from tries at passwords: whoever guesses those
+    /// must not keep people out who come another way.
+    identified: Gcra<AccountId>,
     /// Log-ins that addresses begin.
     beginnings: Gcra<IpAddr>,
 }
@@ -65,6 +68,7 @@ impl Limits {
             failures: Gcra::new(quota(FAILURES), KEYS_MAX),
             logins: Gcra::new(LOGINS, KEYS_MAX),
             strangers: Gcra::new(LOGINS, KEYS_MAX),
+            identified: Gcra::new(LOGINS, KEYS_MAX),
             beginnings: Gcra::new(quota(BEGINNINGS), KEYS_MAX),
         };
         Self { trusted, state: Mutex::new(state) }
@@ -109,6 +113,11 @@ impl Limits {
             None => state.strangers.take(&name.to_owned(), now),
         };
         taken.map_err(Problem::rate_limited)
+    }
+
+    /// An OpenID provider has said that somebody is this account.
+    pub(crate) fn identified(&self, account: AccountId, now: Duration) -> Result<(), Problem> {
+        self.lock().identified.take(&account, now).map_err(Problem::rate_limited)
     }
 
     /// Somebody begins a log-in at an OpenID provider, which is remembered.

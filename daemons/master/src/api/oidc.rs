@@ -328,7 +328,7 @@ async fn account_of(shared: &Shared, known: &Known, person: Person) -> Answer<Ac
     if account.banned {
         return Err(Problem::denied());
     }
-    shared.limits.login(Some(account.id), "", shared.clock.boot())?;
+    shared.limits.identified(account.id, shared.clock.boot())?;
     Ok(account)
 }
 

@@ -44,8 +44,8 @@ impl Shown {
 /// A parameter of an address, as it is written there.
 pub(crate) fn parameter(url: &str, name: &str) -> Option<String> {
     let query = url.split_once('?')?.1;
-    let found = query.split('&').filter_map(|pair| pair.split_once('='));
-    found.into_iter().find(|(key, _)| *key == name).map(|(_, value)| value.to_owned())
+    let mut found = query.split('&').filter_map(|pair| pair.split_once('='));
+    found.find(|(key, _)| *key == name).map(|(_, value)| value.to_owned())
 }
 
 fn origin(url: &str) -> &str {

@@ -2,7 +2,7 @@
 //! ones that mean ill.
 //!
 //! Needs node and npm, which fetches the provider once into the target folder,
-//! and the program `cocalc` beside the master's.
+//! openssl for its certificates, and the program `cocalc` beside the master's.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by it, in its helpers too")]
 
@@ -252,11 +252,22 @@ fn a_provider_may_go_come_back_and_change_its_keys() {
 fn a_provider_is_who_its_certificate_says() {
     let dir = tempfile::tempdir().unwrap();
     let made = |name: &str| {
-        let made = rcgen::generate_simple_self_signed([name.to_owned()]).unwrap();
-        let files = [dir.path().join(format!("{name}.crt")), dir.path().join(format!("{name}.key"))];
-        std::fs::write(&files[0], made.cert.pem()).unwrap();
-        std::fs::write(&files[1], made.signing_key.serialize_pem()).unwrap();
-        files
+        let file = |end: &str| dir.path().join(format!("{name}.{end}"));
+        let config = format!(
+            "[req]\ndistinguished_name=dn\nx509_extensions=ext\nprompt=no\n[dn]\nCN={name}\n\
+             [ext]\nsubjectAltName=DNS:{name}\nbasicConstraints=critical,CA:FALSE\n"
+        );
+        std::fs::write(file("conf"), config).unwrap();
+        let arguments = "req -x509 -nodes -days 2 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1";
+        let output = std::process::Command::new("openssl")
+            .args(arguments.split(' '))
+            .args(["-config".as_ref(), file("conf").as_os_str()])
+            .args(["-out".as_ref(), file("crt").as_os_str()])
+            .args(["-keyout".as_ref(), file("key").as_os_str()])
+            .output()
+            .expect("openssl is required to run this test");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        [file("crt"), file("key")]
     };
     let ([right, key], [wrong, other]) = (made("localhost"), made("id.example"));
     for (certificate, key, trusted, status) in [
