@@ -268,6 +268,7 @@ impl World {
             keys: Vec::new(),
             grace_ms: None,
             proxy_ssh: false,
+            authorized_keys: false,
             viewable_ports: Vec::new(),
         };
         let account = AccountState { account: self.account, session_epoch: 0, banned: false, keys: Vec::new() };
