@@ -441,3 +441,14 @@ fn free_space_is_what_the_host_said_last() {
     let after = world.store.host(id).unwrap().capabilities.unwrap();
     assert_eq!(after, Capabilities { free_bytes: 7 << 40, ..can });
 }
+
+#[test]
+fn a_session_epoch_is_never_given_twice_even_by_a_restored_database() {
+    let world = World::new(0);
+    let began = u64::try_from(Timestamp::now().secs()).unwrap();
+    let first = world.store.sign_out(world.owner).unwrap().session_epoch;
+    assert!(first >= began, "not below the time, whatever the database remembers");
+    let second = world.store.ban(world.owner, true).unwrap().session_epoch;
+    assert!(second > first);
+    assert_eq!(world.store.ban(world.owner, false).unwrap().session_epoch, second);
+}
