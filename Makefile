@@ -3,8 +3,10 @@
 CARGO ?= cargo
 ARGS ?=
 DEMO_DIR ?= ./cocalc-data
+SEEDS ?= 2000
+SEED ?=
 
-.PHONY: demo build test test-full check advisories bench fuzz mutants clean
+.PHONY: demo build test test-full simulate check advisories bench fuzz mutants clean
 
 # Runs a federation on this machine; `make demo ARGS=--once` exercises it and
 # tears it down.
@@ -21,13 +23,19 @@ test:
 	@.ci/setup.sh test
 	.ci/test.sh
 
-# The same, with simulated moves by the thousand instead of by the hundred, a
+# The same, with simulated moves and days of access by the thousand, a
 # revocation among a thousand WebSockets, and storage with 10,000 snapshots, 5,000
 # projects, a million files, and the power cut at forty moments. Takes hours.
 test-full:
 	@.ci/setup.sh demo
 	@.ci/setup.sh test
-	COCALC_SIM_SEEDS=2500 COCALC_REVOCATION_FULL=1 COCALC_FULL=1 .ci/test.sh
+	COCALC_SIM_SEEDS=2500 COCALC_AUTH_SEEDS=2000 COCALC_REVOCATION_FULL=1 COCALC_FULL=1 .ci/test.sh
+
+# Simulated days of tokens, streams and revocation; docs/auth.md says what they
+# check. `make simulate SEEDS=2000` for many, `make simulate SEED=7` for one.
+simulate:
+	COCALC_AUTH_SEEDS=$(SEEDS) $(if $(SEED),COCALC_AUTH_SEED=$(SEED)) \
+	  $(CARGO) test -p cocalc-testkit --test auth_sim in_a_ -- --nocapture
 
 # Format, lints, licences, documentation, dependency guards.
 check:

@@ -597,3 +597,69 @@ pub enum Error {
     #[error("the program is ending")]
     Stopped,
 }
+
+#[cfg(test)]
+mod tests {
+    use cocalc_auth::{
+        acl::Proof,
+        store::MemoryStore,
+        stream::{AccountState, ProjectAcl},
+    };
+    use cocalc_core::{
+        clock::SystemClock,
+        ids::{AccountId, Action, Role, Scope},
+    };
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_change_is_in_force_when_what_it_ended_has_gone() {
+        let store = Arc::new(MemoryStore::default());
+        let clock = Arc::new(SystemClock);
+        let knowledge = Knowledge::open_in_boot(store, clock, None, "this".to_owned()).unwrap();
+        let (account, project) = (AccountId::from_bytes([1; 16]), ProjectId::from_bytes([2; 16]));
+        let acl = |version, members| {
+            Entry::Project(ProjectAcl {
+                project,
+                version,
+                epoch: Epoch::FIRST,
+                members,
+                keys: vec![],
+                grace_ms: None,
+                proxy_ssh: false,
+                viewable_ports: vec![],
+            })
+        };
+        let state = AccountState { account, session_epoch: 0, banned: false, keys: vec![] };
+        let entries =
+            [Entry::Reset, Entry::Account(state), acl(1, vec![(account, Role::Owner)]), Entry::Live];
+        let frames: Vec<Frame> =
+            (1..).zip(entries).map(|(seq, entry)| Frame { stream: 7, seq, entry }).collect();
+        knowledge.begin_sync();
+        assert_eq!(knowledge.in_force(), None);
+        assert!(!knowledge.apply(&frames, |_| {}).await.unwrap());
+        assert_eq!(knowledge.in_force(), Some((7, 4)));
+        let reply = KeepaliveReply { lease_ms: 60_000, position: (7, 4), now: Timestamp::now() };
+        assert!(!knowledge.renewed(&reply, knowledge.clock.boot(), None));
+        let ask = Ask {
+            account,
+            project,
+            action: Action::Use(Scope::Ws),
+            epoch: None,
+            session_epoch: Some(0),
+            acl: 0,
+            proof: Proof::Token,
+        };
+        let (_, admission) = knowledge.admit(&ask, Some(Epoch::FIRST));
+        let admission = admission.unwrap();
+        let removal = [Frame { stream: 7, seq: 5, entry: acl(2, vec![]) }];
+        knowledge.apply(&removal, |_| {}).await.unwrap();
+        // Told to close, and still there.
+        assert_eq!(
+            (knowledge.position(), knowledge.in_force()),
+            (Some(Position { stream: 7, seq: 5 }), Some((7, 4)))
+        );
+        drop(admission);
+        assert_eq!(knowledge.in_force(), Some((7, 5)));
+    }
+}

@@ -16,6 +16,8 @@ fn asked(name: &str) -> Option<u64> {
 
 /// Which seeds: `COCALC_AUTH_SEED` asks for one, `COCALC_AUTH_SEEDS` for more.
 /// `share` is how many in a hundred a scenario gets of these.
+///
+/// What is printed names them; the same seed does the same again.
 fn seeds(default: u64, share: u64) -> Range<u64> {
     match (asked("COCALC_AUTH_SEED"), asked("COCALC_AUTH_SEEDS")) {
         (Some(one), _) => one..one + 1,
@@ -36,10 +38,7 @@ fn all(name: &str, scenario: &Scenario, seeds: Range<u64>) -> Vec<Report> {
                 return reports;
             }
             match run(seed, scenario) {
-                Ok(report) => {
-                    println!("  seed {seed}: {} events", report.events);
-                    reports.push(report);
-                }
+                Ok(report) => reports.push(report),
                 Err(violation) => panic!("{name}: COCALC_AUTH_SEED={seed}\n{violation}"),
             }
         }
@@ -74,17 +73,17 @@ fn has_bite(reports: &[Report]) {
 
 #[test]
 fn in_a_region() {
-    has_bite(&all("forty hosts, six hours", &Scenario::REGION, seeds(16, 20)));
+    has_bite(&all("forty hosts, six hours", &Scenario::REGION, seeds(12, 24)));
 }
 
 #[test]
 fn in_a_storm() {
-    has_bite(&all("ten hosts, one bad hour", &Scenario::STORM, seeds(33, 79)));
+    has_bite(&all("ten hosts, one bad hour", &Scenario::STORM, seeds(37, 74)));
 }
 
 #[test]
 fn in_a_federation() {
-    has_bite(&all("a thousand hosts, two hours", &Scenario::FEDERATION, seeds(1, 1)));
+    has_bite(&all("a thousand hosts, two hours", &Scenario::FEDERATION, seeds(1, 2)));
 }
 
 #[test]

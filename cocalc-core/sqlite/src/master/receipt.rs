@@ -180,21 +180,12 @@ impl Store {
     /// # Errors
     ///
     /// The database failed.
-    pub fn longest_grace(
-        &self,
-        host: HostId,
-        project: Option<ProjectId>,
-        default_ms: u64,
-    ) -> Result<u64> {
+    pub fn longest_grace(&self, host: HostId, project: Option<ProjectId>, default_ms: u64) -> Result<u64> {
         self.database.read("find a grace", |db| {
             let sql = "SELECT max(max(ifnull(p.grace_ms, ?3), ifnull(p.grace_known_ms, 0))) FROM projects p
                        WHERE p.host = ?1 AND p.state <> 'deleted' AND (?2 IS NULL OR p.id = ?2)";
             let longest: Option<u64> = db.prepare_cached(sql)?.query_row(
-                params![
-                    host.to_string(),
-                    project.map(|id| id.to_string()),
-                    default_ms
-                ],
+                params![host.to_string(), project.map(|id| id.to_string()), default_ms],
                 |row| row.get(0),
             )?;
             Ok(longest.unwrap_or(default_ms))

@@ -483,3 +483,14 @@ fn an_identity_is_one_accounts_and_the_last_way_in_stays() {
     let nobody = AccountId::random();
     assert!(matches!(store.link_identity(nobody, uni, "x", NOW), Err(Error::NotFound { .. })));
 }
+
+#[test]
+fn a_session_epoch_is_never_given_twice_even_by_a_restored_database() {
+    let world = World::new(0);
+    let began = u64::try_from(Timestamp::now().secs()).unwrap();
+    let first = world.store.sign_out(world.owner).unwrap().session_epoch;
+    assert!(first >= began, "not below the time, whatever the database remembers");
+    let second = world.store.ban(world.owner, true).unwrap().session_epoch;
+    assert!(second > first);
+    assert_eq!(world.store.ban(world.owner, false).unwrap().session_epoch, second);
+}

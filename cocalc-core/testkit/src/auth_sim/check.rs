@@ -173,10 +173,10 @@ impl Sim {
             let broken = match self.truth.rights.get(&right) {
                 None => Some((Check::BeforeGrant, 0)),
                 Some(since) if since.holds => None,
-                Some(since) if since.in_force.contains(&host) => Some((Check::Receipt, since.at)),
                 Some(since) if since.known(host, acknowledged) => {
                     Some((Check::AfterAcknowledgement, since.at))
                 }
+                Some(since) if since.in_force.contains(&host) => Some((Check::Receipt, since.at)),
                 Some(since) => {
                     let until = self.truth.deadline(facts, since.at, lease) + slack;
                     let late = Some((Check::LeaseAndGrace, since.at)).filter(|_| self.now > until);
@@ -246,7 +246,8 @@ impl Sim {
     pub(super) fn plan_probes(&mut self, host: usize, facts: &Facts) {
         let until = self.truth.deadline(facts, self.now, self.timing.lease);
         let wait = until - self.now;
-        for wait in [self.below(3_000), self.below(wait + 1), wait + 1, wait + 500, wait + CLOSED_WITHIN + 1] {
+        for wait in [self.below(3_000), self.below(wait + 1), wait + 1, wait + 500, wait + CLOSED_WITHIN + 1]
+        {
             self.after(wait, Event::Probe { facts: *facts, host });
         }
     }
@@ -301,9 +302,9 @@ impl Sim {
                     signer: None,
                     administer: false,
                 };
-                let allowed = self.ask_of(owner, &facts).and_then(|(ask, held)| {
-                    self.decide(owner, &ask, held).map(|verdict| verdict.outcome)
-                });
+                let allowed = self
+                    .ask_of(owner, &facts)
+                    .and_then(|(ask, held)| self.decide(owner, &ask, held).map(|verdict| verdict.outcome));
                 match (allowed, self.truth.all_hold(&facts)) {
                     (Some(Ok(())), true) => {}
                     (Some(Ok(())), false) => self.check_allowed(owner, &facts, false),

@@ -673,8 +673,10 @@ impl Sim {
         let now_at = daemon.cache.position();
         let resync = behind && daemon.behind_at == Some(now_at);
         daemon.behind_at = behind.then_some(now_at);
-        let kept =
-            Kept { standing: daemon.cache.lease().standing(&boot_id, daemon.saved), estimate: daemon.estimate };
+        let kept = Kept {
+            standing: daemon.cache.lease().standing(&boot_id, daemon.saved),
+            estimate: daemon.estimate,
+        };
         if resync {
             if daemon.phase == Phase::Following && !daemon.syncing && daemon.saving.is_none() {
                 self.ask_for_stream(host);

@@ -198,7 +198,8 @@ impl Sim {
         }
         self.check_allowed(host, &facts, false);
         let hash = SessionHash::from_bytes(session_bytes(self.name()));
-        let created = self.hosts[host].time(self.now, self.master_now()).map_or(Timestamp::from_secs(0), |t| t.0);
+        let created =
+            self.hosts[host].time(self.now, self.master_now()).map_or(Timestamp::from_secs(0), |t| t.0);
         let record = SessionRecord {
             account: ask.account,
             project: ask.project,
@@ -245,8 +246,7 @@ impl Sim {
         if self.find_key(host, project_id(project), key) == Some(false) {
             return;
         }
-        let facts =
-            Facts { account, project, login: None, key: Some(key), signer: None, administer: false };
+        let facts = Facts { account, project, login: None, key: Some(key), signer: None, administer: false };
         let visit = Visit { ask: key_ask(&facts, key), facts, stays: self.below(2) == 0, must: false };
         self.come(host, visit);
     }
@@ -305,6 +305,8 @@ impl Sim {
                 let news = self.move_project(project, to);
                 self.commit(news);
             }
+            // There is one ring, however many hosts there are.
+            _ if self.below(self.hosts.len() as u64) >= 10 => {}
             _ => {
                 let withdraw = self.below(3) == 0;
                 let news = self.rotate(withdraw);
@@ -352,8 +354,7 @@ impl Sim {
     /// At the end: a grant whose frames were lost is found by a fetch.
     pub(super) fn drill(&mut self, step: u8, project: u32, account: u32) {
         let host = self.master.db.projects[project as usize].owner;
-        let facts =
-            Facts { account, project, login: None, key: None, signer: None, administer: false };
+        let facts = Facts { account, project, login: None, key: None, signer: None, administer: false };
         let ask = |acl| Ask {
             account: account_id(account),
             project: project_id(project),

@@ -436,9 +436,11 @@ impl Sim {
             return;
         }
         let (targets, rights, grace) = match &news {
-            News::Project(project, rights, grace) => {
-                (vec![self.master.db.projects[*project as usize].owner], rights.clone(), grace.map(|v| (*project, v)))
-            }
+            News::Project(project, rights, grace) => (
+                vec![self.master.db.projects[*project as usize].owner],
+                rights.clone(),
+                grace.map(|v| (*project, v)),
+            ),
             News::Account(account, rights) => (self.master.hosts_of_account(*account), rights.clone(), None),
             News::Ring(rights) => ((0..self.hosts.len()).collect(), rights.clone(), None),
             News::Owner(project, former) => {
@@ -450,7 +452,9 @@ impl Sim {
         let mut holders = BTreeMap::new();
         for host in targets {
             let entries = match &news {
-                News::Project(project, ..) | News::Owner(project, _) => self.master.project_entries(host, *project),
+                News::Project(project, ..) | News::Owner(project, _) => {
+                    self.master.project_entries(host, *project)
+                }
                 News::Account(account, _) => vec![Entry::Account(self.master.account_state(*account))],
                 News::Ring(_) => vec![Entry::KeyRing(self.master.public_ring())],
             };

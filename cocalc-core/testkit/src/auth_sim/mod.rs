@@ -222,9 +222,7 @@ impl fmt::Display for Violation {
 pub fn run(seed: u64, scenario: &Scenario) -> Result<Report, Box<Violation>> {
     // The log takes longer than all the rest: it is written when there is
     // something to tell, by doing the same again.
-    world::Sim::new(seed, scenario, false)
-        .run()
-        .or_else(|_| world::Sim::new(seed, scenario, true).run())
+    world::Sim::new(seed, scenario, false).run().or_else(|_| world::Sim::new(seed, scenario, true).run())
 }
 
 /// As [`run`], without the log.

@@ -10,7 +10,9 @@ use std::{
 use cocalc_auth::{acl::ConnectionId, store::Position, stream::Frame};
 use cocalc_ids::{AccountId, HostId, KeyId, ProjectId, Timestamp};
 
-use super::{Broken, Check, Report, Scenario, Violation, check::Truth, host::Host, load::Load, master::Master};
+use super::{
+    Broken, Check, Report, Scenario, Violation, check::Truth, host::Host, load::Load, master::Master,
+};
 
 /// True time, in milliseconds since the world began.
 pub(super) type Ms = u64;
@@ -29,37 +31,121 @@ pub(super) const QUIET: Ms = 150_000;
 #[derive(Debug)]
 pub(super) enum Event {
     // To a host. `process` names the life of the daemon that it is for.
-    Boot { host: usize },
-    Connect { host: usize, process: u64 },
-    Frame { host: usize, subscription: u64, frame: Rc<Frame> },
-    Unsubscribed { host: usize, subscription: u64 },
-    Answer { host: usize, process: u64, id: u64, answer: Answer },
-    AnswerTimeout { host: usize, process: u64, id: u64 },
-    Pump { host: usize, process: u64 },
-    Saved { host: usize, process: u64 },
-    KeepaliveDue { host: usize, process: u64, beat: u64 },
-    KeepaliveAnswer { host: usize, process: u64, beat: u64, lease_ms: u64, position: Position, now: Timestamp },
-    Gone { host: usize, process: u64, connection: ConnectionId },
-    Hangup { host: usize, process: u64, connection: ConnectionId },
-    Expire { host: usize, process: u64, round: u64 },
-    FetchLimit { host: usize, process: u64, waiter: u64 },
+    Boot {
+        host: usize,
+    },
+    Connect {
+        host: usize,
+        process: u64,
+    },
+    Frame {
+        host: usize,
+        subscription: u64,
+        frame: Rc<Frame>,
+    },
+    Unsubscribed {
+        host: usize,
+        subscription: u64,
+    },
+    Answer {
+        host: usize,
+        process: u64,
+        id: u64,
+        answer: Answer,
+    },
+    AnswerTimeout {
+        host: usize,
+        process: u64,
+        id: u64,
+    },
+    Pump {
+        host: usize,
+        process: u64,
+    },
+    Saved {
+        host: usize,
+        process: u64,
+    },
+    KeepaliveDue {
+        host: usize,
+        process: u64,
+        beat: u64,
+    },
+    KeepaliveAnswer {
+        host: usize,
+        process: u64,
+        beat: u64,
+        lease_ms: u64,
+        position: Position,
+        now: Timestamp,
+    },
+    Gone {
+        host: usize,
+        process: u64,
+        connection: ConnectionId,
+    },
+    Hangup {
+        host: usize,
+        process: u64,
+        connection: ConnectionId,
+    },
+    Expire {
+        host: usize,
+        process: u64,
+        round: u64,
+    },
+    FetchLimit {
+        host: usize,
+        process: u64,
+        waiter: u64,
+    },
     // To the master. `life` names the process.
     MasterStart,
-    Request { host: usize, process: u64, id: u64, request: Request },
-    Keepalive { host: usize, process: u64, beat: u64, position: Option<Position> },
-    Announce { life: u64, news: super::master::News },
-    Tend { life: u64 },
+    Request {
+        host: usize,
+        process: u64,
+        id: u64,
+        request: Request,
+    },
+    Keepalive {
+        host: usize,
+        process: u64,
+        beat: u64,
+        position: Option<Position>,
+    },
+    Announce {
+        life: u64,
+        news: super::master::News,
+    },
+    Tend {
+        life: u64,
+    },
     // To nobody.
     Visit,
     Change,
     Fault,
-    Heal { host: usize, cut: u64 },
-    Standby { restart: Ms },
-    Granted { project: u32, host: usize },
-    Probe { facts: super::check::Facts, host: usize },
+    Heal {
+        host: usize,
+        cut: u64,
+    },
+    Standby {
+        restart: Ms,
+    },
+    Granted {
+        project: u32,
+        host: usize,
+    },
+    Probe {
+        facts: super::check::Facts,
+        host: usize,
+    },
     Inspect,
     Quiet,
-    Drill { step: u8, project: u32, account: u32 },
+    Drill {
+        step: u8,
+        project: u32,
+        account: u32,
+    },
     End,
 }
 
@@ -264,7 +350,9 @@ impl Sim {
         let what = match event {
             Event::Frame { host, frame, .. } => [1, *host as u64, frame.seq],
             Event::Answer { host, id, .. } => [2, *host as u64, *id],
-            Event::KeepaliveAnswer { host, beat, position, .. } => [3, *host as u64, beat ^ (position.seq << 20)],
+            Event::KeepaliveAnswer { host, beat, position, .. } => {
+                [3, *host as u64, beat ^ (position.seq << 20)]
+            }
             Event::Keepalive { host, beat, .. } => [4, *host as u64, *beat],
             Event::Request { host, id, .. } => [5, *host as u64, *id],
             Event::Saved { host, process } => [6, *host as u64, *process],
@@ -408,7 +496,13 @@ impl Sim {
         self.after(delay, Event::Answer { host, process, id, answer });
     }
 
-    pub(super) fn send_keepalive(&mut self, host: usize, process: u64, beat: u64, position: Option<Position>) {
+    pub(super) fn send_keepalive(
+        &mut self,
+        host: usize,
+        process: u64,
+        beat: u64,
+        position: Option<Position>,
+    ) {
         if self.links[host].keepalive || self.unlucky(10) {
             return;
         }
