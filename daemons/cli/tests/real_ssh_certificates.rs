@@ -213,19 +213,19 @@ fn scenario(world: &World) {
     // Both servers get their certificates soon after they have joined.
     let signed = world.certify(None, "id", &[]);
     for server in &ways {
-        world.until("the server's certificate", || out(world.ssh(server, "id", &[], "echo in")) == "in\n");
+        world.until("the server's certificate", || out(&world.ssh(server, "id", &[], "echo in")) == "in\n");
         let output = world.ssh(server, "id", &["-v"], "echo in");
         let said = err(&output);
         assert!(said.contains("Server host certificate: ssh-ed25519-cert-v01@openssh.com"), "{said}");
         assert!(said.contains("ED25519-CERT"), "{said}");
     }
     let (serial, key_id) = (signed["serial"].as_str().unwrap(), signed["key_id"].as_str().unwrap());
-    assert!(key_id.contains(world.project), "{key_id}");
+    assert!(key_id.contains(&world.project), "{key_id}");
     world.until("the audit event", || world.logged("login", &format!("certificate {serial} \"{key_id}\"")));
     world.until("the proxy's", || world.logged("login", "by proxy"));
     // Whoever does not know the authority is asked, as ever.
     std::fs::rename(world.path("known_hosts"), world.path("aside")).unwrap();
-    let output = world.ssh(world.direct, "id", &[], "echo in");
+    let output = world.ssh(&world.direct, "id", &[], "echo in");
     assert!(err(&output).contains("Host key verification failed"), "{}", err(&output));
     std::fs::rename(world.path("aside"), world.path("known_hosts")).unwrap();
 
