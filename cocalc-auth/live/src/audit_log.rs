@@ -337,8 +337,9 @@ impl Writer {
                 }
                 Order::Flush(done) => {
                     let told = self.tell_gap(counts);
+                    // That it succeeds does not mean that a line could be written.
                     let synced = self.file.sync_data();
-                    if self.settle(synced, counts) && told {
+                    if (synced.is_ok() || self.settle(synced, counts)) && told {
                         let _ = done.try_send((self.chain.count(), self.chain.head().to_owned()));
                     }
                 }
