@@ -25,13 +25,20 @@ const LAG_MAX: Duration = Duration::from_secs(20 * 60);
 #[derive(Clone, Debug)]
 enum Step {
     Wait(u64),
-    Rotate { force: bool },
+    Rotate {
+        force: bool,
+    },
     /// What the master does by itself, every now and then.
     Tend,
     Withdraw(prop::sample::Index),
-    Mint { ttl: u64 },
+    Mint {
+        ttl: u64,
+    },
     /// A stream brings so many rings.
-    Deliver { host: usize, rings: usize },
+    Deliver {
+        host: usize,
+        rings: usize,
+    },
     /// The master starts anew, from its file.
     Restart,
 }
@@ -149,7 +156,12 @@ impl World {
                 let minted = self.ring.mint(&new, self.now).unwrap();
                 let kid = self.ring.current_kid().to_owned();
                 assert!(!self.withdrawn.contains_key(&kid), "a withdrawn key signs");
-                self.tokens.push_back(Token { text: minted.token, claims: minted.claims, kid, minted: self.now });
+                self.tokens.push_back(Token {
+                    text: minted.token,
+                    claims: minted.claims,
+                    kid,
+                    minted: self.now,
+                });
                 if self.tokens.len() > 8 {
                     self.tokens.pop_front();
                 }
@@ -178,7 +190,10 @@ impl World {
         let public = self.ring.public();
         assert!(public.keys.len() <= 10 && public.keys.len() <= RING_KEYS_MAX, "{} keys", public.keys.len());
         assert!(public.withdrawn.len() <= 64);
-        assert!(public.keys.iter().all(|key| !self.withdrawn.contains_key(&key.kid)), "a withdrawn key is back");
+        assert!(
+            public.keys.iter().all(|key| !self.withdrawn.contains_key(&key.kid)),
+            "a withdrawn key is back"
+        );
         let expect = Expect { issuer: ISSUER, host: Some(self.host), project: self.project };
         for host in &self.hosts {
             assert!(host.verifier.refused().is_empty());

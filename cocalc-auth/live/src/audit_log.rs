@@ -301,7 +301,16 @@ impl Writer {
         match verify_current(closed.clone(), &path) {
             Ok(chain) => {
                 let bytes = file.metadata().map_err(|source| io_error("examine", &path, source))?.len();
-                Ok(Self { folder: folder.into(), file, bytes, torn: false, trouble: None, rotated, first, chain })
+                Ok(Self {
+                    folder: folder.into(),
+                    file,
+                    bytes,
+                    torn: false,
+                    trouble: None,
+                    rotated,
+                    first,
+                    chain,
+                })
             }
             Err(AuditError::Chain { source, .. }) => {
                 let aside = folder.join(format!("audit-broken-{}.log", Timestamp::now().millis()));
@@ -309,8 +318,16 @@ impl Writer {
                 fs::rename(&path, &aside).map_err(|source| io_error("put aside", &path, source))?;
                 let file = create(&path)?;
                 let folder = folder.to_owned();
-                let mut writer =
-                    Self { folder, file, bytes: 0, torn: false, trouble: None, rotated, first, chain: closed };
+                let mut writer = Self {
+                    folder,
+                    file,
+                    bytes: 0,
+                    torn: false,
+                    trouble: None,
+                    rotated,
+                    first,
+                    chain: closed,
+                };
                 let event = Event::new("broken", source.to_string(), Timestamp::now());
                 writer.write(&event).map_err(|source| io_error("write", &path, source))?;
                 Ok(writer)
@@ -337,8 +354,9 @@ impl Writer {
                 }
                 Order::Flush(done) => {
                     let told = self.tell_gap(counts);
+                    // That it succeeds does not mean that a line could be written.
                     let synced = self.file.sync_data();
-                    if self.settle(synced, counts) && told {
+                    if (synced.is_ok() || self.settle(synced, counts)) && told {
                         let _ = done.try_send((self.chain.count(), self.chain.head().to_owned()));
                     }
                 }

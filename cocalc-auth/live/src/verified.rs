@@ -137,7 +137,12 @@ mod tests {
             self.ring.mint(&new, self.now).unwrap().token
         }
 
-        fn verify(&self, verifier: &Arc<Verifier>, token: &str, now: Timestamp) -> Result<Claims, TokenError> {
+        fn verify(
+            &self,
+            verifier: &Arc<Verifier>,
+            token: &str,
+            now: Timestamp,
+        ) -> Result<Claims, TokenError> {
             let expect = Expect { issuer: ISSUER, host: Some(self.host), project: self.project };
             self.verified.verify(verifier, token, &expect, now)
         }

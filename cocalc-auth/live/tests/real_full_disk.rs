@@ -30,7 +30,10 @@ impl Mounted {
         let dir = tempfile::tempdir().unwrap();
         let mounted = Self { dir, frozen: false };
         fs::create_dir(mounted.at()).unwrap();
-        run("mount", &["-t", "tmpfs", "-o", &format!("size={bytes}"), "none", mounted.at().to_str().unwrap()]);
+        run(
+            "mount",
+            &["-t", "tmpfs", "-o", &format!("size={bytes}"), "none", mounted.at().to_str().unwrap()],
+        );
         mounted
     }
 

@@ -206,7 +206,9 @@ mod tests {
         let name = format!("cocalc-session-{host}");
         let find = |fields: &[&str], own| {
             let found = find_sessions(&cookies(fields), host, own, false);
-            let values = |values: &Vec<Secret>| values.iter().map(|v| v.expose().to_owned()).collect::<Vec<_>>().join(",");
+            let values = |values: &Vec<Secret>| {
+                values.iter().map(|v| v.expose().to_owned()).collect::<Vec<_>>().join(",")
+            };
             found.spellings.iter().map(values).collect::<Vec<_>>().join("|")
         };
         assert_eq!(find(&["a=b"], false), "|");
@@ -232,7 +234,8 @@ mod tests {
         let host = HostId::random();
         for odd in [&b"a=\xc3\xa9"[..], b"\xff", b"\xff=\xfe"] {
             let field = [odd, b"; cocalc-session-", host.to_string().as_bytes(), b"=x; c=d"].concat();
-            let mut headers = HeaderMap::from_iter([(header::COOKIE, HeaderValue::from_bytes(&field).unwrap())]);
+            let mut headers =
+                HeaderMap::from_iter([(header::COOKIE, HeaderValue::from_bytes(&field).unwrap())]);
             assert_eq!(find_sessions(&headers, host, false, true).spellings[0][0].expose(), "x");
             strip(&mut headers);
             assert_eq!(headers.get(header::COOKIE).unwrap().as_bytes(), [odd, b"; c=d"].concat());

@@ -141,3 +141,36 @@ async fn the_table_asks_once_for_what_it_does_not_have() {
     table.route(project).await.unwrap();
     assert_eq!(asked.load(Ordering::SeqCst), 3);
 }
+
+#[tokio::test(start_paused = true)]
+async fn what_nobody_knows_is_asked_for_once_in_a_while_and_has_a_decoy() {
+    let asked = Arc::new(AtomicUsize::new(0));
+    let count = asked.clone();
+    let table = TableRouter::new(Arc::new(move |_| {
+        count.fetch_add(1, Ordering::SeqCst);
+        Box::pin(async { Ok(None) })
+    }));
+    let project = ProjectId::random();
+    for _ in 0..3 {
+        assert!(matches!(table.route(project).await, Err(Error::NotFound { .. })));
+    }
+    assert_eq!(asked.load(Ordering::SeqCst), 1);
+    tokio::time::advance(std::time::Duration::from_secs(10)).await;
+    assert!(table.route(project).await.is_err());
+    assert_eq!(asked.load(Ordering::SeqCst), 2);
+
+    assert_eq!(table.decoy(project), None, "no host to ask");
+    let hosts: Vec<HostId> = [0x20, 0x80, 0xd0].map(|first| HostId::from_bytes([first; 16])).into();
+    for host in &hosts {
+        table.set_host(*host, HostAddress { peer: "127.0.0.1:1".into(), ..address("there") });
+    }
+    for (first, expected) in [(0x10, 0), (0x20, 0), (0x21, 1), (0xcf, 2), (0xd1, 0), (0xff, 0)] {
+        let project = ProjectId::from_bytes([first; 16]);
+        assert_eq!(table.decoy(project), Some(hosts[expected]), "{first:x}");
+    }
+    table.set_host(hosts[1], HostAddress::default());
+    assert_eq!(table.decoy(ProjectId::from_bytes([0x21; 16])), Some(hosts[2]), "a host that was withdrawn");
+    // News of an owner are heard at once.
+    table.set_owner(project, hosts[0], Epoch::FIRST);
+    assert_eq!(table.route(project).await.unwrap().host, hosts[0]);
+}

@@ -113,7 +113,11 @@ pub(crate) fn measure(effort: Effort, table: &mut Table) -> Result<()> {
         ));
     }
     log.flush();
-    table.note(format!("audit lines written: {} (a sample of what was allowed), dropped: {}", log.head().0, log.lost()));
+    table.note(format!(
+        "audit lines written: {} (a sample of what was allowed), dropped: {}",
+        log.head().0,
+        log.lost()
+    ));
     Ok(())
 }
 
@@ -242,7 +246,9 @@ impl World {
                 }
             }
         });
-        let report = |log| -> Result<AuditReport> { Ok(AuditReport { log, identity: Arc::new(Identity::generate()?) }) };
+        let report = |log| -> Result<AuditReport> {
+            Ok(AuditReport { log, identity: Arc::new(Identity::generate()?) })
+        };
         let driver = StreamDriver::start(
             knowledge,
             DriverConfig {
@@ -271,7 +277,8 @@ impl World {
             authorized_keys: false,
             viewable_ports: Vec::new(),
         };
-        let account = AccountState { account: self.account, session_epoch: 0, banned: false, keys: Vec::new() };
+        let account =
+            AccountState { account: self.account, session_epoch: 0, banned: false, keys: Vec::new() };
         let ring = Entry::KeyRing(self.ring.clone());
         vec![Entry::Reset, ring, Entry::Account(account), Entry::Project(acl), Entry::Live]
     }

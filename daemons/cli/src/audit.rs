@@ -76,7 +76,8 @@ fn heads_of_folder(api: &Api, folder: &Path) -> Result<Value, Failure> {
     let whole = folder.canonicalize().map_err(|error| unknown(&error.to_string()))?;
     let path = whole.parent().map(|data| data.join("membership.json")).unwrap_or_default();
     let text = std::fs::read_to_string(&path);
-    let text = text.map_err(|error| unknown(&format!("whose it is cannot be read from {}: {error}", path.display())))?;
+    let text = text
+        .map_err(|error| unknown(&format!("whose it is cannot be read from {}: {error}", path.display())))?;
     let membership: Value = serde_json::from_str(&text).unwrap_or(Value::Null);
     let id = membership["id"].as_str().ok_or_else(|| unknown("its daemon's membership has no id"))?;
     match heads(api, "hosts", id) {

@@ -44,7 +44,10 @@ fn cell(row: &Value, column: &str) -> String {
         Value::String(text) => text.clone(),
         other => other.to_string(),
     };
-    let acts = |c: char| c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let acts = |c: char| {
+        c.is_control()
+            || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
     text.chars().map(|c| if acts(c) { '\u{fffd}' } else { c }).collect()
 }
 

@@ -124,8 +124,9 @@ impl Stage {
             let id = made["id"].as_str().unwrap().to_owned();
             let token = world.ok("POST", &format!("/accounts/{id}/tokens"), json!({}));
             let api = Api { url: world.url.clone(), token: token["token"].as_str().unwrap().to_owned() };
-            let begun =
-                api.call("POST", "/projects", json!({ "name": format!("of {name}"), "host": "alpha" })).unwrap();
+            let begun = api
+                .call("POST", "/projects", json!({ "name": format!("of {name}"), "host": "alpha" }))
+                .unwrap();
             world.settle(&begun);
             let project = begun["project"]["id"].as_str().unwrap().to_owned();
             world.settle(&api.call("POST", &format!("/projects/{project}/start"), json!({})).unwrap());
@@ -210,7 +211,8 @@ impl Connection {
         let mut answer = Answer::default();
         let mut line = String::new();
         self.stream.read_line(&mut line).unwrap();
-        answer.status = line.split(' ').nth(1).unwrap_or_else(|| panic!("no answer: {line:?}")).parse().unwrap();
+        answer.status =
+            line.split(' ').nth(1).unwrap_or_else(|| panic!("no answer: {line:?}")).parse().unwrap();
         let mut length = 0;
         loop {
             line.clear();
@@ -242,8 +244,7 @@ fn connect_from(from: SocketAddr, to: SocketAddr) -> TcpStream {
 }
 
 fn request(method: &str, target: &str, host: SocketAddr, fields: &str, body: &str) -> Vec<u8> {
-    let length =
-        if method == "POST" { format!("content-length: {}\r\n", body.len()) } else { String::new() };
+    let length = if method == "POST" { format!("content-length: {}\r\n", body.len()) } else { String::new() };
     format!("{method} {target} HTTP/1.1\r\nhost: {host}\r\n{length}{fields}\r\n{body}").into_bytes()
 }
 
@@ -285,7 +286,8 @@ fn bad_tokens(stage: &Stage) -> Vec<(&'static str, String)> {
     let public = forge.key.verifying_key().to_bytes();
     let hs256 = |secret: &[u8]| {
         let header = format!(r#"{{"alg":"HS256","typ":"cocalc-connect+jwt","kid":"{kid}"}}"#);
-        let text = format!("{}.{}", URL_SAFE_NO_PAD.encode(header), URL_SAFE_NO_PAD.encode(right.to_string()));
+        let text =
+            format!("{}.{}", URL_SAFE_NO_PAD.encode(header), URL_SAFE_NO_PAD.encode(right.to_string()));
         format!("{text}.{}", URL_SAFE_NO_PAD.encode(hmac_sha256(secret, text.as_bytes())))
     };
     let own = SigningKey::from_bytes(&[7; 32]);
@@ -293,7 +295,8 @@ fn bad_tokens(stage: &Stage) -> Vec<(&'static str, String)> {
         let text = format!("{}.{}", URL_SAFE_NO_PAD.encode(header), parts[1]);
         format!("{text}.{}", URL_SAFE_NO_PAD.encode(own.sign(text.as_bytes()).to_bytes()))
     };
-    let jwk = |key: &[u8; 32]| format!(r#"{{"kty":"OKP","crv":"Ed25519","x":"{}"}}"#, URL_SAFE_NO_PAD.encode(key));
+    let jwk =
+        |key: &[u8; 32]| format!(r#"{{"kty":"OKP","crv":"Ed25519","x":"{}"}}"#, URL_SAFE_NO_PAD.encode(key));
     let header = format!(r#"{{"alg":"EdDSA","typ":"cocalc-connect+jwt","kid":"{kid}""#);
     // One signature that a key of small order makes good for every message.
     let identity: [u8; 32] = std::array::from_fn(|at| u8::from(at == 0));
@@ -318,7 +321,12 @@ fn bad_tokens(stage: &Stage) -> Vec<(&'static str, String)> {
         ("header changed", format!("{}.{}.{}", flip(parts[0], 9), parts[1], parts[2])),
         (
             "Bob's account under Alice's signature",
-            format!("{}.{}.{}", parts[0], URL_SAFE_NO_PAD.encode(with(&right, "sub", &*bob.id).to_string()), parts[2]),
+            format!(
+                "{}.{}.{}",
+                parts[0],
+                URL_SAFE_NO_PAD.encode(with(&right, "sub", &*bob.id).to_string()),
+                parts[2]
+            ),
         ),
         ("one byte short", good[..good.len() - 1].to_owned()),
         ("half of it", good[..good.len() / 2].to_owned()),
@@ -344,19 +352,46 @@ fn bad_tokens(stage: &Stage) -> Vec<(&'static str, String)> {
         ("HS256 with the public key's bytes", hs256(&public)),
         ("HS256 with the public key as text", hs256(URL_SAFE_NO_PAD.encode(public).as_bytes())),
         ("HS256 with an empty secret", hs256(b"")),
-        ("alg Ed25519, which this key has not", signed(&format!(r#"{{"alg":"Ed25519","typ":"cocalc-connect+jwt","kid":"{kid}"}}"#))),
+        (
+            "alg Ed25519, which this key has not",
+            signed(&format!(r#"{{"alg":"Ed25519","typ":"cocalc-connect+jwt","kid":"{kid}"}}"#)),
+        ),
         ("typ JWT", signed(&format!(r#"{{"alg":"EdDSA","typ":"JWT","kid":"{kid}"}}"#))),
-        ("typ of an assertion", signed(&format!(r#"{{"alg":"EdDSA","typ":"cocalc-peer+jwt","kid":"{kid}"}}"#))),
+        (
+            "typ of an assertion",
+            signed(&format!(r#"{{"alg":"EdDSA","typ":"cocalc-peer+jwt","kid":"{kid}"}}"#)),
+        ),
         ("no typ", signed(&format!(r#"{{"alg":"EdDSA","kid":"{kid}"}}"#))),
-        ("header with a space", signed(&format!(r#"{{"alg":"EdDSA", "typ":"cocalc-connect+jwt","kid":"{kid}"}}"#))),
-        ("header in another order", signed(&format!(r#"{{"typ":"cocalc-connect+jwt","alg":"EdDSA","kid":"{kid}"}}"#))),
+        (
+            "header with a space",
+            signed(&format!(r#"{{"alg":"EdDSA", "typ":"cocalc-connect+jwt","kid":"{kid}"}}"#)),
+        ),
+        (
+            "header in another order",
+            signed(&format!(r#"{{"typ":"cocalc-connect+jwt","alg":"EdDSA","kid":"{kid}"}}"#)),
+        ),
         ("header with crit", signed(&format!(r#"{header},"crit":["x"]}}"#))),
-        ("the next key's name", signed(&format!(r#"{{"alg":"EdDSA","typ":"cocalc-connect+jwt","kid":"{}"}}"#, forge.next_kid))),
-        ("a kid that is a path", signed(r#"{"alg":"EdDSA","typ":"cocalc-connect+jwt","kid":"../../dev/null"}"#)),
+        (
+            "the next key's name",
+            signed(&format!(r#"{{"alg":"EdDSA","typ":"cocalc-connect+jwt","kid":"{}"}}"#, forge.next_kid)),
+        ),
+        (
+            "a kid that is a path",
+            signed(r#"{"alg":"EdDSA","typ":"cocalc-connect+jwt","kid":"../../dev/null"}"#),
+        ),
         ("a key of one's own under the name", by_own(forge.header())),
-        ("a key of one's own in the header", by_own(format!(r#"{header},"jwk":{}}}"#, jwk(&own.verifying_key().to_bytes())))),
-        ("a key of one's own by address", by_own(format!(r#"{header},"jku":"http://127.0.0.1:1/jwks.json"}}"#))),
-        ("a key of small order in the header", by_identity(&format!(r#"{header},"jwk":{}}}"#, jwk(&identity)))),
+        (
+            "a key of one's own in the header",
+            by_own(format!(r#"{header},"jwk":{}}}"#, jwk(&own.verifying_key().to_bytes()))),
+        ),
+        (
+            "a key of one's own by address",
+            by_own(format!(r#"{header},"jku":"http://127.0.0.1:1/jwks.json"}}"#)),
+        ),
+        (
+            "a key of small order in the header",
+            by_identity(&format!(r#"{header},"jwk":{}}}"#, jwk(&identity))),
+        ),
         ("the identity's signature", by_identity(&forge.header())),
         ("for the host beta", changed("aud", format!("project-host:{}", stage.beta).into())),
         ("for a list of hosts", changed("aud", json!([format!("project-host:{}", stage.alpha)]))),
@@ -377,7 +412,15 @@ fn bad_tokens(stage: &Stage) -> Vec<(&'static str, String)> {
         ("of Bob's account", changed("sub", bob.id.clone().into())),
         ("a use that is none", changed("use", "forever".into())),
         ("an id that is none", changed("jti", "x".into())),
-        ("with padding", format!("{}.{}.{}", parts[0], parts[1], URL_SAFE.encode(URL_SAFE_NO_PAD.decode(parts[2]).unwrap()))),
+        (
+            "with padding",
+            format!(
+                "{}.{}.{}",
+                parts[0],
+                parts[1],
+                URL_SAFE.encode(URL_SAFE_NO_PAD.decode(parts[2]).unwrap())
+            ),
+        ),
         ("of a random text", "x".repeat(200)),
         ("a session's hash", "0".repeat(64)),
         ("an administrator's token", stage.world.admin.clone()),
@@ -386,7 +429,10 @@ fn bad_tokens(stage: &Stage) -> Vec<(&'static str, String)> {
         tokens.push(("one claim less", without(claim)));
     }
     // A claim of what the master has not said yet: one fetch, then no.
-    tokens.push(("of an ACL that is not there yet", changed("acl", (right["acl"].as_u64().unwrap() + 1000).into())));
+    tokens.push((
+        "of an ACL that is not there yet",
+        changed("acl", (right["acl"].as_u64().unwrap() + 1000).into()),
+    ));
     tokens
 }
 
@@ -439,7 +485,10 @@ fn tokens_that_are_not_what_was_minted(stage: &Stage) {
         let target = format!("/{}/port/1/", stage.alice.project);
         for (how, answer) in [
             ("two fields", connection.ask("GET", &target, &bearer(&good).repeat(2))),
-            ("two in the query", connection.ask("GET", &format!("{target}?cocalc_token={good}&cocalc_token={good}"), "")),
+            (
+                "two in the query",
+                connection.ask("GET", &format!("{target}?cocalc_token={good}&cocalc_token={good}"), ""),
+            ),
         ] {
             assert_eq!(answer.said(), DENIED, "{how} at the {door}");
         }
@@ -458,13 +507,18 @@ fn tokens_that_are_not_what_was_minted(stage: &Stage) {
     for (address, (door, _)) in stage.ssh.iter().zip(stage.doors) {
         let log_in = |password: &str| {
             let identity = Identity::Token(Secret::new(password));
-            runtime.block_on(async { Client::connect(address, project, &identity, HostKeyCheck::Any).await.is_ok() })
+            runtime.block_on(async {
+                Client::connect(address, project, &identity, HostKeyCheck::Any).await.is_ok()
+            })
         };
         for (name, token) in tokens.iter().filter(|(_, token)| token.len() <= 1000).step_by(4) {
             assert!(!log_in(token), "{name}, as an SSH password, at the {door}");
         }
         assert!(!log_in(&stage.alice.connect(json!({ "use": "once" }))), "a one-use token at the {door}");
-        assert!(!log_in(&stage.alice.connect(json!({ "scopes": ["http"] }))), "a token for HTTP at the {door}");
+        assert!(
+            !log_in(&stage.alice.connect(json!({ "scopes": ["http"] }))),
+            "a token for HTTP at the {door}"
+        );
         assert!(!log_in(&stage.bob.connect(json!({}))), "Bob's token at the {door}");
         assert!(log_in(&stage.alice.connect(json!({}))), "Alice's token at the {door}");
     }
@@ -482,7 +536,8 @@ fn once_is_once(stage: &Stage) {
             let barrier = Arc::new(Barrier::new(2));
             let answers: Vec<Answer> = std::thread::scope(|scope| {
                 let racers = ways.map(|to| {
-                    let (barrier, text) = (barrier.clone(), request("POST", &target, to, &bearer(&token), ""));
+                    let (barrier, text) =
+                        (barrier.clone(), request("POST", &target, to, &bearer(&token), ""));
                     scope.spawn(move || {
                         let mut connection = Connection::from(1000 + number * 100 + round, to);
                         let (most, last) = text.split_at(text.len() - 1);
@@ -504,7 +559,8 @@ fn once_is_once(stage: &Stage) {
     // Nor does it open anything but a session.
     let token = stage.alice.connect(json!({ "use": "once" }));
     for (_, address) in stage.doors {
-        let answer = Connection::from(1500, address).ask("GET", &format!("/{project}/port/1/"), &bearer(&token));
+        let answer =
+            Connection::from(1500, address).ask("GET", &format!("/{project}/port/1/"), &bearer(&token));
         assert_eq!(answer.said(), DENIED);
     }
     println!("30 one-use tokens, each shown twice at the same instant, opened 30 sessions");
@@ -525,7 +581,8 @@ fn keys_and_names_that_are_not_what_they_look_like(stage: &Stage) {
         "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
         "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
     ] {
-        let point: [u8; 32] = std::array::from_fn(|at| u8::from_str_radix(&hex[2 * at..2 * at + 2], 16).unwrap());
+        let point: [u8; 32] =
+            std::array::from_fn(|at| u8::from_str_radix(&hex[2 * at..2 * at + 2], 16).unwrap());
         let blob = [field(b"ssh-ed25519"), field(&point)].concat();
         let line = format!("ssh-ed25519 {} weak", STANDARD.encode(blob));
         refused(&stage.alice.api, "POST", "/ssh-keys", json!({ "key": line }));
@@ -641,7 +698,8 @@ fn the_app_sees_no_credential(stage: &Stage) {
         let mut connection = Connection::from(2000 + number, address);
         let token = stage.alice.connect(json!({ "use": "once" }));
         let target = format!("/{project}/port/{port}/page");
-        let redirect = connection.ask("GET", &format!("{target}?a=1&cocalc_token={token}&b=2"), "accept: text/html\r\n");
+        let redirect =
+            connection.ask("GET", &format!("{target}?a=1&cocalc_token={token}&b=2"), "accept: text/html\r\n");
         assert_eq!(redirect.said(), (303, ""), "{redirect:?}");
         assert_eq!(redirect.field("location"), format!("{target}?a=1&b=2"), "at the {door}");
         assert_eq!(redirect.field("referrer-policy"), "no-referrer");
@@ -681,7 +739,8 @@ fn planted_cookies(stage: &Stage) {
     for (number, (door, address)) in stage.doors.into_iter().enumerate() {
         let mut connection = Connection::from(3000 + number, address);
         let session = |connection: &mut Connection, who: &Person, project: &str| {
-            let token = Person { id: String::new(), api: who.api.clone(), project: project.to_owned() }.connect(json!({}));
+            let token = Person { id: String::new(), api: who.api.clone(), project: project.to_owned() }
+                .connect(json!({}));
             let opened = connection.ask("POST", &format!("/{project}/.cocalc/session"), &bearer(&token));
             assert_eq!(opened.status, 303, "{opened:?}");
             opened.cookie("Partitioned")
@@ -739,7 +798,8 @@ fn planted_cookies(stage: &Stage) {
 fn probes(stage: &Stage, address: SocketAddr) -> BTreeMap<&'static str, String> {
     let token = stage.alice.connect(json!({ "ttl_secs": 300 }));
     let mut connection = Connection::from(4000, address);
-    let opened = connection.ask("POST", &format!("/{}/.cocalc/session", stage.alice.project), &bearer(&token));
+    let opened =
+        connection.ask("POST", &format!("/{}/.cocalc/session", stage.alice.project), &bearer(&token));
     BTreeMap::from([
         ("nothing", String::new()),
         ("her token for her project", bearer(&token)),

@@ -187,12 +187,18 @@ fn queries(world: &World, folder: &Path, alice: &Person, bob: &Person, begun: &s
     assert!(of_alice.iter().all(|event| event["project"] == alice.project.as_str()));
     let kinds = |events: &[Value], kind: &str| events.iter().filter(|event| event["kind"] == kind).count();
     assert_eq!(kinds(&of_alice, "redeem"), 2, "{of_alice:#?}");
-    assert!(of_alice.iter().any(|event| event["kind"] == "deny" && event["reason"] == "the token was already used"));
+    assert!(
+        of_alice
+            .iter()
+            .any(|event| event["kind"] == "deny" && event["reason"] == "the token was already used")
+    );
     assert_eq!(kinds(&of_bob, "deny"), 3, "{of_bob:#?}");
     assert!(of_bob.iter().all(|event| event["source"] == "127.0.0.1"), "{of_bob:#?}");
     assert!(of_bob.iter().any(|event| event["reason"].as_str().unwrap().contains("for another project")));
     let by_alice = events(world, folder, &["--account", &alice.id]);
-    assert!(kinds(&by_alice, "redeem") == 2 && by_alice.iter().all(|event| event["account"] == alice.id.as_str()));
+    assert!(
+        kinds(&by_alice, "redeem") == 2 && by_alice.iter().all(|event| event["account"] == alice.id.as_str())
+    );
     assert!(events(world, folder, &["--account", &bob.id]).len() < all.len());
     // By time, whole and not at all.
     assert_eq!(events(world, folder, &["--since", begun, "--project", &bob.project]), of_bob);
@@ -243,7 +249,8 @@ fn masters_log(world: &World, alice: &Person, bob: &Person) {
     let of_alice = events(world, &folder, &["--project", project, "--account", a]);
     assert!(!of_alice.is_empty() && of_alice.len() < all.len());
     json_of(world, &["audit", "verify", folder.to_str().unwrap()]);
-    let metrics = ureq::get(format!("{}/metrics", world.url)).call().unwrap().body_mut().read_to_string().unwrap();
+    let metrics =
+        ureq::get(format!("{}/metrics", world.url)).call().unwrap().body_mut().read_to_string().unwrap();
     assert!(metrics.contains("cocalc_master_audit_dropped_total 0\n"), "{metrics}");
 }
 
@@ -318,7 +325,9 @@ fn rewritten(world: &mut World, folder: &Path) {
     };
     let folder = folder.to_str().unwrap();
     // In as many lines, one of which says otherwise.
-    forge(&|number, event| Some(if number == 0 { Event { reason: "member".repeat(2), ..event } } else { event }));
+    forge(&|number, event| {
+        Some(if number == 0 { Event { reason: "member".repeat(2), ..event } } else { event })
+    });
     json_of(world, &["audit", "verify", folder]);
     let told = complaint(world, &["audit", "verify", folder, "--host", "alpha"]);
     assert!(told.contains("written anew"), "{told}");

@@ -110,9 +110,10 @@ pub fn parse<C: DeserializeOwned>(
         let key = key.to_ascii_lowercase();
         let value = scalar(value);
         let own = keys.contains(&key.as_str());
-        let nested = keys.iter().filter(|_| !own).find_map(|parent| {
-            Some((*parent, key.strip_prefix(parent)?.strip_prefix('_')?))
-        });
+        let nested = keys
+            .iter()
+            .filter(|_| !own)
+            .find_map(|parent| Some((*parent, key.strip_prefix(parent)?.strip_prefix('_')?)));
         match nested {
             Some((parent, child)) => {
                 let parent = table.entry(parent).or_insert_with(|| toml::Table::new().into());

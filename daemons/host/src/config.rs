@@ -168,8 +168,7 @@ mod tests {
             let config: Config =
                 cocalc_daemon::config::parse("host", text, [variable("FAILURES_BURST")]).unwrap();
             let burst = if text == GOOD { 5000 } else { 7 };
-            let expected =
-                HostLimits { failures_burst: 9, source_burst: burst, ..HostLimits::default() };
+            let expected = HostLimits { failures_burst: 9, source_burst: burst, ..HostLimits::default() };
             assert_eq!(config.limits, expected);
         }
         for (line, key) in [("host_burst = 0", "host_burst"), ("sauce_burst = 1", "sauce_burst")] {

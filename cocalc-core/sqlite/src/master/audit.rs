@@ -130,7 +130,11 @@ mod tests {
             (9, "d", DAY + 3, false),
             (12, "e", DAY + 4, true),
         ] {
-            assert_eq!(store.keep_audit_head("host:x", &head(count, hash, at)).unwrap(), kept, "{count} {hash}");
+            assert_eq!(
+                store.keep_audit_head("host:x", &head(count, hash, at)).unwrap(),
+                kept,
+                "{count} {hash}"
+            );
         }
         let found = store.audit_heads("host:x").unwrap();
         assert_eq!(found.heads, [head(9, "b", 20), head(12, "e", DAY + 4)]);

@@ -319,4 +319,3 @@ pub(crate) async fn run_line(way: &Way, line: String) {
 pub(crate) fn waits_for(path: &Path) -> String {
     format!("until test -s {}; do sleep 0.05; done", path.display())
 }
-

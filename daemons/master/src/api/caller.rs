@@ -144,9 +144,8 @@ async fn vouched(shared: &Shared, accounts: &dyn Accounts, token: &str) -> Answe
     };
     let (provider, id, now) = (accounts.provider().to_owned(), AccountId::random(), shared.now());
     let name = harmless_name(&person.name);
-    let find = move |store: &Store| {
-        store.account_of_identity(&provider, &person.subject, Some((id, &name)), now)
-    };
+    let find =
+        move |store: &Store| store.account_of_identity(&provider, &person.subject, Some((id, &name)), now);
     let mut account = shared.db(find).await?;
     account.admin = false;
     Ok(Bearer { account, key: None, limits: None })

@@ -133,7 +133,17 @@ mod tests {
 
     #[test]
     fn names_are_what_they_look_like() {
-        for good in ["a", "Grüße an alle", "مشروع", "می‌خواهم", "日本語", "👩‍🔬", "❤️", "e\u{328}\u{301}x", &"é".repeat(100)] {
+        for good in [
+            "a",
+            "Grüße an alle",
+            "مشروع",
+            "می‌خواهم",
+            "日本語",
+            "👩‍🔬",
+            "❤️",
+            "e\u{328}\u{301}x",
+            &"é".repeat(100),
+        ] {
             assert_eq!(clean_name(good).ok().as_deref(), Some(&*composed(good)), "{good}");
         }
         for bad in [

@@ -94,8 +94,7 @@ async fn create(
         quota_bytes: new.quota_bytes,
         ..ProjectConfig::default()
     };
-    let project =
-        shared.create_project(id, operation, name, caller.id, config, host, Job::Create).await?;
+    let project = shared.create_project(id, operation, name, caller.id, config, host, Job::Create).await?;
     Ok((StatusCode::ACCEPTED, Json(Begun { operation_id: operation.to_string(), project: project.into() })))
 }
 

@@ -186,7 +186,8 @@ mod tests {
         // Anybody can sign for a point of small order.
         for weak in [[0_u8; 32], std::array::from_fn(|at| u8::from(at == 0))] {
             for algorithm in ["ssh-ed25519", "sk-ssh-ed25519@openssh.com"] {
-                let field = |bytes: &[u8]| [&u32::try_from(bytes.len()).unwrap().to_be_bytes()[..], bytes].concat();
+                let field =
+                    |bytes: &[u8]| [&u32::try_from(bytes.len()).unwrap().to_be_bytes()[..], bytes].concat();
                 let blob = [field(algorithm.as_bytes()), field(&weak), field(b"ssh:")].concat();
                 let line = format!("{algorithm} {}", base64::engine::general_purpose::STANDARD.encode(blob));
                 assert!(parse_key(&line).is_err(), "{line}");

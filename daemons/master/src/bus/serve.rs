@@ -200,7 +200,11 @@ async fn keep_audit_head(
     if shared.db(move |store| store.keep_audit_head(&name, &row)).await? {
         return Ok(PeerReply::Done);
     }
-    tracing::error!(?peer, count, "a peer's audit chain contradicts what it was: it was cut, or written anew");
+    tracing::error!(
+        ?peer,
+        count,
+        "a peer's audit chain contradicts what it was: it was cut, or written anew"
+    );
     refused("the chain was longer, or another, before")
 }
 
