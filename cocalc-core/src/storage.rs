@@ -32,9 +32,13 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 ///   opens.
 /// - When a call returns `Ok`, its effect survives a loss of power.
 /// - Repeating a call with the same arguments is harmless and gives the same
-///   answer, except [`create`](Self::create) and
-///   [`clone_volume`](Self::clone_volume), which say
-///   [`AlreadyExists`](Error::AlreadyExists).
+///   answer, except [`create`](Self::create),
+///   [`clone_volume`](Self::clone_volume), and a [`copy`](Self::copy) that does
+///   not replace, which say [`AlreadyExists`](Error::AlreadyExists).
+/// - What is refused is refused for a reason that is true; where several are,
+///   it may be any of them.
+/// - A project that has neither a live volume nor a snapshot is unknown: its
+///   limit is forgotten.
 /// - Two projects never see each other's files or usage.
 /// - Snapshots are read-only for ever, and independent of the live volume.
 #[async_trait]
@@ -42,7 +46,8 @@ pub trait Storage: fmt::Debug + Send + Sync + 'static {
     /// What this backend can do; constant while the store is open.
     fn capabilities(&self) -> Capabilities;
 
-    /// Makes an empty live volume.
+    /// Makes a live volume with nothing in it but the empty directories `home`
+    /// and `system`.
     async fn create(&self, project: ProjectId, options: &VolumeOptions) -> Result<Volume>;
 
     /// The live volume of `project`, or [`NotFound`](Error::NotFound).

@@ -146,7 +146,8 @@ fn btrfs_agrees_with_the_model() {
         println!("{about}");
         runtime.block_on(agrees_with_model(&harness, &script));
     }
-    let config = ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(8) };
+    let cases = if std::env::var_os("COCALC_FULL").is_some() { 200 } else { 8 };
+    let config = ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(cases) };
     TestRunner::new(config)
         .run(&scripts(20), |script| {
             runtime.block_on(agrees_with_model(&harness, &script));

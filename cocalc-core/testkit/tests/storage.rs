@@ -28,7 +28,7 @@ async fn a_faulty_storage_without_faults_keeps_the_contract() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(256) })]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(128) })]
 
     #[test]
     fn memory_agrees_with_the_model(script in scripts(40)) {

@@ -15,12 +15,12 @@ use super::{
 };
 
 /// What counting may be off by: metadata, and what a volume has when it is empty.
-const SLACK: u64 = MIB as u64;
+const SLACK: u64 = 512 << 10;
 /// How much is written to see it in what is free on the volume, and how much of
 /// that may be missing afterwards, because a file system keeps what it has once
 /// taken for metadata: on Btrfs in twos of 51 MB, on a volume of 1 GiB.
 const VISIBLE: usize = 256 * MIB;
-const FREE_SLACK: u64 = 128 * SLACK;
+const FREE_SLACK: u64 = 128 << 20;
 
 /// Waits until it holds; whoever cleans up may take a while.
 async fn soon(what: &str, mut holds: impl AsyncFnMut() -> Result<(), String>) {
@@ -76,7 +76,7 @@ pub(super) async fn returns(h: &dyn Harness) {
     let before = [h.free_bytes(Host::First).await, h.free_bytes(Host::Second).await];
     let project = project(h).await;
     let (first, second) = (h.store(Host::First), h.store(Host::Second));
-    let size = if before[0].is_some() { VISIBLE } else { 4 * MIB };
+    let size = if before[0].is_some() { VISIBLE } else { MIB };
     for number in 0..16_u8 {
         h.write(Host::First, project, &format!("home/{number}"), &vec![number; size / 16]).await.unwrap();
     }
@@ -102,14 +102,14 @@ pub(super) async fn returns(h: &dyn Harness) {
 async fn charges(h: &dyn Harness) {
     let store = h.store(Host::First);
     let project = project(h).await;
-    let full = 4 * MIB as u64;
+    let full = 2 * MIB as u64;
     let empty = store.usage(project).await.unwrap().charged_bytes;
     assert!(empty < SLACK, "an empty volume takes next to nothing: {empty}");
     let at_most = async |most, what: &str| charged_at_most(h, Host::First, project, most, what).await;
 
-    h.write(Host::First, project, "home/a", &noise(1, 4 * MIB)).await.unwrap();
+    h.write(Host::First, project, "home/a", &noise(1, 2 * MIB)).await.unwrap();
     store.snapshot(project, &name("one")).await.unwrap();
-    h.write(Host::First, project, "home/a", &noise(2, 4 * MIB)).await.unwrap();
+    h.write(Host::First, project, "home/a", &noise(2, 2 * MIB)).await.unwrap();
     store.snapshot(project, &name("two")).await.unwrap();
     let charged = store.usage(project).await.unwrap().charged_bytes;
     assert!((2 * full..2 * full + 2 * SLACK).contains(&charged), "two states are charged: {charged}");
@@ -124,11 +124,11 @@ async fn charges(h: &dyn Harness) {
 
     // A second time of the same name, and what was not received.
     let second = h.store(Host::Second);
-    h.write(Host::First, project, "home/a", &noise(3, 4 * MIB)).await.unwrap();
+    h.write(Host::First, project, "home/a", &noise(3, 2 * MIB)).await.unwrap();
     store.snapshot(project, &name("one")).await.unwrap();
     let sent = store.send(project, &name("one"), &SendOptions::whole()).await.unwrap();
     second.receive(&sent.header, sent.reader).await.unwrap();
-    h.write(Host::First, project, "home/b", &noise(4, 4 * MIB)).await.unwrap();
+    h.write(Host::First, project, "home/b", &noise(4, 2 * MIB)).await.unwrap();
     store.snapshot(project, &name("two")).await.unwrap();
     let options = SendOptions::since(Some(&name("one")));
     let mut sent = store.send(project, &name("two"), &options).await.unwrap();
