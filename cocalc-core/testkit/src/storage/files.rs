@@ -194,7 +194,9 @@ pub(super) async fn basic(h: &dyn Harness) {
 }
 
 pub(super) async fn links(h: &dyn Harness) {
-    let canary = tempfile();
+    let outside = tempfile::tempdir().unwrap();
+    let canary = outside.path().join("canary");
+    fs::create_dir(&canary).unwrap();
     fs::write(canary.join("secret"), "secret").unwrap();
     let before = manifest(&canary);
     let store = h.store(Host::First);
@@ -262,12 +264,4 @@ pub(super) async fn links(h: &dyn Harness) {
     }
     same(&manifest(&canary), &before, "what links lead to");
     clean(h, &[one]).await;
-    fs::remove_dir_all(canary).unwrap();
-}
-
-/// A new directory outside of every store.
-fn tempfile() -> PathBuf {
-    let path = std::env::temp_dir().join(format!("cocalc-canary-{}", ProjectId::random()));
-    fs::create_dir(&path).unwrap();
-    path
 }

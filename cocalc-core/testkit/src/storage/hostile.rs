@@ -302,7 +302,8 @@ impl Drop for Swapper {
 }
 
 pub(super) async fn raced(h: &dyn Harness) {
-    let canary = std::env::temp_dir().join(format!("cocalc-canary-{}", ProjectId::random()));
+    let outside = tempfile::tempdir().unwrap();
+    let canary = outside.path().join("canary");
     fs::create_dir_all(canary.join("d/inner")).unwrap();
     fs::write(canary.join("d/inner/f"), "outside").unwrap();
     fs::write(canary.join("f"), "outside").unwrap();
@@ -367,5 +368,4 @@ pub(super) async fn raced(h: &dyn Harness) {
         store.delete(project).await.unwrap();
     }
     assert_eq!(manifest(&canary), before, "also after all is deleted");
-    fs::remove_dir_all(canary).unwrap();
 }
