@@ -192,13 +192,19 @@ impl Master {
             keys: Vec::new(),
             grace_ms: row.grace,
             proxy_ssh: false,
+            authorized_keys: false,
             viewable_ports: Vec::new(),
         }
     }
 
     fn account_state(&self, account: u32) -> AccountState {
         let row = &self.db.accounts[account as usize];
-        let key = |n: u64| SshKey { id: key_id(n), account: account_id(account), key: format!("key {n}") };
+        let key = |n: u64| SshKey {
+            id: key_id(n),
+            account: account_id(account),
+            key: format!("key {n}"),
+            options: String::new(),
+        };
         AccountState {
             account: account_id(account),
             session_epoch: row.session_epoch,

@@ -21,6 +21,7 @@ use super::{
     login::{LoggedIn, log_in},
     page::{escaped, respond},
     problem::{Answer, Problem},
+    trail::Trail,
 };
 use crate::{
     limits::Source,
@@ -75,6 +76,7 @@ struct Redeem {
     responses((status = 201, body = LoggedIn), (status = "default", body = Problem)))]
 async fn redeem(
     State(shared): State<Arc<Shared>>,
+    trail: Option<Extension<Trail>>,
     Body(asked): Body<Redeem>,
 ) -> Answer<(StatusCode, Json<LoggedIn>)> {
     let refused = || {
@@ -82,7 +84,12 @@ async fn redeem(
         Problem::new(StatusCode::UNAUTHORIZED, "unauthenticated", detail)
     };
     match shared.oidc.redeem(&asked.code, &asked.verifier, shared.clock.boot()) {
-        Some(Handoff::LogIn(account)) => Ok((StatusCode::CREATED, Json(log_in(&shared, account).await?))),
+        Some(Handoff::LogIn(account)) => {
+            if let Some(Extension(trail)) = trail {
+                trail.is(account.id, None);
+            }
+            Ok((StatusCode::CREATED, Json(log_in(&shared, account).await?)))
+        }
         _ => Err(refused()),
     }
 }
@@ -204,12 +211,15 @@ struct Returned {
 pub(super) async fn callback(
     State(shared): State<Arc<Shared>>,
     source: Option<Extension<Source>>,
+    trail: Option<Extension<Trail>>,
     Path(name): Path<String>,
     headers: HeaderMap,
     uri: Uri,
 ) -> Response {
     let source = source.map(|Extension(Source(source))| source);
+    let trail = trail.map(|Extension(trail)| trail).unwrap_or_default();
     let refused = |problem: &Problem| {
+        trail.refuses(problem.code());
         tracing::info!(
             ?source,
             provider = shared.oidc.by_name(&name).map(|known| &*known.name),
@@ -226,7 +236,7 @@ pub(super) async fn callback(
         }
     };
     let target = login.target.clone();
-    let answer = match finish(&shared, login, returned).await {
+    let answer = match finish(&shared, &trail, login, returned).await {
         Ok(response) => return response,
         Err(problem) => problem,
     };
@@ -263,7 +273,7 @@ fn resume(shared: &Shared, name: &str, headers: &HeaderMap, uri: &Uri) -> Answer
     Ok((login, returned))
 }
 
-async fn finish(shared: &Shared, login: Login, returned: Returned) -> Answer<Response> {
+async fn finish(shared: &Shared, trail: &Trail, login: Login, returned: Returned) -> Answer<Response> {
     let known = &login.known;
     let denied = |detail: String| Problem::new(StatusCode::FORBIDDEN, "access_denied", detail);
     if let Some(error) = returned.error {
@@ -290,10 +300,12 @@ async fn finish(shared: &Shared, login: Login, returned: Returned) -> Answer<Res
         }
         Target::Program(program) => {
             let account = account_of(shared, known, person).await?;
+            trail.is(account.id, None);
             hand_off(shared, &program, Handoff::LogIn(account))
         }
         Target::Page { next } => {
             let account = account_of(shared, known, person).await?;
+            trail.is(account.id, None);
             let text = format!("You are logged in as {}.", account.name);
             let logged = log_in(shared, account).await?;
             logged_in_page(&text, &logged.token, next.as_deref())

@@ -37,6 +37,7 @@ struct Known {
     account: Option<AccountId>,
     key: Option<KeyId>,
     subject: Option<String>,
+    refused: Option<&'static str>,
 }
 
 impl Trail {
@@ -48,6 +49,12 @@ impl Trail {
     pub(crate) fn is(&self, account: AccountId, key: Option<KeyId>) {
         let mut known = self.lock();
         (known.account, known.key) = (Some(account), key);
+    }
+
+    /// That the call is refused with this code, where the answer's status does
+    /// not tell: a redirect, for one.
+    pub(crate) fn refuses(&self, code: &'static str) {
+        self.lock().refused = Some(code);
     }
 
     /// What is changed, and on what; never a secret, nor a tenant's text.
@@ -68,8 +75,10 @@ pub(crate) async fn record(State(shared): State<Arc<Shared>>, mut request: Reque
     let kind = kind(&method, &path, response.status(), known.account.is_some(), || {
         ALLOWED.fetch_add(1, Ordering::Relaxed).is_multiple_of(ALLOWED_SAMPLE)
     });
+    let kind = if known.refused.is_some() { Some("deny") } else { kind };
     if let Some(kind) = kind {
-        let code = response.extensions().get::<Code>().map_or("", |Code(code)| code);
+        let code = response.extensions().get::<Code>().map(|Code(code)| *code);
+        let code = known.refused.or(code).unwrap_or("");
         shared.audit.record(event(&shared, kind, &method, path, source, known, response.status(), code));
     }
     response
@@ -89,7 +98,11 @@ fn kind(
         // To whom is no member, it does not exist.
         StatusCode::NOT_FOUND if proved => Some("deny"),
         StatusCode::NOT_FOUND => None,
-        status if changing && path == "/login" => Some(if status.is_success() { "login" } else { "fail" }),
+        status if changing && matches!(path, "/login" | "/login/oidc") => {
+            Some(if status.is_success() { "login" } else { "fail" })
+        }
+        // A browser that comes back from its provider.
+        status if proved && path.starts_with("/auth/oidc/") && !status.is_client_error() => Some("login"),
         status if status.is_success() && changing && !path.ends_with("/connect") => Some("change"),
         status if status.is_success() => (proved && sampled()).then_some("allow"),
         _ if changing => Some("fail"),
@@ -141,6 +154,11 @@ mod tests {
             (Method::GET, "/projects", 500, true, None),
             (Method::POST, "/login", 201, true, Some("login")),
             (Method::POST, "/login", 401, false, Some("deny")),
+            (Method::POST, "/login/oidc", 201, true, Some("login")),
+            (Method::GET, "/auth/oidc/uni/start", 303, false, None),
+            (Method::GET, "/auth/oidc/uni/callback", 303, true, Some("login")),
+            (Method::GET, "/auth/oidc/uni/callback", 200, true, Some("login")),
+            (Method::GET, "/auth/oidc/uni/callback", 403, false, Some("deny")),
         ] {
             let status = StatusCode::from_u16(status).unwrap();
             assert_eq!(kind(&method, path, status, proved, || false), expected, "{method} {path} {status}");
