@@ -224,15 +224,31 @@ impl Drop for World {
             let _ = child.kill();
             let _ = child.wait();
         }
-        // The apps, which outlive their hosts' daemons, as they should.
-        for entry in std::fs::read_dir(self.dir.path()).into_iter().flatten().flatten() {
-            if entry.path().extension().is_some_and(|end| end == "pid")
-                && let Ok(pid) = std::fs::read_to_string(entry.path())
-            {
-                let _ = Command::new("kill").args(["-9", pid.trim()]).status();
-            }
+        // Projects outlive their hosts' daemons, as they should.
+        let deadline = Instant::now() + LIMIT;
+        while !end_all(self.dir.path()) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(20));
         }
     }
+}
+
+/// Kills what runs from, for or in a directory; whether there was nothing.
+fn end_all(dir: &Path) -> bool {
+    let mut none = true;
+    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+            continue;
+        };
+        let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let inside = std::fs::read_link(entry.path().join("cwd")).is_ok_and(|cwd| cwd.starts_with(dir));
+        if pid != std::process::id()
+            && (inside || String::from_utf8_lossy(&line).contains(dir.to_str().unwrap()))
+        {
+            none = false;
+            let _ = Command::new("kill").args(["-9", &pid.to_string()]).status();
+        }
+    }
+    none
 }
 
 /// The master's API as one account.
