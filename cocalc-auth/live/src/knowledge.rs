@@ -627,6 +627,7 @@ mod tests {
                 keys: vec![],
                 grace_ms: None,
                 proxy_ssh: false,
+                authorized_keys: false,
                 viewable_ports: vec![],
             })
         };
