@@ -440,6 +440,120 @@ async fn no_more_is_committed_than_must_be() {
         }
     }
     // A snapshot and a clone are one commit of the kernel's; a receive is that
-    // of its copy of the base, of its mark, and of its snapshot.
-    assert_eq!(fewest, [1, 1, 2, 3], "snapshot, clone, whole receive, delta receive");
+    // of its copy of the base, of what was written, of its mark, and of its snapshot.
+    assert_eq!(fewest, [1, 1, 3, 4], "snapshot, clone, whole receive, delta receive");
+}
+
+/// What the kernel sends of these it expects to be applied in its own way.
+#[tokio::test(flavor = "multi_thread")]
+async fn deltas_carry_what_shrank_and_what_changed_hands() {
+    let f = fixture().await;
+    let home = f.live.join("home");
+    btrfs_property(&home);
+    for (name, length) in [("large", 100_000), ("inline", 3_000), ("grown", 9_000), ("same", 50_000)] {
+        fs::write(home.join(name), "compress me".repeat(length / 11)).unwrap();
+    }
+    for name in ["set", "plain"] {
+        fs::write(home.join(name), name).unwrap();
+    }
+    let mode = |name: &str, mode: u32| {
+        fs::set_permissions(home.join(name), std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
+    };
+    mode("set", 0o6755);
+    f.snapshot("one").await;
+    let (header, bytes) = f.stream("one", &SendOptions::whole()).await;
+    f.receive(&header, bytes).await.unwrap();
+    f.same("one").await;
+
+    for (name, length) in [("large", 9_000), ("inline", 1_500), ("grown", 90_000), ("same", 50_000)] {
+        fs::write(home.join(name), "shorter now".repeat(length / 11)).unwrap();
+    }
+    for name in ["set", "plain"] {
+        std::os::unix::fs::chown(home.join(name), Some(4242), Some(4243)).unwrap();
+    }
+    mode("set", 0o6755);
+    f.snapshot("two").await;
+    let options = SendOptions { version_max: 2, ..SendOptions::since(Some(&named("one"))) };
+    let (header, bytes) = f.stream("two", &options).await;
+    f.receive(&header, bytes).await.unwrap();
+    f.same("two").await;
+}
+
+/// Lets what is made below a directory be compressed.
+fn btrfs_property(directory: &Path) {
+    let set =
+        Command::new("btrfs").args(["property", "set"]).arg(directory).args(["compression", "zstd"]).status();
+    assert!(set.unwrap().success());
+}
+
+/// A disk that takes no more than some of what is written to it says so late:
+/// what was received then is not there.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_disk_did_not_take_is_not_received() {
+    let f = fixture().await;
+    for n in 0..40_u64 {
+        // Nothing that compresses.
+        fs::write(f.live.join(format!("home/{n}")), noise(n, 1 << 20)).unwrap();
+    }
+    f.snapshot("one").await;
+    let (header, bytes) = f.stream("one", &SendOptions::whole()).await;
+    let thin = Thin::new();
+    Btrfs::initialize(thin.volume().path()).unwrap();
+    let store = Btrfs::open(thin.volume().path()).await.unwrap();
+    let got = store.receive(&header, Box::pin(Cursor::new(bytes))).await;
+    assert!(got.is_err(), "{got:?}");
+    // It may have turned read-only by now, which can still be read.
+    if let Ok(there) = store.snapshots(f.project).await {
+        assert!(there.is_empty(), "{there:?}");
+    }
+}
+
+/// A volume that believes it has room, on a disk that has less.
+struct Thin {
+    volume: Option<Loopback>,
+    disk: PathBuf,
+    _root: tempfile::TempDir,
+}
+
+impl Thin {
+    fn new() -> Self {
+        let root = tempfile::tempdir().unwrap();
+        let disk = root.path().join("disk");
+        fs::create_dir(&disk).unwrap();
+        let mount = Command::new("mount").args(["-t", "tmpfs", "-o", "size=112m", "thin"]).arg(&disk).status();
+        assert!(mount.unwrap().success());
+        let mut thin = Self { volume: None, disk, _root: root };
+        let at = thin.disk.with_file_name("volume");
+        let image = thin.disk.join("image");
+        thin.volume = Some(Loopback::create(&image, 512 << 20, &at).unwrap());
+        // The file system's own blocks are at the front, and have their place:
+        // only what files hold gets none.
+        let placed = Command::new("fallocate").args(["-l", "104M"]).arg(&image).status();
+        assert!(placed.unwrap().success());
+        thin
+    }
+
+    fn volume(&self) -> &Loopback {
+        self.volume.as_ref().unwrap()
+    }
+}
+
+impl Drop for Thin {
+    fn drop(&mut self) {
+        self.volume = None;
+        // What is left is told by the test that finds it.
+        let _ = Command::new("umount").arg("--lazy").arg(&self.disk).status();
+    }
+}
+
+/// Bytes that do not repeat.
+fn noise(seed: u64, length: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    };
+    std::iter::repeat_with(&mut next).flatten().take(length).collect()
 }

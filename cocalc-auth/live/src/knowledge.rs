@@ -230,8 +230,6 @@ impl Knowledge {
         read(&self.lock().cache)
     }
 
-    /// How long ago what is known of `project` was known to be current, and its
-    /// tier.
     /// Verifies a token with the keys that are in force.
     pub(crate) fn verify(
         &self,
@@ -243,6 +241,8 @@ impl Knowledge {
         self.verified.verify(&verifier, token, expect, now)
     }
 
+    /// How long ago what is known of `project` was known to be current, and its
+    /// tier.
     pub(crate) fn freshness(&self, project: ProjectId) -> (Duration, Tier) {
         let now = self.clock.boot();
         let state = self.lock();

@@ -479,7 +479,7 @@ impl Auth for TokenAuth {
             Err(denial) => ("deny", denial.to_string()),
         };
         self.record(kind, reason, project, |event| {
-            event.account = Some(principal.account);
+            identify(event, principal);
             event.action = Some("open session".to_owned());
         });
         opened

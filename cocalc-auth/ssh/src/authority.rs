@@ -21,6 +21,9 @@ const HOST_LIFE: Duration = Duration::from_secs(7 * 24 * 3600);
 const SIGNS_FOR: Duration = Duration::from_secs(30 * 24 * 3600);
 /// How long a key is published before it may sign.
 const PUBLISHED_FOR: Duration = Duration::from_secs(24 * 3600);
+/// How many keys of a ring are trusted at the same time beside those that sign,
+/// or will: every host keeps and compares them.
+const FORMER_MAX: usize = 16;
 /// The most names of a host's certificate.
 const NAMES_MAX: usize = 32;
 /// The most keys whose withdrawal is remembered.
@@ -308,14 +311,14 @@ impl Authority {
     }
 
     /// Lets the next key of a ring sign. With `force`, even if it has not been
-    /// published for long.
+    /// published for long; but never while sixteen former keys are trusted.
     ///
     /// # Errors
     ///
     /// [`AuthorityError::TooEarly`], or the system gives no randomness.
     pub fn rotate(&mut self, kind: Kind, force: bool, now: Timestamp) -> Result<(), AuthorityError> {
         let ring = self.ring(kind);
-        if !force && now.since(ring.next.made) < PUBLISHED_FOR {
+        if (!force && now.since(ring.next.made) < PUBLISHED_FOR) || ring.former.len() >= FORMER_MAX {
             return Err(AuthorityError::TooEarly);
         }
         ring.advance(now)?;

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use cocalc_ids::Timestamp;
-use ssh_key::{HashAlg, PublicKey};
+use ssh_key::{HashAlg, PublicKey, public::KeyData};
 
 use crate::{OptionError, Options, Restrictions};
 
@@ -94,7 +94,7 @@ fn key_of(text: &str) -> Option<(String, String)> {
     // in which it is compared.
     let key = PublicKey::from_openssh(&canonical).ok()?;
     let again = key.to_openssh().ok()?;
-    if again.trim_end() != canonical {
+    if again.trim_end() != canonical || is_weak(&key) {
         return None;
     }
     let comment = words.collect::<Vec<_>>().join(" ");
@@ -102,6 +102,17 @@ fn key_of(text: &str) -> Option<(String, String)> {
         return None;
     }
     Some((canonical, comment))
+}
+
+/// Whether anybody can sign for it: an Ed25519 key that is a point of small
+/// order.
+fn is_weak(key: &PublicKey) -> bool {
+    let point = match key.key_data() {
+        KeyData::Ed25519(key) => key.as_ref(),
+        KeyData::SkEd25519(key) => key.public_key().as_ref(),
+        _ => return false,
+    };
+    point.try_into().map_or(true, |point: &[u8; 32]| cocalc_auth::PublicKey::from_bytes(point).is_err())
 }
 
 /// The fingerprint of a key (`algorithm base64`) as OpenSSH shows it:

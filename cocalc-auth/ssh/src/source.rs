@@ -53,7 +53,9 @@ impl SourceList {
             return Err(SourceError::TooMany);
         }
         let parse = |entry: &str| {
-            let bad = || SourceError::Entry(entry.to_owned());
+            // It may be a tenant's, and goes to people and logs.
+            let shown = || entry.chars().filter(char::is_ascii_graphic).take(64).collect();
+            let bad = || SourceError::Entry(shown());
             let (negated, rest) = match entry.strip_prefix('!') {
                 Some(rest) => (true, rest),
                 None => (false, entry),

@@ -21,6 +21,22 @@ pub(crate) fn set(env: &mut BTreeMap<String, String>, name: &str, value: &str) -
     true
 }
 
+/// Keeps of what a proxy passes on what a client could have set here itself.
+pub(crate) fn retain(env: &mut BTreeMap<String, String>) {
+    let asked = std::mem::take(env);
+    for (name, value) in asked {
+        set(env, &name, &value);
+    }
+}
+
+/// Whether a variable changes nothing of what a command does but its language
+/// and looks: all that a forced command takes from who logs in. Whatever else a
+/// program reads (`GIT_CONFIG_COUNT`, `PERL5OPT`, `NODE_OPTIONS`) could make it do
+/// another thing.
+pub(crate) fn is_cosmetic(name: &str) -> bool {
+    matches!(name, "COLORTERM" | "LANG" | "LANGUAGE" | "TERM" | "TZ") || name.starts_with("LC_")
+}
+
 fn harmless(name: &str) -> bool {
     let mut bytes = name.bytes();
     let well_formed = bytes.next().is_some_and(|b| b.is_ascii_alphabetic() || b == b'_')

@@ -24,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     Access, Attempt, Gate, Login, Sessions,
     drive::{Control, Ended, Sink, drive},
+    environment,
     wire::{self, Answer, Call, Failure, Frame, Hello, Shown},
 };
 
@@ -100,7 +101,10 @@ impl SshPeers {
                 let awake = opened.sessions.wake(project).await;
                 wire::send(&mut stream, &Answer::from(awake)).await
             }
-            Call::Exec { ticket, request } => {
+            Call::Exec { ticket, mut request } => {
+                // What a proxy passes on is no more than a client could ask for.
+                request.user = None;
+                environment::retain(&mut request.env);
                 let opened = self.opened(&ticket, proxy, project)?;
                 opened
                     .over

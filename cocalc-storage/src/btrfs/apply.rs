@@ -14,6 +14,10 @@ use std::{
         fd::{AsFd, AsRawFd as _, OwnedFd},
         unix::fs::FileExt as _,
     },
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use cocalc_core::{
@@ -32,6 +36,12 @@ use super::{
 };
 use crate::failure::Failure;
 
+/// The sectors of a Btrfs that sends are of this size, or of a multiple of it.
+const SECTOR: u64 = 4096;
+/// How much is cloned in one call: what is of many small extents takes its time,
+/// and is not interrupted.
+const CLONE_MAX: u64 = 16 << 20;
+
 /// Applies what the [`StreamGuard`](super::StreamGuard) lets through.
 pub(super) struct Applier {
     root: File,
@@ -45,6 +55,8 @@ pub(super) struct Applier {
     /// was written, by path: most commands are about the same ones.
     directory: Option<(Vec<u8>, OwnedFd)>,
     file: Option<(Vec<u8>, File)>,
+    /// Set when nobody waits for it any more.
+    gone: Arc<AtomicBool>,
 }
 
 /// Why something was not applied.
@@ -137,8 +149,30 @@ impl<'a> Attributes<'a> {
 impl Applier {
     /// Applies to the subvolume `root`. What is cloned comes from it, where the
     /// stream names its own `origin`, or from `sources`.
-    pub(super) fn new(root: File, origin: VolumeUuid, sources: Vec<(VolumeUuid, File)>) -> Self {
-        Self { root, origin, sources, version: None, sent_transid: 0, directory: None, file: None }
+    pub(super) fn new(
+        root: File,
+        origin: VolumeUuid,
+        sources: Vec<(VolumeUuid, File)>,
+        gone: Arc<AtomicBool>,
+    ) -> Self {
+        Self { root, origin, sources, version: None, sent_transid: 0, directory: None, file: None, gone }
+    }
+
+    /// Writes out all that was applied, and tells whether that went well.
+    ///
+    /// Taking a snapshot writes it out too, but does not tell of a disk that
+    /// failed meanwhile: the snapshot would lack what was not written. This
+    /// descriptor is older than what was written, so it hears of it.
+    pub(super) fn write_out(&mut self) -> io::Result<()> {
+        self.file = None;
+        Ok(rustix::fs::syncfs(&self.root)?)
+    }
+
+    fn refuse_gone(&self) -> Result<(), NotApplied> {
+        if self.gone.load(Ordering::Relaxed) {
+            return Err(NotApplied::Stream("nobody waits for it any more".to_owned()));
+        }
+        Ok(())
     }
 
     /// Applies whole commands, the first time after the stream's header.
@@ -157,6 +191,7 @@ impl Applier {
                 rest.split_first_chunk::<COMMAND_HEADER>().ok_or_else(cut)?;
             let length = u32::from_le_bytes([*l0, *l1, *l2, *l3]) as usize;
             let (body, after) = after.split_at_checked(length).ok_or_else(cut)?;
+            self.refuse_gone()?;
             self.command(u16::from_le_bytes([*c0, *c1]), &Attributes::read(body, version)?)?;
             rest = after;
         }
@@ -219,9 +254,11 @@ impl Applier {
                 let existing = attributes.bytes(attribute::PATH_LINK)?;
                 self.link(existing, path).map_err(failed("make the hard link"))
             }
-            command::UNLINK => self
-                .named(path, |parent, name| rustix::fs::unlinkat(parent, name, AtFlags::empty()))
-                .map_err(failed("remove")),
+            command::UNLINK => {
+                self.file = None;
+                self.named(path, |parent, name| rustix::fs::unlinkat(parent, name, AtFlags::empty()))
+                    .map_err(failed("remove"))
+            }
             command::RMDIR => {
                 self.directory = None;
                 self.named(path, |parent, name| rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR))
@@ -251,7 +288,16 @@ impl Applier {
                 };
                 let (offset, data) =
                     (attributes.number(attribute::FILE_OFFSET)?, attributes.bytes(attribute::DATA)?);
-                let write = self.writable(path).and_then(|file| encoded_write(file, offset, encoding, data));
+                let write = self.writable(path).and_then(|file| {
+                    // The kernel takes an end within a sector only at the end of
+                    // the file, and cuts a file that became shorter afterwards.
+                    // Such an end is the new one, so it may be cut before.
+                    let end = offset.saturating_add(encoding.len);
+                    if end % SECTOR != 0 && file.metadata()?.len() > end {
+                        file.set_len(offset)?;
+                    }
+                    encoded_write(file, offset, encoding, data)
+                });
                 write.map_err(failed("write compressed data of"))
             }
             command::CLONE => self.clone_from(path, attributes),
@@ -264,16 +310,12 @@ impl Applier {
                 self.set_mode(path, mode).map_err(failed("set the mode of"))
             }
             command::CHOWN => {
-                let user = Some(Uid::from_raw(attributes.word(attribute::UID)?));
-                let group = Some(Gid::from_raw(attributes.word(attribute::GID)?));
-                if path.is_empty() {
-                    return rustix::fs::fchown(&self.root, user, group)
-                        .map_err(|error| failed("set the owner of")(error.into()));
+                let (user, group) = (attributes.word(attribute::UID)?, attributes.word(attribute::GID)?);
+                if user == u32::MAX || group == u32::MAX {
+                    return Err(NotApplied::Stream("it has an owner that nobody can be".to_owned()));
                 }
-                self.named(path, |parent, name| {
-                    rustix::fs::chownat(parent, name, user, group, AtFlags::SYMLINK_NOFOLLOW)
-                })
-                .map_err(failed("set the owner of"))
+                let owner = (Some(Uid::from_raw(user)), Some(Gid::from_raw(group)));
+                self.set_owner(path, owner).map_err(failed("set the owner of"))
             }
             command::UTIMES => {
                 let times = Timestamps {
@@ -351,6 +393,24 @@ impl Applier {
         self.named(path, |parent, new| rustix::fs::linkat(&source, name, parent, new, AtFlags::empty()))
     }
 
+    fn set_owner(&mut self, path: &[u8], (user, group): (Option<Uid>, Option<Gid>)) -> io::Result<()> {
+        if path.is_empty() {
+            return Ok(rustix::fs::fchown(&self.root, user, group)?);
+        }
+        self.named(path, |parent, name| {
+            let found = rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?;
+            rustix::fs::chownat(parent, name, user, group, AtFlags::SYMLINK_NOFOLLOW)?;
+            // That clears setuid and setgid, which the kernel sends again only if
+            // the mode has changed, too.
+            let kept = FileType::from_raw_mode(found.st_mode) != FileType::Symlink;
+            if kept && found.st_mode & 0o6000 != 0 {
+                let mode = Mode::from_raw_mode(found.st_mode & 0o7777);
+                rustix::fs::chmodat(parent, name, mode, AtFlags::empty())?;
+            }
+            Ok(())
+        })
+    }
+
     fn set_mode(&mut self, path: &[u8], mode: Mode) -> io::Result<()> {
         if path.is_empty() {
             return Ok(rustix::fs::fchmod(&self.root, mode)?);
@@ -401,12 +461,21 @@ impl Applier {
             attributes.number(attribute::CLONE_LEN)?,
             attributes.number(attribute::FILE_OFFSET)?,
         );
-        if length == 0 {
-            // The kernel would take it as "to the end".
-            return Ok(());
+        let too_long = || NotApplied::Stream("it clones beyond what a file can be".to_owned());
+        let end = |start: u64| start.checked_add(length).ok_or_else(too_long);
+        (end(from_offset)?, end(offset)?);
+        let mut done = 0;
+        // Nothing is no call: the kernel would take it as "to the end".
+        while done < length {
+            self.refuse_gone()?;
+            let part = (length - done).min(CLONE_MAX);
+            let cloned = self
+                .writable(path)
+                .and_then(|to| clone_range(&from, from_offset + done, part, to, offset + done));
+            cloned.map_err(failed("clone into", path))?;
+            done += part;
         }
-        let cloned = self.writable(path).and_then(|to| clone_range(&from, from_offset, length, to, offset));
-        cloned.map_err(failed("clone into", path))
+        Ok(())
     }
 }
 

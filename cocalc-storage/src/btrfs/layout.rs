@@ -139,7 +139,9 @@ impl Layout {
 /// A snapshot, as the contract shows it.
 pub(super) fn snapshot(project: ProjectId, name: &SnapshotName, info: &sys::SubvolInfo) -> Snapshot {
     let (secs, nanos) = taken(info);
-    let millis = i64::try_from(secs).unwrap_or(0).saturating_mul(1000) + i64::from(nanos / 1_000_000);
+    let millis = i64::try_from(secs).unwrap_or(0).saturating_mul(1000);
+    // What a sender says of it may be anything.
+    let millis = millis.saturating_add(i64::from(nanos / 1_000_000));
     Snapshot {
         project,
         name: name.clone(),

@@ -1,7 +1,14 @@
 //! Receiving: guarded, in staging, and put in place only when it is whole and
 //! written out.
 
-use std::{fs::File, time::Duration};
+use std::{
+    fs::File,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use cocalc_core::{
     ids::{ProjectId, SnapshotName, VolumeUuid},
@@ -158,7 +165,7 @@ impl Btrfs {
     ) -> Result<T> {
         // A task of its own, so that staging is removed even if the caller goes
         // away; which ends it.
-        let (caller, gone) = oneshot::channel::<()>();
+        let (caller, gone) = Caller::new();
         let this = self.clone();
         let task = tokio::spawn(async move {
             let staging = VolumeUuid::random().to_string();
@@ -168,15 +175,18 @@ impl Btrfs {
             let prepared = {
                 let staging = staging.clone();
                 let base = base.map(|(name, _)| name);
+                let flag = Arc::clone(&gone.flag);
                 this.exclusive(project, "receive", move |store| {
-                    store.prepare(project, &staging, origin, base.as_ref(), &sources)
+                    let (group, root, sources) = store.prepare(project, &staging, base.as_ref(), &sources)?;
+                    Ok((group, Applier::new(root, origin, sources, flag)))
                 })
                 .await
             };
             let (group, applier) = prepared?;
             fail::point("receive.prepared");
             let stall_limit = this.0.stall_limit;
-            let outcome = match pump(project, applier, guard, stream, gone, stall_limit).await {
+            let flag = Arc::clone(&gone.flag);
+            let outcome = match pump(project, applier, guard, stream, gone.told, stall_limit).await {
                 Err(failure) => Err(failure.public(BACKEND, project, "receive")),
                 Ok(applier) => {
                     fail::point("receive.applied");
@@ -184,7 +194,14 @@ impl Btrfs {
                     drop(applier);
                     let applied =
                         Applied { staging: staging.clone(), group, name, origin, sent_transid, extra };
-                    this.exclusive(project, "receive", move |store| then(store, applied)).await
+                    this.exclusive(project, "receive", move |store| {
+                        if flag.load(Ordering::Relaxed) {
+                            let reason = "nobody waits for it any more".to_owned();
+                            return Err(Error::BadStream { project, reason }.into());
+                        }
+                        then(store, applied)
+                    })
+                    .await
                 }
             };
             let removed = this
@@ -246,14 +263,15 @@ impl Store {
 
     /// Makes the subvolume in staging that the stream is applied to: a copy of
     /// the base, or an empty one. It is in the project's quota group.
+    /// Returns the group, the subvolume, and what may be cloned from, by origin.
+    #[allow(clippy::type_complexity, reason = "three things, told above")]
     fn prepare(
         &self,
         project: ProjectId,
         staging: &str,
-        origin: VolumeUuid,
         base: Option<&SnapshotName>,
         sources: &[VolumeUuid],
-    ) -> Result<(Option<Qgroup>, Applier), Failure> {
+    ) -> Result<(Option<Qgroup>, File, Vec<(VolumeUuid, File)>), Failure> {
         let group = self.ensure_project(project)?;
         let parent = open_directory(&self.layout.staging()).doing("open staging")?;
         let mut open = Vec::new();
@@ -273,7 +291,7 @@ impl Store {
             }
         }
         let root = need_subvolume(&self.layout.staging().join(staging))?;
-        Ok((group, Applier::new(root.fd, origin, open)))
+        Ok((group, root.fd, open))
     }
 
     /// Gives the root directory of what was applied its own time, which the
@@ -293,12 +311,10 @@ impl Store {
     /// Makes what was applied a snapshot of the project.
     ///
     /// A read-only subvolume cannot be moved to another directory, so a
-    /// read-only snapshot of it is taken there. That is one step, and with it
-    /// the kernel writes out all that was applied and commits
-    /// (`create_snapshot` in fs/btrfs/ioctl.c): a file that is written out
-    /// later would be empty after a power cut, in a snapshot that looks
-    /// complete. It keeps the received id, as read-only snapshots do
-    /// (`create_pending_snapshot` in fs/btrfs/transaction.c).
+    /// read-only snapshot of it is taken there. That is one step, which the
+    /// kernel commits (`create_snapshot` in fs/btrfs/ioctl.c); what was applied
+    /// has been written out before. It keeps the received id, as read-only
+    /// snapshots do (`create_pending_snapshot` in fs/btrfs/transaction.c).
     fn publish(&self, project: ProjectId, applied: &Applied) -> Result<Snapshot, Failure> {
         if self.ensure_project(project)? != applied.group {
             return Err(Failure::Wrong("the project was deleted while its snapshot came".to_owned()));
@@ -318,6 +334,43 @@ impl Store {
         }
         Ok(layout::snapshot(project, &applied.name, &made.info))
     }
+}
+
+/// Who waits for a receive. Dropping it ends that.
+struct Caller {
+    flag: Arc<AtomicBool>,
+    _told: oneshot::Sender<()>,
+}
+
+/// How a receive hears that nobody waits for it: it is told, where it waits, and
+/// looks, where it works.
+struct Gone {
+    flag: Arc<AtomicBool>,
+    told: oneshot::Receiver<()>,
+}
+
+impl Caller {
+    fn new() -> (Self, Gone) {
+        let (sender, told) = oneshot::channel();
+        let flag = Arc::new(AtomicBool::new(false));
+        (Self { flag: Arc::clone(&flag), _told: sender }, Gone { flag, told })
+    }
+}
+
+impl Drop for Caller {
+    fn drop(&mut self) {
+        self.flag.store(true, Ordering::Relaxed);
+    }
+}
+
+async fn written_out(mut applier: Applier) -> Result<Applier, Failure> {
+    let written = tokio::task::spawn_blocking(move || {
+        let written = applier.write_out();
+        (applier, written)
+    });
+    let (applier, written) = written.await.map_err(|error| Failure::Wrong(error.to_string()))?;
+    written.doing("write out what was received")?;
+    Ok(applier)
 }
 
 /// Applies what the guard lets through of `stream`. Nothing is being applied
@@ -351,6 +404,7 @@ async fn pump(
             Ok::<_, std::io::Error>(length)
         };
         let length = tokio::select! {
+            biased;
             // Either the caller drops its end, or it is in the middle of waiting.
             _ = &mut gone => return Err(bad("nobody waits for it any more".to_owned())),
             filled = timeout(stall_limit, filled) => filled
@@ -359,7 +413,7 @@ async fn pump(
         };
         if length == 0 {
             guard.finish().map_err(|refused| bad(refused.to_string()))?;
-            return Ok(applier);
+            return written_out(applier).await;
         }
         guard.push(&chunk[..length], &mut safe).map_err(|refused| bad(refused.to_string()))?;
         let applied = tokio::task::spawn_blocking(move || {

@@ -70,7 +70,8 @@ pub(crate) fn show_who(
     let listener = TcpListener::bind(("127.0.0.1", 0)).during("cannot listen on 127.0.0.1")?;
     let port = listener.local_addr().during("cannot listen on 127.0.0.1")?.port();
     let (verifier, state) = (random()?, random()?);
-    let challenge = URL_SAFE_NO_PAD.encode(Sha256::digest(verifier.as_bytes()));
+    let hash = Sha256::digest(verifier.as_bytes());
+    let challenge = URL_SAFE_NO_PAD.encode(hash);
     let address = format!(
         "{}/auth/oidc/{}/start?port={port}&challenge={challenge}&state={state}{}",
         url.trim_end_matches('/'),
@@ -78,6 +79,7 @@ pub(crate) fn show_who(
         if link { "&link=true" } else { "" }
     );
     eprintln!("Open this address in a browser on this machine:\n\n{address}\n");
+    eprintln!("It will ask whether to go on with the code {}.\n", shown_code(&hash));
     if !options.no_browser {
         open(&address);
     }
@@ -88,6 +90,15 @@ pub(crate) fn show_who(
             Err(Failure::new(exit, format!("{detail} ({code})")))
         }
     }
+}
+
+/// What the browser shows, too, as the master makes it: of the first eight bytes
+/// of the challenge a letter each.
+fn shown_code(challenge: &[u8]) -> String {
+    const LETTERS: &[u8; 32] = b"ABCDEFGHJKLMNPQRSTUVWXYZ23456789";
+    let letter = |byte: &u8| LETTERS.get(usize::from(byte & 31)).copied().map_or('?', char::from);
+    let (first, second) = (challenge.iter().take(4), challenge.iter().skip(4).take(4));
+    first.map(letter).chain(['-']).chain(second.map(letter)).collect()
 }
 
 fn random() -> Result<String, Failure> {

@@ -31,7 +31,7 @@ pub struct AuditHead {
 pub struct AuditHeads {
     /// The last head of each day, oldest first.
     pub heads: Vec<AuditHead>,
-    /// The last that contradicts them: the chain was cut, or written anew.
+    /// The first that contradicted them: the chain was cut, or written anew.
     pub contradiction: Option<AuditHead>,
 }
 
@@ -56,8 +56,8 @@ fn last(db: &Connection, peer: &str) -> rusqlite::Result<Option<AuditHead>> {
 impl Store {
     /// Keeps the head of a peer's chain (`host:<id>`, `proxy:<id>`) as the last
     /// of its day, for [`AUDIT_DAYS_MAX`] days. One that contradicts the last
-    /// one is kept aside, and `false`: fewer lines than before, or as many with
-    /// another hash.
+    /// one of the same key is kept aside if it is the first that does, and
+    /// `false`: fewer lines than before, or as many with another hash.
     ///
     /// # Errors
     ///
@@ -65,14 +65,15 @@ impl Store {
     pub fn keep_audit_head(&self, peer: &str, head: &AuditHead) -> Result<bool> {
         self.database.write("keep an audit head", |db| {
             let last = last(db, peer)?;
-            let contradicts = last.is_some_and(|last| {
+            // Who joined anew has another key, and began anew.
+            let contradicts = last.filter(|last| last.identity == head.identity).is_some_and(|last| {
                 head.count < last.count || (head.count == last.count && head.hash != last.hash)
             });
             let (time, received) = (head.time.millis(), head.received.millis());
             let AuditHead { count, hash, identity, signature, .. } = head;
             if contradicts {
                 let sql = format!(
-                    "INSERT OR REPLACE INTO audit_contradictions (peer, {COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)"
+                    "INSERT OR IGNORE INTO audit_contradictions (peer, {COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)"
                 );
                 db.execute(&sql, params![peer, count, hash, time, received, identity, signature])?;
                 return Ok(false);
@@ -138,7 +139,11 @@ mod tests {
         }
         let found = store.audit_heads("host:x").unwrap();
         assert_eq!(found.heads, [head(9, "b", 20), head(12, "e", DAY + 4)]);
-        assert_eq!(found.contradiction, Some(head(9, "d", DAY + 3)));
+        assert_eq!(found.contradiction, Some(head(8, "c", DAY + 2)), "the first");
+        // Another key is another chain.
+        let anew = AuditHead { identity: "other".into(), ..head(1, "z", DAY + 5) };
+        assert!(store.keep_audit_head("host:x", &anew).unwrap());
+        assert!(store.keep_audit_head("host:x", &head(12, "e", DAY + 6)).unwrap());
         assert_eq!(store.audit_heads("host:y").unwrap(), AuditHeads::default());
         for day in 2..AUDIT_DAYS_MAX + 50 {
             assert!(store.keep_audit_head("host:x", &head(12, "e", day * DAY)).unwrap());

@@ -60,6 +60,8 @@ impl MoveHost {
         }
         let here = self.storage.snapshots(project).await.map_err(storage_error)?;
         let here = here.iter().filter(|snapshot| !is_internal(&snapshot.name)).map(carried).collect();
+        let policy = config.snapshots.unwrap_or_default();
+        let room = config.quota_bytes.map(|plan| policy.limit_bytes(plan).max(bytes).saturating_mul(2));
         let reserve = move |entry: &mut Entry| {
             entry.reserve(move_id, source, epoch, config)?;
             entry.announce(move_id, snapshots, here)
@@ -67,10 +69,13 @@ impl MoveHost {
         self.ledger.change(project, reserve).await.map_err(ledger_error)?;
         // What comes was within its limit where it was, and may take more here,
         // where what is left of an earlier stay has one. Its own comes when it
-        // is staged.
-        match self.storage.set_limit(project, None).await {
-            Ok(()) | Err(storage::Error::Unsupported { .. } | storage::Error::NotFound { .. }) => {}
-            Err(error) => return Err(storage_error(error)),
+        // is staged; then it is not lifted any more.
+        let staged = self.ledger.entry(project).and_then(|entry| entry.reserved?.staged).is_some();
+        if !staged {
+            match self.storage.set_limit(project, room).await {
+                Ok(()) | Err(storage::Error::Unsupported { .. } | storage::Error::NotFound { .. }) => {}
+                Err(error) => return Err(storage_error(error)),
+            }
         }
         Ok(MoveReply::Reserved)
     }

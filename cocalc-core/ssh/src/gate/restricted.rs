@@ -10,7 +10,7 @@ use cocalc_core::{
     wake::Awake,
 };
 
-use crate::Sessions;
+use crate::{Sessions, environment};
 
 /// Where a forced command finds what was asked for.
 const ORIGINAL_COMMAND: &str = "SSH_ORIGINAL_COMMAND";
@@ -38,6 +38,9 @@ impl Restricted {
     fn request(&self, mut request: ExecRequest) -> Result<ExecRequest, &'static str> {
         if request.pty.is_some() && !self.restrictions.pty {
             return Err("this key or certificate permits no terminal");
+        }
+        if self.restrictions.command.is_some() {
+            request.env.retain(|name, _| environment::is_cosmetic(name));
         }
         // What the key's owner has set goes before what the client asks for.
         request.env.extend(self.restrictions.environment.clone());
@@ -128,12 +131,23 @@ mod tests {
             (Command::Line("rm -rf /".into()), Some("rm -rf /")),
             (Command::Sftp, Some("internal-sftp")),
         ] {
-            let env = [("A".into(), "2".into()), (ORIGINAL_COMMAND.into(), "forged".into())].into();
+            let env = [
+                ("A".into(), "2".into()),
+                (ORIGINAL_COMMAND.into(), "forged".into()),
+                ("LC_ALL".into(), "C".into()),
+                ("GIT_CONFIG_COUNT".into(), "1".into()),
+                ("PERL5OPT".into(), "-Mevil".into()),
+            ]
+            .into();
             let request = ExecRequest { command, env, ..ExecRequest::default() };
             let request = restricted.request(request).unwrap();
             assert_eq!(request.command, Command::Line("report".into()));
             assert_eq!(request.env.get(ORIGINAL_COMMAND).map(String::as_str), original);
             assert_eq!(request.env["A"], "1");
+            assert_eq!(request.env["LC_ALL"], "C");
+            for name in ["GIT_CONFIG_COUNT", "PERL5OPT"] {
+                assert!(!request.env.contains_key(name), "{name} would change what the command does");
+            }
         }
         let sftp = Restrictions { command: Some("internal-sftp".into()), ..Restrictions::default() };
         let sftp = self::restricted(sftp).request(ExecRequest::default()).unwrap();

@@ -193,7 +193,7 @@ impl Sim {
     /// Exchanges a token for a session, if no fetch is needed for that.
     fn open_session(&mut self, host: usize, token: &Token, ask: &Ask, facts: Facts) {
         let held = self.hosts[host].held.get(&token.project).copied();
-        if !self.decide(host, ask, held).is_some_and(|verdict| verdict.outcome.is_ok()) {
+        if self.decide(host, ask, held).is_none_or(|verdict| verdict.outcome.is_err()) {
             return;
         }
         self.check_allowed(host, &facts, false);

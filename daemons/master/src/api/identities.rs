@@ -103,6 +103,7 @@ async fn link(
     else {
         return Err(Problem::invalid("code: is not good, was used, or is older than two minutes"));
     };
+    caller.notes("identity.link", &provider);
     let now = shared.now();
     shared.db(move |store| store.link_identity(id, &provider, &subject, now)).await?;
     tracing::info!(account = %id, "an identity was linked");

@@ -28,7 +28,10 @@ mod view;
 
 use std::sync::Arc;
 
-use axum::{Json, Router, middleware, routing::get};
+use axum::{
+    Json, Router, middleware,
+    routing::{get, post},
+};
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 
@@ -86,6 +89,7 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
     let browser = Router::new()
         .route("/auth/oidc/{name}/start", get(oidc::start))
         .route("/auth/oidc/{name}/callback", get(oidc::callback))
+        .route("/auth/oidc/{name}/agree", post(oidc::agree))
         .layer(middleware::from_fn_with_state(shared.clone(), trail::record));
     Router::new()
         .nest("/api/v1", api)

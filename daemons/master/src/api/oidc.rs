@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     limits::Source,
-    oidc::{self, Handoff, Known, LOGIN_LIFE, Login, Program, Target},
+    oidc::{self, Consent, Handoff, Known, LOGIN_LIFE, Login, Program, Target},
     secret,
     shared::Shared,
 };
@@ -295,13 +295,16 @@ async fn finish(shared: &Shared, trail: &Trail, login: Login, returned: Returned
     let provider = known.provider.issuer().to_owned();
     match login.target {
         Target::Program(program) if program.link => {
+            let ask = format!("wants to link your identity of {} to an account", known.shown);
             let handoff = Handoff::Link { provider, subject: person.subject };
-            hand_off(shared, &program, handoff)
+            ask_first(shared, known, Consent { browser: login.browser, program, handoff }, &ask)
         }
         Target::Program(program) => {
             let account = account_of(shared, known, person).await?;
             trail.is(account.id, None);
-            hand_off(shared, &program, Handoff::LogIn(account))
+            let ask = format!("wants to log in as {}", account.name);
+            let handoff = Handoff::LogIn(account);
+            ask_first(shared, known, Consent { browser: login.browser, program, handoff }, &ask)
         }
         Target::Page { next } => {
             let account = account_of(shared, known, person).await?;
@@ -364,10 +367,58 @@ fn failed(known: &Known, error: &Error) -> Problem {
     }
 }
 
-fn hand_off(shared: &Shared, program: &Program, handoff: Handoff) -> Answer<Response> {
+/// Asks whether a program shall have it. Whoever is logged in at their provider
+/// would otherwise be taken through all of this by a link, without a word, to a
+/// port that may be somebody else's: a tunnel into a project, for one.
+fn ask_first(shared: &Shared, known: &Known, consent: Consent, what: &str) -> Answer<Response> {
+    let (port, code) = (consent.program.port, oidc::shown_code(&consent.program.challenge));
+    let word = shared.oidc.ask(consent, shared.clock.boot()).map_err(|error| Problem::internal(&error))?;
+    let text = format!(
+        "A program on port {port} of this computer {what}. Agree only if you have just started it \
+         yourself, and it shows the code {code}. If not, close this page."
+    );
+    let form = format!(
+        "<form method=\"post\" action=\"/auth/oidc/{}/agree\"><input type=\"hidden\" name=\"word\" \
+         value=\"{word}\"><button>The code is {code}: go on</button></form>",
+        escaped(&known.name)
+    );
+    // Browsers hold the redirect that answers a form to this, too.
+    let policy = POLICY.replace("form-action 'none'", &format!("form-action 'self' http://127.0.0.1:{port}"));
+    respond(StatusCode::OK, fill("One more step", &text, "", &form), &policy)
+}
+
+/// What the form of [`ask_first`] brings.
+#[derive(Deserialize)]
+pub(super) struct Agreed {
+    word: String,
+}
+
+/// Gives a program what the person in the browser has agreed to.
+pub(super) async fn agree(
+    State(shared): State<Arc<Shared>>,
+    trail: Option<Extension<Trail>>,
+    headers: HeaderMap,
+    Form(agreed): Form<Agreed>,
+) -> Response {
+    let handed = agree_to(&shared, &headers, &agreed.word);
+    handed.unwrap_or_else(|problem| {
+        if let Some(Extension(trail)) = trail {
+            trail.refuses(problem.code());
+        }
+        refusal(&problem)
+    })
+}
+
+fn agree_to(shared: &Shared, headers: &HeaderMap, word: &str) -> Answer<Response> {
+    let unknown = || Problem::invalid("this was answered, or is older than ten minutes: begin again");
+    let Consent { browser, program, handoff } =
+        shared.oidc.agreed(word, shared.clock.boot()).ok_or_else(unknown)?;
+    if cookie(shared, headers).is_none_or(|value| secret::hash(&value) != browser) {
+        return Err(Problem::denied());
+    }
     let code = shared.oidc.hand_off(program.challenge, handoff, shared.clock.boot());
     let code = code.map_err(|error| Problem::internal(&error))?;
-    to_program(program, &[("code", &code)])
+    to_program(&program, &[("code", &code)])
 }
 
 /// Sends the browser to a program on its machine.
@@ -402,12 +453,15 @@ fn redirect(url: &str) -> Answer<Response> {
 }
 
 fn page(status: StatusCode, title: &str, text: &str, data: &str) -> Answer<Response> {
+    respond(status, fill(title, text, data, ""), POLICY)
+}
+
+fn fill(title: &str, text: &str, data: &str, form: &str) -> String {
     // None of these marks can be in what takes the place of another.
-    let page = PAGE
-        .replace("<!--TITLE-->", &escaped(title))
+    PAGE.replace("<!--TITLE-->", &escaped(title))
         .replace("<!--DATA-->", data)
-        .replace("<!--TEXT-->", &escaped(text));
-    respond(status, page, POLICY)
+        .replace("<!--FORM-->", form)
+        .replace("<!--TEXT-->", &escaped(text))
 }
 
 fn logged_in_page(text: &str, token: &str, next: Option<&str>) -> Answer<Response> {

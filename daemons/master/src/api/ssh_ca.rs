@@ -213,6 +213,7 @@ async fn certify(
         AuthorityError::Key => Problem::invalid("public_key: not a public key of OpenSSH"),
         other => Problem::internal(&other),
     })?;
+    caller.notes("ssh-certificate.sign", &signed.key_id);
     tracing::info!(key_id = signed.key_id, "an SSH certificate was signed");
     let view = CertificateView {
         certificate: signed.text,

@@ -16,13 +16,13 @@ use std::{
 use axum::{
     extract::{Request, State},
     middleware::Next,
-    response::Response,
+    response::{IntoResponse, Response},
 };
 use cocalc_auth::audit::{Event, shortened};
 use cocalc_ids::{AccountId, KeyId};
 use http::{Method, StatusCode};
 
-use super::problem::Code;
+use super::problem::{Code, Problem};
 use crate::{limits::Source, shared::Shared};
 
 /// One in so many allowed calls that change nothing is a line.
@@ -65,23 +65,44 @@ impl Trail {
 
 /// Writes down how a call ended.
 pub(crate) async fn record(State(shared): State<Arc<Shared>>, mut request: Request, next: Next) -> Response {
-    static ALLOWED: AtomicU64 = AtomicU64::new(0);
     let trail = Trail::default();
     request.extensions_mut().insert(trail.clone());
     let source = request.extensions().get::<Source>().map(|Source(source)| *source);
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-    let response = next.run(request).await;
+    if method.is_safe() && !path.starts_with("/auth/oidc/") {
+        let response = next.run(request).await;
+        write(&shared, &trail, &method, path, source, &response);
+        return response;
+    }
+    // On a task of its own: a client that goes away in the middle of a change
+    // must not leave it without its line, nor half announced.
+    let work = tokio::spawn(async move {
+        let response = next.run(request).await;
+        write(&shared, &trail, &method, path, source, &response);
+        response
+    });
+    work.await.unwrap_or_else(|error| Problem::internal(&error).into_response())
+}
+
+fn write(
+    shared: &Shared,
+    trail: &Trail,
+    method: &Method,
+    path: String,
+    source: Option<IpAddr>,
+    response: &Response,
+) {
+    static ALLOWED: AtomicU64 = AtomicU64::new(0);
     let known = trail.lock().clone();
-    let kind = kind(&method, &path, response.status(), known.account.is_some(), || {
+    let kind = kind(method, &path, response.status(), known.account.is_some(), || {
         ALLOWED.fetch_add(1, Ordering::Relaxed).is_multiple_of(ALLOWED_SAMPLE)
     });
     let kind = if known.refused.is_some() { Some("deny") } else { kind };
     if let Some(kind) = kind {
         let code = response.extensions().get::<Code>().map(|Code(code)| *code);
         let code = known.refused.or(code).unwrap_or("");
-        shared.audit.record(event(&shared, kind, &method, path, source, known, response.status(), code));
+        shared.audit.record(event(shared, kind, method, path, source, known, response.status(), code));
     }
-    response
 }
 
 /// What kind of line a call is, if it is one.

@@ -3,7 +3,9 @@
 //! A log-in begins in a browser, which is remembered by a cookie, goes to the
 //! provider, and comes back with a state that is good once. A program that logs
 //! in gets a code at its own loopback address (RFC 8252), which is good once,
-//! only with the secret whose hash it named at the beginning.
+//! only with the secret whose hash it named at the beginning; and only when the
+//! person has agreed in the browser: a page could have sent them here, and that
+//! port could be a tunnel to somebody else.
 
 mod config;
 mod once;
@@ -75,6 +77,15 @@ pub(crate) struct Program {
     pub(crate) link: bool,
 }
 
+/// What waits for a person's word before a program gets it.
+#[derive(Debug)]
+pub(crate) struct Consent {
+    /// The hash of the cookie of the browser that is asked.
+    pub(crate) browser: [u8; 32],
+    pub(crate) program: Program,
+    pub(crate) handoff: Handoff,
+}
+
 /// What a program gets for its code.
 #[derive(Debug)]
 pub(crate) enum Handoff {
@@ -88,6 +99,7 @@ pub(crate) enum Handoff {
 pub(crate) struct Oidc {
     known: Vec<Arc<Known>>,
     logins: Mutex<Once<Login>>,
+    consents: Mutex<Once<Consent>>,
     handoffs: Mutex<Once<([u8; 32], Handoff)>>,
 }
 
@@ -115,6 +127,7 @@ impl Oidc {
         Ok(Self {
             known: configured.iter().map(make).collect::<Result<_, String>>()?,
             logins: Mutex::new(Once::new(LOGINS_MAX, LOGIN_LIFE)),
+            consents: Mutex::new(Once::new(HANDOFFS_MAX, LOGIN_LIFE)),
             handoffs: Mutex::new(Once::new(HANDOFFS_MAX, HANDOFF_LIFE)),
         })
     }
@@ -139,6 +152,18 @@ impl Oidc {
     /// The log-in with this state; it is forgotten.
     pub(crate) fn resume(&self, state: &str, now: Duration) -> Option<Login> {
         self.logins.lock().unwrap_or_else(PoisonError::into_inner).take(state, now)
+    }
+
+    /// Keeps what a person is asked about; the word with which they agree.
+    pub(crate) fn ask(&self, consent: Consent, now: Duration) -> Result<String, getrandom::Error> {
+        let word = secret::generate("")?;
+        self.consents.lock().unwrap_or_else(PoisonError::into_inner).put(&word, consent, now);
+        Ok(word)
+    }
+
+    /// What was asked about with this word; it is forgotten.
+    pub(crate) fn agreed(&self, word: &str, now: Duration) -> Option<Consent> {
+        self.consents.lock().unwrap_or_else(PoisonError::into_inner).take(word, now)
     }
 
     /// A code for a program that has the secret of `challenge`.
@@ -188,6 +213,15 @@ pub(crate) fn is_local_path(path: &str) -> bool {
 /// A program's challenge, the SHA-256 of its secret in base64url.
 pub(crate) fn parse_challenge(text: &str) -> Option<[u8; 32]> {
     URL_SAFE_NO_PAD.decode(text).ok()?.try_into().ok()
+}
+
+/// What program and browser both show, so that a person can see that it is the
+/// same log-in: eight letters and digits that nobody takes for one another.
+pub(crate) fn shown_code(challenge: &[u8; 32]) -> String {
+    const LETTERS: &[u8; 32] = b"ABCDEFGHJKLMNPQRSTUVWXYZ23456789";
+    let letter = |byte: &u8| LETTERS.get(usize::from(byte & 31)).copied().map_or('?', char::from);
+    let (first, second) = (challenge.iter().take(4), challenge.iter().skip(4).take(4));
+    first.map(letter).chain(['-']).chain(second.map(letter)).collect()
 }
 
 /// Whether this is what [`secret::generate`] makes.

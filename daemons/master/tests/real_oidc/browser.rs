@@ -34,6 +34,12 @@ impl Shown {
         parameter(&self.location()?, name)
     }
 
+    /// A hidden field of the page's form.
+    pub(crate) fn hidden(&self, name: &str) -> Option<String> {
+        let (_, rest) = self.text.split_once(&format!("name=\"{name}\" value=\""))?;
+        Some(rest.split_once('"')?.0.to_owned())
+    }
+
     /// An attribute of the page.
     pub(crate) fn data(&self, name: &str) -> Option<String> {
         let (_, rest) = self.text.split_once(&format!("data-{name}=\""))?;
@@ -57,6 +63,11 @@ impl Browser {
     /// One request, without following where it leads.
     pub(crate) fn get(&mut self, url: &str) -> Shown {
         self.send("GET", url, String::new())
+    }
+
+    /// Sends a form.
+    pub(crate) fn post(&mut self, url: &str, form: &str) -> Shown {
+        self.send("POST", url, form.to_owned())
     }
 
     fn send(&mut self, method: &str, url: &str, form: String) -> Shown {
@@ -107,6 +118,15 @@ impl Browser {
                     self.send("POST", &url, format!("prompt={prompt}&login={name}&password=any"))
                 }
                 false => self.get(&url),
+            };
+            // A person is asked before a program gets anything.
+            let shown = match shown.hidden("word") {
+                Some(word) if shown.status == 200 => {
+                    let agree = shown.url.replace("/callback?", "/agree?");
+                    let agree = agree.split('?').next().unwrap().to_owned();
+                    self.send("POST", &agree, format!("word={word}"))
+                }
+                _ => shown,
             };
             url = shown.location().unwrap_or_else(|| panic!("it leads nowhere: {shown:?}"));
         }

@@ -163,6 +163,33 @@ fn the_command_line_logs_in_by_a_browser() {
     assert!(!master.log().contains(saved["token"].as_str().unwrap()));
 }
 
+/// Who is logged in at the provider can be sent through a log-in by a link, to
+/// a port that somebody else listens on.
+#[test]
+fn a_program_gets_nothing_before_the_person_has_agreed() {
+    let (_provider, master) = world("create_accounts = true");
+    let challenge = "iMnq5o6zALKXGivsnlom_0F5_WYda32GHkxlV7mq7hQ";
+    for more in ["", "&link=true"] {
+        let start =
+            format!("{}?port=9&challenge={challenge}&state=0123456789abcdef{more}", master.start_of("local"));
+        let mut browser = Browser::default();
+        let back = browser.back(&start, "ada");
+        let asked = browser.get(&back);
+        assert_eq!((asked.status, asked.location()), (200, None), "{asked:?}");
+        // The code of what was begun, as the program shows it.
+        assert!(asked.text.contains("JKK6-6Q5A"), "{}", asked.text);
+        let policy = asked.headers["content-security-policy"].to_str().unwrap();
+        assert!(policy.contains("frame-ancestors 'none'"), "{policy}");
+        let word = asked.hidden("word").unwrap();
+        let agree = format!("{}/auth/oidc/local/agree", master.url);
+        let send = |browser: &mut Browser, word: &str| browser.post(&agree, &format!("word={word}"));
+        assert_eq!(send(&mut browser, "guess").status, 400);
+        // Not from another browser, and a try spends it.
+        assert_eq!(send(&mut Browser::default(), &word).status, 403);
+        assert_eq!(send(&mut browser, &word).status, 400);
+    }
+}
+
 #[test]
 fn identities_are_linked_by_who_has_both_and_the_last_stays() {
     let (_provider, master) = world("");
