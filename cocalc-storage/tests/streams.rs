@@ -520,7 +520,8 @@ impl Thin {
         let root = tempfile::tempdir().unwrap();
         let disk = root.path().join("disk");
         fs::create_dir(&disk).unwrap();
-        let mount = Command::new("mount").args(["-t", "tmpfs", "-o", "size=112m", "thin"]).arg(&disk).status();
+        let mount =
+            Command::new("mount").args(["-t", "tmpfs", "-o", "size=112m", "thin"]).arg(&disk).status();
         assert!(mount.unwrap().success());
         let mut thin = Self { volume: None, disk, _root: root };
         let at = thin.disk.with_file_name("volume");

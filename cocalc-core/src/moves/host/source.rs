@@ -149,7 +149,19 @@ impl MoveHost {
             let name = name.clone();
             (self.on_progress)(&Sending { project, move_id, name, bytes, estimated_bytes });
         };
-        let delivered = self.transfer.send(to.host, &to.address, move_id, &source, &progress).await;
+        let mut delivered = self.transfer.send(to.host, &to.address, move_id, &source, &progress).await;
+        if let Err(TransferError::Refused(refusal)) = &delivered
+            && refusal.code == ErrorCode::Failed
+            && (source.options.base.is_some() || source.options.version_max > 1)
+        {
+            // Its copy of the base can have what no stream carries (`chattr +C`,
+            // for one), to which this one's changes cannot be applied. Whole and
+            // plain there is nothing that could be in the way.
+            tracing::warn!(%project, %move_id, %name, %refusal, "it is sent once more, whole and plain");
+            source.options = SendOptions { version_max: 1, ..SendOptions::whole() };
+            source.first = Mutex::default();
+            delivered = self.transfer.send(to.host, &to.address, move_id, &source, &progress).await;
+        }
         let delivered = delivered.map_err(transfer_error)?;
         if delivered.snapshot.origin != *origin {
             let message = format!("host {} acknowledged another snapshot than {name}", to.host);

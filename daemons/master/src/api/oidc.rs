@@ -4,7 +4,7 @@
 use std::{net::IpAddr, sync::Arc};
 
 use axum::{
-    Extension, Json,
+    Extension, Form, Json,
     extract::{Path, Query, State},
     response::{IntoResponse, Response},
 };

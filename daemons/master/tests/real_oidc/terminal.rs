@@ -177,7 +177,7 @@ fn a_program_gets_nothing_before_the_person_has_agreed() {
         let asked = browser.get(&back);
         assert_eq!((asked.status, asked.location()), (200, None), "{asked:?}");
         // The code of what was begun, as the program shows it.
-        assert!(asked.text.contains("JKK6-6Q5A"), "{}", asked.text);
+        assert!(asked.text.contains("JKLG-QVAU"), "{}", asked.text);
         let policy = asked.headers["content-security-policy"].to_str().unwrap();
         assert!(policy.contains("frame-ancestors 'none'"), "{policy}");
         let word = asked.hidden("word").unwrap();
