@@ -112,7 +112,7 @@ fn is_weak(key: &PublicKey) -> bool {
         KeyData::SkEd25519(key) => key.public_key().as_ref(),
         _ => return false,
     };
-    point.try_into().map_or(true, |point: &[u8; 32]| cocalc_auth::PublicKey::from_bytes(point).is_err())
+    cocalc_auth::PublicKey::from_bytes(point).is_err()
 }
 
 /// The fingerprint of a key (`algorithm base64`) as OpenSSH shows it:

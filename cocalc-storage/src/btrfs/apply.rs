@@ -463,7 +463,8 @@ impl Applier {
         );
         let too_long = || NotApplied::Stream("it clones beyond what a file can be".to_owned());
         let end = |start: u64| start.checked_add(length).ok_or_else(too_long);
-        (end(from_offset)?, end(offset)?);
+        end(from_offset)?;
+        end(offset)?;
         let mut done = 0;
         // Nothing is no call: the kernel would take it as "to the end".
         while done < length {
