@@ -191,8 +191,7 @@ impl BtrfsBuilder {
         if !flags.contains(rustix::fs::StatVfsMountFlags::NOSUID | rustix::fs::StatVfsMountFlags::NODEV) {
             weaknesses.push("the volume is not mounted nosuid,nodev".to_owned());
         }
-        let staging = layout::open_directory(&layout.staging()).map_err(|error| failed(path, error))?;
-        let stream_version = super::receive::stream_version(&staging);
+        let stream_version = super::receive::stream_version(&layout.root_fd);
         for weakness in &weaknesses {
             tracing::warn!(path = %path.display(), weakness, "the volume is weaker than it could be");
         }

@@ -24,7 +24,7 @@ use super::{
     guard::StreamGuard,
     layout::{self, need_subvolume, open_directory},
     send::Extra,
-    sys::{self, Qgroup, stream::Encoding},
+    sys::{self, Qgroup},
 };
 use crate::{
     fail,
@@ -35,29 +35,29 @@ use crate::{
 const CHUNK: usize = 1 << 20;
 
 /// The highest version of streams that this kernel takes on this volume, of
-/// which `staging` is an open directory.
-pub(super) fn stream_version(staging: &File) -> u32 {
+/// which `root` is an open directory.
+pub(super) fn stream_version(root: &File) -> u32 {
     let kernel = std::fs::read_to_string("/sys/fs/btrfs/features/send_stream_version");
     let kernel: u32 = kernel.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(1);
-    if kernel >= 2 && takes_compressed(staging) { 2 } else { 1 }
+    if kernel >= 2 && takes_compressed(root) { 2 } else { 1 }
 }
 
-/// Tries what a mount without checksums or copy on write refuses. The data is
-/// not looked at before it is read, which nobody does.
-fn takes_compressed(staging: &File) -> bool {
-    let flags = rustix::fs::OFlags::TMPFILE | rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC;
-    let mode = rustix::fs::Mode::from_raw_mode(0o600);
-    let Ok(file) = rustix::fs::openat(staging, ".", flags, mode) else { return true };
-    /// `BTRFS_ENCODED_IO_COMPRESSION_ZLIB`.
-    const ZLIB: u32 = 1;
-    const LEN: u64 = 32 << 10;
-    let encoding = Encoding { len: LEN, unencoded_len: LEN, unencoded_offset: 0, compression: ZLIB };
-    let tried = sys::stream::encoded_write(&file, 0, encoding, &[0; 4096]);
-    // A volume without room says nothing of what it takes.
-    !matches!(tried, Err(error) if matches!(
-        error.kind(),
-        std::io::ErrorKind::InvalidInput | std::io::ErrorKind::Unsupported
-    ) || error.raw_os_error() == Some(rustix::io::Errno::NOTTY.raw_os_error()))
+/// Whether what is compressed can be written as it is: not on a mount without
+/// checksums or copy on write (`btrfs_do_encoded_write` in fs/btrfs/inode.c).
+fn takes_compressed(root: &File) -> bool {
+    let flags = rustix::fs::StatxFlags::MNT_ID;
+    let Ok(found) = rustix::fs::statx(root, "", rustix::fs::AtFlags::EMPTY_PATH, flags) else { return false };
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    mount_options(&mounts, found.stx_mnt_id)
+        .is_some_and(|mut options| options.all(|option| option != "nodatasum" && option != "nodatacow"))
+}
+
+/// The file system's own options of a mount: those after the hyphen and two
+/// more words, see proc_pid_mountinfo(5).
+fn mount_options(mounts: &str, id: u64) -> Option<impl Iterator<Item = &str>> {
+    let of = |line: &&str| line.split(' ').next().and_then(|word| word.parse().ok()) == Some(id);
+    let (_, rest) = mounts.lines().find(of)?.split_once(" - ")?;
+    Some(rest.split(' ').nth(2)?.split(','))
 }
 
 /// A stream that was applied in staging.
@@ -425,5 +425,20 @@ async fn pump(
         let done;
         (applier, safe, done) = applied;
         done.map_err(|not| not.failure(project))?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_options_of_a_mount_are_found() {
+        let mounts = "22 1 0:20 / / rw,relatime - ext4 /dev/root rw\n\
+                      31 22 0:45 / /srv rw,nosuid shared:7 - btrfs /dev/loop0 rw,nodatasum,space_cache=v2\n";
+        let options = |id| mount_options(mounts, id).map(|options| options.collect::<Vec<_>>());
+        assert_eq!(options(31).unwrap(), ["rw", "nodatasum", "space_cache=v2"]);
+        assert_eq!(options(22).unwrap(), ["rw"]);
+        assert_eq!(options(1), None);
     }
 }
