@@ -247,6 +247,12 @@ mod tests {
     }
 
     #[test]
+    fn the_code_is_the_one_that_the_master_shows() {
+        // The master's tests (`real_oidc`) expect the same of this secret.
+        assert_eq!(shown_code(&Sha256::digest(b"verifier")), "JKLG-QVAU");
+    }
+
+    #[test]
     fn idle_connections_do_not_hold_it_up() {
         let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
         let address = listener.local_addr().unwrap();
