@@ -140,6 +140,10 @@ pub struct Capabilities {
     pub images: Vec<ImageDigest>,
     /// Free bytes on the volume.
     pub free_bytes: u64,
+    /// The key to which secrets for it are sealed, with its signature, as
+    /// `cocalc-auth-sealed` writes it. `None` from a host that cannot open any.
+    #[serde(default)]
+    pub sealing_key: Option<String>,
 }
 
 /// A project of which a host holds something.

@@ -7,6 +7,7 @@ use cocalc_auth::identity::Identity;
 use cocalc_auth_live::{
     AuditLog, AuditReport, DriverConfig, Knowledge, LimitedAuth, StreamDriver, TokenAuth,
 };
+use cocalc_auth_sealed::Opener;
 use cocalc_core::{
     auth::Auth,
     bus::Bus,
@@ -164,6 +165,7 @@ impl Host {
             session: SessionId::random(),
             address: address.clone(),
             ssh_host_keys: ssh_keys.public(),
+            sealing_key: Opener::of(&identity).announce(&identity),
             backends: backends.clone(),
             lifecycle: lifecycle.clone(),
             moves: moves.clone(),

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use cocalc_auth::stream::Entry;
 use cocalc_auth_live::PeerHandler;
+use cocalc_auth_sealed::Announced;
 use cocalc_core::{
     control::{Capabilities, Register, Registered},
     ids::{HostName, SessionId},
@@ -22,6 +23,7 @@ pub(crate) struct Registrar {
     pub(crate) session: SessionId,
     pub(crate) address: HostAddress,
     pub(crate) ssh_host_keys: Vec<String>,
+    pub(crate) sealing_key: Announced,
     pub(crate) backends: Backends,
     pub(crate) lifecycle: Lifecycle,
     pub(crate) moves: MoveHost,
@@ -42,6 +44,7 @@ impl PeerHandler for Registrar {
                 runner: self.backends.runner.capabilities(),
                 images: self.backends.images.iter().map(|(digest, _)| *digest).collect(),
                 free_bytes: (self.backends.free_bytes)(),
+                sealing_key: Some(self.sealing_key.to_string()),
             }),
             held: self.lifecycle.held().await,
         }
