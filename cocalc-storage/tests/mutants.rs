@@ -20,7 +20,8 @@ use cocalc_core::{
     ids::{ProjectId, SnapshotName, TreePath, VolumeUuid},
     storage::{
         Capabilities, ChangeKind, Changes, CloneOptions, Copied, CopyOptions, Error, Footprint, Hold, Holds,
-        Place, Result, SendHeader, SendOptions, SendStream, Snapshot, Storage, Usage, Volume, VolumeOptions,
+        Place, Result, SendHeader, SendOptions, SendStream, Snapshot, Staged, Storage, Usage, Volume,
+        VolumeOptions,
     },
     stream::BoxRead,
 };
@@ -406,6 +407,10 @@ impl Storage for Mutated {
             sent.reader = Box::pin(std::io::Cursor::new(bytes));
         }
         Ok(sent)
+    }
+
+    async fn stage(&self, project: ProjectId, name: &SnapshotName) -> Result<Box<dyn Staged>> {
+        self.inner.stage(project, name).await
     }
 
     async fn receive(&self, header: &SendHeader, mut stream: BoxRead) -> Result<Snapshot> {
