@@ -8,6 +8,7 @@ use cocalc_auth::stream::Entry;
 use cocalc_auth_live::PeerHandler;
 use cocalc_auth_sealed::Announced;
 use cocalc_core::{
+    backups,
     control::{Capabilities, Register, Registered},
     ids::{HostName, SessionId},
     moves::host::MoveHost,
@@ -28,6 +29,7 @@ pub(crate) struct Registrar {
     pub(crate) lifecycle: Lifecycle,
     pub(crate) moves: MoveHost,
     pub(crate) peers: Arc<Peers>,
+    pub(crate) backups: Option<backups::Keeper>,
 }
 
 #[async_trait]
@@ -51,6 +53,9 @@ impl PeerHandler for Registrar {
     }
 
     fn registered(&self, reply: &Registered) {
+        if let Some(backups) = &self.backups {
+            backups.set_policy(reply.backups.clone());
+        }
         for (project, owner, epoch) in reply.owners.clone() {
             let (moves, address) = (self.moves.clone(), self.peers.address(owner));
             tokio::spawn(async move {
