@@ -79,6 +79,7 @@ enum Mutant {
     CopyFollowsLinks,
     CopyReadsNamesAgain,
     StreamsSpooledOutside,
+    StagedReplaces,
     AcknowledgedBeforeDurable,
 }
 
@@ -137,6 +138,7 @@ const ON_FILES: &[Mutant] = &[
     M::CopyFollowsLinks,
     M::CopyReadsNamesAgain,
     M::StreamsSpooledOutside,
+    M::StagedReplaces,
 ];
 
 /// On a store whose power is cut.
@@ -414,6 +416,9 @@ impl Storage for Mutated {
     }
 
     async fn stage(&self, project: ProjectId, name: &SnapshotName) -> Result<Box<dyn Staged>> {
+        if self.mutant == Mutant::StagedReplaces {
+            self.inner.delete_snapshot(project, name).await?;
+        }
         self.inner.stage(project, name).await
     }
 
