@@ -20,6 +20,7 @@ mod page;
 mod problem;
 mod projects;
 mod receipts;
+mod restores;
 mod scope;
 mod snapshots;
 mod ssh_ca;
@@ -64,6 +65,7 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
         .merge(ssh_keys::routes())
         .merge(ssh_ca::routes())
         .merge(hosts::routes())
+        .merge(restores::routes())
         .merge(operations::routes())
         .merge(keys::routes())
         .merge(receipts::routes())
