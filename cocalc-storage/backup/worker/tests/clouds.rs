@@ -21,10 +21,10 @@ use common::{
 use tempfile::TempDir;
 
 fn s3(root: &TempDir, url: String, bounds: Bounds) -> Rustic {
-    rustic(root.path(), bounds, move |project| {
+    rustic(root.path(), bounds, move |name, _| {
         Location::S3(S3 {
             bucket: BUCKET.into(),
-            prefix: format!("projects/{project}"),
+            prefix: format!("projects/{name}"),
             region: "us-east-1".into(),
             endpoint: Some(url.clone()),
             access_key_id: "test".into(),
@@ -35,10 +35,10 @@ fn s3(root: &TempDir, url: String, bounds: Bounds) -> Rustic {
 }
 
 fn gcs(root: &TempDir, url: String, bounds: Bounds) -> Rustic {
-    rustic(root.path(), bounds, move |project| {
+    rustic(root.path(), bounds, move |name, _| {
         Location::Gcs(Gcs {
             bucket: BUCKET.into(),
-            prefix: format!("projects/{project}"),
+            prefix: format!("projects/{name}"),
             endpoint: Some(url.clone()),
             credentials: GcsCredentials::Anonymous,
         })

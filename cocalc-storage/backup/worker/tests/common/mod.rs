@@ -12,21 +12,22 @@ use std::{
     sync::Arc,
 };
 
-use cocalc_backup::{Bounds, Location, OnePerProject, Rustic, WrappingKey, WrappingKeys};
-use cocalc_core::ids::ProjectId;
+use cocalc_backup::{
+    Access, Bounds, Location, OnePerProject, Repositories, RepositoryName, Rustic, WrappingKey, WrappingKeys,
+};
 
 /// Backups in repositories that `place` names, with new keys in `keys`.
 pub(crate) fn rustic(
     keys: &Path,
     bounds: Bounds,
-    place: impl Fn(ProjectId) -> Location + Send + Sync + 'static,
+    place: impl Fn(RepositoryName, Access) -> Location + Send + Sync + 'static,
 ) -> Rustic {
     let wrapping = WrappingKeys::new(WrappingKey::generate("test").unwrap());
     over(Arc::new(OnePerProject::new(keys, wrapping, place)), bounds)
 }
 
 /// Backups in the repositories of `repositories`.
-pub(crate) fn over(repositories: Arc<OnePerProject>, bounds: Bounds) -> Rustic {
+pub(crate) fn over(repositories: Arc<dyn Repositories>, bounds: Bounds) -> Rustic {
     Rustic::builder(repositories)
         .worker(env!("CARGO_BIN_EXE_cocalc-backup-worker"))
         .bounds(bounds)
