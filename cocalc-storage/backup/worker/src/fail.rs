@@ -2,8 +2,7 @@
 //! would: between any two steps whose order matters. Only a debug build has
 //! them; in all others `point` is nothing.
 
-/// Every place, for tests that die at each of them in turn: their text has this
-/// list from here.
+/// Every place, for tests that die at each of them in turn.
 #[cfg(debug_assertions)]
 const NAMES: &[&str] = &[
     "store.write",
@@ -23,6 +22,8 @@ const NAMES: &[&str] = &[
     "prune.done",
     "repair.fetched",
     "repair.indexed",
+    "erase.removed",
+    "mirror.copied",
 ];
 
 /// The variable that names the place to die at, and with `:N` after it, at the

@@ -10,6 +10,7 @@ use cocalc_core::backups::{Phase, Progress};
 
 use crate::{
     backend::{Backend, CONFIG, DIRECTORIES},
+    fail,
     failure::Failed,
     said,
     store::Mode,
@@ -58,6 +59,7 @@ pub(crate) fn mirror(backend: &Arc<Backend>, mirror: Option<&Arc<Backend>>) -> R
             Err(failed) => return Err(failed),
         };
         to.write(name, &[bytes], if *is_there { Mode::Over } else { Mode::Once })?;
+        fail::point("mirror.copied");
         mirrored.files += 1;
         mirrored.bytes += size;
         tell(mirrored.bytes);

@@ -108,6 +108,7 @@ fn erase_repository(backend: &Backend, erased: &mut Erased) -> Result<(), Failed
     let store = backend.store();
     let mut delete = |name: &str, size: u64| {
         store.remove(name)?;
+        fail::point("erase.removed");
         erased.objects += 1;
         erased.freed_bytes += size;
         Ok::<_, Failed>(())

@@ -21,7 +21,7 @@ use cocalc_core::{
     ids::{ProjectId, TreePath},
 };
 use cocalc_testkit::backups::{Facts, Subject, backups, differences, facts, plant};
-use common::{Memory, on_disk, over, run};
+use common::{Memory, files, on_disk, over, run};
 use tempfile::TempDir;
 
 /// A backend, a planted tree, and a first backup of it.
@@ -73,15 +73,6 @@ impl Kept {
             .max_by_key(|path| fs::metadata(path).unwrap().len())
             .unwrap()
     }
-}
-
-fn files(root: &Path) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir(root).into_iter().flatten() {
-        let path = entry.unwrap().path();
-        if path.is_dir() { found.extend(files(&path)) } else { found.push(path) }
-    }
-    found
 }
 
 #[tokio::test]
