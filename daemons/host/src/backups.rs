@@ -27,7 +27,7 @@ use cocalc_daemon::start::Error;
 use cocalc_sqlite::HostBackups;
 use tokio::sync::Notify;
 
-use crate::config::Config;
+use crate::{config::Config, drill::Drill};
 
 /// How long the master may take to answer.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -147,6 +147,7 @@ pub(crate) async fn open(
     storage: Arc<dyn Storage>,
     snapshots: snapshots::Keeper,
     from_master: Arc<FromMaster>,
+    trial: Drill,
     news: &News,
 ) -> Result<Option<Keeper>, Error> {
     let mut rustic = Rustic::builder(from_master).bounds(config.backups.bounds());
@@ -173,6 +174,7 @@ pub(crate) async fn open(
         statuses,
         tell: Arc::new(move |status| told.hear(status)),
         jobs_max: config.backups.jobs_max.into(),
+        trial: Some(Arc::new(trial)),
     });
     let keeper = keeper.await.map_err(Error::open("backup state"))?;
     // What the master did not hear of the process before.

@@ -15,16 +15,16 @@ use cocalc_testkit::backups::{Subject, differences, essentials, facts, plant};
 use common::{
     Memory,
     emulators::{self, BUCKET},
-    proxy::{Fault, Proxy, Store},
+    proxy::{Fault, Proxy, Request, Store},
     rustic,
 };
 use tempfile::TempDir;
 
 fn s3(root: &TempDir, url: String, bounds: Bounds) -> Rustic {
-    rustic(root.path(), bounds, move |project| {
+    rustic(root.path(), bounds, move |name, _| {
         Location::S3(S3 {
             bucket: BUCKET.into(),
-            prefix: format!("projects/{project}"),
+            prefix: format!("projects/{name}"),
             region: "us-east-1".into(),
             endpoint: Some(url.clone()),
             access_key_id: "test".into(),
@@ -35,10 +35,10 @@ fn s3(root: &TempDir, url: String, bounds: Bounds) -> Rustic {
 }
 
 fn gcs(root: &TempDir, url: String, bounds: Bounds) -> Rustic {
-    rustic(root.path(), bounds, move |project| {
+    rustic(root.path(), bounds, move |name, _| {
         Location::Gcs(Gcs {
             bucket: BUCKET.into(),
-            prefix: format!("projects/{project}"),
+            prefix: format!("projects/{name}"),
             endpoint: Some(url.clone()),
             credentials: GcsCredentials::Anonymous,
         })
@@ -64,9 +64,9 @@ async fn gcs_keeps_and_returns_what_it_is_given() {
 }
 
 /// Every other request fails, each in another way.
-fn storm(number: usize) -> Fault {
+fn storm(request: &Request) -> Fault {
     use Fault::{Broken, Busy, None, Reset, Slow, Truncated};
-    [None, Broken, None, Busy, None, Truncated, None, Slow, None, Reset][number % 10]
+    [None, Broken, None, Busy, None, Truncated, None, Slow, None, Reset][request.number % 10]
 }
 
 async fn outlives_a_storm(backups: &Rustic, proxy: &Proxy) {
@@ -120,7 +120,7 @@ async fn failures_that_last_are_told_in_time_and_what_was_sent_stays() {
 
     for fault in [Fault::Broken, Fault::Busy, Fault::Reset, Fault::Silent, Fault::Expired] {
         // In the middle: the repository is open, and something was written.
-        proxy.plan(move |number| if number < 6 { Fault::None } else { fault });
+        proxy.plan(move |request| if request.number < 6 { Fault::None } else { fault });
         let source = subject.source(project, &tree, Some(&first));
         let failed = backups.back_up(&source, &|_| ()).await;
         match fault {
