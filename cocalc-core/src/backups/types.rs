@@ -37,6 +37,20 @@ pub struct BackupSource {
     pub excludes: Vec<String>,
 }
 
+/// What a call will do with a repository, so that it gets no more rights. Each
+/// includes those before it.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Access {
+    /// List, browse and restore.
+    Read,
+    /// Add backups. What is there can neither be changed nor deleted, where the
+    /// place can tell the difference.
+    Append,
+    /// Forget, prune, repair and erase. Never for a host that runs projects.
+    Delete,
+}
+
 /// Why a backup was made.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]

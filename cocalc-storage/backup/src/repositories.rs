@@ -3,8 +3,8 @@
 use std::{fmt, path::PathBuf, sync::Arc};
 
 use async_trait::async_trait;
+pub use cocalc_core::backups::Access;
 use cocalc_core::{BoxError, ids::ProjectId};
-use serde::{Deserialize, Serialize};
 
 use crate::{
     key::WrappingKeys,
@@ -15,20 +15,6 @@ use crate::{
     place::{Given, Place},
     rustic::Rustic,
 };
-
-/// What a call will do with a repository, so that it gets no more rights. Each
-/// includes those before it.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Access {
-    /// List, browse and restore.
-    Read,
-    /// Add backups. What is there can neither be changed nor deleted, where the
-    /// place can tell the difference.
-    Append,
-    /// Forget, prune, repair and erase. Never for a host that runs projects.
-    Delete,
-}
 
 /// Knows the repositories.
 ///

@@ -19,7 +19,9 @@
 //! ```
 
 mod backends;
+mod backups;
 mod config;
+mod drill;
 mod endpoints;
 mod host;
 mod inbox;
@@ -34,7 +36,7 @@ mod watch;
 
 pub use backends::Backends;
 pub use cocalc_daemon::start::Error;
-pub use config::{Config, RunnerKind, StorageKind};
+pub use config::{BackupSettings, Config, RunnerKind, StorageKind};
 pub use host::Host;
 pub use lifecycle::Lifecycle;
 pub use limits::HostLimits;

@@ -50,6 +50,7 @@ pub(super) async fn run(shared: &Arc<Shared>, operation: &Operation) {
     let deleted = ended.project == ProjectState::Deleted;
     shared.finish(operation.id, ended).await;
     if deleted {
+        shared.backups_of_deleted(project.id).await;
         if let Err(error) = shared.tell_of_project(project.host, project.id).await {
             tracing::warn!(project = %project.id, error = %cocalc_core::chain(&error), "cannot announce a deletion");
         }
@@ -118,6 +119,10 @@ pub(crate) fn code(code: ErrorCode) -> &'static str {
         ErrorCode::NoSpace => "no_space",
         ErrorCode::Invalid => "invalid_request",
         ErrorCode::Unavailable => "host_unavailable",
+        ErrorCode::RepositoryUnavailable => "repository_unavailable",
+        ErrorCode::RepositoryDenied => "repository_denied",
+        ErrorCode::RepositoryDamaged => "repository_damaged",
+        ErrorCode::Cancelled => "cancelled",
         _ => "host_failed",
     }
 }
@@ -206,7 +211,13 @@ async fn act(shared: &Shared, operation: &Operation, project: &Project) -> Resul
             call.keep("copying", command, project).await?
         }
         // Driven elsewhere.
-        Job::Move { .. } => return Err(Failure::NoReceipt),
+        Job::Move { .. }
+        | Job::BackUp
+        | Job::ForgetBackups { .. }
+        | Job::PruneBackups
+        | Job::CheckBackups { .. }
+        | Job::EraseBackups
+        | Job::DrillBackup => return Err(Failure::NoReceipt),
     })
 }
 
