@@ -29,7 +29,7 @@ pub use self::{
     access::ProjectAccess,
     account::Account,
     audit::{AUDIT_DAYS_MAX, AuditHead, AuditHeads},
-    backup::{BackupRepository, Tending},
+    backup::{BackupKey, BackupRepository, Tending},
     idempotency::Remembered,
     login::Identity,
     member::Member,
