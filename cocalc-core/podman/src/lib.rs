@@ -16,7 +16,7 @@
 //!
 //! use cocalc_core::{
 //!     ids::{Epoch, HostId, ImageDigest, ProjectId},
-//!     runner::{ExecRequest, Limits, ProjectSpec, Runner},
+//!     runner::{ExecRequest, Isolation, Limits, ProjectSpec, Runner},
 //! };
 //! use cocalc_podman::Podman;
 //!
@@ -34,6 +34,7 @@
 //!     slot: 0,
 //!     limits: Limits { memory_bytes: Some(2 << 30), ..Limits::default() },
 //!     env: BTreeMap::new(),
+//!     isolation: Isolation::default(),
 //! };
 //! podman.start(&spec).await?;
 //! let shell = podman.exec(project, ExecRequest::default()).await?;
@@ -79,8 +80,8 @@ mod signals;
 pub use cgroup::CgroupKind;
 pub use net::Outbound;
 pub use podman::{
-    BuildError, Images, ParseTimeError, Podman, PodmanBuilder, SLOTS, UID_BASE, cleanup_instance, leftovers,
-    parse_time,
+    BuildError, Images, ParseTimeError, Podman, PodmanBuilder, SLOTS, UID_BASE, Unenforceable,
+    cleanup_instance, leftovers, parse_time,
 };
 pub use probe::{Lack, RunnerProbe, probe};
 pub use process::ProcessRunner;

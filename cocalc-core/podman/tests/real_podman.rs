@@ -201,7 +201,13 @@ async fn limits_hold_and_the_host_goes_on() {
     let world = World::new().await;
     let mut spec = world.project(9);
     spec.limits =
-        Limits { memory_bytes: Some(128 << 20), cpu_millis: Some(500), pids: Some(100), nofile: Some(512) };
+        Limits {
+            memory_bytes: Some(128 << 20),
+            cpu_millis: Some(500),
+            pids: Some(100),
+            nofile: Some(512),
+            ..Limits::default()
+        };
     world.podman.start(&spec).await.unwrap();
     let project = spec.project;
     assert_eq!(world.run(project, "ulimit -n").await, "512\n");
@@ -248,34 +254,14 @@ async fn limits_have_defaults_a_minimum_and_the_machine_as_maximum() {
     spec.limits = Limits::default();
     world.podman.start(&spec).await.unwrap();
     assert_eq!(world.run(spec.project, "ulimit -n").await, "8192\n");
-    let pids = limit(&world, spec.project, "pids/pids.max", "pids.max");
+    let pids = world.limit(spec.project, "pids/pids.max", "pids.max");
     assert_eq!(pids, 4096);
-    let memory = limit(&world, spec.project, "memory/memory.limit_in_bytes", "memory.max");
+    let memory = world.limit(spec.project, "memory/memory.limit_in_bytes", "memory.max");
     let about = std::fs::read_to_string("/proc/meminfo").unwrap();
     let total: u64 = about.split_whitespace().nth(1).unwrap().parse().unwrap();
     let quarter = (total * 1024 / 4).max(512 << 20);
     // In whole pages.
     assert!(memory <= quarter && memory + 65_536 > quarter, "{memory} of {quarter}");
-}
-
-/// A limit of a project's control group, by its name in either version.
-fn limit(world: &World, project: ProjectId, v1: &str, v2: &str) -> u64 {
-    let pid = first_process(world, project);
-    let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
-    let (controller, name) = v1.split_once('/').unwrap();
-    let find = |key: &str| groups.lines().find_map(|line| line.split_once(':')?.1.strip_prefix(key));
-    let path = match find(&format!("{controller}:")) {
-        Some(group) => format!("/sys/fs/cgroup/{controller}{group}/{name}"),
-        None => format!("/sys/fs/cgroup{}/{v2}", find(":").unwrap()),
-    };
-    std::fs::read_to_string(path).unwrap().trim().parse().unwrap()
-}
-
-/// The host's number of a project's first process.
-fn first_process(world: &World, project: ProjectId) -> String {
-    let container = format!("cocalc-{}-{project}", world.instance);
-    let mut podman = std::process::Command::new("podman");
-    world::must(podman.args(["inspect", "--format", "{{.State.Pid}}", &container])).trim().to_owned()
 }
 
 /// Tries the calls that are refused and their neighbours that are not, and
@@ -456,7 +442,7 @@ async fn links_planted_in_a_volume_lead_nowhere() {
 async fn a_killed_project_says_why_and_cleanup_leaves_nothing() {
     let world = World::new().await;
     let spec = world.started(20).await;
-    let pid = first_process(&world, spec.project);
+    let pid = world.first_process(spec.project);
     world::must(std::process::Command::new("kill").args(["-9", &pid]));
     world::until("its end is noticed", async || {
         world.podman.status(spec.project).await.unwrap().state == State::Stopped

@@ -13,14 +13,14 @@ use std::{
 use cocalc_core::{
     BoxError,
     ids::{HostId, ImageDigest},
-    runner::{Capabilities, Limits},
+    runner::{Capabilities, LimitKind, Limits},
 };
 use sha2::{Digest, Sha256};
 
 use super::{
     Podman, Shared,
     cli::{CONTAINERS_CONF, Cli, find_program},
-    limits::Machine,
+    limits::{Machine, Unenforceable},
     seccomp,
 };
 use crate::{
@@ -73,6 +73,7 @@ pub struct PodmanBuilder {
     podman: Option<PathBuf>,
     runtime: Option<String>,
     defaults: Option<Limits>,
+    unenforceable: Unenforceable,
 }
 
 impl fmt::Debug for PodmanBuilder {
@@ -99,6 +100,7 @@ impl PodmanBuilder {
             podman: None,
             runtime: None,
             defaults: None,
+            unenforceable: Unenforceable::default(),
         }
     }
 
@@ -177,6 +179,13 @@ impl PodmanBuilder {
         self
     }
 
+    /// What to do with a project that asks for a limit which this machine can't
+    /// enforce. Default: refuse it.
+    pub fn unenforceable(mut self, what: Unenforceable) -> Self {
+        self.unenforceable = what;
+        self
+    }
+
     /// Checks what is needed, sets up what all projects share, and finds the
     /// containers of this instance that are there already.
     ///
@@ -227,8 +236,8 @@ impl PodmanBuilder {
         let sockets = Sockets::start().map_err(|error| BuildError::new("start a thread", error))?;
 
         let cli = Cli { program: podman, runtime, containers_conf: dirs.containers_conf.clone() };
-        let capabilities = capabilities(&cli).await?;
-        let machine = Machine::find();
+        let machine = Machine::find(self.unenforceable);
+        let capabilities = capabilities(&cli, &machine).await?;
         let podman = Podman {
             shared: Arc::new(Shared {
                 instance: self.instance,
@@ -250,20 +259,22 @@ impl PodmanBuilder {
     }
 }
 
-async fn capabilities(cli: &Cli) -> Result<Capabilities, BuildError> {
+async fn capabilities(cli: &Cli, machine: &Machine) -> Result<Capabilities, BuildError> {
     let version = cli.run(["version", "--format", "{{.Client.Version}}"]).await;
     let version = version.map_err(|error| BuildError::new("ask podman for its version", error))?;
-    let mut weaknesses = Vec::new();
-    if probe::limits_missing() {
-        weaknesses.push(
-            "this kernel has no control groups for memory, cpu and pids: limits are not enforced".into(),
-        );
-    }
+    let unenforced = machine.unenforced().to_vec();
+    let weakness = |kind: &LimitKind| {
+        format!("limits of {kind} are not enforced: {}", probe::unenforced_because(*kind).0)
+    };
     Ok(Capabilities {
         backend: format!("podman {} ({})", version.trim(), probe::runtime_version(&cli.runtime)),
         isolation: true,
-        limits: weaknesses.is_empty(),
-        weaknesses,
+        // What keeps one project from using up the host.
+        limits: ![LimitKind::Memory, LimitKind::Cpu, LimitKind::Pids]
+            .iter()
+            .any(|kind| unenforced.contains(kind)),
+        weaknesses: unenforced.iter().map(weakness).collect(),
+        unenforced,
     })
 }
 
