@@ -141,7 +141,9 @@ async fn root_inside_is_nobody_outside() {
         "echo x > /proc/sysrq-trigger",
         "ip link set lo down || python3 -c 'import socket; socket.socket(socket.AF_PACKET, socket.SOCK_RAW)'",
         "python3 -c 'import socket; socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)'",
-        "echo 0 > $(ls -d /sys/fs/cgroup/pids /sys/fs/cgroup 2>/dev/null | head -1)/pids.max",
+        "ls /sys/fs/cgroup",
+        "ls /sys/class/net",
+        "touch /sys/x",
         "touch /dev/cocalc-init",
         "unshare --net true",
     ] {
@@ -200,14 +202,13 @@ async fn projects_reach_neither_the_host_nor_each_other() {
 async fn limits_hold_and_the_host_goes_on() {
     let world = World::new().await;
     let mut spec = world.project(9);
-    spec.limits =
-        Limits {
-            memory_bytes: Some(128 << 20),
-            cpu_millis: Some(500),
-            pids: Some(100),
-            nofile: Some(512),
-            ..Limits::default()
-        };
+    spec.limits = Limits {
+        memory_bytes: Some(128 << 20),
+        cpu_millis: Some(500),
+        pids: Some(100),
+        nofile: Some(512),
+        ..Limits::default()
+    };
     world.podman.start(&spec).await.unwrap();
     let project = spec.project;
     assert_eq!(world.run(project, "ulimit -n").await, "512\n");
@@ -232,6 +233,89 @@ async fn limits_hold_and_the_host_goes_on() {
     if let Ok(stats) = stats {
         assert!(stats.memory_bytes <= 128 << 20);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn limits_change_while_it_runs_and_are_kept_by_the_kernel() {
+    let world = World::new().await;
+    let mut spec = world.project(10);
+    spec.limits = Limits {
+        memory_bytes: Some(128 << 20),
+        tmp_bytes: Some(8 << 20),
+        shm_bytes: Some(8 << 20),
+        log_bytes: Some(128 << 10),
+        ..Limits::default()
+    };
+    world.podman.start(&spec).await.unwrap();
+    let project = spec.project;
+    let memory = || world.limit(project, "memory/memory.limit_in_bytes", "memory.max");
+    let pids = || world.limit(project, "pids/pids.max", "pids.max");
+    assert_eq!((memory(), pids()), (128 << 20, 4096));
+    // What is in memory counts as memory, and has a size of its own.
+    for place in ["/tmp", "/dev/shm"] {
+        let fill = format!("head -c 20M /dev/zero > {place}/fill");
+        let (exit, said) = world.run_as(project, None, &fill).await;
+        assert!(exit != Exit::Code(0) && said.contains("No space left"), "{place}: {said}");
+        world.run(project, &format!("rm {place}/fill; cp /bin/true {place}/t; {place}/t 2>&1 || true")).await;
+    }
+
+    let hold = "exec python3 -c 'x = bytearray(70 << 20); print(1, flush=True); input()'";
+    let request = ExecRequest { command: Command::Line(hold.into()), ..ExecRequest::default() };
+    let mut holder = world.podman.exec(project, request).await.unwrap();
+    BufReader::new(&mut holder.stdout).read_line(&mut String::new()).await.unwrap();
+    // Less than it uses: refused, and nothing is killed or changed.
+    let less = Limits { memory_bytes: Some(64 << 20), pids: Some(200), ..spec.limits.clone() };
+    let Err(Error::Invalid { reason, .. }) = world.podman.set_limits(project, &less).await else {
+        panic!("less memory than is used")
+    };
+    assert!(reason.contains("use"), "{reason}");
+    assert_eq!((memory(), pids()), (128 << 20, 4096));
+
+    let more = Limits {
+        memory_bytes: Some(256 << 20),
+        cpu_millis: Some(250),
+        cpu_weight: Some(50),
+        pids: Some(64),
+        nofile: Some(300),
+        tmp_bytes: Some(32 << 20),
+        shm_bytes: Some(32 << 20),
+        log_bytes: Some(256 << 10),
+        ..Limits::default()
+    };
+    let applied = world.podman.set_limits(project, &more).await.unwrap();
+    assert_eq!(applied.later, [cocalc_core::runner::LimitKind::Log]);
+    assert_eq!((memory(), pids()), (256 << 20, 64));
+    assert!(world.limit(project, "cpu/cpu.shares", "cpu.weight") < 1000);
+    assert_eq!(world.run(project, "ulimit -n").await, "300\n");
+    for place in ["/tmp", "/dev/shm"] {
+        world.run(project, &format!("head -c 20M /dev/zero > {place}/fill")).await;
+        let (exit, _) = world.run_as(project, None, &format!("head -c 40M /dev/zero > {place}/fill")).await;
+        assert_ne!(exit, Exit::Code(0), "{place}");
+        world.run(project, &format!("rm {place}/fill")).await;
+    }
+    holder.stdin.write_all(b"\n").await.unwrap();
+    assert_eq!(holder.handle.wait().await.unwrap(), Exit::Code(0), "it was never disturbed");
+
+    // A daemon that finds it knows, and a limit that this machine can't keep is
+    // refused by name or, where it was told so, let be.
+    let found = world::builder(world.instance, world.state.path(), world.index, &world.volume);
+    let found = found.unenforceable(cocalc_podman::Unenforceable::Accept).build().await.unwrap();
+    let weighted = Limits { io_weight: Some(10), ..more.clone() };
+    assert_eq!(found.set_limits(project, &weighted).await.unwrap().limits.io_weight, Some(10));
+    let refused = world.podman.set_limits(project, &weighted).await;
+    let can = world.podman.capabilities();
+    if can.unenforced.contains(&cocalc_core::runner::LimitKind::IoWeight) {
+        assert!(
+            matches!(&refused, Err(Error::Invalid { reason, .. }) if reason.contains("I/O weight")),
+            "{refused:?}"
+        );
+        assert!(can.weaknesses.iter().any(|weakness| weakness.contains("I/O weight")));
+    } else {
+        refused.unwrap();
+    }
+    world.podman.stop(project, Duration::ZERO).await.unwrap();
+    let stopped = world.podman.set_limits(project, &more).await;
+    assert!(matches!(stopped, Err(Error::NotRunning { .. })), "{stopped:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -340,7 +424,13 @@ async fn subvolumes_and_sockets_to_the_hypervisor_are_refused() {
 async fn a_project_sees_no_other_control_groups() {
     let world = World::new().await;
     let (one, _other) = (world.started(16).await, world.started(17).await);
-    assert_eq!(world.root(one.project, "find /sys/fs/cgroup").await, "/sys/fs/cgroup\n");
+    // Nothing of the host's devices and file systems, but what programs look for.
+    assert_eq!(
+        world.root(one.project, "cd /sys; echo * */*").await,
+        "devices kernel devices/system kernel/mm\n"
+    );
+    let cores = world.run(one.project, "ls -d /sys/devices/system/cpu/cpu0; nproc").await;
+    assert!(cores.starts_with("/sys/devices/system/cpu/cpu0\n"), "{cores}");
     let named = world.root(one.project, "cat /proc/self/cgroup /proc/1/cgroup").await;
     assert!(named.lines().all(|line| line.ends_with(":/")), "{named}");
 }

@@ -24,7 +24,7 @@ impl Shared {
         let running = entry.running().ok_or(Error::NotRunning { project })?;
         let limits = self.machine.settle(project, &asked, &self.defaults)?;
         let before = entry.view().limits.clone();
-        let later: Vec<LimitKind> = LimitKind::ALL
+        let mut later: Vec<LimitKind> = LimitKind::ALL
             .into_iter()
             .filter(|kind| limits.of(*kind) != before.of(*kind))
             .filter(|kind| match kind {
@@ -47,7 +47,8 @@ impl Shared {
         .await
         .map_err(|error| backend("limit", project, error))?;
         match done {
-            Ok(()) => {}
+            Ok(true) => {}
+            Ok(false) => later.push(LimitKind::Nofile),
             Err(Unmet::InUse(reason)) => return Err(Error::Invalid { project, reason }),
             Err(Unmet::Io(_)) if entry.running().is_none() => return Err(Error::NotRunning { project }),
             Err(Unmet::Io(error)) => return Err(backend("limit", project, error)),
@@ -74,8 +75,8 @@ pub(super) enum Unmet {
     Io(#[from] io::Error),
 }
 
-/// Makes `limits` hold. Blocks.
-pub(super) fn apply(running: &Running, before: &Limits, limits: &Limits) -> Result<(), Unmet> {
+/// Makes `limits` hold; false if that of open files can't be raised now. Blocks.
+fn apply(running: &Running, before: &Limits, limits: &Limits) -> Result<bool, Unmet> {
     if let Some(bytes) = limits.memory_bytes {
         let used = running.groups.memory_in_use();
         if used > bytes {
@@ -92,12 +93,18 @@ pub(super) fn apply(running: &Running, before: &Limits, limits: &Limits) -> Resu
             _ => Unmet::Io(error),
         })?;
     }
+    let mut raised = true;
     if let (Some(nofile), Some(pid)) = (limits.nofile, Pid::from_raw(running.pid)) {
         // For its first process, whose children inherit it. Its number can't
         // mean another one while it is alive.
         let limit = Rlimit { current: Some(nofile.into()), maximum: Some(nofile.into()) };
         if running.process.is_alive() {
-            rustix::process::prlimit(Some(pid), Resource::Nofile, limit).map_err(io::Error::from)?;
+            match rustix::process::prlimit(Some(pid), Resource::Nofile, limit) {
+                // A host without CAP_SYS_RESOURCE gives away what it had, and
+                // can't give more to who has less.
+                Err(rustix::io::Errno::PERM) => raised = false,
+                done => drop(done.map_err(io::Error::from)?),
+            }
         }
     }
     for (path, bytes, former) in
@@ -109,7 +116,7 @@ pub(super) fn apply(running: &Running, before: &Limits, limits: &Limits) -> Resu
             resize(running, path, bytes)?;
         }
     }
-    Ok(())
+    Ok(raised)
 }
 
 /// Changes the size of a file system in memory within the project. Its path is
