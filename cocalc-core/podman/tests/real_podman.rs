@@ -18,7 +18,6 @@ use cocalc_core::{
     ids::ProjectId,
     runner::{Command, Error, ExecRequest, Exit, Limits, ProjectSpec, Runner, State},
 };
-use cocalc_podman::Outbound;
 use cocalc_testkit::runner::{Harness, contract};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use world::World;
@@ -585,70 +584,6 @@ async fn a_full_volume_stops_the_write_and_nothing_else() {
     assert_eq!(world.run(spec.project, "echo still here; rm ~/big").await, "still here\n");
     world.podman.remove(spec.project).await.unwrap();
     world::must(std::process::Command::new("umount").arg(&mount));
-}
-
-/// A stand-in for the internet: a network namespace behind a cable of its own,
-/// which a test of this machine reaches only by forwarding.
-struct Outside {
-    name: String,
-}
-
-impl Outside {
-    fn new() -> Self {
-        let outside = Self { name: format!("ct{}", std::process::id()) };
-        let name = &outside.name;
-        let run = |line: String| world::must(std::process::Command::new("sh").args(["-ec", &line]));
-        run(format!("ip netns add {name}"));
-        run(format!(
-            "ip link add {name} type veth peer name eth0 netns {name}
-             ip addr add 198.51.100.1/30 dev {name}; ip link set {name} up
-             ip -n {name} addr add 198.51.100.2/30 dev eth0; ip -n {name} link set eth0 up
-             ip -n {name} link set lo up"
-        ));
-        outside
-    }
-}
-
-impl Drop for Outside {
-    fn drop(&mut self) {
-        let _ = std::process::Command::new("ip").args(["link", "del", &self.name]).status();
-        let _ = std::process::Command::new("ip").args(["netns", "del", &self.name]).status();
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn projects_reach_the_outside_unless_denied() {
-    let world = World::new().await;
-    let outside = Outside::new();
-    let serve = "import socket\nlistener = socket.create_server(('198.51.100.2', 80))\nwhile True:\n connection, peer = listener.accept()\n connection.sendall(peer[0].encode())\n connection.close()";
-    let _server = world::Guarded::spawn(std::process::Command::new("ip").args([
-        "netns",
-        "exec",
-        &outside.name,
-        "python3",
-        "-c",
-        serve,
-    ]));
-    let spec = world.started(2).await;
-    let ask = "python3 -c 'import socket; s = socket.create_connection((\"198.51.100.2\", 80), 2); print(s.recv(99).decode())'";
-    world::until("the outside answers", async || {
-        world.run_as(spec.project, None, ask).await.0 == Exit::Code(0)
-    })
-    .await;
-    assert_eq!(world.run(spec.project, ask).await, "198.51.100.1\n", "it sees the host's address");
-
-    // A runner that denies that network.
-    let mut closed = World::new().await;
-    let deny = Outbound::Open { deny: vec!["198.51.100.0/24".into()] };
-    closed.podman = world::builder(closed.instance, closed.state.path(), closed.index, &closed.volume)
-        .outbound(deny)
-        .build()
-        .await
-        .unwrap();
-    let denied = closed.started(2).await;
-    let (exit, _) = closed.run_as(denied.project, None, ask).await;
-    assert_ne!(exit, Exit::Code(0));
-    assert_eq!(world.run(spec.project, ask).await, "198.51.100.1\n", "the other still does");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -9,7 +9,7 @@ use std::{
 
 use cocalc_core::{
     ids::{Epoch, ProjectId},
-    runner::{Error, Limits, ProjectSpec, Result, State, Status},
+    runner::{Error, Limits, NetworkPolicy, ProjectSpec, Result, State, Status},
 };
 use rustix::process::Signal;
 use sha2::{Digest, Sha256};
@@ -18,7 +18,7 @@ use super::{
     BuildError, Podman, Shared, backend, blocking,
     project::{InPhase, Project, Running},
 };
-use crate::mounts;
+use crate::{mounts, net::Resolver};
 
 /// What root in a project may do there: what installing packages and running
 /// services needs, and nothing about the kernel, devices or the network's
@@ -66,15 +66,25 @@ impl Podman {
             let running =
                 Running::find(&container).map_err(|error| BuildError::new("find a process", error))?;
             let entry = shared.entry(project);
-            let mut view = entry.view();
-            view.env = Arc::new(shared.read_env(project));
-            view.epoch = Some(epoch);
-            view.slot = Some(slot);
-            view.limits = serde_json::from_str(label(LABEL_LIMITS)).unwrap_or_default();
-            view.made_from = Some(label(LABEL_SPEC).to_owned());
-            view.running = running.map(Arc::new);
-            view.started = container.started;
-            view.reason = container.reason;
+            let runs = running.is_some();
+            {
+                let mut view = entry.view();
+                view.env = Arc::new(shared.read_env(project));
+                view.epoch = Some(epoch);
+                view.slot = Some(slot);
+                view.limits = serde_json::from_str(label(LABEL_LIMITS)).unwrap_or_default();
+                view.made_from = Some(label(LABEL_SPEC).to_owned());
+                view.running = running.map(Arc::new);
+                view.started = container.started;
+                view.reason = container.reason;
+            }
+            if runs {
+                let policy = shared.network.policy(project);
+                if let Err(error) = shared.resolve(&entry, slot, &policy).await {
+                    // It runs all the same; names come back with its next start.
+                    tracing::warn!(%project, error = %cocalc_core::chain(&error), "no names for a project");
+                }
+            }
         }
         Ok(())
     }
@@ -109,7 +119,7 @@ impl Shared {
         if let Some(former_slot) = former_slot.filter(|slot| *slot != spec.slot) {
             self.remove_network(project, Some(former_slot)).await?;
         }
-        self.create_network(project, spec.slot).await?;
+        self.create_network(spec).await?;
         let (dirs, uid) = (self.mounts(project), self.uid(spec.slot));
         blocking("make directories for", project, move || dirs.create(uid)).await?;
         if former.as_deref() == Some(&wanted) {
@@ -149,6 +159,7 @@ impl Shared {
         self.ready(&entry, &spec).await?;
         self.write_env(&spec).map_err(|error| backend("start", project, error))?;
         entry.view().env = Arc::new(spec.env.clone());
+        self.resolve(&entry, spec.slot, &spec.isolation.network).await?;
         self.mount(&spec).await?;
         let started = match self.launch(&entry, &spec).await {
             Err(error) if error.missing => {
@@ -237,6 +248,7 @@ impl Shared {
             }
             entry.view().running = None;
         }
+        entry.view().resolver = None;
         // podman has to notice, and to let go of what it holds. It also ends
         // what this process does not know of.
         if entry.view().made_from.is_some() {
@@ -426,11 +438,23 @@ impl Shared {
         serde_json::from_slice(&text).unwrap_or_default()
     }
 
-    async fn create_network(&self, project: ProjectId, slot: u32) -> Result<()> {
+    async fn create_network(&self, spec: &ProjectSpec) -> Result<()> {
         // The network outlives the caller only as files; a clone of its
         // settings is cheap.
         let network = self.network.clone();
-        blocking("connect", project, move || network.create(project, slot)).await
+        let (project, slot, policy) = (spec.project, spec.slot, spec.isolation.network.clone());
+        blocking("connect", project, move || network.create(project, slot, &policy)).await
+    }
+
+    /// Starts the resolver of a project, whose network is there.
+    async fn resolve(&self, entry: &Project, slot: u32, policy: &NetworkPolicy) -> Result<()> {
+        // The former one has the address.
+        entry.view().resolver = None;
+        let resolver = Resolver::start(&self.network, &self.sockets, &self.servers, entry.id, slot, policy)
+            .await
+            .map_err(|error| backend("resolve names for", entry.id, error))?;
+        entry.view().resolver = resolver.map(Arc::new);
+        Ok(())
     }
 
     async fn remove_network(&self, project: ProjectId, slot: Option<u32>) -> Result<()> {

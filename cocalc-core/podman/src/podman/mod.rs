@@ -44,7 +44,7 @@ use self::{
 use crate::{
     agent::{self, AgentError, AgentSocket},
     mounts::ProjectDirs,
-    net::{Network, Sockets},
+    net::{Network, Servers, Sockets},
 };
 
 const BACKEND: &str = "podman";
@@ -71,6 +71,7 @@ pub(crate) struct Shared {
     images: Images,
     network: Network,
     sockets: Sockets,
+    servers: Arc<Servers>,
     uid_base: u32,
     slots: u32,
     defaults: Limits,

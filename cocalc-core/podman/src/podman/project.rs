@@ -12,7 +12,7 @@ use cocalc_core::{
 };
 
 use super::{Phase, cli::Container};
-use crate::{cgroup::Groups, pidfd::PidFd};
+use crate::{cgroup::Groups, net::Resolver, pidfd::PidFd};
 
 /// One project. `operation` is held by whoever changes it.
 #[derive(Debug)]
@@ -33,6 +33,8 @@ pub(crate) struct View {
     pub(crate) env: Arc<BTreeMap<String, String>>,
     /// What it may use now.
     pub(crate) limits: Limits,
+    /// Answers its questions for names while it runs.
+    pub(crate) resolver: Option<Arc<Resolver>>,
     pub(crate) running: Option<Arc<Running>>,
     pub(crate) started: Option<Timestamp>,
     pub(crate) reason: Option<String>,
