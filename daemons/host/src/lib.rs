@@ -34,7 +34,7 @@ mod watch;
 
 pub use backends::Backends;
 pub use cocalc_daemon::start::Error;
-pub use config::{Config, RunnerKind, StorageKind};
+pub use config::{Config, Networks, ProjectNetwork, RunnerKind, StorageKind, UnenforceableLimits};
 pub use host::Host;
 pub use lifecycle::Lifecycle;
 pub use limits::HostLimits;

@@ -159,8 +159,8 @@ impl World {
         must(podman.args(["inspect", "--format", "{{.State.Pid}}", &container])).trim().to_owned()
     }
 
-    /// A limit of a project's control group, by its name in either version.
-    pub fn limit(&self, project: ProjectId, v1: &str, v2: &str) -> u64 {
+    /// A file of a project's control group, by its name in either version.
+    pub fn group_file(&self, project: ProjectId, v1: &str, v2: &str) -> String {
         let pid = self.first_process(project);
         let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
         let (controller, name) = v1.split_once('/').unwrap();
@@ -169,7 +169,12 @@ impl World {
             Some(group) => format!("/sys/fs/cgroup/{controller}{group}/{name}"),
             None => format!("/sys/fs/cgroup{}/{v2}", find(":").unwrap()),
         };
-        std::fs::read_to_string(path).unwrap().trim().parse().unwrap()
+        std::fs::read_to_string(path).unwrap()
+    }
+
+    /// A limit of a project's control group.
+    pub fn limit(&self, project: ProjectId, v1: &str, v2: &str) -> u64 {
+        self.group_file(project, v1, v2).trim().parse().unwrap()
     }
 
     /// Runs a line as the ordinary user, which must succeed.
