@@ -8,7 +8,7 @@
 
 use std::{
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -188,8 +188,10 @@ pub(crate) fn enter(parent: &OwnedFd, name: &str, mode: u32, owner: Option<u32>)
             Some(Gid::from_raw(owner)),
             AtFlags::EMPTY_PATH,
         )?;
-        // The umask must not decide who can use a project's root.
-        rustix::fs::chmodat(parent, name, Mode::from_raw_mode(mode), AtFlags::empty())?;
+        // The umask must not decide who can use a project's root. By the
+        // descriptor: the name may be a link by now.
+        let itself = format!("/proc/self/fd/{}", opened.as_raw_fd());
+        rustix::fs::chmod(itself, Mode::from_raw_mode(mode))?;
     }
     Ok(opened)
 }

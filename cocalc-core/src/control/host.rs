@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::{BackupsCommand, BackupsReply};
 use crate::{
     router::HostAddress,
-    runner::{Limits, Status},
+    runner::{Applied, Isolation, Limits, Status},
     snapshots::Policy,
     storage::{Changes, Copied, CopyOptions, Footprint, Place, Snapshot, Usage},
 };
@@ -392,6 +392,24 @@ pub struct ProjectConfig {
     /// Extra environment variables.
     #[serde(default)]
     pub env: BTreeMap<String, String>,
+    /// What its owner may ask for at most, as the operator says. What the owner
+    /// leaves open is this as well.
+    #[serde(default)]
+    pub limits_max: Limits,
+    /// How it is kept apart.
+    #[serde(default)]
+    pub isolation: Isolation,
+    /// Whether that is the operator's to change, and not the owner's.
+    #[serde(default)]
+    pub isolation_fixed: bool,
+}
+
+impl ProjectConfig {
+    /// What the project may use: what was asked for, and where nothing was, what
+    /// its owner may ask for.
+    pub fn effective_limits(&self) -> Limits {
+        self.limits.or(&self.limits_max)
+    }
 }
 
 /// What a host answers to a command.
@@ -427,6 +445,13 @@ pub enum HostReply {
         project: ProjectId,
         /// How much.
         copied: Copied,
+    },
+    /// What it may use now, while it runs.
+    Limits {
+        /// Which project.
+        project: ProjectId,
+        /// What has changed.
+        applied: Applied,
     },
     /// What it is charged.
     Usage(UsageReport),

@@ -289,6 +289,10 @@ pub(crate) enum Project {
         #[command(flatten)]
         wait: WaitOptions,
     },
+    /// Show or change what it may use; a running project has it at once.
+    Limits(crate::verbs::Limits),
+    /// Show or change how it is kept apart: sudo, and what it reaches outside.
+    Isolation(crate::verbs::Isolation),
     /// Copy a file or directory from one project to another on the same host.
     Copy {
         /// ID:PATH, the path as `snapshot diff` writes it, for instance

@@ -8,11 +8,11 @@ use cocalc_core::{
     storage::Storage,
 };
 use cocalc_daemon::start::Error;
-use cocalc_podman::{Podman, ProcessRunner};
+use cocalc_podman::{Fences, Podman, ProcessRunner, Unenforceable};
 use cocalc_storage::{Btrfs, Directory};
 
 use crate::{
-    config::{Config, RunnerKind, StorageKind},
+    config::{Config, RunnerKind, StorageKind, UnenforceableLimits},
     startup::Startup,
 };
 
@@ -53,18 +53,27 @@ impl Backends {
             StorageKind::Directory => open_directory(config).await?,
         };
         let paths: BTreeMap<ImageDigest, PathBuf> = images.iter().cloned().collect();
+        let unenforceable = match config.unenforceable_limits {
+            UnenforceableLimits::Refuse => Unenforceable::Refuse,
+            UnenforceableLimits::Accept => Unenforceable::Accept,
+        };
         let runner: Arc<dyn Runner> = match config.runner {
             RunnerKind::Podman => {
                 let find = move |digest: ImageDigest| paths.get(&digest).cloned();
                 let runner = Podman::builder(id, config.data_dir.join("runner"), Arc::new(find))
                     .machine_index(config.machine_slot)
+                    .unenforceable(unenforceable)
+                    .fences(Fences {
+                        allow: config.project_network.allow.iter().map(|network| network.0).collect(),
+                        deny: config.project_network.deny.iter().map(|network| network.0).collect(),
+                    })
                     .build()
                     .await
                     .map_err(|error| Error::open("podman runner")(error.into()))?;
                 Arc::new(runner)
             }
             RunnerKind::Process => {
-                let runner = ProcessRunner::open(config.data_dir.join("runner"))
+                let runner = ProcessRunner::open(config.data_dir.join("runner"), unenforceable)
                     .await
                     .map_err(|error| Error::open("process runner")(error.into()))?;
                 Arc::new(runner)

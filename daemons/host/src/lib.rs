@@ -36,7 +36,9 @@ mod watch;
 
 pub use backends::Backends;
 pub use cocalc_daemon::start::Error;
-pub use config::{BackupSettings, Config, RunnerKind, StorageKind};
+pub use config::{
+    BackupSettings, Config, Networks, ProjectNetwork, RunnerKind, StorageKind, UnenforceableLimits,
+};
 pub use host::Host;
 pub use lifecycle::Lifecycle;
 pub use limits::HostLimits;

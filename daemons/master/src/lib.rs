@@ -183,6 +183,7 @@ impl Master {
             receipts: Receipts::default(),
             broker: broker.clone(),
             limits: Limits::new(config.trusted_proxies.clone()),
+            limits_max: config.limits_max.clone(),
             audit,
             accounts,
             oidc,

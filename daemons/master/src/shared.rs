@@ -46,6 +46,8 @@ pub(crate) struct Shared {
     pub(crate) receipts: Receipts,
     pub(crate) broker: Broker,
     pub(crate) limits: Limits,
+    /// What owners of new projects may ask for at most.
+    pub(crate) limits_max: cocalc_core::runner::Limits,
     /// Who changed what.
     pub(crate) audit: AuditLog,
     /// Accounts that somebody else keeps.

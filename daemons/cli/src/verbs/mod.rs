@@ -3,6 +3,7 @@
 mod account;
 mod certificate;
 mod host;
+mod limits;
 mod operation;
 mod project;
 mod reach;
@@ -17,6 +18,7 @@ use std::{
 
 use serde_json::Value;
 
+pub(crate) use self::limits::{Isolation, Limits};
 use crate::{
     api::Api,
     args::{Command, Output},

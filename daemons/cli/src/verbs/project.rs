@@ -58,6 +58,8 @@ pub(super) fn run(api: &Api, output: Output, verb: Project) -> Result<ExitCode, 
                 super::receipt::finish(api, output, answer, wait)?;
             }
         }
+        Project::Limits(asked) => super::limits::limits(api, output, &asked)?,
+        Project::Isolation(asked) => super::limits::isolation(api, output, &asked)?,
         Project::Why { id } => print(output, &api.get(&format!("/projects/{id}/why"))?, &["state", "reason"]),
         Project::Token { id, scopes, ttl, once } => {
             let mut body = json!({});

@@ -18,6 +18,7 @@ mod oidc;
 mod operations;
 mod page;
 mod problem;
+mod project_limits;
 mod projects;
 mod receipts;
 mod restores;
@@ -57,6 +58,7 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
     let (closed, mut document) = OpenApiRouter::with_openapi(Document::openapi())
         .merge(accounts::routes())
         .merge(projects::routes())
+        .merge(project_limits::routes())
         .merge(connect::routes())
         .merge(members::routes())
         .merge(snapshots::routes())

@@ -16,6 +16,7 @@ use super::{
     files, hosts,
     input::{Asked, Body, Id, clean_name},
     problem::{Answer, Problem},
+    project_limits,
     view::{Begun, ProjectView, time},
 };
 use crate::{
@@ -54,7 +55,7 @@ struct NewProject {
     image: Option<ImageDigest>,
     /// The host, by id or name; default: the master chooses.
     host: Option<String>,
-    /// What it may use: `memory_bytes`, `cpu_millis`, `pids`, `nofile`.
+    /// What it may use, as in `PUT /projects/{id}/limits`.
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
     limits: Limits,
@@ -72,6 +73,10 @@ async fn create(
     Body(new): Body<NewProject>,
 ) -> Answer<(StatusCode, Json<Begun>)> {
     let name = clean_name(&new.name)?;
+    let limits_max = shared.limits_max.clone();
+    if caller.require_admin().is_err() {
+        project_limits::within(&new.limits, &limits_max)?;
+    }
     let id = ProjectId::from_random_bytes(caller.new_id("project"));
     caller.notes("project.create", id);
     let operation = OperationId::from_random_bytes(caller.new_id("create"));
@@ -88,6 +93,7 @@ async fn create(
     let config = ProjectConfig {
         image: new.image.or_else(default),
         limits: new.limits,
+        limits_max,
         quota_bytes: new.quota_bytes,
         ..ProjectConfig::default()
     };

@@ -31,6 +31,7 @@ pub(super) fn verb_of(method: &Method, route: &str) -> Option<Verb> {
         ("DELETE", _, Some("")) => Some(Verb::Manage),
         ("POST" | "DELETE", _, Some(rest)) if rest.starts_with("/members") => Some(Verb::Manage),
         ("PATCH", _, Some("/access")) => Some(Verb::Manage),
+        ("PUT", _, Some("/limits" | "/isolation")) => Some(Verb::Manage),
         _ => None,
     }
 }
