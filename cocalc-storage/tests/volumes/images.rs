@@ -214,7 +214,12 @@ async fn the_digest_is_of_the_tree_and_of_all_of_it() {
         images.into_iter().find(|(known, _)| *known == digest).unwrap().1
     };
     assert_eq!(record(store.images().await.unwrap()).sources.len(), 2, "both archives are noted");
-    store.note_image(&digest, |record| drop(record.names.insert("debian:12".into()))).await.unwrap();
+    store
+        .note_image(&digest, |record| {
+            record.names.insert("debian:12".into());
+        })
+        .await
+        .unwrap();
     assert!(record(store.images().await.unwrap()).names.contains("debian:12"));
 
     store.remove_image(&digest).await.unwrap();
