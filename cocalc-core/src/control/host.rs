@@ -7,6 +7,7 @@ use cocalc_ids::{
 };
 use serde::{Deserialize, Serialize};
 
+use super::{BackupsCommand, BackupsReply};
 use crate::{
     router::HostAddress,
     runner::{Limits, Status},
@@ -185,6 +186,15 @@ pub enum HostCommand {
         /// Whether its files are counted, too, which takes long.
         count: bool,
     },
+    /// Something about its backups.
+    Backups {
+        /// Which project.
+        project: ProjectId,
+        /// Under which grant.
+        epoch: Epoch,
+        /// What.
+        what: BackupsCommand,
+    },
     /// A step of a move.
     Move {
         /// Which move; the project's fence.
@@ -216,6 +226,7 @@ impl HostCommand {
             | Self::Clone { project, .. }
             | Self::Configure { project, .. }
             | Self::Usage { project, .. }
+            | Self::Backups { project, .. }
             | Self::Move { project, .. } => *project,
         }
     }
@@ -374,6 +385,10 @@ pub struct ProjectConfig {
     /// its host does.
     #[serde(default)]
     pub snapshots: Option<Policy>,
+    /// When it is backed up, and which backups are kept; `None` for what the
+    /// master's configuration says.
+    #[serde(default)]
+    pub backups: Option<crate::backups::Policy>,
     /// Extra environment variables.
     #[serde(default)]
     pub env: BTreeMap<String, String>,
@@ -415,6 +430,13 @@ pub enum HostReply {
     },
     /// What it is charged.
     Usage(UsageReport),
+    /// About its backups.
+    Backups {
+        /// Of which project.
+        project: ProjectId,
+        /// What.
+        answer: BackupsReply,
+    },
     /// The receipt of a step of a move.
     Move {
         /// Which move.
@@ -564,6 +586,14 @@ pub enum ErrorCode {
     Invalid,
     /// It may work later.
     Unavailable,
+    /// The repository of backups cannot be reached.
+    RepositoryUnavailable,
+    /// The repository does not open with the key, or refuses the credentials.
+    RepositoryDenied,
+    /// The repository is damaged.
+    RepositoryDamaged,
+    /// Somebody ended it.
+    Cancelled,
     /// The backend failed.
     Failed,
 }

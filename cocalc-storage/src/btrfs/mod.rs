@@ -215,6 +215,10 @@ impl Storage for Btrfs {
             .await
     }
 
+    async fn snapshot_path(&self, project: ProjectId, name: &SnapshotName) -> Result<Option<PathBuf>> {
+        Self::snapshot_path(self, project, name).await.map(Some)
+    }
+
     async fn delete_snapshot(&self, project: ProjectId, name: &SnapshotName) -> Result<()> {
         let name = name.clone();
         self.exclusive(project, "delete a snapshot of", move |store| store.delete_snapshot(project, &name))

@@ -7,6 +7,7 @@ use cocalc_auth::identity::Identity;
 use cocalc_auth_live::{
     AuditLog, AuditReport, DriverConfig, Knowledge, LimitedAuth, StreamDriver, TokenAuth,
 };
+use cocalc_auth_sealed::Opener;
 use cocalc_core::{
     auth::Auth,
     bus::Bus,
@@ -35,6 +36,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     backends::Backends,
+    backups::{self, FromMaster},
     config::Config,
     endpoints::HostEndpoints,
     inbox,
@@ -116,6 +118,23 @@ impl Host {
             Arc::new(SystemClock),
             KeeperSettings { policy: config.snapshots, round_max: config.snapshot_visits_per_sec.into() },
         );
+        let opener = Opener::of(&identity);
+        let sealing_key = opener.announce(&identity);
+        let peer = Peer::Host(id);
+        let connect =
+            || cocalc_daemon::bus::connect(&config.master_url, &issuer, peer, Arc::clone(&identity));
+        let bus: Arc<dyn Bus> = Arc::new(connect().map_err(open("bus"))?);
+        let news = backups::News::default();
+        let from_master = FromMaster { host: id, bus: Arc::clone(&bus), ledger: ledger.clone(), opener };
+        let backups = backups::open(
+            &config,
+            ledger.clone(),
+            Arc::clone(&backends.storage),
+            keeper.clone(),
+            Arc::new(from_master),
+            &news,
+        )
+        .await?;
         let lifecycle = Lifecycle::new(
             ledger.clone(),
             Arc::clone(&backends.storage),
@@ -123,7 +142,8 @@ impl Host {
             moves.clone(),
             keeper.clone(),
             Arc::new(move |digest| images.image(digest)),
-        );
+        )
+        .with_backups(backups.clone());
         // Before anybody can ask for anything: what a crash cut off is ended.
         moves.recover().await;
 
@@ -140,10 +160,6 @@ impl Host {
         let auth: Arc<dyn Auth> =
             Arc::new(LimitedAuth::new(Arc::new(decides), Arc::new(SystemClock), config.limits.auth()));
 
-        let peer = Peer::Host(id);
-        let connect =
-            || cocalc_daemon::bus::connect(&config.master_url, &issuer, peer, Arc::clone(&identity));
-        let bus: Arc<dyn Bus> = Arc::new(connect().map_err(open("bus"))?);
         let keepalive: Arc<dyn Bus> = Arc::new(connect().map_err(open("bus"))?);
 
         let router: Arc<dyn Router> = Arc::new(LocalRouter::new(ledger.clone()));
@@ -164,6 +180,8 @@ impl Host {
             session: SessionId::random(),
             address: address.clone(),
             ssh_host_keys: ssh_keys.public(),
+            sealing_key,
+            backups: backups.clone(),
             backends: backends.clone(),
             lifecycle: lifecycle.clone(),
             moves: moves.clone(),
@@ -191,6 +209,7 @@ impl Host {
             knowledge: Arc::clone(&knowledge),
             connected: driver.connected(),
             keeper: keeper.clone(),
+            backups: backups.clone(),
             metrics: Metrics::default(),
             audit: audit.clone(),
         };
@@ -233,9 +252,19 @@ impl Host {
         background.spawn(watch::streams(peer, Arc::clone(&bus), sending));
         background
             .spawn(watch::undo(moves.clone(), Duration::from_secs(config.undo_hours.saturating_mul(3600))));
-        background.spawn(watch::states(peer, bus, ledger.clone(), Arc::clone(&backends.runner), lifecycle));
+        background.spawn(watch::states(
+            peer,
+            Arc::clone(&bus),
+            ledger.clone(),
+            Arc::clone(&backends.runner),
+            lifecycle,
+        ));
         background.spawn(watch::departures(ledger.clone(), knowledge));
         background.spawn(keeper.run());
+        background.spawn(news.tell(id, Arc::clone(&bus)));
+        if let Some(backups) = backups {
+            background.spawn(backups.run());
+        }
         background.spawn(start_pending(ledger, moves));
 
         let shutdown = CancellationToken::new();

@@ -19,6 +19,7 @@
 //! ```
 
 mod backends;
+mod backups;
 mod config;
 mod endpoints;
 mod host;
@@ -34,7 +35,7 @@ mod watch;
 
 pub use backends::Backends;
 pub use cocalc_daemon::start::Error;
-pub use config::{Config, RunnerKind, StorageKind};
+pub use config::{BackupSettings, Config, RunnerKind, StorageKind};
 pub use host::Host;
 pub use lifecycle::Lifecycle;
 pub use limits::HostLimits;

@@ -19,6 +19,7 @@ use futures_util::{StreamExt, stream::FuturesUnordered};
 
 use crate::{
     accounts::Accounts,
+    backups::Backups,
     bus::gate::bus_name,
     bus::peers::Peers,
     bus::streams::{About, Streams, Target},
@@ -51,6 +52,8 @@ pub(crate) struct Shared {
     pub(crate) accounts: Option<Arc<dyn Accounts>>,
     /// OpenID providers, and who is logging in with them.
     pub(crate) oidc: Oidc,
+    /// Backups, if there are any.
+    pub(crate) backups: Option<Backups>,
 }
 
 impl fmt::Debug for Shared {

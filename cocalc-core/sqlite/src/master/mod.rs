@@ -8,6 +8,7 @@
 mod access;
 mod account;
 mod audit;
+mod backup;
 mod idempotency;
 mod login;
 mod member;
@@ -28,6 +29,7 @@ pub use self::{
     access::ProjectAccess,
     account::Account,
     audit::{AUDIT_DAYS_MAX, AuditHead, AuditHeads},
+    backup::{BackupRepository, Tending},
     idempotency::Remembered,
     login::Identity,
     member::Member,
@@ -50,6 +52,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("schema_access.sql"),
     include_str!("schema_audit.sql"),
     include_str!("schema_ssh.sql"),
+    include_str!("schema_backups.sql"),
 ];
 
 /// The master's database.

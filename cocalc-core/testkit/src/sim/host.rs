@@ -443,6 +443,14 @@ impl Storage for Site {
         Ok(world.machines[self.host].snapshots.iter().map(|(n, f)| listed(project, n, *f)).collect())
     }
 
+    async fn snapshot_path(
+        &self,
+        _project: ProjectId,
+        _name: &SnapshotName,
+    ) -> storage::Result<Option<std::path::PathBuf>> {
+        Ok(None)
+    }
+
     async fn delete_snapshot(&self, project: ProjectId, name: &SnapshotName) -> storage::Result<()> {
         self.storage_fault(project, "delete")?;
         self.effect("deletes a snapshot", |w| w.machines[self.host].snapshots.remove(name)).await;

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 
 use axum::{Json, extract::State};
 use cocalc_core::{
-    control::{CommandError, ErrorCode, HostCommand, HostReply, UsageReport},
+    control::{CommandError, ErrorCode, HostCommand, HostReply, ProjectConfig, UsageReport},
     snapshots::{Policy, PolicyFields},
     storage::{Change, Place},
 };
@@ -361,7 +361,7 @@ async fn set_policy(
     if allowance > allowed.max(Policy::default().fields().allowance_percent) {
         caller.require_admin()?;
     }
-    configure(&shared, id, Some(policy)).await?;
+    configure(&shared, id, move |config| config.snapshots = Some(policy)).await?;
     Ok(Json(PolicyView { from: "project", policy: Some(policy.into()) }))
 }
 
@@ -376,12 +376,17 @@ async fn reset_policy(
     Body(Nothing {}): Body<Nothing>,
 ) -> Answer<Json<PolicyView>> {
     caller.project(&shared, id, Some(Action::Administer)).await?;
-    configure(&shared, id, None).await?;
+    configure(&shared, id, |config| config.snapshots = None).await?;
     Ok(Json(PolicyView { from: "host", policy: None }))
 }
 
-async fn configure(shared: &Shared, id: ProjectId, policy: Option<Policy>) -> Answer<()> {
-    let project = shared.db(move |store| store.configure(id, |config| config.snapshots = policy)).await?;
+/// Changes how a project is made and run, and lets its host know.
+pub(super) async fn configure(
+    shared: &Shared,
+    id: ProjectId,
+    change: impl FnOnce(&mut ProjectConfig) + Send + 'static,
+) -> Answer<()> {
+    let project = shared.db(move |store| store.configure(id, change)).await?;
     if project.made {
         let (epoch, config) = (project.epoch, project.config.clone());
         let command = HostCommand::Configure { project: id, epoch, config };

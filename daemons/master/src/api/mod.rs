@@ -2,6 +2,7 @@
 
 mod access;
 mod accounts;
+mod backups;
 mod caller;
 mod connect;
 mod document;
@@ -59,6 +60,7 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
         .merge(members::routes())
         .merge(snapshots::routes())
         .merge(files::routes())
+        .merge(backups::routes())
         .merge(ssh_keys::routes())
         .merge(ssh_ca::routes())
         .merge(hosts::routes())

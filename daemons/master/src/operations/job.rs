@@ -118,6 +118,10 @@ pub(crate) fn code(code: ErrorCode) -> &'static str {
         ErrorCode::NoSpace => "no_space",
         ErrorCode::Invalid => "invalid_request",
         ErrorCode::Unavailable => "host_unavailable",
+        ErrorCode::RepositoryUnavailable => "repository_unavailable",
+        ErrorCode::RepositoryDenied => "repository_denied",
+        ErrorCode::RepositoryDamaged => "repository_damaged",
+        ErrorCode::Cancelled => "cancelled",
         _ => "host_failed",
     }
 }
@@ -206,7 +210,13 @@ async fn act(shared: &Shared, operation: &Operation, project: &Project) -> Resul
             call.keep("copying", command, project).await?
         }
         // Driven elsewhere.
-        Job::Move { .. } => return Err(Failure::NoReceipt),
+        Job::Move { .. }
+        | Job::BackUp
+        | Job::ForgetBackups { .. }
+        | Job::PruneBackups
+        | Job::CheckBackups { .. }
+        | Job::EraseBackups
+        | Job::DrillBackup => return Err(Failure::NoReceipt),
     })
 }
 

@@ -353,6 +353,7 @@ impl Host {
                     weaknesses: vec![],
                 },
                 images: vec![],
+                sealing_key: None,
                 free_bytes: 1 << 40,
             }),
             held: vec![],
