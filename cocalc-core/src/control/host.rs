@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::{BackupsCommand, BackupsReply};
 use crate::{
     router::HostAddress,
-    runner::{Limits, Status},
+    runner::{Isolation, Limits, Status},
     snapshots::Policy,
     storage::{Changes, Copied, CopyOptions, Footprint, Place, Snapshot, Usage},
 };
@@ -392,6 +392,9 @@ pub struct ProjectConfig {
     /// Extra environment variables.
     #[serde(default)]
     pub env: BTreeMap<String, String>,
+    /// How it is kept apart.
+    #[serde(default)]
+    pub isolation: Isolation,
 }
 
 /// What a host answers to a command.

@@ -11,7 +11,8 @@ use async_trait::async_trait;
 use cocalc_core::{
     ids::ProjectId,
     runner::{
-        Capabilities, Command, Error, ExecRequest, Process, ProjectSpec, Result, Runner, State, Stats, Status,
+        Applied, Capabilities, Command, Error, ExecRequest, Limits, Process, ProjectSpec, Result, Runner,
+        State, Stats, Status,
     },
     stream::BoxStream,
 };
@@ -125,6 +126,10 @@ impl Runner for Startup {
 
     async fn stats(&self, project: ProjectId) -> Result<Stats> {
         self.runner.stats(project).await
+    }
+
+    async fn set_limits(&self, project: ProjectId, limits: &Limits) -> Result<Applied> {
+        self.runner.set_limits(project, limits).await
     }
 
     async fn logs(&self, project: ProjectId, lines: usize) -> Result<String> {

@@ -1,5 +1,6 @@
 //! Projects as podman containers.
 
+mod adjust;
 mod builder;
 mod cleanup;
 mod cli;
@@ -22,7 +23,8 @@ use cocalc_core::{
     BoxError,
     ids::{HostId, ProjectId},
     runner::{
-        Capabilities, Error, ExecRequest, Limits, Process, ProjectSpec, Result, Runner, State, Stats, Status,
+        Applied, Capabilities, Error, ExecRequest, Limits, Process, ProjectSpec, Result, Runner, State,
+        Stats, Status,
     },
     stream::BoxStream,
 };
@@ -30,6 +32,7 @@ use cocalc_core::{
 pub use builder::{BuildError, Images, PodmanBuilder, SLOTS, UID_BASE};
 pub use cleanup::{cleanup_instance, leftovers};
 pub(crate) use cli::find_program;
+pub use limits::Unenforceable;
 pub use time::{ParseTimeError, parse_time};
 
 use self::{
@@ -41,7 +44,7 @@ use self::{
 use crate::{
     agent::{self, AgentError, AgentSocket},
     mounts::ProjectDirs,
-    net::{Network, Sockets},
+    net::{Network, Servers, Sockets},
 };
 
 const BACKEND: &str = "podman";
@@ -68,6 +71,7 @@ pub(crate) struct Shared {
     images: Images,
     network: Network,
     sockets: Sockets,
+    servers: Arc<Servers>,
     uid_base: u32,
     slots: u32,
     defaults: Limits,
@@ -246,6 +250,14 @@ impl Runner for Podman {
     async fn stats(&self, project: ProjectId) -> Result<Stats> {
         let (_, running) = self.shared.running(project)?;
         blocking("measure", project, move || Ok::<_, std::io::Error>(running.groups.stats())).await
+    }
+
+    async fn set_limits(&self, project: ProjectId, limits: &Limits) -> Result<Applied> {
+        self.run_to_end(project, "limit", {
+            let (shared, limits) = (self.shared.clone(), limits.clone());
+            async move { shared.set_limits(project, limits).await }
+        })
+        .await
     }
 
     async fn logs(&self, project: ProjectId, lines: usize) -> Result<String> {

@@ -8,11 +8,11 @@ use std::{
 
 use cocalc_core::{
     ids::{Epoch, ProjectId, Timestamp},
-    runner::{State, Status},
+    runner::{Limits, State, Status},
 };
 
 use super::{Phase, cli::Container};
-use crate::{cgroup::Groups, pidfd::PidFd};
+use crate::{cgroup::Groups, net::Resolver, pidfd::PidFd};
 
 /// One project. `operation` is held by whoever changes it.
 #[derive(Debug)]
@@ -31,6 +31,10 @@ pub(crate) struct View {
     /// What the container was made from; `None` if there is none.
     pub(crate) made_from: Option<String>,
     pub(crate) env: Arc<BTreeMap<String, String>>,
+    /// What it may use now.
+    pub(crate) limits: Limits,
+    /// Answers its questions for names while it runs.
+    pub(crate) resolver: Option<Arc<Resolver>>,
     pub(crate) running: Option<Arc<Running>>,
     pub(crate) started: Option<Timestamp>,
     pub(crate) reason: Option<String>,
@@ -88,6 +92,7 @@ impl Drop for InPhase<'_> {
 /// ended, no other is left in it.
 #[derive(Debug)]
 pub(crate) struct Running {
+    pub(crate) pid: i32,
     pub(crate) process: PidFd,
     pub(crate) groups: Groups,
 }
@@ -101,9 +106,7 @@ impl Running {
         let Some(process) = PidFd::open(container.pid)? else { return Ok(None) };
         // Asked after the descriptor was opened: if the number means another
         // process by now, that one is not in the container's control group.
-        match Groups::of(container.pid) {
-            Ok(groups) if groups.names(&container.id) => Ok(Some(Self { process, groups })),
-            _ => Ok(None),
-        }
+        let groups = Groups::of(container.pid).ok().and_then(|groups| groups.of_container(&container.id));
+        Ok(groups.map(|groups| Self { pid: container.pid, process, groups }))
     }
 }

@@ -18,7 +18,10 @@ use async_trait::async_trait;
 use cocalc_core::{
     BoxError,
     ids::{Epoch, ProjectId, Timestamp},
-    runner::{Capabilities, Error, ExecRequest, Process, ProjectSpec, Result, Runner, State, Stats, Status},
+    runner::{
+        Applied, Capabilities, Error, ExecRequest, LimitKind, Limits, Process, ProjectSpec, Result, Runner,
+        State, Stats, Status,
+    },
     stream::BoxStream,
 };
 use rustix::process::Signal;
@@ -367,6 +370,7 @@ impl Runner for ProcessRunner {
                 "all projects share the machine's ports".into(),
                 "a process that leaves its supervisor and clears its environment outlives a stop".into(),
             ],
+            unenforced: LimitKind::ALL.to_vec(),
         }
     }
 
@@ -452,6 +456,15 @@ impl Runner for ProcessRunner {
         let (_, supervisor) = self.shared.running(project)?;
         let pid = supervisor.pid;
         blocking(move || Ok(tree::stats(pid))).await.map_err(|error| backend("measure", project, error))
+    }
+
+    async fn set_limits(&self, project: ProjectId, limits: &Limits) -> Result<Applied> {
+        self.shared.running(project)?;
+        if let Some(kind) = limits.asked().next() {
+            let reason = format!("plain processes can't be limited: {kind}");
+            return Err(Error::Invalid { project, reason });
+        }
+        Ok(Applied::default())
     }
 
     async fn logs(&self, project: ProjectId, lines: usize) -> Result<String> {
