@@ -8,6 +8,7 @@ use cocalc_ids::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    activity::{IdleReport, IdleSettings},
     router::HostAddress,
     runner::{Limits, Status},
     snapshots::Policy,
@@ -185,6 +186,11 @@ pub enum HostCommand {
         /// Whether its files are counted, too, which takes long.
         count: bool,
     },
+    /// Say who uses it, why it runs, and until when.
+    Why {
+        /// Which project.
+        project: ProjectId,
+    },
     /// A step of a move.
     Move {
         /// Which move; the project's fence.
@@ -216,6 +222,7 @@ impl HostCommand {
             | Self::Clone { project, .. }
             | Self::Configure { project, .. }
             | Self::Usage { project, .. }
+            | Self::Why { project }
             | Self::Move { project, .. } => *project,
         }
     }
@@ -377,6 +384,9 @@ pub struct ProjectConfig {
     /// Extra environment variables.
     #[serde(default)]
     pub env: BTreeMap<String, String>,
+    /// When it is stopped for being idle, as its plan and its owner say.
+    #[serde(default)]
+    pub idle: IdleSettings,
 }
 
 /// What a host answers to a command.
@@ -415,6 +425,8 @@ pub enum HostReply {
     },
     /// What it is charged.
     Usage(UsageReport),
+    /// Who uses it.
+    Why(IdleReport),
     /// The receipt of a step of a move.
     Move {
         /// Which move.

@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
-use cocalc_core::{ids::HostName, snapshots::Policy};
+use cocalc_core::{activity::IdlePolicy, ids::HostName, snapshots::Policy};
 use serde::Deserialize;
 
 use crate::limits::HostLimits;
@@ -63,6 +63,9 @@ pub struct Config {
     /// snapshots; 1 to 1000.
     #[serde(default = "visits_per_sec")]
     pub snapshot_visits_per_sec: u16,
+    /// When idle projects are stopped, and what counts as use.
+    #[serde(default)]
+    pub idle: IdlePolicy,
     /// How much one user, one address and all of them may ask.
     #[serde(default)]
     pub limits: HostLimits,
@@ -127,6 +130,7 @@ impl Config {
         if !(1..=1000).contains(&self.snapshot_visits_per_sec) {
             return Err("snapshot_visits_per_sec: 1 to 1000".into());
         }
+        self.idle.validate().map_err(|error| format!("idle.{error}"))?;
         self.limits.validate()
     }
 }
@@ -153,6 +157,7 @@ mod tests {
             ("name='alpha'", "name='Alpha'", "name"),
             ("data_dir='/a'", "data_dir='/v/a'", "data_dir"),
             ("data_dir='/a'", "data_dir='/a'\nundo_hours=9000", "undo_hours"),
+            ("runner='podman'", "runner='podman'\n[idle]\nsample_secs=0", "idle.sample_secs"),
         ] {
             let error = parse(&GOOD.replace(from, to)).unwrap_err();
             assert!(error.contains(key), "{error}");

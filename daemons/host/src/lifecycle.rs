@@ -21,6 +21,8 @@ use cocalc_core::{
     storage::{self, Storage, VolumeOptions},
 };
 
+use crate::idle::Idle;
+
 use self::{
     files::{Comparison, Original},
     once::Once,
@@ -41,6 +43,7 @@ pub struct Lifecycle {
     /// Why the last start of a project failed, until one succeeds.
     failures: Arc<Mutex<BTreeMap<ProjectId, String>>>,
     once: Arc<Once>,
+    idle: Option<Idle>,
 }
 
 impl fmt::Debug for Lifecycle {
@@ -68,7 +71,14 @@ impl Lifecycle {
             images,
             failures: Arc::default(),
             once: Arc::default(),
+            idle: None,
         }
+    }
+
+    /// Knows who uses the projects. Default: nobody does.
+    pub fn idle(mut self, idle: Idle) -> Self {
+        self.idle = Some(idle);
+        self
     }
 
     /// Carries out one command. Repeating it is harmless.
@@ -111,6 +121,7 @@ impl Lifecycle {
             }
             HostCommand::Configure { project, epoch, config } => self.configure(project, epoch, config).await,
             HostCommand::Usage { project, epoch, count } => self.usage(project, epoch, count).await,
+            HostCommand::Why { project } => self.why(project).await,
             HostCommand::Move { move_id, project, step } => {
                 return self.moves.execute(move_id, project, step).await;
             }
@@ -218,6 +229,7 @@ impl Lifecycle {
         let _turn = self.ledger.turn(project).await;
         let entry = self.ledger.permit(project, epoch)?;
         self.runner.stop(project, grace).await.map_err(runner_error)?;
+        let idle = self.idle.as_ref().and_then(|idle| idle.stopped(project));
         self.keeper.stopped(&entry).await;
         // The next start finds everything prepared.
         let (moves, runner) = (self.moves.clone(), Arc::clone(&self.runner));
@@ -226,7 +238,22 @@ impl Lifecycle {
         {
             tracing::warn!(%project, error = %cocalc_core::chain(&error), "cannot prepare the next start");
         }
-        self.report(project, vec![]).await.map(HostReply::Project)
+        let mut report = self.report(project, vec![]).await?;
+        if let Some(reason) = idle {
+            report.status.reason.get_or_insert(reason);
+        }
+        Ok(HostReply::Project(report))
+    }
+
+    /// Who uses a project, and until when it runs.
+    async fn why(&self, project: ProjectId) -> Result<HostReply, CommandError> {
+        match &self.idle {
+            Some(idle) => idle.report(project).await.map(HostReply::Why).map_err(runner_error),
+            None => {
+                let message = "this host does not watch who uses its projects".to_owned();
+                Err(CommandError { code: ErrorCode::Unavailable, message })
+            }
+        }
     }
 
     async fn delete(&self, project: ProjectId, epoch: Epoch) -> Result<HostReply, CommandError> {

@@ -9,6 +9,7 @@ mod files;
 mod health;
 mod hosts;
 mod identities;
+mod idle;
 mod input;
 mod keys;
 mod login;
@@ -59,6 +60,7 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
         .merge(members::routes())
         .merge(snapshots::routes())
         .merge(files::routes())
+        .merge(idle::routes())
         .merge(ssh_keys::routes())
         .merge(ssh_ca::routes())
         .merge(hosts::routes())
