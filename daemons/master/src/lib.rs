@@ -173,6 +173,7 @@ impl Master {
             audit,
             accounts,
             oidc,
+            untold: std::sync::Mutex::default(),
             settings: config.settings(),
             store,
             issuer,

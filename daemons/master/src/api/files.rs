@@ -388,16 +388,7 @@ pub(super) async fn configure(
 ) -> Answer<Project> {
     let project = shared.db(move |store| store.configure(id, change)).await?;
     if project.made {
-        let (epoch, config) = (project.epoch, project.config.clone());
-        let command = HostCommand::Configure { project: id, epoch, config };
-        // A host that is away hears of it with the next start.
-        match shared.command(project.host, &command, Duration::from_secs(5)).await {
-            Ok(HostReply::Error(error)) => {
-                tracing::warn!(project = %id, error = %error.message, "the host does not take what was changed");
-            }
-            Ok(_) => {}
-            Err(_) => tracing::info!(project = %id, "the host hears of it with the next start"),
-        }
+        shared.configure_at_host(&project).await;
     }
     Ok(project)
 }

@@ -314,6 +314,7 @@ async fn register_peer(shared: &Arc<Shared>, peer: Peer, register: Register) -> 
     tracing::info!(?peer, name = %register.name, session = %register.session, "registered");
     if let Peer::Host(host) = peer {
         shared.tidy(host);
+        shared.tell_untold(host);
         let moved = before.get(&host).is_none_or(|address| {
             address.url != register.address.url
                 || address.domain != register.address.domain
