@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{BackupsCommand, BackupsReply};
 use crate::{
+    activity::{IdleReport, IdleSettings},
     router::HostAddress,
     runner::{Applied, Isolation, Limits, Status},
     snapshots::Policy,
@@ -195,6 +196,11 @@ pub enum HostCommand {
         /// What.
         what: BackupsCommand,
     },
+    /// Say who uses it, why it runs, and until when.
+    Why {
+        /// Which project.
+        project: ProjectId,
+    },
     /// A step of a move.
     Move {
         /// Which move; the project's fence.
@@ -227,6 +233,7 @@ impl HostCommand {
             | Self::Configure { project, .. }
             | Self::Usage { project, .. }
             | Self::Backups { project, .. }
+            | Self::Why { project }
             | Self::Move { project, .. } => *project,
         }
     }
@@ -392,6 +399,9 @@ pub struct ProjectConfig {
     /// Extra environment variables.
     #[serde(default)]
     pub env: BTreeMap<String, String>,
+    /// When it is stopped for being idle, as its plan and its owner say.
+    #[serde(default)]
+    pub idle: IdleSettings,
     /// What its owner may ask for at most, as the operator says. What the owner
     /// leaves open is this as well.
     #[serde(default)]
@@ -462,6 +472,8 @@ pub enum HostReply {
         /// What.
         answer: BackupsReply,
     },
+    /// Who uses it.
+    Why(IdleReport),
     /// The receipt of a step of a move.
     Move {
         /// Which move.

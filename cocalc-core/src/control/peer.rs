@@ -73,6 +73,14 @@ pub enum PeerRequest {
         /// Under which grant.
         epoch: Epoch,
     },
+    /// A project has been idle for too long, and its users were warned: stop it.
+    /// Hosts.
+    Idle {
+        /// Which project.
+        project: ProjectId,
+        /// Under which grant.
+        epoch: Epoch,
+    },
     /// Certify the SSH host keys that were registered.
     CertifySshHostKeys,
     /// The head of the audit chain.

@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use cocalc_backup::Bounds;
-use cocalc_core::{ids::HostName, runner::Network, snapshots::Policy};
+use cocalc_core::{activity::IdlePolicy, ids::HostName, runner::Network, snapshots::Policy};
 use serde::Deserialize;
 
 use crate::limits::HostLimits;
@@ -72,6 +72,9 @@ pub struct Config {
     /// What bounds the networks of its projects, whatever their own policies say.
     #[serde(default)]
     pub project_network: ProjectNetwork,
+    /// When idle projects are stopped, and what counts as use.
+    #[serde(default)]
+    pub idle: IdlePolicy,
     /// How much one user, one address and all of them may ask.
     #[serde(default)]
     pub limits: HostLimits,
@@ -259,6 +262,7 @@ impl Config {
             return Err("snapshot_visits_per_sec: 1 to 1000".into());
         }
         self.backups.validate()?;
+        self.idle.validate().map_err(|error| format!("idle.{error}"))?;
         self.limits.validate()
     }
 }
@@ -285,6 +289,7 @@ mod tests {
             ("name='alpha'", "name='Alpha'", "name"),
             ("data_dir='/a'", "data_dir='/v/a'", "data_dir"),
             ("data_dir='/a'", "data_dir='/a'\nundo_hours=9000", "undo_hours"),
+            ("runner='podman'", "runner='podman'\n[idle]\nsample_secs=0", "idle.sample_secs"),
         ] {
             let error = parse(&GOOD.replace(from, to)).unwrap_err();
             assert!(error.contains(key), "{error}");

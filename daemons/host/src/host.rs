@@ -9,6 +9,7 @@ use cocalc_auth_live::{
 };
 use cocalc_auth_sealed::Opener;
 use cocalc_core::{
+    activity::{Metered, Meters, Source},
     auth::Auth,
     bus::Bus,
     clock::SystemClock,
@@ -19,6 +20,7 @@ use cocalc_core::{
     memory::router::LocalRouter,
     moves::host::MoveHost,
     router::{HostAddress, Router},
+    runner::Runner,
     snapshots::{Keeper, KeeperSettings},
     wake::Wake,
 };
@@ -40,6 +42,7 @@ use crate::{
     config::Config,
     drill::Drill,
     endpoints::HostEndpoints,
+    idle::{self, Idle},
     inbox,
     inside_keys::VolumeKeys,
     lifecycle::Lifecycle,
@@ -147,6 +150,17 @@ impl Host {
             Arc::new(move |digest| images.image(digest)),
         )
         .with_backups(backups.clone());
+        let meters = Meters::new(Arc::new(SystemClock));
+        let idle = Idle::new(idle::Parts {
+            policy: config.idle,
+            clock: Arc::new(SystemClock),
+            meters: meters.clone(),
+            ledger: ledger.clone(),
+            runner: Arc::clone(&backends.runner),
+            storage: Arc::clone(&backends.storage),
+            directory: make_dir(&data.join("activity"))?,
+        });
+        let lifecycle = lifecycle.idle(idle.clone());
         // Before anybody can ask for anything: what a crash cut off is ended.
         moves.recover().await;
 
@@ -219,13 +233,15 @@ impl Host {
         let http =
             HostIngress::builder(id, Arc::clone(&auth), Arc::clone(&router), Arc::clone(&backends.runner))
                 .wake(Arc::clone(&wake))
+                .meters(meters.clone())
                 .endpoints(Arc::new(endpoints))
                 .served(served)
                 .https(address.url.starts_with("https://"))
                 .limits(config.limits.http())
                 .build();
-        let gate: Arc<dyn Gate> =
-            Arc::new(LocalGate::new(auth, router, Arc::new(Arc::clone(&backends.runner))).wake(wake));
+        let metered: Arc<dyn Runner> =
+            Arc::new(Metered::new(Arc::clone(&backends.runner), meters, Source::Ssh));
+        let gate: Arc<dyn Gate> = Arc::new(LocalGate::new(auth, router, Arc::new(metered)).wake(wake));
         let at_most = |limit: u32| usize::try_from(limit).unwrap_or(usize::MAX);
         let ssh = SshIngress::builder(Arc::clone(&gate), ssh_keys)
             .connections_max(at_most(config.limits.ssh_connections))
@@ -251,6 +267,7 @@ impl Host {
         let mut background = JoinSet::new();
         background.spawn(certified);
         background.spawn(inbox::serve(Arc::clone(&bus), id, lifecycle.clone()));
+        background.spawn(idle.run(peer, Arc::clone(&bus)));
         background.spawn(watch::space(peer, Arc::clone(&bus), backends.clone()));
         background.spawn(watch::streams(peer, Arc::clone(&bus), sending));
         background

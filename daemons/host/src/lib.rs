@@ -24,6 +24,7 @@ mod config;
 mod drill;
 mod endpoints;
 mod host;
+mod idle;
 mod inbox;
 mod inside_keys;
 mod lifecycle;
@@ -40,6 +41,7 @@ pub use config::{
     BackupSettings, Config, Networks, ProjectNetwork, RunnerKind, StorageKind, UnenforceableLimits,
 };
 pub use host::Host;
+pub use idle::{Busy, Idle};
 pub use lifecycle::Lifecycle;
 pub use limits::HostLimits;
 pub use startup::Startup;

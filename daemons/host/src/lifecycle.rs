@@ -25,6 +25,8 @@ use cocalc_core::{
     storage::{self, Storage, VolumeOptions},
 };
 
+use crate::idle::Idle;
+
 use self::{
     files::{Comparison, Original},
     once::Once,
@@ -47,6 +49,7 @@ pub struct Lifecycle {
     once: Arc<Once>,
     /// Keeps the backups, if this host can make any.
     backups: Option<backups::Keeper>,
+    idle: Option<Idle>,
 }
 
 impl fmt::Debug for Lifecycle {
@@ -75,6 +78,7 @@ impl Lifecycle {
             failures: Arc::default(),
             once: Arc::default(),
             backups: None,
+            idle: None,
         }
     }
 
@@ -82,6 +86,13 @@ impl Lifecycle {
     #[must_use]
     pub fn with_backups(self, backups: Option<backups::Keeper>) -> Self {
         Self { backups, ..self }
+    }
+
+    /// Knows who uses the projects. Default: nobody does.
+    #[must_use]
+    pub fn idle(mut self, idle: Idle) -> Self {
+        self.idle = Some(idle);
+        self
     }
 
     /// Carries out one command. Repeating it is harmless.
@@ -125,6 +136,7 @@ impl Lifecycle {
             HostCommand::Configure { project, epoch, config } => self.configure(project, epoch, config).await,
             HostCommand::Usage { project, epoch, count } => self.usage(project, epoch, count).await,
             HostCommand::Backups { project, epoch, what } => self.back_up(project, epoch, what).await,
+            HostCommand::Why { project } => self.why(project).await,
             HostCommand::Move { move_id, project, step } => {
                 return self.moves.execute(move_id, project, step).await;
             }
@@ -232,6 +244,7 @@ impl Lifecycle {
         let _turn = self.ledger.turn(project).await;
         let entry = self.ledger.permit(project, epoch)?;
         self.runner.stop(project, grace).await.map_err(runner_error)?;
+        let idle = self.idle.as_ref().and_then(|idle| idle.stopped(project));
         self.keeper.stopped(&entry).await;
         // A stop waits for its snapshot; the backup follows.
         if let Some(backups) = &self.backups {
@@ -244,7 +257,22 @@ impl Lifecycle {
         {
             tracing::warn!(%project, error = %cocalc_core::chain(&error), "cannot prepare the next start");
         }
-        self.report(project, vec![]).await.map(HostReply::Project)
+        let mut report = self.report(project, vec![]).await?;
+        if let Some(reason) = idle {
+            report.status.reason.get_or_insert(reason);
+        }
+        Ok(HostReply::Project(report))
+    }
+
+    /// Who uses a project, and until when it runs.
+    async fn why(&self, project: ProjectId) -> Result<HostReply, CommandError> {
+        match &self.idle {
+            Some(idle) => idle.report(project).await.map(HostReply::Why).map_err(runner_error),
+            None => {
+                let message = "this host does not watch who uses its projects".to_owned();
+                Err(CommandError { code: ErrorCode::Unavailable, message })
+            }
+        }
     }
 
     async fn delete(&self, project: ProjectId, epoch: Epoch) -> Result<HostReply, CommandError> {

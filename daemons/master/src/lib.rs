@@ -188,6 +188,7 @@ impl Master {
             accounts,
             oidc,
             backups,
+            untold: std::sync::Mutex::default(),
             settings: config.settings(),
             store,
             issuer,

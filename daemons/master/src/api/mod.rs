@@ -10,6 +10,7 @@ mod files;
 mod health;
 mod hosts;
 mod identities;
+mod idle;
 mod input;
 mod keys;
 mod login;
@@ -64,6 +65,7 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
         .merge(snapshots::routes())
         .merge(files::routes())
         .merge(backups::routes())
+        .merge(idle::routes())
         .merge(ssh_keys::routes())
         .merge(ssh_ca::routes())
         .merge(hosts::routes())
