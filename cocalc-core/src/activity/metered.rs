@@ -17,7 +17,7 @@ use tokio::{
 
 use super::{Meter, Meters, Source, Tap, Use, Warning};
 use crate::{
-    runner::{Capabilities, ExecRequest, Process, ProjectSpec, Result, Runner, Stats, Status},
+    runner::{Applied, Capabilities, ExecRequest, Limits, Process, ProjectSpec, Result, Runner, Stats, Status},
     stream::{BoxRead, BoxStream, BoxWrite},
 };
 
@@ -101,6 +101,10 @@ impl Runner for Metered {
 
     async fn logs(&self, project: ProjectId, lines: usize) -> Result<String> {
         self.runner.logs(project, lines).await
+    }
+
+    async fn set_limits(&self, project: ProjectId, limits: &Limits) -> Result<Applied> {
+        self.runner.set_limits(project, limits).await
     }
 }
 
