@@ -47,7 +47,7 @@ pub(crate) struct Backend {
     vanished: AtomicBool,
     holds: AtomicBool,
     held: Mutex<Vec<(Id, Vec<Bytes>)>>,
-    /// What was written since snapshots are held, and its sizes.
+    /// What was written, with its size, and not yet seen in the store.
     written: Mutex<Vec<(String, u64)>>,
     reads: Rate,
     writes: Rate,
@@ -124,17 +124,7 @@ impl Backend {
     /// said that it had taken. In a repository that others share, a name says
     /// that the snapshot is of `of`.
     pub(crate) fn release_snapshots(&self, of: Option<ProjectId>) -> Result<(), Failed> {
-        for (name, size) in self.written.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-            match self.store.size(name)? {
-                Some(there) if there == *size => {}
-                there => {
-                    return Err(Failed::new(
-                        FailureKind::Unavailable,
-                        format!("the store took {name}, {size} bytes, and has {there:?} of it"),
-                    ));
-                }
-            }
-        }
+        self.confirm()?;
         fail::point("backup.confirmed");
         let held = std::mem::take(&mut *self.held.lock().unwrap_or_else(PoisonError::into_inner));
         for (id, parts) in held {
@@ -145,6 +135,23 @@ impl Backend {
             self.store.write(&name(FileType::Snapshot, &id), &parts, Mode::Once)?;
         }
         fail::point("backup.listed");
+        Ok(())
+    }
+
+    /// Fails unless the store shows that it has what it said that it had taken: an
+    /// index that speaks of data that are not there would keep them from ever
+    /// being stored again.
+    fn confirm(&self) -> Result<(), Failed> {
+        let written = std::mem::take(&mut *self.written.lock().unwrap_or_else(PoisonError::into_inner));
+        for (name, size) in written {
+            let there = self.store.size(&name)?;
+            if there != Some(size) {
+                return Err(Failed::new(
+                    FailureKind::Unavailable,
+                    format!("the store took {name}, {size} bytes, and has {} of it", there.unwrap_or(0)),
+                ));
+            }
+        }
         Ok(())
     }
 
@@ -309,8 +316,11 @@ impl WriteBackend for Backend {
         // Two that begin a repository at once must agree on one.
         let mode = if kind == FileType::Config { Mode::First } else { Mode::Once };
         let name = name(kind, id);
+        if kind == FileType::Index {
+            self.rustic(self.confirm())?;
+        }
         self.rustic(self.put(&name, &parts, mode))?;
-        if self.holds.load(Ordering::Acquire) {
+        if matches!(kind, FileType::Pack | FileType::Index) {
             self.written.lock().unwrap_or_else(PoisonError::into_inner).push((name, size as u64));
         }
         self.writes.pass(size);

@@ -114,7 +114,9 @@ fn work(order: &Order, renewal: Renewal) -> Result<Event, Failed> {
     let mut beginnings = 1;
     let done = loop {
         match attempt(job, &backend, mirror.as_ref()) {
-            Err(_) if beginnings < BEGINNINGS_MAX && is_harmless(&job.task) && backend.begin_again() => {
+            Err(_) | Ok(Event::Checked(_))
+                if beginnings < BEGINNINGS_MAX && is_harmless(&job.task) && backend.begin_again() =>
+            {
                 said::forget();
                 beginnings += 1;
             }
@@ -129,9 +131,18 @@ fn work(order: &Order, renewal: Renewal) -> Result<Event, Failed> {
 }
 
 /// Whether the task may begin again: it has done nothing yet when it has read
-/// the index, after which nothing vanishes.
+/// the index, after which nothing vanishes, or it does nothing at all.
 fn is_harmless(task: &Task) -> bool {
-    matches!(task, Task::BackUp(_) | Task::List | Task::Ls { .. } | Task::Find { .. } | Task::Forget { .. })
+    match task {
+        Task::BackUp(_)
+        | Task::List
+        | Task::Ls { .. }
+        | Task::Find { .. }
+        | Task::Restore { .. }
+        | Task::Forget { .. } => true,
+        Task::Check(options) => !options.repair,
+        _ => false,
+    }
 }
 
 fn attempt(job: &Job, backend: &Arc<Backend>, mirror: Option<&Arc<Backend>>) -> Result<Event, Failed> {

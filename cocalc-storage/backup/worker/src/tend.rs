@@ -44,6 +44,7 @@ pub(crate) fn prune(job: &Job, backend: &Arc<Backend>, options: &PruneOptions) -
     let rustic = rustic_core::PruneOptions::default().keep_delete(grace).instant_delete(false);
     let plan = opened.prune_plan(&rustic)?;
     fail::point("prune.planned");
+    // New packs and a new index are in place before old ones are deleted.
     opened.prune(&rustic, plan)?;
     fail::point("prune.done");
     // No write takes a day.

@@ -364,7 +364,10 @@ fn is_transient(error: &Error) -> bool {
     matches!(error, Error::Generic { .. }) && kind(error) == FailureKind::Unavailable && {
         let words = words(error);
         // Answers that will not change, and what was tried often enough below.
-        !words.contains("status code 4") && !words.contains("after 10 retries")
+        let may_change = ["status code: 408", "status code: 429", "RequestTimeout", "SlowDown"];
+        let is_final =
+            words.contains("status code: 4") && !may_change.iter().any(|words_of| words.contains(words_of));
+        !is_final && !words.contains("after 10 retries")
     }
 }
 
@@ -375,9 +378,12 @@ pub(crate) fn kind(error: &Error) -> FailureKind {
         Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => FailureKind::Denied,
         Error::Generic { .. } => {
             let words = words(error);
-            // S3 answers 400 to a token that has run out.
+            // S3 answers 400 to a token that has run out, and to a HEAD it says no
+            // more than that. Of a list, the client does not tell what was refused.
             let refused = ["ExpiredToken", "InvalidToken", "TokenRefreshRequired", "InvalidAccessKeyId"];
-            if refused.iter().any(|code| words.contains(code)) {
+            let status = ["status code: 401", "status code: 403"];
+            let says_no_more = words.ends_with("status code: 400 Bad Request: ");
+            if says_no_more || refused.iter().chain(&status).any(|code| words.contains(code)) {
                 FailureKind::Denied
             } else if words.contains("NoSuchBucket") {
                 FailureKind::Invalid
