@@ -7,6 +7,7 @@
 //! alone, linked statically, and runs in any image; without a PID namespace of
 //! its own it serves the process runner as supervisor.
 
+mod services;
 mod session;
 mod sys;
 mod users;
@@ -32,6 +33,7 @@ const LISTENER: i32 = 3;
 pub(crate) struct Registry {
     waiting: Mutex<BTreeMap<i32, SyncSender<i32>>>,
     ending: AtomicBool,
+    pub(crate) services: Arc<services::Services>,
 }
 
 impl Registry {

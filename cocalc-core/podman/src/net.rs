@@ -241,6 +241,15 @@ impl Network {
         Ok(())
     }
 
+    /// What a project has received and sent over its cable, in bytes; `None`
+    /// without one.
+    pub(crate) fn traffic(&self, slot: u32) -> Option<(u64, u64)> {
+        let counters = Path::new("/sys/class/net").join(self.cable(slot)).join("statistics");
+        let count = |name: &str| fs::read_to_string(counters.join(name)).ok()?.trim().parse().ok();
+        // The host's end sends what the project receives.
+        Some((count("tx_bytes")?, count("rx_bytes")?))
+    }
+
     fn cable(&self, slot: u32) -> String {
         format!("{CABLE}{}{slot:x}", self.tag)
     }

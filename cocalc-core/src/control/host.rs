@@ -7,7 +7,9 @@ use cocalc_ids::{
 };
 use serde::{Deserialize, Serialize};
 
+use super::{BackupsCommand, BackupsReply};
 use crate::{
+    activity::{IdleReport, IdleSettings},
     router::HostAddress,
     runner::{Applied, Isolation, Limits, Status},
     snapshots::Policy,
@@ -185,6 +187,20 @@ pub enum HostCommand {
         /// Whether its files are counted, too, which takes long.
         count: bool,
     },
+    /// Something about its backups.
+    Backups {
+        /// Which project.
+        project: ProjectId,
+        /// Under which grant.
+        epoch: Epoch,
+        /// What.
+        what: BackupsCommand,
+    },
+    /// Say who uses it, why it runs, and until when.
+    Why {
+        /// Which project.
+        project: ProjectId,
+    },
     /// A step of a move.
     Move {
         /// Which move; the project's fence.
@@ -216,6 +232,8 @@ impl HostCommand {
             | Self::Clone { project, .. }
             | Self::Configure { project, .. }
             | Self::Usage { project, .. }
+            | Self::Backups { project, .. }
+            | Self::Why { project }
             | Self::Move { project, .. } => *project,
         }
     }
@@ -374,9 +392,16 @@ pub struct ProjectConfig {
     /// its host does.
     #[serde(default)]
     pub snapshots: Option<Policy>,
+    /// When it is backed up, and which backups are kept; `None` for what the
+    /// master's configuration says.
+    #[serde(default)]
+    pub backups: Option<crate::backups::Policy>,
     /// Extra environment variables.
     #[serde(default)]
     pub env: BTreeMap<String, String>,
+    /// When it is stopped for being idle, as its plan and its owner say.
+    #[serde(default)]
+    pub idle: IdleSettings,
     /// What its owner may ask for at most, as the operator says. What the owner
     /// leaves open is this as well.
     #[serde(default)]
@@ -440,6 +465,15 @@ pub enum HostReply {
     },
     /// What it is charged.
     Usage(UsageReport),
+    /// About its backups.
+    Backups {
+        /// Of which project.
+        project: ProjectId,
+        /// What.
+        answer: BackupsReply,
+    },
+    /// Who uses it.
+    Why(IdleReport),
     /// The receipt of a step of a move.
     Move {
         /// Which move.
@@ -589,6 +623,14 @@ pub enum ErrorCode {
     Invalid,
     /// It may work later.
     Unavailable,
+    /// The repository of backups cannot be reached.
+    RepositoryUnavailable,
+    /// The repository does not open with the key, or refuses the credentials.
+    RepositoryDenied,
+    /// The repository is damaged.
+    RepositoryDamaged,
+    /// Somebody ended it.
+    Cancelled,
     /// The backend failed.
     Failed,
 }

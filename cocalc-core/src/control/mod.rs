@@ -14,9 +14,13 @@
 //! may arrive twice. A reply that reports an effect is a receipt: it names the
 //! exact input.
 
+mod backups;
 mod host;
 mod peer;
 
+pub use backups::{
+    BackupAccess, BackupsCommand, BackupsOutcome, BackupsReply, BackupsWork, DrillAgainst, DrillReport,
+};
 pub use host::{
     Carried, CommandError, ErrorCode, HostCommand, HostReply, MoveCommand, MoveReply, ProjectConfig,
     ProjectReport, UsageReport,

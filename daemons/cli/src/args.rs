@@ -267,8 +267,26 @@ pub(crate) enum Project {
         #[arg(long)]
         to: String,
     },
-    /// Say why it runs, or why not.
+    /// Say why it runs, or why not, and when it will be stopped.
     Why { id: String },
+    /// Have it run on, whether it is used or not.
+    Keep {
+        id: String,
+        /// For how long from now, for instance 90m, 2h or 1d; 0 takes it back.
+        #[arg(long = "for", default_value = "2h", value_name = "TIME")]
+        time: String,
+    },
+    /// Show or change when it is stopped for being idle.
+    Idle {
+        id: String,
+        /// After how long without use, for instance 30m; `never`, or `default`
+        /// for what its plan or host does.
+        #[arg(long)]
+        timeout: Option<String>,
+        /// The longest that its plan permits; for administrators.
+        #[arg(long)]
+        plan: Option<String>,
+    },
     /// Show or change how it may be reached.
     Access {
         id: String,

@@ -2,7 +2,8 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
-use cocalc_core::{ids::HostName, runner::Network, snapshots::Policy};
+use cocalc_backup::Bounds;
+use cocalc_core::{activity::IdlePolicy, ids::HostName, runner::Network, snapshots::Policy};
 use serde::Deserialize;
 
 use crate::limits::HostLimits;
@@ -71,9 +72,90 @@ pub struct Config {
     /// What bounds the networks of its projects, whatever their own policies say.
     #[serde(default)]
     pub project_network: ProjectNetwork,
+    /// When idle projects are stopped, and what counts as use.
+    #[serde(default)]
+    pub idle: IdlePolicy,
     /// How much one user, one address and all of them may ask.
     #[serde(default)]
     pub limits: HostLimits,
+    /// How backups are made here. Where they go, and when they are made, the
+    /// master says.
+    #[serde(default)]
+    pub backups: BackupSettings,
+}
+
+/// How backups are made on a host.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq)]
+#[serde(default, deny_unknown_fields)]
+pub struct BackupSettings {
+    /// The program `cocalc-backup-worker`. Default: beside this program.
+    pub worker: Option<PathBuf>,
+    /// How many backups are made at once; 1 to 64. Default: 2.
+    pub jobs_max: u8,
+    /// How fast each reads from and writes to its repository, in bytes per
+    /// second. Default: 0, as fast as it goes.
+    pub bytes_per_sec: u64,
+    /// Most memory of one of them, in bytes; beyond it, it fails. Default: 1
+    /// GiB.
+    pub memory_bytes_max: u64,
+    /// Below which control group each gets one of its own, relative to the root
+    /// of the tree; none if empty. Default: `cocalc-backup`.
+    pub control_group: PathBuf,
+    /// The part of the processor that each gets where it is short, 1 to 10000,
+    /// where others have 100. Default: 20.
+    pub cpu_weight: u16,
+    /// The part of the disk, likewise. Default: 20.
+    pub io_weight: u16,
+}
+
+impl Default for BackupSettings {
+    fn default() -> Self {
+        let bounds = Bounds::default();
+        Self {
+            worker: None,
+            jobs_max: 2,
+            bytes_per_sec: 0,
+            memory_bytes_max: bounds.memory_bytes_max,
+            control_group: bounds.control_group.unwrap_or_default(),
+            cpu_weight: bounds.cpu_weight,
+            io_weight: bounds.io_weight,
+        }
+    }
+}
+
+impl BackupSettings {
+    pub(crate) fn bounds(&self) -> Bounds {
+        Bounds {
+            bytes_per_sec_max: (self.bytes_per_sec > 0).then_some(self.bytes_per_sec),
+            memory_bytes_max: self.memory_bytes_max,
+            control_group: Some(self.control_group.clone()).filter(|group| *group != PathBuf::new()),
+            cpu_weight: self.cpu_weight,
+            io_weight: self.io_weight,
+            ..Bounds::default()
+        }
+    }
+
+    fn validate(&self) -> Result<(), String> {
+        if !(1..=64).contains(&self.jobs_max) {
+            return Err("backups.jobs_max: 1 to 64".into());
+        }
+        if self.memory_bytes_max < 256 << 20 {
+            return Err("backups.memory_bytes_max: at least 268435456, 256 MiB".into());
+        }
+        if self.worker.as_ref().is_some_and(|path| !path.is_absolute()) {
+            return Err("backups.worker: an absolute path".into());
+        }
+        let plain = |part| matches!(part, std::path::Component::Normal(_));
+        if !self.control_group.components().all(plain) {
+            return Err("backups.control_group: relative to the root of the tree, without ..".into());
+        }
+        for (key, weight) in [("cpu_weight", self.cpu_weight), ("io_weight", self.io_weight)] {
+            if !(1..=10_000).contains(&weight) {
+                return Err(format!("backups.{key}: 1 to 10000"));
+            }
+        }
+        Ok(())
+    }
 }
 
 fn visits_per_sec() -> u16 {
@@ -179,6 +261,8 @@ impl Config {
         if !(1..=1000).contains(&self.snapshot_visits_per_sec) {
             return Err("snapshot_visits_per_sec: 1 to 1000".into());
         }
+        self.backups.validate()?;
+        self.idle.validate().map_err(|error| format!("idle.{error}"))?;
         self.limits.validate()
     }
 }
@@ -205,6 +289,7 @@ mod tests {
             ("name='alpha'", "name='Alpha'", "name"),
             ("data_dir='/a'", "data_dir='/v/a'", "data_dir"),
             ("data_dir='/a'", "data_dir='/a'\nundo_hours=9000", "undo_hours"),
+            ("runner='podman'", "runner='podman'\n[idle]\nsample_secs=0", "idle.sample_secs"),
         ] {
             let error = parse(&GOOD.replace(from, to)).unwrap_err();
             assert!(error.contains(key), "{error}");

@@ -7,7 +7,9 @@ use cocalc_auth::identity::Identity;
 use cocalc_auth_live::{
     AuditLog, AuditReport, DriverConfig, Knowledge, LimitedAuth, StreamDriver, TokenAuth,
 };
+use cocalc_auth_sealed::Opener;
 use cocalc_core::{
+    activity::{Metered, Meters, Source},
     auth::Auth,
     bus::Bus,
     clock::SystemClock,
@@ -18,6 +20,7 @@ use cocalc_core::{
     memory::router::LocalRouter,
     moves::host::MoveHost,
     router::{HostAddress, Router},
+    runner::Runner,
     snapshots::{Keeper, KeeperSettings},
     wake::Wake,
 };
@@ -35,8 +38,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     backends::Backends,
+    backups::{self, FromMaster},
     config::Config,
+    drill::Drill,
     endpoints::HostEndpoints,
+    idle::{self, Idle},
     inbox,
     inside_keys::VolumeKeys,
     lifecycle::Lifecycle,
@@ -116,6 +122,25 @@ impl Host {
             Arc::new(SystemClock),
             KeeperSettings { policy: config.snapshots, round_max: config.snapshot_visits_per_sec.into() },
         );
+        let opener = Opener::of(&identity);
+        let sealing_key = opener.announce(&identity);
+        let peer = Peer::Host(id);
+        let connect =
+            || cocalc_daemon::bus::connect(&config.master_url, &issuer, peer, Arc::clone(&identity));
+        let bus: Arc<dyn Bus> = Arc::new(connect().map_err(open("bus"))?);
+        let news = backups::News::default();
+        let from_master = FromMaster { host: id, bus: Arc::clone(&bus), ledger: ledger.clone(), opener };
+        let backups = backups::open(
+            &config,
+            ledger.clone(),
+            Arc::clone(&backends.storage),
+            keeper.clone(),
+            Arc::new(from_master),
+            Drill::open(id, Arc::clone(&backends.storage), Arc::clone(&backends.free_bytes)).await,
+            &news,
+            Arc::clone(&backends.free_bytes),
+        )
+        .await?;
         let lifecycle = Lifecycle::new(
             ledger.clone(),
             Arc::clone(&backends.storage),
@@ -123,7 +148,19 @@ impl Host {
             moves.clone(),
             keeper.clone(),
             Arc::new(move |digest| images.image(digest)),
-        );
+        )
+        .with_backups(backups.clone());
+        let meters = Meters::new(Arc::new(SystemClock));
+        let idle = Idle::new(idle::Parts {
+            policy: config.idle,
+            clock: Arc::new(SystemClock),
+            meters: meters.clone(),
+            ledger: ledger.clone(),
+            runner: Arc::clone(&backends.runner),
+            storage: Arc::clone(&backends.storage),
+            directory: make_dir(&data.join("activity"))?,
+        });
+        let lifecycle = lifecycle.idle(idle.clone());
         // Before anybody can ask for anything: what a crash cut off is ended.
         moves.recover().await;
 
@@ -140,10 +177,6 @@ impl Host {
         let auth: Arc<dyn Auth> =
             Arc::new(LimitedAuth::new(Arc::new(decides), Arc::new(SystemClock), config.limits.auth()));
 
-        let peer = Peer::Host(id);
-        let connect =
-            || cocalc_daemon::bus::connect(&config.master_url, &issuer, peer, Arc::clone(&identity));
-        let bus: Arc<dyn Bus> = Arc::new(connect().map_err(open("bus"))?);
         let keepalive: Arc<dyn Bus> = Arc::new(connect().map_err(open("bus"))?);
 
         let router: Arc<dyn Router> = Arc::new(LocalRouter::new(ledger.clone()));
@@ -164,6 +197,8 @@ impl Host {
             session: SessionId::random(),
             address: address.clone(),
             ssh_host_keys: ssh_keys.public(),
+            sealing_key,
+            backups: backups.clone(),
             backends: backends.clone(),
             lifecycle: lifecycle.clone(),
             moves: moves.clone(),
@@ -191,19 +226,22 @@ impl Host {
             knowledge: Arc::clone(&knowledge),
             connected: driver.connected(),
             keeper: keeper.clone(),
+            backups: backups.clone(),
             metrics: Metrics::default(),
             audit: audit.clone(),
         };
         let http =
             HostIngress::builder(id, Arc::clone(&auth), Arc::clone(&router), Arc::clone(&backends.runner))
                 .wake(Arc::clone(&wake))
+                .meters(meters.clone())
                 .endpoints(Arc::new(endpoints))
                 .served(served)
                 .https(address.url.starts_with("https://"))
                 .limits(config.limits.http())
                 .build();
-        let gate: Arc<dyn Gate> =
-            Arc::new(LocalGate::new(auth, router, Arc::new(Arc::clone(&backends.runner))).wake(wake));
+        let metered: Arc<dyn Runner> =
+            Arc::new(Metered::new(Arc::clone(&backends.runner), meters, Source::Ssh));
+        let gate: Arc<dyn Gate> = Arc::new(LocalGate::new(auth, router, Arc::new(metered)).wake(wake));
         let at_most = |limit: u32| usize::try_from(limit).unwrap_or(usize::MAX);
         let ssh = SshIngress::builder(Arc::clone(&gate), ssh_keys)
             .connections_max(at_most(config.limits.ssh_connections))
@@ -229,13 +267,24 @@ impl Host {
         let mut background = JoinSet::new();
         background.spawn(certified);
         background.spawn(inbox::serve(Arc::clone(&bus), id, lifecycle.clone()));
+        background.spawn(idle.run(peer, Arc::clone(&bus)));
         background.spawn(watch::space(peer, Arc::clone(&bus), backends.clone()));
         background.spawn(watch::streams(peer, Arc::clone(&bus), sending));
         background
             .spawn(watch::undo(moves.clone(), Duration::from_secs(config.undo_hours.saturating_mul(3600))));
-        background.spawn(watch::states(peer, bus, ledger.clone(), Arc::clone(&backends.runner), lifecycle));
+        background.spawn(watch::states(
+            peer,
+            Arc::clone(&bus),
+            ledger.clone(),
+            Arc::clone(&backends.runner),
+            lifecycle,
+        ));
         background.spawn(watch::departures(ledger.clone(), knowledge));
         background.spawn(keeper.run());
+        background.spawn(news.tell(id, Arc::clone(&bus)));
+        if let Some(backups) = backups {
+            background.spawn(backups.run());
+        }
         background.spawn(start_pending(ledger, moves));
 
         let shutdown = CancellationToken::new();

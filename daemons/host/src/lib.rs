@@ -19,9 +19,12 @@
 //! ```
 
 mod backends;
+mod backups;
 mod config;
+mod drill;
 mod endpoints;
 mod host;
+mod idle;
 mod inbox;
 mod inside_keys;
 mod lifecycle;
@@ -34,8 +37,11 @@ mod watch;
 
 pub use backends::Backends;
 pub use cocalc_daemon::start::Error;
-pub use config::{Config, Networks, ProjectNetwork, RunnerKind, StorageKind, UnenforceableLimits};
+pub use config::{
+    BackupSettings, Config, Networks, ProjectNetwork, RunnerKind, StorageKind, UnenforceableLimits,
+};
 pub use host::Host;
+pub use idle::{Busy, Idle};
 pub use lifecycle::Lifecycle;
 pub use limits::HostLimits;
 pub use startup::Startup;

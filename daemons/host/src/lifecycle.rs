@@ -12,7 +12,11 @@ use std::{
 };
 
 use cocalc_core::{
-    control::{CommandError, ErrorCode, HeldProject, HostCommand, HostReply, ProjectConfig, ProjectReport},
+    backups,
+    control::{
+        BackupsCommand, CommandError, ErrorCode, HeldProject, HostCommand, HostReply, ProjectConfig,
+        ProjectReport,
+    },
     grant::{Entry, Ledger},
     ids::{Epoch, ImageDigest, ProjectId, SnapshotName},
     moves::host::{MoveHost, runner_error, storage_error},
@@ -20,6 +24,8 @@ use cocalc_core::{
     snapshots::Keeper,
     storage::{self, Storage, VolumeOptions},
 };
+
+use crate::idle::Idle;
 
 use self::{
     files::{Comparison, Original},
@@ -41,6 +47,9 @@ pub struct Lifecycle {
     /// Why the last start of a project failed, until one succeeds.
     failures: Arc<Mutex<BTreeMap<ProjectId, String>>>,
     once: Arc<Once>,
+    /// Keeps the backups, if this host can make any.
+    backups: Option<backups::Keeper>,
+    idle: Option<Idle>,
 }
 
 impl fmt::Debug for Lifecycle {
@@ -68,7 +77,22 @@ impl Lifecycle {
             images,
             failures: Arc::default(),
             once: Arc::default(),
+            backups: None,
+            idle: None,
         }
+    }
+
+    /// The same, with a keeper of backups.
+    #[must_use]
+    pub fn with_backups(self, backups: Option<backups::Keeper>) -> Self {
+        Self { backups, ..self }
+    }
+
+    /// Knows who uses the projects. Default: nobody does.
+    #[must_use]
+    pub fn idle(mut self, idle: Idle) -> Self {
+        self.idle = Some(idle);
+        self
     }
 
     /// Carries out one command. Repeating it is harmless.
@@ -111,6 +135,8 @@ impl Lifecycle {
             }
             HostCommand::Configure { project, epoch, config } => self.configure(project, epoch, config).await,
             HostCommand::Usage { project, epoch, count } => self.usage(project, epoch, count).await,
+            HostCommand::Backups { project, epoch, what } => self.back_up(project, epoch, what).await,
+            HostCommand::Why { project } => self.why(project).await,
             HostCommand::Move { move_id, project, step } => {
                 return self.moves.execute(move_id, project, step).await;
             }
@@ -218,7 +244,12 @@ impl Lifecycle {
         let _turn = self.ledger.turn(project).await;
         let entry = self.ledger.permit(project, epoch)?;
         self.runner.stop(project, grace).await.map_err(runner_error)?;
+        let idle = self.idle.as_ref().and_then(|idle| idle.stopped(project));
         self.keeper.stopped(&entry).await;
+        // A stop waits for its snapshot; the backup follows.
+        if let Some(backups) = &self.backups {
+            backups.stopped(&entry).await;
+        }
         // The next start finds everything prepared.
         let (moves, runner) = (self.moves.clone(), Arc::clone(&self.runner));
         if let Ok(spec) = moves.spec(&entry).await
@@ -226,13 +257,29 @@ impl Lifecycle {
         {
             tracing::warn!(%project, error = %cocalc_core::chain(&error), "cannot prepare the next start");
         }
-        self.report(project, vec![]).await.map(HostReply::Project)
+        let mut report = self.report(project, vec![]).await?;
+        if let Some(reason) = idle {
+            report.status.reason.get_or_insert(reason);
+        }
+        Ok(HostReply::Project(report))
+    }
+
+    /// Who uses a project, and until when it runs.
+    async fn why(&self, project: ProjectId) -> Result<HostReply, CommandError> {
+        match &self.idle {
+            Some(idle) => idle.report(project).await.map(HostReply::Why).map_err(runner_error),
+            None => {
+                let message = "this host does not watch who uses its projects".to_owned();
+                Err(CommandError { code: ErrorCode::Unavailable, message })
+            }
+        }
     }
 
     async fn delete(&self, project: ProjectId, epoch: Epoch) -> Result<HostReply, CommandError> {
         let _turn = self.ledger.turn(project).await;
         // The grant goes first: from here on nothing starts it again.
         self.ledger.delete(project, epoch).await?;
+        self.leave_backups(project).await;
         self.runner.remove(project).await.map_err(runner_error)?;
         self.storage.delete(project).await.map_err(storage_error)?;
         self.ledger.free_slot(project).await?;
@@ -249,10 +296,35 @@ impl Lifecycle {
             let message = format!("this host holds project {project}, or expects it; it does not forget it");
             return Err(CommandError { code: ErrorCode::StaleEpoch, message });
         }
+        self.leave_backups(project).await;
         self.runner.remove(project).await.map_err(runner_error)?;
         self.storage.delete(project).await.map_err(storage_error)?;
         self.ledger.free_slot(project).await?;
         Ok(HostReply::Deleted { project, epoch })
+    }
+
+    /// Nothing of the project is read any more, nor known of its backups.
+    async fn leave_backups(&self, project: ProjectId) {
+        if let Some(backups) = &self.backups {
+            backups.leave(project).await;
+            backups.forget(project).await;
+        }
+    }
+
+    /// Not in the project's turn, which a backup takes by itself for as long as
+    /// it needs it.
+    async fn back_up(
+        &self,
+        project: ProjectId,
+        epoch: Epoch,
+        what: BackupsCommand,
+    ) -> Result<HostReply, CommandError> {
+        let Some(backups) = &self.backups else {
+            let message = "this host makes no backups: it has no cocalc-backup-worker".to_owned();
+            return Err(CommandError { code: ErrorCode::Failed, message });
+        };
+        let answer = backups.execute(project, epoch, what).await?;
+        Ok(HostReply::Backups { project, answer })
     }
 
     async fn snapshot(
@@ -280,8 +352,15 @@ impl Lifecycle {
         name: &SnapshotName,
     ) -> Result<HostReply, CommandError> {
         let _turn = self.ledger.turn(project).await;
-        self.ledger.permit(project, epoch)?;
+        let entry = self.ledger.permit(project, epoch)?;
         self.storage.delete_snapshot(project, name).await.map_err(storage_error)?;
+        // The end of a restore from a backup, for which it was given room.
+        if backups::is_fetched(name)
+            && let Some(backups) = &self.backups
+            && !backups.settle_limit(project, self.keeper.limit_bytes(&entry.config)).await
+        {
+            tracing::info!(%project, "it keeps the room of its restore: the state before takes it");
+        }
         Ok(HostReply::Snapshots { project, snapshots: vec![] })
     }
 

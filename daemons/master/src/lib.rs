@@ -26,6 +26,7 @@
 pub mod accounts;
 mod admin;
 mod api;
+mod backups;
 mod bus;
 mod config;
 mod limits;
@@ -53,6 +54,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::{
     accounts::Accounts,
+    backups::Backups,
     bus::{gate, peers::Peers, streams::Streams},
     limits::Limits,
     oidc::Oidc,
@@ -62,7 +64,11 @@ use self::{
     signing::Signing,
     ssh_ca::SshCa,
 };
-pub use self::{config::Config, oidc::OidcConfig};
+pub use self::{
+    backups::{BackupsConfig, Layout},
+    config::Config,
+    oidc::OidcConfig,
+};
 
 /// How long a connection to the bus may take to sign in.
 const SIGN_IN_LIMIT: Duration = Duration::from_secs(10);
@@ -157,6 +163,13 @@ impl Master {
         let address = listener.local_addr().map_err(listen)?;
         let issuer = config.public_url.clone().unwrap_or_else(|| format!("http://{address}"));
 
+        let backups = match config.backups.clone() {
+            Some(own) => {
+                let opened = Backups::open(own, &config.data_dir, store.clone(), clock.clone());
+                Some(opened.map_err(unusable)?)
+            }
+            None => None,
+        };
         let oidc = Oidc::new(&config.oidc, &issuer).map_err(Error::Config)?;
         let gate = gate::Gate::new(issuer.clone(), store.clone(), clock.clone());
         // Hosts and proxies sign in at once; others have no business here.
@@ -174,6 +187,8 @@ impl Master {
             audit,
             accounts,
             oidc,
+            backups,
+            untold: std::sync::Mutex::default(),
             settings: config.settings(),
             store,
             issuer,
@@ -190,6 +205,7 @@ impl Master {
         tasks.spawn(receipts::tend(shared.clone()));
         tasks.spawn(bus::serve::serve(shared.clone()));
         tasks.spawn(bus::announce::tend_keys(shared.clone()));
+        tasks.spawn(backups::keep_tending(shared.clone()));
         shared.resume().await.map_err(|error| database(error.into()))?;
         let router = server::router(api::router(shared.clone()), broker.clone(), closing.clone());
         let server = tokio::spawn(server::serve(

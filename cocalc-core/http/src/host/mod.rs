@@ -22,6 +22,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use cocalc_core::{
     BoxError,
+    activity::{Meter, Meters},
     auth::{Auth, Context, Credential, Decision, Denial, Principal, Tier, Via},
     ids::{Action, HostId, ProjectId, Scope},
     router::{self, Reach, Router},
@@ -84,6 +85,7 @@ pub struct HostIngressBuilder {
     wake: Option<Arc<dyn Wake>>,
     endpoints: Option<Arc<dyn Endpoints>>,
     bus: Option<Arc<dyn BusEndpoint>>,
+    meters: Option<Meters>,
     served: Served,
     https: bool,
     limits: Limits,
@@ -112,6 +114,7 @@ struct Inner {
     wake: Option<Arc<dyn Wake>>,
     endpoints: Option<Arc<dyn Endpoints>>,
     bus: Option<Arc<dyn BusEndpoint>>,
+    meters: Option<Meters>,
     served: Served,
     /// What proxies call this host, on connections of their own.
     internal: Served,
@@ -143,6 +146,7 @@ impl HostIngress {
             wake: None,
             endpoints: None,
             bus: None,
+            meters: None,
             served: Served::new(),
             https: false,
             limits: Limits::default(),
@@ -234,6 +238,12 @@ impl HostIngressBuilder {
         self
     }
 
+    /// Notes who uses which project. Default: nobody does.
+    pub fn meters(mut self, meters: Meters) -> Self {
+        self.meters = Some(meters);
+        self
+    }
+
     /// Bounds. Default: [`Limits::default`].
     pub fn limits(mut self, limits: Limits) -> Self {
         self.limits = limits;
@@ -252,6 +262,7 @@ impl HostIngressBuilder {
             wake: self.wake,
             endpoints: self.endpoints,
             bus: self.bus,
+            meters: self.meters,
             served: self.served,
             internal: view::internal(),
             https: self.https,
@@ -413,6 +424,11 @@ impl Inner {
             response.headers_mut().insert("cocalc-tier", grace);
         }
         Ok(response)
+    }
+
+    /// Where the use of a project is noted. For authorized users only.
+    fn meter(&self, project: ProjectId) -> Option<Meter> {
+        self.meters.as_ref().map(|meters| meters.meter(project))
     }
 
     /// Proves who shows a credential for `project`.

@@ -248,8 +248,15 @@ impl Runner for Podman {
     }
 
     async fn stats(&self, project: ProjectId) -> Result<Stats> {
-        let (_, running) = self.shared.running(project)?;
-        blocking("measure", project, move || Ok::<_, std::io::Error>(running.groups.stats())).await
+        let (entry, running) = self.shared.running(project)?;
+        let slot = entry.view().slot;
+        let network = self.shared.network.clone();
+        blocking("measure", project, move || {
+            let (received_bytes, sent_bytes) =
+                slot.and_then(|slot| network.traffic(slot)).unwrap_or_default();
+            Ok::<_, std::io::Error>(Stats { received_bytes, sent_bytes, ..running.groups.stats() })
+        })
+        .await
     }
 
     async fn set_limits(&self, project: ProjectId, limits: &Limits) -> Result<Applied> {

@@ -8,6 +8,7 @@
 mod access;
 mod account;
 mod audit;
+mod backup;
 mod idempotency;
 mod login;
 mod member;
@@ -28,11 +29,12 @@ pub use self::{
     access::ProjectAccess,
     account::Account,
     audit::{AUDIT_DAYS_MAX, AuditHead, AuditHeads},
+    backup::{BackupKey, BackupRepository, Tending},
     idempotency::Remembered,
     login::Identity,
     member::Member,
     moves::{MoveChange, MoveRow, MoveSaved, NewMove},
-    operation::{Ended, Event, Job, Operation, OperationState, Outcome},
+    operation::{Ended, Event, Job, Operation, OperationState, Outcome, RestoreTo},
     peer::{Host, Joining, Proxy, Registration},
     project::{NewProject, Project, ProjectState},
     receipt::{Settled, StoredHolder, StoredReceipt},
@@ -50,6 +52,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("schema_access.sql"),
     include_str!("schema_audit.sql"),
     include_str!("schema_ssh.sql"),
+    include_str!("schema_backups.sql"),
 ];
 
 /// The master's database.

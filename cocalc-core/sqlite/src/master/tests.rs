@@ -429,6 +429,7 @@ fn free_space_is_what_the_host_said_last() {
             unenforced: vec![],
         },
         images: vec![],
+        sealing_key: None,
         free_bytes: 5,
     };
     let registration = Registration {

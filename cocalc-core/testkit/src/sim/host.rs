@@ -457,6 +457,14 @@ impl Storage for Site {
         Ok(world.machines[self.host].snapshots.iter().map(|(n, f)| listed(project, n, *f)).collect())
     }
 
+    async fn snapshot_path(
+        &self,
+        _project: ProjectId,
+        _name: &SnapshotName,
+    ) -> storage::Result<Option<std::path::PathBuf>> {
+        Ok(None)
+    }
+
     async fn delete_snapshot(&self, project: ProjectId, name: &SnapshotName) -> storage::Result<()> {
         self.storage_fault(project, "delete")?;
         self.effect("deletes a snapshot", |w| w.machines[self.host].snapshots.remove(name)).await;
@@ -602,6 +610,14 @@ impl Storage for Site {
             left_out: Vec::new(),
         };
         Ok(SendStream { header, reader })
+    }
+
+    async fn stage(
+        &self,
+        _project: ProjectId,
+        _name: &SnapshotName,
+    ) -> storage::Result<Box<dyn storage::Staged>> {
+        Err(storage::Error::Unsupported { backend: "simulated", operation: "take files: it has none" })
     }
 
     async fn receive(&self, header: &SendHeader, mut stream: BoxRead) -> storage::Result<Snapshot> {

@@ -61,6 +61,27 @@ pub(super) fn run(api: &Api, output: Output, verb: Project) -> Result<ExitCode, 
         Project::Limits(asked) => super::limits::limits(api, output, &asked)?,
         Project::Isolation(asked) => super::limits::isolation(api, output, &asked)?,
         Project::Why { id } => print(output, &api.get(&format!("/projects/{id}/why"))?, &["state", "reason"]),
+        Project::Keep { id, time } => {
+            let secs = seconds(&time).ok_or_else(|| not_a_time("--for", &time))?;
+            let answer = api.post(&format!("/projects/{id}/keep"), &json!({ "for_secs": secs }))?;
+            print(output, &answer, &["keep_until"]);
+        }
+        Project::Idle { id, timeout, plan } => {
+            let path = format!("/projects/{id}/idle");
+            let mut body = json!({});
+            for (name, option, text) in
+                [("timeout_secs", "--timeout", timeout), ("plan_secs", "--plan", plan)]
+            {
+                let Some(text) = text else { continue };
+                body[name] = match text.as_str() {
+                    "default" => Value::Null,
+                    "never" => 0.into(),
+                    text => seconds(text).ok_or_else(|| not_a_time(option, text))?.into(),
+                };
+            }
+            let answer = if body == json!({}) { api.get(&path)? } else { api.patch(&path, &body)? };
+            print(output, &answer, &["timeout_secs", "plan_secs", "keep_until"]);
+        }
         Project::Token { id, scopes, ttl, once } => {
             let mut body = json!({});
             if !scopes.is_empty() {
@@ -151,6 +172,23 @@ pub(super) fn run(api: &Api, output: Output, verb: Project) -> Result<ExitCode, 
     Ok(ExitCode::SUCCESS)
 }
 
+fn not_a_time(option: &str, text: &str) -> Failure {
+    let message = format!("{option}: {text:?} is no time; expected for instance 90s, 30m, 2h or 1d");
+    Failure::new(Exit::Usage, message)
+}
+
+/// A time in seconds: a number with `s`, `m`, `h` or `d` behind it, or seconds.
+fn seconds(text: &str) -> Option<u64> {
+    let (number, unit) = match text.char_indices().last()? {
+        (at, 's') => (&text[..at], 1),
+        (at, 'm') => (&text[..at], 60),
+        (at, 'h') => (&text[..at], 3600),
+        (at, 'd') => (&text[..at], 86_400),
+        _ => (text, 1),
+    };
+    number.parse::<u64>().ok()?.checked_mul(unit)
+}
+
 /// What is to be changed of how a project may be reached.
 fn access(
     ports: Option<Vec<String>>,
@@ -238,6 +276,16 @@ pub(super) fn text(value: &Value, key: &str) -> Result<String, Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn times_have_units() {
+        for (text, secs) in [("90", 90), ("90s", 90), ("30m", 1800), ("2h", 7200), ("1d", 86_400), ("0", 0)] {
+            assert_eq!(seconds(text), Some(secs));
+        }
+        for wrong in ["", "h", "-1h", "2w", "1.5h", "99999999999999999999d"] {
+            assert_eq!(seconds(wrong), None, "{wrong}");
+        }
+    }
 
     #[test]
     fn a_place_is_a_project_and_a_path() {

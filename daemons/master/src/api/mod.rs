@@ -2,6 +2,7 @@
 
 mod access;
 mod accounts;
+mod backups;
 mod caller;
 mod connect;
 mod document;
@@ -9,6 +10,7 @@ mod files;
 mod health;
 mod hosts;
 mod identities;
+mod idle;
 mod input;
 mod keys;
 mod login;
@@ -20,6 +22,7 @@ mod problem;
 mod project_limits;
 mod projects;
 mod receipts;
+mod restores;
 mod scope;
 mod snapshots;
 mod ssh_ca;
@@ -61,9 +64,12 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
         .merge(members::routes())
         .merge(snapshots::routes())
         .merge(files::routes())
+        .merge(backups::routes())
+        .merge(idle::routes())
         .merge(ssh_keys::routes())
         .merge(ssh_ca::routes())
         .merge(hosts::routes())
+        .merge(restores::routes())
         .merge(operations::routes())
         .merge(keys::routes())
         .merge(receipts::routes())

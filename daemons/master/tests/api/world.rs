@@ -354,6 +354,7 @@ impl Host {
                     unenforced: vec![],
                 },
                 images: vec![],
+                sealing_key: None,
                 free_bytes: 1 << 40,
             }),
             held: vec![],
