@@ -17,7 +17,9 @@ use tokio::{
 
 use super::{Meter, Meters, Source, Tap, Use, Warning};
 use crate::{
-    runner::{Applied, Capabilities, ExecRequest, Limits, Process, ProjectSpec, Result, Runner, Stats, Status},
+    runner::{
+        Applied, Capabilities, ExecRequest, Limits, Process, ProjectSpec, Result, Runner, Stats, Status,
+    },
     stream::{BoxRead, BoxStream, BoxWrite},
 };
 
@@ -97,6 +99,10 @@ impl Runner for Metered {
 
     async fn stats(&self, project: ProjectId) -> Result<Stats> {
         self.runner.stats(project).await
+    }
+
+    async fn set_limits(&self, project: ProjectId, limits: &Limits) -> Result<Applied> {
+        self.runner.set_limits(project, limits).await
     }
 
     async fn logs(&self, project: ProjectId, lines: usize) -> Result<String> {

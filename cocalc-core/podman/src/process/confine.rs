@@ -6,6 +6,7 @@
 //! abstract sockets what is not below its supervisor.
 
 use std::{
+    ffi::{OsStr, OsString},
     io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
@@ -51,6 +52,8 @@ pub(crate) struct Confinement {
     pub(crate) ruleset: Option<OwnedFd>,
     /// Whether `/tmp` may be used.
     pub(crate) temporary: bool,
+    /// What may be read; nothing is known of that without a ruleset.
+    open: Vec<PathBuf>,
 }
 
 impl Confinement {
@@ -58,8 +61,24 @@ impl Confinement {
     /// and of other projects, wherever they are. `program` is what is started.
     pub(crate) fn new(home: &Path, private: &[PathBuf], program: &Path) -> io::Result<Self> {
         let temporary = !private.iter().any(|path| path.starts_with(TEMPORARY));
-        let made = ruleset(home, private, program, temporary).map_err(io::Error::other)?;
-        Ok(Self { ruleset: made, temporary })
+        let mut open = Vec::new();
+        for directory in SYSTEM {
+            around(Path::new(directory), private, &mut open);
+        }
+        let ruleset = ruleset(home, &open, program, temporary).map_err(io::Error::other)?;
+        open.push(home.to_owned());
+        Ok(Self { ruleset, temporary, open })
+    }
+
+    /// Of a search path, what may be read: programs in the home of the host's own
+    /// user would hide those that can be run.
+    pub(crate) fn search_path(&self, path: &OsStr) -> OsString {
+        let readable = |directory: &PathBuf| {
+            let resolved = directory.canonicalize().unwrap_or_default();
+            self.ruleset.is_none() || self.open.iter().any(|open| resolved.starts_with(open))
+        };
+        // What was split can be joined.
+        std::env::join_paths(std::env::split_paths(path).filter(readable)).unwrap_or_default()
     }
 }
 
@@ -74,16 +93,12 @@ pub(crate) fn available() -> bool {
 
 fn ruleset(
     home: &Path,
-    private: &[PathBuf],
+    open: &[PathBuf],
     program: &Path,
     temporary: bool,
 ) -> Result<Option<OwnedFd>, RulesetError> {
     let all: BitFlags<AccessFs> = AccessFs::from_all(NEWEST);
     let read = AccessFs::from_read(NEWEST);
-    let mut open = Vec::new();
-    for directory in SYSTEM {
-        around(Path::new(directory), private, &mut open);
-    }
     let mut written = vec![home.to_owned(), PathBuf::from(DEVICES)];
     if temporary {
         written.push(TEMPORARY.into());

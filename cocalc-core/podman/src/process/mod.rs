@@ -4,8 +4,11 @@
 mod confine;
 mod tree;
 
+pub(crate) use confine::available as landlock;
+
 use std::{
     collections::BTreeMap,
+    ffi::OsString,
     fs,
     io::{self, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
@@ -301,6 +304,7 @@ impl Shared {
         let mut private = vec![self.state_dir.clone()];
         private.extend(volume.parent().map(Path::to_owned));
         let confinement = confine::Confinement::new(&home, &private, &self.helper)?;
+        let path = std::env::var_os("PATH").map(|path| confinement.search_path(&path));
         kernel::confine(command.as_std_mut(), confinement.ruleset, spec.limits.nofile);
         let child = command.spawn()?;
         drop(command);
@@ -314,8 +318,10 @@ impl Shared {
             fs::create_dir_all(&temporary)?;
             env.entry("TMPDIR".into()).or_insert_with(|| temporary.display().to_string());
         }
-        for name in ["PATH", "USER", "LOGNAME"] {
-            if let Ok(value) = std::env::var(name) {
+        let inherited =
+            [("PATH", path), ("USER", std::env::var_os("USER")), ("LOGNAME", std::env::var_os("LOGNAME"))];
+        for (name, value) in inherited {
+            if let Some(Ok(value)) = value.map(OsString::into_string) {
                 env.entry(name.into()).or_insert(value);
             }
         }

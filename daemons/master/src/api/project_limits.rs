@@ -25,9 +25,9 @@ const LIMIT: Duration = Duration::from_secs(20);
 
 pub(super) fn routes() -> OpenApiRouter<Arc<Shared>> {
     OpenApiRouter::new()
-        .routes(routes!(show, set))
-        .routes(routes!(set_max))
-        .routes(routes!(show_isolation, set_isolation))
+        .routes(routes!(limits, set_limits))
+        .routes(routes!(set_limits_max))
+        .routes(routes!(isolation, set_isolation))
 }
 
 /// What a project may use. Numbers of bytes, of thousandths of a core, of
@@ -52,7 +52,7 @@ struct LimitsView {
 /// Shows what a project may use.
 #[utoipa::path(get, path = "/projects/{id}/limits", tag = "projects", params(("id" = String, Path)),
     responses((status = 200, body = LimitsView), (status = "default", body = Problem)))]
-async fn show(
+async fn limits(
     State(shared): State<Arc<Shared>>,
     caller: Caller,
     Id(id): Id<ProjectId>,
@@ -126,7 +126,7 @@ pub(super) fn within(limits: &Limits, max: &Limits) -> Answer<()> {
 #[utoipa::path(put, path = "/projects/{id}/limits", tag = "projects", params(("id" = String, Path)),
     request_body(content = Object),
     responses((status = 200, body = LimitsView), (status = "default", body = Problem)))]
-async fn set(
+async fn set_limits(
     State(shared): State<Arc<Shared>>,
     caller: Caller,
     Id(id): Id<ProjectId>,
@@ -145,7 +145,7 @@ async fn set(
 #[utoipa::path(put, path = "/projects/{id}/limits-max", tag = "projects", params(("id" = String, Path)),
     request_body(content = Object),
     responses((status = 200, body = LimitsView), (status = "default", body = Problem)))]
-async fn set_max(
+async fn set_limits_max(
     State(shared): State<Arc<Shared>>,
     caller: Caller,
     Id(id): Id<ProjectId>,
@@ -217,7 +217,7 @@ impl From<ProjectConfig> for IsolationView {
 /// Shows how a project is kept apart.
 #[utoipa::path(get, path = "/projects/{id}/isolation", tag = "projects", params(("id" = String, Path)),
     responses((status = 200, body = IsolationView), (status = "default", body = Problem)))]
-async fn show_isolation(
+async fn isolation(
     State(shared): State<Arc<Shared>>,
     caller: Caller,
     Id(id): Id<ProjectId>,
