@@ -17,7 +17,7 @@ packages=(
 case $goal in
   demo) ;;
   test) packages+=(
-          attr curl openssh-server python3-cryptography python3-jwt python3-venv restic rsync
+          attr busybox-static curl docker-registry openssh-server python3-cryptography python3-jwt python3-venv restic rsync
         ) ;;
   bench) packages+=(curl nginx-light openssh-server rsync wrk) ;;
   *) echo "setup.sh: unknown goal $goal" >&2; exit 2 ;;

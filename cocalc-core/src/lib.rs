@@ -16,6 +16,7 @@
 //! | [`snapshots`] | automatic snapshots: schedule, retention, and the keeper that does it |
 //! | [`memory`] | strict in-memory backends, for tests and for embedders' tests |
 
+pub mod admission;
 pub mod auth;
 pub mod backups;
 pub mod bus;
@@ -24,6 +25,7 @@ pub mod connector;
 pub mod control;
 pub mod error;
 pub mod grant;
+pub mod images;
 pub mod memory;
 pub mod moves;
 pub mod router;

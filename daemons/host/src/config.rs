@@ -6,7 +6,7 @@ use cocalc_backup::Bounds;
 use cocalc_core::{ids::HostName, snapshots::Policy};
 use serde::Deserialize;
 
-use crate::limits::HostLimits;
+use crate::{images::ImageSettings, limits::HostLimits};
 
 /// What a host is told. Every key is also `COCALC_HOST_<KEY>`.
 #[derive(Clone, Debug, Deserialize)]
@@ -67,6 +67,9 @@ pub struct Config {
     /// How much one user, one address and all of them may ask.
     #[serde(default)]
     pub limits: HostLimits,
+    /// How this host comes by images, and when they go.
+    #[serde(default)]
+    pub images: ImageSettings,
     /// How backups are made here. Where they go, and when they are made, the
     /// master says.
     #[serde(default)]
@@ -193,6 +196,7 @@ impl Config {
             return Err("snapshot_visits_per_sec: 1 to 1000".into());
         }
         self.backups.validate()?;
+        self.images.validate()?;
         self.limits.validate()
     }
 }

@@ -27,6 +27,7 @@ pub mod accounts;
 mod admin;
 mod api;
 mod backups;
+mod images;
 mod bus;
 mod config;
 mod limits;
@@ -186,6 +187,7 @@ impl Master {
             audit,
             accounts,
             oidc,
+            images: images::Images::default(),
             backups,
             settings: config.settings(),
             store,

@@ -1,7 +1,7 @@
 //! Long-running operations, each of which is the fence of its project.
 
 use cocalc_core::{control::ProjectReport, storage::Place};
-use cocalc_ids::{AccountId, HostId, OperationId, ProjectId, SnapshotName, Timestamp, TreePath};
+use cocalc_ids::{AccountId, HostId, ImageDigest, OperationId, ProjectId, SnapshotName, Timestamp, TreePath};
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -70,6 +70,13 @@ pub enum Job {
         /// Of which snapshot; of its present state if `None`.
         name: Option<SnapshotName>,
     },
+    /// Gives it another image.
+    SetImage {
+        /// Which.
+        image: ImageDigest,
+        /// Whether it is stopped and started for that if it runs.
+        restart: bool,
+    },
     /// Moves it to another host.
     Move {
         /// Where to.
@@ -110,6 +117,7 @@ impl Job {
             Self::RestorePath { .. } => "restore_path",
             Self::Copy { .. } => "copy",
             Self::Clone { .. } => "clone",
+            Self::SetImage { .. } => "set_image",
             Self::Move { .. } => "move",
             Self::BackUp => "back_up",
             Self::ForgetBackups { .. } => "forget_backups",
@@ -132,6 +140,7 @@ impl Job {
             | Self::RestoreSnapshot { .. }
             | Self::RestorePath { .. }
             | Self::Copy { .. }
+            | Self::SetImage { .. }
             | Self::BackUp
             | Self::ForgetBackups { .. }
             | Self::PruneBackups

@@ -10,6 +10,7 @@ mod files;
 mod health;
 mod hosts;
 mod identities;
+mod images;
 mod input;
 mod keys;
 mod login;
@@ -61,6 +62,7 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
         .merge(snapshots::routes())
         .merge(files::routes())
         .merge(backups::routes())
+        .merge(images::routes())
         .merge(ssh_keys::routes())
         .merge(ssh_ca::routes())
         .merge(hosts::routes())

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::{Json, extract::State};
 use cocalc_core::{connector::Peer, control::ProjectConfig, runner::Limits};
-use cocalc_ids::{Action, ImageDigest, OperationId, ProjectId};
+use cocalc_ids::{Action, OperationId, ProjectId};
 use cocalc_sqlite::master::{Job, Project, ProjectState};
 use http::StatusCode;
 use serde::{Deserialize, Serialize};
@@ -13,7 +13,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
     caller::Caller,
-    files, hosts,
+    files, hosts, images,
     input::{Asked, Body, Id, clean_name},
     problem::{Answer, Problem},
     view::{Begun, ProjectView, time},
@@ -49,9 +49,8 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Shared>> {
 #[serde(deny_unknown_fields)]
 struct NewProject {
     name: String,
-    /// The digest of its image; default: its host's default.
-    #[schema(value_type = Option<String>)]
-    image: Option<ImageDigest>,
+    /// The digest or the name of its image; default: its host's default.
+    image: Option<String>,
     /// The host, by id or name; default: the master chooses.
     host: Option<String>,
     /// What it may use: `memory_bytes`, `cpu_millis`, `pids`, `nofile`.
@@ -79,7 +78,8 @@ async fn create(
         Some(host) => Some(hosts::find(&shared, host).await?.id),
         None => None,
     };
-    let needs = Needs { image: new.image, quota_bytes: new.quota_bytes, only };
+    let image = new.image.as_deref().map(|image| images::resolve(&shared, image)).transpose()?;
+    let needs = Needs { image, quota_bytes: new.quota_bytes, only };
     let candidates = candidates(&shared).await?;
     let host = place(&candidates, &needs).map_err(|reason| match reason {
         NoPlace::NoHost | NoPlace::NotAlive => Problem::unavailable("no_host", reason.to_string()),
@@ -89,7 +89,7 @@ async fn create(
     // layer belongs to the image it was made on, wherever it moves.
     let default = || candidates.iter().find(|one| one.host == host)?.images.first().copied();
     let config = ProjectConfig {
-        image: new.image.or_else(default),
+        image: image.or_else(default),
         limits: new.limits,
         quota_bytes: new.quota_bytes,
         ..ProjectConfig::default()
