@@ -18,6 +18,7 @@
 //! | [`memory`] | strict in-memory backends, for tests and for embedders' tests |
 
 pub mod activity;
+pub mod admission;
 pub mod auth;
 pub mod backups;
 pub mod bus;
@@ -26,6 +27,7 @@ pub mod connector;
 pub mod control;
 pub mod error;
 pub mod grant;
+pub mod images;
 pub mod memory;
 pub mod moves;
 pub mod router;

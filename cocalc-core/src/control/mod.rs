@@ -6,6 +6,7 @@
 //! | subject | who publishes | what |
 //! |---|---|---|
 //! | `host.<id>.inbox` | master, as a request | [`HostCommand`] → [`HostReply`] |
+//! | `host.<id>.images` | master, as a request | [`ImageRequest`] → [`ImageReply`] |
 //! | `host.<id>.stream`, `proxy.<id>.stream` | master | frames of the ordered stream (`cocalc-auth`) |
 //! | `master.host.<id>.api`, `master.proxy.<id>.api` | that peer, as a request | [`PeerRequest`] → [`PeerReply`] |
 //! | `master.host.<id>.keepalive`, `master.proxy.<id>.keepalive` | that peer, as a request, on a connection of its own | [`Keepalive`] → [`KeepaliveReply`] |
@@ -16,6 +17,7 @@
 
 mod backups;
 mod host;
+mod images;
 mod peer;
 
 pub use backups::{
@@ -25,6 +27,7 @@ pub use host::{
     Carried, CommandError, ErrorCode, HostCommand, HostReply, MoveCommand, MoveReply, ProjectConfig,
     ProjectReport, UsageReport,
 };
+pub use images::{ImageReply, ImageReport, ImageRequest, ImageTask};
 pub use peer::{
     Capabilities, HeldProject, Keepalive, KeepaliveReply, PeerReply, PeerRequest, Register, Registered,
     Settings,
@@ -40,6 +43,11 @@ pub const FRAME_BYTES_MAX: usize = 256 * 1024;
 /// Where the master sends commands to a host.
 pub fn inbox_subject(host: HostId) -> String {
     format!("host.{host}.inbox")
+}
+
+/// Where the master asks a host about its images.
+pub fn images_subject(host: HostId) -> String {
+    format!("host.{host}.images")
 }
 
 /// Where a peer receives its ordered stream.

@@ -5,7 +5,7 @@ use cocalc_ids::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{BackupAccess, ProjectReport};
+use super::{BackupAccess, ImageReport, ProjectReport};
 use crate::{
     backups::{Policy, Status},
     router::HostAddress,
@@ -61,6 +61,12 @@ pub enum PeerRequest {
         estimated_bytes: u64,
         /// How many a second, lately.
         bytes_per_sec: u64,
+    },
+    /// The images that are here now, the default first. Hosts, after each
+    /// registration and when something has changed.
+    Images {
+        /// All of them.
+        images: Vec<ImageReport>,
     },
     /// A place and key for a job at a repository of backups. Hosts.
     BackupAccess(BackupAccess),

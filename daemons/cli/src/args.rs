@@ -62,6 +62,9 @@ pub(crate) enum Command {
     /// Snapshots of a project.
     #[command(subcommand)]
     Snapshot(Snapshot),
+    /// Images: the root file systems that projects are made from.
+    #[command(subcommand)]
+    Image(Image),
     /// Project-hosts.
     #[command(subcommand)]
     Host(Host),
@@ -177,7 +180,7 @@ pub(crate) enum Project {
         /// On this host; otherwise the master chooses.
         #[arg(long)]
         host: Option<String>,
-        /// With this image, by digest; otherwise the host's default.
+        /// With this image, by name or digest; otherwise the host's default.
         #[arg(long)]
         image: Option<String>,
         /// Start it, too.
@@ -335,12 +338,107 @@ pub(crate) enum Project {
         #[arg(long)]
         snapshot: Option<String>,
     },
+    /// Show its image, or give it another. Its home stays; what was installed
+    /// on the former image is there again when it goes back to that.
+    Image {
+        id: String,
+        /// The image, by name or digest.
+        #[arg(long)]
+        set: Option<String>,
+        /// Stop and start it for that if it runs.
+        #[arg(long, requires = "set")]
+        restart: bool,
+    },
     /// Say what it takes, and what it may.
     Usage {
         id: String,
         /// Count its files, too: what is its own, and what is shared.
         #[arg(long)]
         du: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Image {
+    /// List them, and on how many hosts they are.
+    List,
+    /// Have a host pull one from a registry.
+    Pull {
+        /// With its registry, for instance docker.io/library/debian:12.
+        reference: String,
+        /// What it is called here.
+        #[arg(long)]
+        name: Option<String>,
+        /// On this host; otherwise the master chooses.
+        #[arg(long)]
+        host: Option<String>,
+    },
+    /// Have a host build one from Debian packages.
+    Build {
+        /// The recipe: TOML with suite, packages, mirror and run.
+        recipe: PathBuf,
+        /// What it is called here.
+        #[arg(long)]
+        name: Option<String>,
+        /// On this host; otherwise the master chooses.
+        #[arg(long)]
+        host: Option<String>,
+    },
+    /// Have a host import an archive from its directory for images.
+    Import {
+        /// The file's name there: a root file system as tar, or what
+        /// `podman save` or `docker save` wrote.
+        file: String,
+        /// What it is called here.
+        #[arg(long)]
+        name: Option<String>,
+        /// The host; otherwise the master chooses.
+        #[arg(long)]
+        host: Option<String>,
+    },
+    /// Have a host fetch one from another host now, rather than when a project
+    /// needs it.
+    Fetch {
+        /// By name or digest.
+        image: String,
+        /// Which host.
+        #[arg(long)]
+        host: String,
+    },
+    /// Keep one, used or not.
+    Pin {
+        /// By name or digest.
+        image: String,
+        /// On this host only.
+        #[arg(long)]
+        host: Option<String>,
+    },
+    /// Keep one no longer than it is used.
+    Unpin {
+        /// By name or digest.
+        image: String,
+        /// On this host only.
+        #[arg(long)]
+        host: Option<String>,
+    },
+    /// Give one a name, which another loses.
+    Name {
+        /// By name or digest.
+        image: String,
+        /// The name.
+        name: String,
+    },
+    /// Delete those that nobody uses and nobody has pinned.
+    Prune {
+        /// For how many days nobody has used them; otherwise 30.
+        #[arg(long)]
+        unused_days: Option<u32>,
+        /// Only say which would go.
+        #[arg(long)]
+        dry_run: bool,
+        /// On this host only.
+        #[arg(long)]
+        host: Option<String>,
     },
 }
 

@@ -25,6 +25,7 @@ mod drill;
 mod endpoints;
 mod host;
 mod idle;
+mod images;
 mod inbox;
 mod inside_keys;
 mod lifecycle;
@@ -34,6 +35,7 @@ mod registrar;
 mod startup;
 mod wake;
 mod watch;
+mod wave;
 
 pub use backends::Backends;
 pub use cocalc_daemon::start::Error;
@@ -42,6 +44,7 @@ pub use config::{
 };
 pub use host::Host;
 pub use idle::{Busy, Idle};
+pub use images::{ImageSettings, Images};
 pub use lifecycle::Lifecycle;
 pub use limits::HostLimits;
 pub use startup::Startup;

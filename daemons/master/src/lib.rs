@@ -27,6 +27,7 @@ pub mod accounts;
 mod admin;
 mod api;
 mod backups;
+mod images;
 mod bus;
 mod config;
 mod limits;
@@ -187,6 +188,7 @@ impl Master {
             audit,
             accounts,
             oidc,
+            images: images::Images::default(),
             backups,
             untold: std::sync::Mutex::default(),
             settings: config.settings(),

@@ -28,6 +28,7 @@ use crate::{
     bus::gate::bus_name,
     bus::peers::Peers,
     bus::streams::{About, Streams, Target},
+    images::Images,
     limits::Limits,
     oidc::Oidc,
     operations::Operations,
@@ -59,6 +60,8 @@ pub(crate) struct Shared {
     pub(crate) accounts: Option<Arc<dyn Accounts>>,
     /// OpenID providers, and who is logging in with them.
     pub(crate) oidc: Oidc,
+    /// Which host has which image, and work on them.
+    pub(crate) images: Images,
     /// Backups, if there are any.
     pub(crate) backups: Option<Backups>,
     /// Projects whose host has not heard of how they are run now.

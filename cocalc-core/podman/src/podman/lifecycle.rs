@@ -156,17 +156,20 @@ impl Shared {
             };
         }
         let phase = InPhase::new(&entry, State::Starting);
+        let mut receipt = Receipt::new();
         self.ready(&entry, &spec).await?;
+        receipt.done("container");
         self.write_env(&spec).map_err(|error| backend("start", project, error))?;
         entry.view().env = Arc::new(spec.env.clone());
         self.resolve(&entry, spec.slot, &spec.isolation.network).await?;
         self.mount(&spec).await?;
-        let started = match self.launch(&entry, &spec).await {
+        receipt.done("mounts");
+        let started = match self.launch(&entry, &spec, &mut receipt).await {
             Err(error) if error.missing => {
                 // Somebody removed the container behind our back.
                 entry.view().made_from = None;
                 match self.ready(&entry, &spec).await {
-                    Ok(()) => self.launch(&entry, &spec).await.map_err(|error| error.error),
+                    Ok(()) => self.launch(&entry, &spec, &mut receipt).await.map_err(|error| error.error),
                     Err(error) => Err(error),
                 }
             }
@@ -178,11 +181,17 @@ impl Shared {
             self.unmount(project).await?;
             return Err(error);
         }
+        entry.view().phases = receipt.phases;
         drop(phase);
         Ok(entry.status())
     }
 
-    async fn launch(&self, entry: &Project, spec: &ProjectSpec) -> Result<(), Launch> {
+    async fn launch(
+        &self,
+        entry: &Project,
+        spec: &ProjectSpec,
+        receipt: &mut Receipt,
+    ) -> Result<(), Launch> {
         let project = spec.project;
         let failed = |error| Launch { missing: false, error };
         let name = self.container(project);
@@ -196,6 +205,7 @@ impl Shared {
             missing: error.is_missing(),
             error: backend("start", project, error),
         })?;
+        receipt.done("podman start");
         let found =
             self.cli.inspect(&[name]).await.map_err(|error| failed(backend("start", project, error)))?;
         let running = match found.first() {
@@ -212,6 +222,7 @@ impl Shared {
         for write in running.groups.plan(&limits) {
             write.apply().map_err(|error| failed(backend("limit", project, error)))?;
         }
+        receipt.done("podman inspect");
         let mut view = entry.view();
         view.epoch = Some(spec.epoch);
         view.running = Some(Arc::new(running));
@@ -460,6 +471,25 @@ impl Shared {
     async fn remove_network(&self, project: ProjectId, slot: Option<u32>) -> Result<()> {
         let network = self.network.clone();
         blocking("disconnect", project, move || network.remove(project, slot)).await
+    }
+}
+
+/// What a start has done, and how long each step took, in milliseconds.
+struct Receipt {
+    since: std::time::Instant,
+    phases: Vec<(String, u64)>,
+}
+
+impl Receipt {
+    fn new() -> Self {
+        Self { since: std::time::Instant::now(), phases: Vec::new() }
+    }
+
+    /// A step is done, since the one before.
+    fn done(&mut self, step: &str) {
+        let millis = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.phases.push((step.to_owned(), millis));
+        self.since = std::time::Instant::now();
     }
 }
 

@@ -188,6 +188,10 @@ impl Runner for Podman {
         .await
     }
 
+    fn start_phases(&self, project: ProjectId) -> Vec<(String, u64)> {
+        self.shared.known(project).map(|entry| entry.view().phases.clone()).unwrap_or_default()
+    }
+
     async fn stop(&self, project: ProjectId, grace: Duration) -> Result<Status> {
         self.run_to_end(project, "stop", {
             let shared = self.shared.clone();

@@ -38,6 +38,8 @@ pub(crate) struct View {
     pub(crate) running: Option<Arc<Running>>,
     pub(crate) started: Option<Timestamp>,
     pub(crate) reason: Option<String>,
+    /// The receipt of the last start.
+    pub(crate) phases: Vec<(String, u64)>,
 }
 
 impl Project {

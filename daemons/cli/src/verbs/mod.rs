@@ -3,6 +3,7 @@
 mod account;
 mod certificate;
 mod host;
+mod image;
 mod limits;
 mod operation;
 mod project;
@@ -33,6 +34,7 @@ pub(crate) fn run(api: &Api, output: Output, command: Command) -> Result<ExitCod
     match command {
         Command::Project(verb) => return project::run(api, output, verb),
         Command::Snapshot(verb) => snapshot::run(api, output, verb)?,
+        Command::Image(verb) => image::run(api, output, verb)?,
         Command::Host(verb) => host::run(api, output, verb)?,
         Command::Collaborator(verb) => account::collaborator(api, output, verb)?,
         Command::Key(verb) => account::key(api, output, verb)?,

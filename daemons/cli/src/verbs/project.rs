@@ -52,7 +52,10 @@ pub(super) fn run(api: &Api, output: Output, verb: Project) -> Result<ExitCode, 
             print(output, &shown(output, items(&api.get("/projects")?, "projects").clone()), &COLUMNS)
         }
         Project::Show { id } => print(output, &shown(output, api.get(&format!("/projects/{id}"))?), &COLUMNS),
-        Project::Start { id } => act(api, output, &id, "start", &json!({}))?,
+        Project::Start { id } => {
+            act(api, output, &id, "start", &json!({}))?;
+            receipt(api, output, &id)?;
+        }
         Project::Stop { id } => act(api, output, &id, "stop", &json!({}))?,
         Project::Move { id, to } => act(api, output, &id, "move", &json!({ "to": to }))?,
         Project::Delete { id } => {
@@ -158,6 +161,14 @@ pub(super) fn run(api: &Api, output: Output, verb: Project) -> Result<ExitCode, 
             let id = text(&answer["project"], "id")?;
             settle(api, &answer)?;
             print(output, &shown(output, api.get(&format!("/projects/{id}"))?), &COLUMNS);
+        }
+        Project::Image { id, set: None, .. } => {
+            print(output, &api.get(&format!("/projects/{id}"))?, &["id", "name", "state", "image"]);
+        }
+        Project::Image { id, set: Some(image), restart } => {
+            let body = json!({ "image": image, "restart": restart });
+            settle(api, &api.put(&format!("/projects/{id}/image"), &body)?)?;
+            print(output, &api.get(&format!("/projects/{id}"))?, &["id", "name", "state", "image"]);
         }
         Project::Usage { id, du } => {
             let usage = api.get(&format!("/projects/{id}/usage?du={du}"))?;
@@ -280,6 +291,23 @@ fn act(api: &Api, output: Output, id: &str, action: &str, body: &Value) -> Resul
     let answer = api.post(&format!("/projects/{id}/{action}"), body)?;
     settle(api, &answer)?;
     print(output, &shown(output, api.get(&format!("/projects/{id}"))?), &COLUMNS);
+    Ok(())
+}
+
+/// Says, to people, how long the steps of the last start took.
+fn receipt(api: &Api, output: Output, id: &str) -> Result<(), Failure> {
+    if output == Output::Table {
+        let project = api.get(&format!("/projects/{id}"))?;
+        let steps: Vec<String> = project["phases"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(|step| Some(format!("{} {} ms", step[0].as_str()?, step[1].as_u64()?)))
+            .collect();
+        if !steps.is_empty() {
+            eprintln!("cocalc: {}", steps.join(", "));
+        }
+    }
     Ok(())
 }
 

@@ -11,6 +11,7 @@ mod health;
 mod hosts;
 mod identities;
 mod idle;
+mod images;
 mod input;
 mod keys;
 mod login;
@@ -66,6 +67,7 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
         .merge(files::routes())
         .merge(backups::routes())
         .merge(idle::routes())
+        .merge(images::routes())
         .merge(ssh_keys::routes())
         .merge(ssh_ca::routes())
         .merge(hosts::routes())

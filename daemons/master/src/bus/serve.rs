@@ -157,6 +157,12 @@ async fn respond(shared: &Arc<Shared>, peer: Peer, request: PeerRequest) -> stor
             let Peer::Host(host) = peer else { return Ok(hosts_only()) };
             shared.db(move |store| store.set_free_bytes(host, free_bytes)).await?;
         }
+        PeerRequest::Images { images } => {
+            let Peer::Host(host) = peer else { return Ok(hosts_only()) };
+            let digests = images.iter().map(|image| image.digest).collect();
+            shared.db(move |store| store.set_images(host, digests)).await?;
+            shared.images.heard(host, images);
+        }
         PeerRequest::Sending { move_id, name, bytes, estimated_bytes, bytes_per_sec } => {
             let Peer::Host(host) = peer else { return Ok(hosts_only()) };
             shared.operations.heard_of_stream(host, move_id, name, [bytes, estimated_bytes, bytes_per_sec]);
