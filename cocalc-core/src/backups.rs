@@ -1,7 +1,22 @@
-//! Backups of projects: the contract. Backends come with `cocalc-backup`.
+//! Backups of projects.
+//!
+//! | part | where | what it is |
+//! |---|---|---|
+//! | [`Backups`] | trait | the contract; backends come with `cocalc-backup` |
+//! | [`Policy`] | pure | what a project's owner wants |
+//! | [`superfluous`] | pure | which backups go |
+//! | [`Status`] | pure | how a project stands, as its host keeps it |
+//! | [`Query`], [`answer`] | | questions, and answers that fit a frame |
+//! | [`Keeper`] | driver | backs up what is due, over `Storage`, `Backups` and the ledger |
 
 mod error;
+mod keeper;
+mod policy;
+mod query;
+mod retention;
+mod status;
 mod types;
+mod works;
 
 use std::{fmt, path::Path};
 
@@ -9,10 +24,16 @@ use async_trait::async_trait;
 use cocalc_ids::{ProjectId, TreePath};
 
 pub use error::Error;
+pub use keeper::{Keeper, KeeperParts, Numbers};
+pub use policy::{Policy, PolicyError, PolicyFields};
+pub use query::{Answer, Query, answer};
+pub use retention::superfluous;
+pub use status::{Failure, Last, Status, StatusStore, backup_error};
 pub use types::{
-    Backup, BackupKind, BackupSource, CheckOptions, Checked, Entries, Entry, Erased, Phase, Progress,
+    Access, Backup, BackupKind, BackupSource, CheckOptions, Checked, Entries, Entry, Erased, Phase, Progress,
     ProgressSink, PruneOptions, Pruned, Restored,
 };
+pub use works::{Step, Work, Works};
 
 /// The result of a backup call.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -71,6 +71,11 @@ pub trait Storage: fmt::Debug + Send + Sync + 'static {
     /// unknown.
     async fn snapshots(&self, project: ProjectId) -> Result<Vec<Snapshot>>;
 
+    /// Where the files of snapshot `name` are on this host, for who reads them
+    /// while they are [held](Self::hold); `None` for a backend without files.
+    /// [`NoSnapshot`](Error::NoSnapshot) if it is not there.
+    async fn snapshot_path(&self, project: ProjectId, name: &SnapshotName) -> Result<Option<PathBuf>>;
+
     /// Deletes one snapshot. Deleting what is not there is harmless.
     /// [`InUse`](Error::InUse) while it is held.
     async fn delete_snapshot(&self, project: ProjectId, name: &SnapshotName) -> Result<()>;

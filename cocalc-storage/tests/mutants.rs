@@ -224,6 +224,10 @@ impl Storage for Mutated {
         Ok(snapshots)
     }
 
+    async fn snapshot_path(&self, project: ProjectId, name: &SnapshotName) -> Result<Option<PathBuf>> {
+        self.inner.snapshot_path(project, name).await
+    }
+
     async fn delete_snapshot(&self, project: ProjectId, name: &SnapshotName) -> Result<()> {
         self.inner.delete_snapshot(project, name).await?;
         self.limit_live(project).await

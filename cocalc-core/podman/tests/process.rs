@@ -13,7 +13,7 @@ use std::{
 
 use cocalc_core::{
     ids::{Epoch, ProjectId},
-    runner::{Command, ExecRequest, Limits, ProjectSpec, Runner, State},
+    runner::{Command, ExecRequest, Isolation, Limits, ProjectSpec, Runner, State},
 };
 use cocalc_podman::ProcessRunner;
 use cocalc_testkit::runner::{Harness, contract};
@@ -70,6 +70,7 @@ impl Harness for Processes {
             slot: self.slot.fetch_add(1, Ordering::Relaxed),
             limits: Limits::default(),
             env: [("FROM_SPEC".to_owned(), "yes".to_owned())].into(),
+            isolation: Isolation::default(),
         }
     }
 

@@ -17,7 +17,9 @@ use tokio::{
 
 use super::{Meter, Meters, Source, Tap, Use, Warning};
 use crate::{
-    runner::{Capabilities, ExecRequest, Process, ProjectSpec, Result, Runner, Stats, Status},
+    runner::{
+        Applied, Capabilities, ExecRequest, Limits, Process, ProjectSpec, Result, Runner, Stats, Status,
+    },
     stream::{BoxRead, BoxStream, BoxWrite},
 };
 
@@ -60,6 +62,10 @@ impl Runner for Metered {
 
     async fn remove(&self, project: ProjectId) -> Result<()> {
         self.runner.remove(project).await
+    }
+
+    async fn set_limits(&self, project: ProjectId, limits: &Limits) -> Result<Applied> {
+        self.runner.set_limits(project, limits).await
     }
 
     async fn status(&self, project: ProjectId) -> Result<Status> {
@@ -262,6 +268,7 @@ mod tests {
             slot: 0,
             limits: crate::runner::Limits::default(),
             env: std::collections::BTreeMap::new(),
+            isolation: Default::default(),
         };
         runner.start(&spec).await.unwrap();
         let meters = Meters::new(clock);

@@ -37,6 +37,18 @@ pub struct BackupSource {
     pub excludes: Vec<String>,
 }
 
+/// What a call will do with a repository, so that it gets no more rights.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Access {
+    /// List, browse and restore.
+    Read,
+    /// Add backups.
+    Append,
+    /// Forget, prune and erase.
+    Delete,
+}
+
 /// Why a backup was made.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]

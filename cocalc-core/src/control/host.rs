@@ -7,10 +7,11 @@ use cocalc_ids::{
 };
 use serde::{Deserialize, Serialize};
 
+use super::{BackupsCommand, BackupsReply, InsideCommand, InsideReply};
 use crate::{
     activity::{IdleReport, IdleSettings},
     router::HostAddress,
-    runner::{Limits, Status},
+    runner::{Isolation, Limits, Status},
     snapshots::Policy,
     storage::{Changes, Copied, CopyOptions, Footprint, Place, Snapshot, Usage},
 };
@@ -191,6 +192,24 @@ pub enum HostCommand {
         /// Which project.
         project: ProjectId,
     },
+    /// Look inside it, while it runs.
+    Inside {
+        /// Which project.
+        project: ProjectId,
+        /// Under which grant.
+        epoch: Epoch,
+        /// For what.
+        what: InsideCommand,
+    },
+    /// Something about its backups.
+    Backups {
+        /// Which project.
+        project: ProjectId,
+        /// Under which grant.
+        epoch: Epoch,
+        /// What.
+        what: BackupsCommand,
+    },
     /// A step of a move.
     Move {
         /// Which move; the project's fence.
@@ -223,6 +242,8 @@ impl HostCommand {
             | Self::Configure { project, .. }
             | Self::Usage { project, .. }
             | Self::Why { project }
+            | Self::Inside { project, .. }
+            | Self::Backups { project, .. }
             | Self::Move { project, .. } => *project,
         }
     }
@@ -381,12 +402,19 @@ pub struct ProjectConfig {
     /// its host does.
     #[serde(default)]
     pub snapshots: Option<Policy>,
+    /// When it is backed up, and which backups are kept; `None` for what the
+    /// master's configuration says.
+    #[serde(default)]
+    pub backups: Option<crate::backups::Policy>,
     /// Extra environment variables.
     #[serde(default)]
     pub env: BTreeMap<String, String>,
     /// When it is stopped for being idle, as its plan and its owner say.
     #[serde(default)]
     pub idle: IdleSettings,
+    /// How it is kept apart.
+    #[serde(default)]
+    pub isolation: Isolation,
 }
 
 /// What a host answers to a command.
@@ -427,6 +455,20 @@ pub enum HostReply {
     Usage(UsageReport),
     /// Who uses it.
     Why(IdleReport),
+    /// What was found inside.
+    Inside {
+        /// In which project.
+        project: ProjectId,
+        /// What.
+        answer: InsideReply,
+    },
+    /// About its backups.
+    Backups {
+        /// Of which project.
+        project: ProjectId,
+        /// What.
+        answer: BackupsReply,
+    },
     /// The receipt of a step of a move.
     Move {
         /// Which move.
@@ -576,6 +618,14 @@ pub enum ErrorCode {
     Invalid,
     /// It may work later.
     Unavailable,
+    /// The repository of backups cannot be reached.
+    RepositoryUnavailable,
+    /// The repository does not open with the key, or refuses the credentials.
+    RepositoryDenied,
+    /// The repository is damaged.
+    RepositoryDamaged,
+    /// Somebody ended it.
+    Cancelled,
     /// The backend failed.
     Failed,
 }

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
     io::Cursor,
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -391,6 +392,11 @@ impl Storage for MemoryStorage {
         let projects = self.lock();
         let snapshots = projects.get(&project).map(|entry| entry.snapshots.as_slice());
         Ok(snapshots.unwrap_or_default().iter().map(|(snapshot, _)| snapshot.clone()).collect())
+    }
+
+    async fn snapshot_path(&self, project: ProjectId, name: &SnapshotName) -> Result<Option<PathBuf>> {
+        let known = self.snapshots(project).await?.iter().any(|snapshot| snapshot.name == *name);
+        if known { Ok(None) } else { Err(Error::NoSnapshot { project, name: name.clone() }) }
     }
 
     async fn delete_snapshot(&self, project: ProjectId, name: &SnapshotName) -> Result<()> {

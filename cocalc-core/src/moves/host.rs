@@ -353,6 +353,7 @@ impl MoveHost {
             slot,
             limits: entry.config.limits.clone(),
             env: BTreeMap::clone(&entry.config.env),
+            isolation: entry.config.isolation.clone(),
         })
     }
 

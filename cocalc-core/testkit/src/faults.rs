@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    path::PathBuf,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll},
@@ -28,6 +29,7 @@ pub enum Call {
     Delete,
     Snapshot,
     Snapshots,
+    SnapshotPath,
     DeleteSnapshot,
     Hold,
     ChangedSince,
@@ -178,6 +180,10 @@ impl Storage for FaultyStorage {
 
     async fn snapshots(&self, project: ProjectId) -> Result<Vec<Snapshot>> {
         self.pass(Call::Snapshots, project, self.inner.snapshots(project)).await
+    }
+
+    async fn snapshot_path(&self, project: ProjectId, name: &SnapshotName) -> Result<Option<PathBuf>> {
+        self.pass(Call::SnapshotPath, project, self.inner.snapshot_path(project, name)).await
     }
 
     async fn delete_snapshot(&self, project: ProjectId, name: &SnapshotName) -> Result<()> {

@@ -7,6 +7,7 @@ use std::{
 };
 
 use async_trait::async_trait;
+pub use cocalc_core::backups::Access;
 use cocalc_core::{BoxError, ids::ProjectId};
 use tokio::{fs, io::AsyncWriteExt as _};
 
@@ -14,17 +15,6 @@ use crate::{
     key::{KeyError, RepositoryKey, WrappedKey, WrappingKeys},
     location::{Location, Repository, Secret},
 };
-
-/// What a call will do with a repository, so that it gets no more rights.
-#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
-pub enum Access {
-    /// List, browse and restore.
-    Read,
-    /// Add backups.
-    Append,
-    /// Forget, prune and erase.
-    Delete,
-}
 
 /// Knows the repositories.
 ///

@@ -32,7 +32,7 @@ use cocalc_core::{
 };
 
 pub use guard::{Refused, StreamGuard};
-pub use images::ImageError;
+pub use images::{ImageError, ImageHeader, ImageLimits, ImageRecord, ImageStream};
 pub use open::{BtrfsBuilder, OpenError, Probe, probe};
 pub use quota::QuotaKind;
 pub use trash::Trash;
@@ -60,7 +60,7 @@ const NOBODY: ProjectId = ProjectId::from_bytes([0; 16]);
 /// |---|---|
 /// | `projects/<id>` | the live volume: `home/`, which is the user's, and `system/` |
 /// | `snapshots/<id>/<name>` | read-only snapshots |
-/// | `images/<digest>` | read-only root file systems |
+/// | `images/<digest>` | read-only root file systems, with `<digest>.json` beside them: what is noted of each |
 /// | `staging/` | what is being made; emptied when the store opens |
 /// | `trash/` | what was deleted and is not gone yet, see [`Trash`] |
 ///
@@ -98,6 +98,8 @@ struct Store {
     locks: Locks,
     holds: Holds,
     trash: Arc<trash::Signals>,
+    /// Held by whoever changes images or what is noted of them.
+    images: std::sync::Mutex<()>,
     /// Holds the lock that keeps a second process out.
     _marker: std::fs::File,
 }
@@ -211,6 +213,10 @@ impl Storage for Btrfs {
     async fn snapshots(&self, project: ProjectId) -> Result<Vec<Snapshot>> {
         self.blocking(project, "list the snapshots of", move |store| store.layout.list_snapshots(project))
             .await
+    }
+
+    async fn snapshot_path(&self, project: ProjectId, name: &SnapshotName) -> Result<Option<PathBuf>> {
+        Self::snapshot_path(self, project, name).await.map(Some)
     }
 
     async fn delete_snapshot(&self, project: ProjectId, name: &SnapshotName) -> Result<()> {

@@ -189,6 +189,10 @@ impl Storage for Directory {
         self.blocking(project, "list the snapshots of", move |store| store.snapshots(project)).await
     }
 
+    async fn snapshot_path(&self, project: ProjectId, name: &SnapshotName) -> Result<Option<PathBuf>> {
+        Self::snapshot_path(self, project, name).await.map(Some)
+    }
+
     async fn delete_snapshot(&self, project: ProjectId, name: &SnapshotName) -> Result<()> {
         let name = name.clone();
         self.exclusive(project, "delete a snapshot of", move |store| store.delete_snapshot(project, &name))

@@ -3,13 +3,14 @@
 use std::{collections::BTreeMap, fmt, path::PathBuf, sync::Arc};
 
 use cocalc_core::{
+    apps::Services,
     ids::{HostId, ImageDigest},
     runner::Runner,
     storage::Storage,
 };
 use cocalc_daemon::start::Error;
 use cocalc_podman::{Podman, ProcessRunner};
-use cocalc_storage::{Btrfs, Directory};
+use cocalc_storage::{Btrfs, Directory, ImageLimits};
 
 use crate::{
     config::{Config, RunnerKind, StorageKind},
@@ -27,6 +28,10 @@ pub struct Backends {
     pub images: Arc<Vec<(ImageDigest, PathBuf)>>,
     /// Free bytes where the projects' files are.
     pub free_bytes: Arc<dyn Fn() -> u64 + Send + Sync>,
+    /// Runs the projects' apps, if the runner can.
+    pub services: Option<Arc<dyn Services>>,
+    /// The wrapper around the runner that runs start-up programs, if it is ours.
+    pub startup: Option<Arc<Startup>>,
     /// The volume whose trash the metrics tell of, if it is ours.
     pub volume: Option<Btrfs>,
 }
@@ -53,7 +58,7 @@ impl Backends {
             StorageKind::Directory => open_directory(config).await?,
         };
         let paths: BTreeMap<ImageDigest, PathBuf> = images.iter().cloned().collect();
-        let runner: Arc<dyn Runner> = match config.runner {
+        let (runner, services): (Arc<dyn Runner>, Arc<dyn Services>) = match config.runner {
             RunnerKind::Podman => {
                 let find = move |digest: ImageDigest| paths.get(&digest).cloned();
                 let runner = Podman::builder(id, config.data_dir.join("runner"), Arc::new(find))
@@ -61,17 +66,21 @@ impl Backends {
                     .build()
                     .await
                     .map_err(|error| Error::open("podman runner")(error.into()))?;
-                Arc::new(runner)
+                let runner = Arc::new(runner);
+                (runner.clone(), runner)
             }
             RunnerKind::Process => {
                 let runner = ProcessRunner::open(config.data_dir.join("runner"))
                     .await
                     .map_err(|error| Error::open("process runner")(error.into()))?;
-                Arc::new(runner)
+                let runner = Arc::new(runner);
+                (runner.clone(), runner)
             }
         };
-        let runner = Arc::new(Startup::new(runner));
-        Ok(Self { storage, runner, images: Arc::new(images), free_bytes, volume })
+        let startup = Arc::new(Startup::new(runner));
+        let runner: Arc<dyn Runner> = startup.clone();
+        let (services, startup) = (Some(services), Some(startup));
+        Ok(Self { storage, runner, images: Arc::new(images), free_bytes, services, startup, volume })
     }
 
     /// The directory of an image.
@@ -95,11 +104,13 @@ async fn open_btrfs(config: &Config) -> Result<Opened, Error> {
         Ok::<_, Error>(())
     };
     if let Some(tar) = &config.default_image_tar {
-        let digest =
-            store.import_image_file(tar).await.map_err(|error| Error::open("default image")(error.into()))?;
+        let digest = store
+            .import_image_file(tar, &ImageLimits::default())
+            .await
+            .map_err(|error| Error::open("default image")(error.into()))?;
         add(digest).await?;
     }
-    for digest in store.images().await.map_err(|error| Error::open("images")(error.into()))? {
+    for (digest, _) in store.images().await.map_err(|error| Error::open("images")(error.into()))? {
         add(digest).await?;
     }
     let (space, volume) = (store.clone(), store.clone());

@@ -2,6 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
+use cocalc_backup::Bounds;
 use cocalc_core::{activity::IdlePolicy, ids::HostName, snapshots::Policy};
 use serde::Deserialize;
 
@@ -69,6 +70,70 @@ pub struct Config {
     /// How much one user, one address and all of them may ask.
     #[serde(default)]
     pub limits: HostLimits,
+    /// How backups are made here. Where they go, and when they are made, the
+    /// master says.
+    #[serde(default)]
+    pub backups: BackupSettings,
+}
+
+/// How backups are made on a host.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq)]
+#[serde(default, deny_unknown_fields)]
+pub struct BackupSettings {
+    /// The program `cocalc-backup-worker`. Default: beside this program.
+    pub worker: Option<PathBuf>,
+    /// How many backups are made at once; 1 to 64. Default: 2.
+    pub jobs_max: u8,
+    /// How fast each reads from and writes to its repository, in bytes per
+    /// second. Default: 0, as fast as it goes.
+    pub bytes_per_sec: u64,
+    /// Most memory of one of them, in bytes; beyond it, it fails. Default: 1
+    /// GiB.
+    pub memory_bytes_max: u64,
+    /// A control group that they join, which must exist: what it limits is the
+    /// operator's choice. Default: none.
+    pub control_group: Option<PathBuf>,
+}
+
+impl Default for BackupSettings {
+    fn default() -> Self {
+        let bounds = Bounds::default();
+        Self {
+            worker: None,
+            jobs_max: 2,
+            bytes_per_sec: 0,
+            memory_bytes_max: bounds.memory_bytes_max,
+            control_group: None,
+        }
+    }
+}
+
+impl BackupSettings {
+    pub(crate) fn bounds(&self) -> Bounds {
+        Bounds {
+            bytes_per_sec_max: (self.bytes_per_sec > 0).then_some(self.bytes_per_sec),
+            memory_bytes_max: self.memory_bytes_max,
+            control_group: self.control_group.clone(),
+            ..Bounds::default()
+        }
+    }
+
+    fn validate(&self) -> Result<(), String> {
+        if !(1..=64).contains(&self.jobs_max) {
+            return Err("backups.jobs_max: 1 to 64".into());
+        }
+        if self.memory_bytes_max < 256 << 20 {
+            return Err("backups.memory_bytes_max: at least 268435456, 256 MiB".into());
+        }
+        let relative = |path: &Option<PathBuf>| path.as_ref().is_some_and(|path| !path.is_absolute());
+        if relative(&self.worker) {
+            return Err("backups.worker: an absolute path".into());
+        }
+        if relative(&self.control_group) {
+            return Err("backups.control_group: an absolute path".into());
+        }
+        Ok(())
+    }
 }
 
 fn visits_per_sec() -> u16 {
@@ -131,6 +196,7 @@ impl Config {
             return Err("snapshot_visits_per_sec: 1 to 1000".into());
         }
         self.idle.validate().map_err(|error| format!("idle.{error}"))?;
+        self.backups.validate()?;
         self.limits.validate()
     }
 }

@@ -7,7 +7,7 @@ use std::{
 
 use async_trait::async_trait;
 use cocalc_auth_live::{AuditLog, Knowledge};
-use cocalc_core::{auth::Tier, ids::ProjectId, snapshots::Keeper};
+use cocalc_core::{auth::Tier, backups, ids::ProjectId, snapshots::Keeper};
 use cocalc_daemon::probe::Metrics;
 use cocalc_http::{Body, Client, Endpoints};
 use http::{Request, Response, StatusCode, header};
@@ -24,6 +24,7 @@ pub(crate) struct HostEndpoints {
     pub(crate) knowledge: Arc<Knowledge>,
     pub(crate) connected: watch::Receiver<bool>,
     pub(crate) keeper: Keeper,
+    pub(crate) backups: Option<backups::Keeper>,
     pub(crate) metrics: Metrics,
     pub(crate) audit: AuditLog,
 }
@@ -97,6 +98,24 @@ impl HostEndpoints {
         counter("cocalc_host_snapshots_deleted_total", "Automatic snapshots deleted.", kept.deleted);
         let failed = "Looks at a project's automatic snapshots that failed.";
         counter("cocalc_host_snapshots_failures_total", failed, kept.failed);
+        let made = self.backups.as_ref().map(backups::Keeper::numbers).unwrap_or_default();
+        let help = "How long the oldest change that no backup has has been waiting for one.";
+        gauge("cocalc_host_backups_oldest_secs", help, made.oldest.as_secs());
+        let help = "How long the longest overdue look at a project's backups has been due.";
+        gauge("cocalc_host_backups_overdue_secs", help, made.overdue.as_secs());
+        gauge("cocalc_host_backups_running_count", "Backups that go on now.", made.running);
+        let help = "Projects with changes that no backup has.";
+        gauge("cocalc_host_backups_pending_count", help, made.pending);
+        let help = "Of these, projects whose last backup failed.";
+        gauge("cocalc_host_backups_failing_count", help, made.failing);
+        counter("cocalc_host_backups_made_total", "Backups made.", made.made);
+        counter("cocalc_host_backups_failures_total", "Backups that failed.", made.failed);
+        let help = "Backups that were broken off, because the project left or somebody asked.";
+        counter("cocalc_host_backups_cancelled_total", help, made.cancelled);
+        counter("cocalc_host_backups_bytes_total", "Bytes in the backups made.", made.bytes);
+        let help = "Bytes that the backups made added to repositories.";
+        counter("cocalc_host_backups_added_bytes_total", help, made.added_bytes);
+        counter("cocalc_host_backups_millis_total", "Milliseconds that the backups made took.", made.millis);
         let (lines, _) = self.audit.head();
         counter("cocalc_host_audit_events_total", "Lines of the audit log.", lines);
         let help = "Audit events that were dropped: the disk was full or slow. Nothing administrative is decided then.";

@@ -7,6 +7,7 @@ use cocalc_auth::identity::Identity;
 use cocalc_auth_live::{
     AuditLog, AuditReport, DriverConfig, Knowledge, LimitedAuth, StreamDriver, TokenAuth,
 };
+use cocalc_auth_sealed::Opener;
 use cocalc_core::{
     activity::{Metered, Meters, Source},
     auth::Auth,
@@ -36,15 +37,19 @@ use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    apps::Apps,
     backends::Backends,
+    backups::{self, FromMaster},
     config::Config,
     endpoints::HostEndpoints,
     idle::{self, Idle},
     inbox,
     inside_keys::VolumeKeys,
+    lifecycle::Inside,
     lifecycle::Lifecycle,
     peers::Peers,
     registrar::Registrar,
+    secrets::Secrets,
     wake::{HostWake, Starts},
     watch,
 };
@@ -119,6 +124,23 @@ impl Host {
             Arc::new(SystemClock),
             KeeperSettings { policy: config.snapshots, round_max: config.snapshot_visits_per_sec.into() },
         );
+        let opener = Opener::of(&identity);
+        let sealing_key = opener.announce(&identity);
+        let peer = Peer::Host(id);
+        let connect =
+            || cocalc_daemon::bus::connect(&config.master_url, &issuer, peer, Arc::clone(&identity));
+        let bus: Arc<dyn Bus> = Arc::new(connect().map_err(open("bus"))?);
+        let news = backups::News::default();
+        let from_master = FromMaster { host: id, bus: Arc::clone(&bus), ledger: ledger.clone(), opener };
+        let backups = backups::open(
+            &config,
+            ledger.clone(),
+            Arc::clone(&backends.storage),
+            keeper.clone(),
+            Arc::new(from_master),
+            &news,
+        )
+        .await?;
         let lifecycle = Lifecycle::new(
             ledger.clone(),
             Arc::clone(&backends.storage),
@@ -126,7 +148,8 @@ impl Host {
             moves.clone(),
             keeper.clone(),
             Arc::new(move |digest| images.image(digest)),
-        );
+        )
+        .with_backups(backups.clone());
         let meters = Meters::new(Arc::new(SystemClock));
         let idle = Idle::new(idle::Parts {
             policy: config.idle,
@@ -137,7 +160,22 @@ impl Host {
             storage: Arc::clone(&backends.storage),
             directory: make_dir(&data.join("activity"))?,
         });
-        let lifecycle = lifecycle.idle(idle.clone());
+        let secrets = Secrets::new(
+            id,
+            Opener::of(&identity),
+            Arc::clone(&bus),
+            ledger.clone(),
+            Arc::clone(&backends.runner),
+        );
+        if let Some(startup) = &backends.startup {
+            startup.before(Arc::new(secrets.clone()));
+        }
+        let apps = backends.services.clone().map(|services| {
+            let (runner, storage) = (Arc::clone(&backends.runner), Arc::clone(&backends.storage));
+            Apps::new(Arc::new(SystemClock), runner, services, storage)
+        });
+        let inside = Inside { apps: apps.clone(), secrets: Some(secrets) };
+        let lifecycle = lifecycle.idle(idle.clone()).inside(inside);
         // Before anybody can ask for anything: what a crash cut off is ended.
         moves.recover().await;
 
@@ -154,10 +192,6 @@ impl Host {
         let auth: Arc<dyn Auth> =
             Arc::new(LimitedAuth::new(Arc::new(decides), Arc::new(SystemClock), config.limits.auth()));
 
-        let peer = Peer::Host(id);
-        let connect =
-            || cocalc_daemon::bus::connect(&config.master_url, &issuer, peer, Arc::clone(&identity));
-        let bus: Arc<dyn Bus> = Arc::new(connect().map_err(open("bus"))?);
         let keepalive: Arc<dyn Bus> = Arc::new(connect().map_err(open("bus"))?);
 
         let router: Arc<dyn Router> = Arc::new(LocalRouter::new(ledger.clone()));
@@ -178,6 +212,8 @@ impl Host {
             session: SessionId::random(),
             address: address.clone(),
             ssh_host_keys: ssh_keys.public(),
+            sealing_key,
+            backups: backups.clone(),
             backends: backends.clone(),
             lifecycle: lifecycle.clone(),
             moves: moves.clone(),
@@ -205,6 +241,7 @@ impl Host {
             knowledge: Arc::clone(&knowledge),
             connected: driver.connected(),
             keeper: keeper.clone(),
+            backups: backups.clone(),
             metrics: Metrics::default(),
             audit: audit.clone(),
         };
@@ -245,14 +282,30 @@ impl Host {
         let mut background = JoinSet::new();
         background.spawn(certified);
         background.spawn(inbox::serve(Arc::clone(&bus), id, lifecycle.clone()));
+        background.spawn(async move {
+            match apps {
+                Some(apps) => apps.run().await,
+                None => std::future::pending().await,
+            }
+        });
         background.spawn(idle.run(peer, Arc::clone(&bus)));
         background.spawn(watch::space(peer, Arc::clone(&bus), backends.clone()));
         background.spawn(watch::streams(peer, Arc::clone(&bus), sending));
         background
             .spawn(watch::undo(moves.clone(), Duration::from_secs(config.undo_hours.saturating_mul(3600))));
-        background.spawn(watch::states(peer, bus, ledger.clone(), Arc::clone(&backends.runner), lifecycle));
+        background.spawn(watch::states(
+            peer,
+            Arc::clone(&bus),
+            ledger.clone(),
+            Arc::clone(&backends.runner),
+            lifecycle,
+        ));
         background.spawn(watch::departures(ledger.clone(), knowledge));
         background.spawn(keeper.run());
+        background.spawn(news.tell(id, Arc::clone(&bus)));
+        if let Some(backups) = backups {
+            background.spawn(backups.run());
+        }
         background.spawn(start_pending(ledger, moves));
 
         let shutdown = CancellationToken::new();

@@ -18,7 +18,9 @@
 //! }
 //! ```
 
+mod apps;
 mod backends;
+mod backups;
 mod config;
 mod endpoints;
 mod host;
@@ -29,13 +31,14 @@ mod lifecycle;
 mod limits;
 mod peers;
 mod registrar;
+mod secrets;
 mod startup;
 mod wake;
 mod watch;
 
 pub use backends::Backends;
 pub use cocalc_daemon::start::Error;
-pub use config::{Config, RunnerKind, StorageKind};
+pub use config::{BackupSettings, Config, RunnerKind, StorageKind};
 pub use host::Host;
 pub use idle::{Busy, Idle};
 pub use lifecycle::Lifecycle;

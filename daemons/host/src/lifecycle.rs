@@ -1,6 +1,7 @@
 //! Carries out the master's commands, each under the grant it names.
 
 mod files;
+mod inside;
 mod once;
 
 use std::{
@@ -12,7 +13,11 @@ use std::{
 };
 
 use cocalc_core::{
-    control::{CommandError, ErrorCode, HeldProject, HostCommand, HostReply, ProjectConfig, ProjectReport},
+    backups,
+    control::{
+        BackupsCommand, CommandError, ErrorCode, HeldProject, HostCommand, HostReply, ProjectConfig,
+        ProjectReport,
+    },
     grant::{Entry, Ledger},
     ids::{Epoch, ImageDigest, ProjectId, SnapshotName},
     moves::host::{MoveHost, runner_error, storage_error},
@@ -23,6 +28,7 @@ use cocalc_core::{
 
 use crate::idle::Idle;
 
+pub(crate) use self::inside::Inside;
 use self::{
     files::{Comparison, Original},
     once::Once,
@@ -44,6 +50,9 @@ pub struct Lifecycle {
     failures: Arc<Mutex<BTreeMap<ProjectId, String>>>,
     once: Arc<Once>,
     idle: Option<Idle>,
+    inside: Option<Inside>,
+    /// Keeps the backups, if this host can make any.
+    backups: Option<backups::Keeper>,
 }
 
 impl fmt::Debug for Lifecycle {
@@ -72,13 +81,27 @@ impl Lifecycle {
             failures: Arc::default(),
             once: Arc::default(),
             idle: None,
+            inside: None,
+            backups: None,
         }
+    }
+
+    /// Looks inside projects. Default: only what the runner itself tells.
+    pub(crate) fn inside(mut self, inside: Inside) -> Self {
+        self.inside = Some(inside);
+        self
     }
 
     /// Knows who uses the projects. Default: nobody does.
     pub fn idle(mut self, idle: Idle) -> Self {
         self.idle = Some(idle);
         self
+    }
+
+    /// The same, with a keeper of backups.
+    #[must_use]
+    pub fn with_backups(self, backups: Option<backups::Keeper>) -> Self {
+        Self { backups, ..self }
     }
 
     /// Carries out one command. Repeating it is harmless.
@@ -122,6 +145,8 @@ impl Lifecycle {
             HostCommand::Configure { project, epoch, config } => self.configure(project, epoch, config).await,
             HostCommand::Usage { project, epoch, count } => self.usage(project, epoch, count).await,
             HostCommand::Why { project } => self.why(project).await,
+            HostCommand::Inside { project, epoch, what } => self.look_inside(project, epoch, what).await,
+            HostCommand::Backups { project, epoch, what } => self.back_up(project, epoch, what).await,
             HostCommand::Move { move_id, project, step } => {
                 return self.moves.execute(move_id, project, step).await;
             }
@@ -231,6 +256,10 @@ impl Lifecycle {
         self.runner.stop(project, grace).await.map_err(runner_error)?;
         let idle = self.idle.as_ref().and_then(|idle| idle.stopped(project));
         self.keeper.stopped(&entry).await;
+        // A stop waits for its snapshot; the backup follows.
+        if let Some(backups) = &self.backups {
+            backups.stopped(&entry).await;
+        }
         // The next start finds everything prepared.
         let (moves, runner) = (self.moves.clone(), Arc::clone(&self.runner));
         if let Ok(spec) = moves.spec(&entry).await
@@ -260,6 +289,7 @@ impl Lifecycle {
         let _turn = self.ledger.turn(project).await;
         // The grant goes first: from here on nothing starts it again.
         self.ledger.delete(project, epoch).await?;
+        self.leave_backups(project).await;
         self.runner.remove(project).await.map_err(runner_error)?;
         self.storage.delete(project).await.map_err(storage_error)?;
         self.ledger.free_slot(project).await?;
@@ -276,10 +306,35 @@ impl Lifecycle {
             let message = format!("this host holds project {project}, or expects it; it does not forget it");
             return Err(CommandError { code: ErrorCode::StaleEpoch, message });
         }
+        self.leave_backups(project).await;
         self.runner.remove(project).await.map_err(runner_error)?;
         self.storage.delete(project).await.map_err(storage_error)?;
         self.ledger.free_slot(project).await?;
         Ok(HostReply::Deleted { project, epoch })
+    }
+
+    /// Nothing of the project is read any more, nor known of its backups.
+    async fn leave_backups(&self, project: ProjectId) {
+        if let Some(backups) = &self.backups {
+            backups.leave(project).await;
+            backups.forget(project).await;
+        }
+    }
+
+    /// Not in the project's turn, which a backup takes by itself for as long as
+    /// it needs it.
+    async fn back_up(
+        &self,
+        project: ProjectId,
+        epoch: Epoch,
+        what: BackupsCommand,
+    ) -> Result<HostReply, CommandError> {
+        let Some(backups) = &self.backups else {
+            let message = "this host makes no backups: it has no cocalc-backup-worker".to_owned();
+            return Err(CommandError { code: ErrorCode::Failed, message });
+        };
+        let answer = backups.execute(project, epoch, what).await?;
+        Ok(HostReply::Backups { project, answer })
     }
 
     async fn snapshot(

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use cocalc_auth::stream::Entry;
 use cocalc_auth_live::PeerHandler;
+use cocalc_auth_sealed::Announced;
 use cocalc_core::{
+    backups,
     control::{Capabilities, Register, Registered},
     ids::{HostName, SessionId},
     moves::host::MoveHost,
@@ -22,10 +24,12 @@ pub(crate) struct Registrar {
     pub(crate) session: SessionId,
     pub(crate) address: HostAddress,
     pub(crate) ssh_host_keys: Vec<String>,
+    pub(crate) sealing_key: Announced,
     pub(crate) backends: Backends,
     pub(crate) lifecycle: Lifecycle,
     pub(crate) moves: MoveHost,
     pub(crate) peers: Arc<Peers>,
+    pub(crate) backups: Option<backups::Keeper>,
 }
 
 #[async_trait]
@@ -42,12 +46,16 @@ impl PeerHandler for Registrar {
                 runner: self.backends.runner.capabilities(),
                 images: self.backends.images.iter().map(|(digest, _)| *digest).collect(),
                 free_bytes: (self.backends.free_bytes)(),
+                sealing_key: Some(self.sealing_key.to_string()),
             }),
             held: self.lifecycle.held().await,
         }
     }
 
     fn registered(&self, reply: &Registered) {
+        if let Some(backups) = &self.backups {
+            backups.set_policy(reply.backups.clone());
+        }
         for (project, owner, epoch) in reply.owners.clone() {
             let (moves, address) = (self.moves.clone(), self.peers.address(owner));
             tokio::spawn(async move {

@@ -9,7 +9,10 @@ use cocalc_auth::token::Algorithm;
 use cocalc_core::control::Settings;
 use serde::Deserialize;
 
-use crate::oidc::{self, OidcConfig};
+use crate::{
+    backups::BackupsConfig,
+    oidc::{self, OidcConfig},
+};
 
 /// What a master is told: one TOML file, every key also as
 /// `COCALC_MASTER_<KEY>`.
@@ -52,6 +55,9 @@ pub struct Config {
     /// OpenID providers with which people may log in. Default: none.
     #[serde(default)]
     pub oidc: Vec<OidcConfig>,
+    /// Backups. Default: none.
+    #[serde(default)]
+    pub backups: Option<BackupsConfig>,
 }
 
 fn connections_per_address_max() -> usize {
@@ -84,6 +90,7 @@ impl Config {
             connections_per_address_max: connections_per_address_max(),
             token_algorithm: Algorithm::default(),
             oidc: Vec::new(),
+            backups: None,
         }
     }
 
@@ -113,6 +120,9 @@ impl Config {
         }
         if self.connections_per_address_max == 0 {
             return Err("connections_per_address_max: at least 1".to_owned());
+        }
+        if let Some(backups) = &self.backups {
+            backups.validate()?;
         }
         oidc::validate(&self.oidc)
     }
@@ -145,6 +155,8 @@ mod tests {
             ("connections_per_address_max = 0", "connections_per_address_max"),
             ("token_algorithm = 'none'", "token_algorithm"),
             ("leese_ms = 100", "leese_ms"),
+            ("[backups]\nkind = 'directory'", "backups.directory"),
+            ("[backups]\nkind = 'directory'\ndirectory = '/b'\ncolour = 1", "colour"),
             ("[[oidc]]\nname = 'x'\nclient_id = 'y'", "issuer"),
             ("[[oidc]]\nname = 'x'\nclient_id = 'y'\nissuer = 'http://id.example'", "issuer"),
             ("[[oidc]]\nname = 'x'\nclient_id = 'y'\nissuer = 'https://id.example'\nsecret = 'z'", "secret"),

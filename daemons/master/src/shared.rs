@@ -24,6 +24,7 @@ use futures_util::{StreamExt, stream::FuturesUnordered};
 
 use crate::{
     accounts::Accounts,
+    backups::Backups,
     bus::gate::bus_name,
     bus::peers::Peers,
     bus::streams::{About, Streams, Target},
@@ -31,6 +32,7 @@ use crate::{
     oidc::Oidc,
     operations::Operations,
     receipts::Receipts,
+    secrets::SecretsKey,
     signing::Signing,
     ssh_ca::SshCa,
 };
@@ -56,8 +58,12 @@ pub(crate) struct Shared {
     pub(crate) accounts: Option<Arc<dyn Accounts>>,
     /// OpenID providers, and who is logging in with them.
     pub(crate) oidc: Oidc,
+    /// What wraps the secrets of projects.
+    pub(crate) secrets: SecretsKey,
     /// Projects whose host has not heard of how they are run now.
     pub(crate) untold: Mutex<BTreeSet<ProjectId>>,
+    /// Backups, if there are any.
+    pub(crate) backups: Option<Backups>,
 }
 
 impl fmt::Debug for Shared {

@@ -6,6 +6,7 @@
 use std::{
     collections::BTreeMap,
     io::Cursor,
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -191,6 +192,11 @@ impl Storage for Shelves {
         let shelves = self.lock();
         let snapshots = shelves.get(&project).into_iter().flat_map(|shelf| &shelf.snapshots);
         Ok(snapshots.map(|(snapshot, _)| snapshot.clone()).collect())
+    }
+
+    async fn snapshot_path(&self, project: ProjectId, name: &SnapshotName) -> Result<Option<PathBuf>> {
+        let known = self.snapshots(project).await?.iter().any(|snapshot| snapshot.name == *name);
+        if known { Ok(None) } else { Err(Error::NoSnapshot { project, name: name.clone() }) }
     }
 
     async fn delete_snapshot(&self, project: ProjectId, name: &SnapshotName) -> Result<()> {

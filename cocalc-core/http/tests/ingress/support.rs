@@ -201,7 +201,7 @@ pub(crate) struct Ports {
 #[async_trait]
 impl Runner for Ports {
     fn capabilities(&self) -> Capabilities {
-        Capabilities { backend: "ports".to_owned(), isolation: false, limits: false, weaknesses: vec![] }
+        Capabilities { backend: "ports".to_owned(), isolation: false, limits: false, weaknesses: vec![], unenforced: vec![] }
     }
 
     async fn prepare(&self, _: &ProjectSpec) -> runner::Result<()> {
@@ -245,6 +245,10 @@ impl Runner for Ports {
 
     async fn stats(&self, _: ProjectId) -> runner::Result<Stats> {
         Ok(Stats::default())
+    }
+
+    async fn set_limits(&self, project: ProjectId, _: &runner::Limits) -> runner::Result<runner::Applied> {
+        Err(runner::Error::NotRunning { project })
     }
 
     async fn logs(&self, _: ProjectId, _: usize) -> runner::Result<String> {

@@ -1,6 +1,7 @@
 //! Projects as processes of the user who runs the daemon: no container, no
 //! isolation.
 
+mod services;
 mod tree;
 
 use std::{
@@ -18,7 +19,10 @@ use async_trait::async_trait;
 use cocalc_core::{
     BoxError,
     ids::{Epoch, ProjectId, Timestamp},
-    runner::{Capabilities, Error, ExecRequest, Process, ProjectSpec, Result, Runner, State, Stats, Status},
+    runner::{
+        Applied, Capabilities, Error, ExecRequest, LimitKind, Limits, Process, ProjectSpec, Result, Runner,
+        State, Stats, Status,
+    },
     stream::BoxStream,
 };
 use rustix::process::Signal;
@@ -208,6 +212,14 @@ impl Shared {
         Ok((entry, supervisor))
     }
 
+    /// The home and the environment of a project's processes.
+    fn surroundings(&self, project: ProjectId) -> Result<(String, BTreeMap<String, String>)> {
+        let entry = self.known(project).ok_or(Error::NotRunning { project })?;
+        let view = entry.view();
+        let record = view.record.as_ref().ok_or(Error::NotRunning { project })?;
+        Ok((record.home.to_string_lossy().into_owned(), record.env.clone()))
+    }
+
     fn socket(&self, project: ProjectId) -> io::Result<AgentSocket> {
         AgentSocket::new(&self.state_dir.join("sockets"), format!("{project}.sock"))
     }
@@ -367,6 +379,7 @@ impl Runner for ProcessRunner {
                 "all projects share the machine's ports".into(),
                 "a process that leaves its supervisor and clears its environment outlives a stop".into(),
             ],
+            unenforced: LimitKind::ALL.to_vec(),
         }
     }
 
@@ -404,11 +417,7 @@ impl Runner for ProcessRunner {
             let reason = "this runner has no other users than its own".into();
             return Err(Error::Invalid { project, reason });
         }
-        let (home, env) = {
-            let view = entry.view();
-            let record = view.record.as_ref().ok_or(Error::NotRunning { project })?;
-            (record.home.to_string_lossy().into_owned(), record.env.clone())
-        };
+        let (home, env) = self.shared.surroundings(project)?;
         let socket = self.shared.socket(project).map_err(|error| backend("reach", project, error))?;
         agent::exec(&socket, &request, env.iter(), &home).await.map_err(|error| match error {
             AgentError::Refused(reason) => Error::Invalid { project, reason },
@@ -452,6 +461,15 @@ impl Runner for ProcessRunner {
         let (_, supervisor) = self.shared.running(project)?;
         let pid = supervisor.pid;
         blocking(move || Ok(tree::stats(pid))).await.map_err(|error| backend("measure", project, error))
+    }
+
+    async fn set_limits(&self, project: ProjectId, limits: &Limits) -> Result<Applied> {
+        self.shared.running(project)?;
+        if let Some(kind) = limits.asked().next() {
+            let reason = format!("plain processes can't be limited: {kind}");
+            return Err(Error::Invalid { project, reason });
+        }
+        Ok(Applied::default())
     }
 
     async fn logs(&self, project: ProjectId, lines: usize) -> Result<String> {

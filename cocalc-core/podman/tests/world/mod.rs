@@ -13,7 +13,7 @@ use std::{
 
 use cocalc_core::{
     ids::{Epoch, HostId, ImageDigest, ProjectId},
-    runner::{self, ExecRequest, Exit, Limits, ProjectSpec, Runner},
+    runner::{self, ExecRequest, Exit, Isolation, Limits, ProjectSpec, Runner},
 };
 use cocalc_podman::{Podman, PodmanBuilder, cleanup_instance, image, probe};
 use tokio::io::AsyncReadExt;
@@ -118,6 +118,7 @@ impl World {
             slot,
             limits: Limits::default(),
             env: [("FROM_SPEC".to_owned(), "yes".to_owned())].into(),
+            isolation: Isolation::default(),
         }
     }
 
@@ -149,6 +150,26 @@ impl World {
             .unwrap_or_else(|_| panic!("{line:?} did not end"));
         out.extend(err);
         (exit, String::from_utf8_lossy(&out).into_owned())
+    }
+
+    /// The host's number of a project's first process.
+    pub fn first_process(&self, project: ProjectId) -> String {
+        let container = format!("cocalc-{}-{project}", self.instance);
+        let mut podman = Command::new("podman");
+        must(podman.args(["inspect", "--format", "{{.State.Pid}}", &container])).trim().to_owned()
+    }
+
+    /// A limit of a project's control group, by its name in either version.
+    pub fn limit(&self, project: ProjectId, v1: &str, v2: &str) -> u64 {
+        let pid = self.first_process(project);
+        let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+        let (controller, name) = v1.split_once('/').unwrap();
+        let find = |key: &str| groups.lines().find_map(|line| line.split_once(':')?.1.strip_prefix(key));
+        let path = match find(&format!("{controller}:")) {
+            Some(group) => format!("/sys/fs/cgroup/{controller}{group}/{name}"),
+            None => format!("/sys/fs/cgroup{}/{v2}", find(":").unwrap()),
+        };
+        std::fs::read_to_string(path).unwrap().trim().parse().unwrap()
     }
 
     /// Runs a line as the ordinary user, which must succeed.

@@ -75,6 +75,25 @@ pub enum Job {
         /// Where to.
         to: HostId,
     },
+    /// Backs it up.
+    BackUp,
+    /// Takes backups off the list.
+    ForgetBackups {
+        /// Which.
+        backups: Vec<String>,
+    },
+    /// Forgets the backups that the policy does not keep, and deletes what
+    /// nothing needs any more.
+    PruneBackups,
+    /// Looks for damage in its repository.
+    CheckBackups {
+        /// Whether all data are read.
+        read_data: bool,
+    },
+    /// Deletes all of its backups.
+    EraseBackups,
+    /// Tries out whether its newest backup can be restored.
+    DrillBackup,
 }
 
 impl Job {
@@ -92,6 +111,12 @@ impl Job {
             Self::Copy { .. } => "copy",
             Self::Clone { .. } => "clone",
             Self::Move { .. } => "move",
+            Self::BackUp => "back_up",
+            Self::ForgetBackups { .. } => "forget_backups",
+            Self::PruneBackups => "prune_backups",
+            Self::CheckBackups { .. } => "check_backups",
+            Self::EraseBackups => "erase_backups",
+            Self::DrillBackup => "drill_backup",
         }
     }
 
@@ -106,8 +131,37 @@ impl Job {
             | Self::DeleteSnapshot { .. }
             | Self::RestoreSnapshot { .. }
             | Self::RestorePath { .. }
-            | Self::Copy { .. } => None,
+            | Self::Copy { .. }
+            | Self::BackUp
+            | Self::ForgetBackups { .. }
+            | Self::PruneBackups
+            | Self::CheckBackups { .. }
+            | Self::EraseBackups
+            | Self::DrillBackup => None,
         }
+    }
+
+    /// Whether it goes on beside whatever else is done to the project, which it
+    /// does not fence: work on its backups.
+    pub fn is_beside(&self) -> bool {
+        matches!(
+            self,
+            Self::BackUp
+                | Self::ForgetBackups { .. }
+                | Self::PruneBackups
+                | Self::CheckBackups { .. }
+                | Self::EraseBackups
+                | Self::DrillBackup
+        )
+    }
+
+    /// Whether two operations beside must not go on at once.
+    fn excludes(&self, other: &Self) -> bool {
+        // While a repository is erased nobody else may work on it.
+        let erases = |job: &Self| *job == Self::EraseBackups;
+        self.is_beside()
+            && other.is_beside()
+            && (self.kind() == other.kind() || erases(self) || erases(other))
     }
 
     /// Whether it brings the project into being.
@@ -306,6 +360,38 @@ pub(super) fn begin(
     find(db, id)
 }
 
+/// Begins an operation that fences nothing.
+fn begin_beside(
+    db: &Transaction<'_>,
+    id: OperationId,
+    project: ProjectId,
+    account: AccountId,
+    job: &Job,
+    now: Timestamp,
+) -> Result<Operation, Fault<Error>> {
+    match find(db, id) {
+        // A repeated call finds what it began.
+        Ok(known) => return Ok(known),
+        Err(Fault::Refused(Error::NotFound { .. })) => {}
+        Err(fault) => return Err(fault),
+    }
+    let known: bool =
+        db.query_row("SELECT EXISTS (SELECT 1 FROM projects WHERE id = ?1)", [project.to_string()], |row| {
+            row.get(0)
+        })?;
+    if !known {
+        return Err(Fault::Refused(Error::NotFound { what: "project" }));
+    }
+    let sql = format!("SELECT {COLUMNS} FROM operations WHERE project = ?1 AND state = 'running'");
+    let running: Vec<Operation> =
+        db.prepare_cached(&sql)?.query_map([project.to_string()], read)?.collect::<Result<_, _>>()?;
+    if let Some(other) = running.iter().find(|other| other.job.excludes(job)) {
+        return Err(Fault::Refused(Error::Busy { operation: other.id }));
+    }
+    insert(db, id, project, account, job, now)?;
+    find(db, id)
+}
+
 /// How many events of an operation are all kept.
 const EVENTS_KEPT: u64 = 200;
 
@@ -350,6 +436,26 @@ impl Store {
         now: Timestamp,
     ) -> Result<Operation> {
         self.database.write("begin an operation", |db| begin(db, id, project, account, job, allowed, now))
+    }
+
+    /// Begins an operation beside others ([`Job::is_beside`]), also on a project
+    /// that is deleted: it fences nothing, and the project's state stays as it
+    /// is.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotFound`]; [`Error::Busy`] with one that it cannot go on
+    /// beside; or the database failed.
+    pub fn begin_beside(
+        &self,
+        id: OperationId,
+        project: ProjectId,
+        account: AccountId,
+        job: &Job,
+        now: Timestamp,
+    ) -> Result<Operation> {
+        self.database
+            .write("begin an operation beside others", |db| begin_beside(db, id, project, account, job, now))
     }
 
     /// The operation.

@@ -426,8 +426,10 @@ fn free_space_is_what_the_host_said_last() {
             isolation: true,
             limits: true,
             weaknesses: vec![],
+            unenforced: vec![],
         },
         images: vec![],
+        sealing_key: None,
         free_bytes: 5,
     };
     let registration = Registration {

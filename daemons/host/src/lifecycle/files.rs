@@ -74,9 +74,18 @@ impl Lifecycle {
             plan_bytes,
             allowance_bytes: plan_bytes.map(|plan| policy.allowance_bytes(plan)),
             policy,
-            notice: self.keeper.notice(project),
+            notice: self.notice(project),
             footprint,
         }))
+    }
+
+    /// What the project's owner should know of its snapshots and backups.
+    fn notice(&self, project: ProjectId) -> Option<String> {
+        let backups = self.backups.as_ref().and_then(|backups| backups.notice(project));
+        match (self.keeper.notice(project), backups) {
+            (Some(one), Some(other)) => Some(format!("{one}; {other}")),
+            (one, other) => one.or(other),
+        }
     }
 
     pub(super) async fn configure(
@@ -91,6 +100,10 @@ impl Lifecycle {
         match self.storage.set_limit(project, self.keeper.limit_bytes(&entry.config)).await {
             Ok(()) | Err(storage::Error::Unsupported { .. }) => {}
             Err(error) => return Err(storage_error(error)),
+        }
+        // Its secrets may be others, too.
+        if let Some(secrets) = self.inside.as_ref().and_then(|inside| inside.secrets.as_ref()) {
+            secrets.refresh(project);
         }
         self.report(project, vec![]).await.map(HostReply::Project)
     }

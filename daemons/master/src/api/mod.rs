@@ -2,6 +2,7 @@
 
 mod access;
 mod accounts;
+mod backups;
 mod caller;
 mod connect;
 mod document;
@@ -11,6 +12,7 @@ mod hosts;
 mod identities;
 mod idle;
 mod input;
+mod inside;
 mod keys;
 mod login;
 mod members;
@@ -61,6 +63,8 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
         .merge(snapshots::routes())
         .merge(files::routes())
         .merge(idle::routes())
+        .merge(inside::routes())
+        .merge(backups::routes())
         .merge(ssh_keys::routes())
         .merge(ssh_ca::routes())
         .merge(hosts::routes())

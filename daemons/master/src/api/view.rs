@@ -7,6 +7,8 @@ use serde::Serialize;
 use serde_json::Value;
 use utoipa::ToSchema;
 
+use super::backups::BackupStateView;
+
 /// A time in RFC 3339.
 pub(crate) fn time(at: Timestamp) -> String {
     jiff::Timestamp::from_millisecond(at.millis()).map_or_else(|_| at.to_string(), |at| at.to_string())
@@ -60,6 +62,8 @@ pub(crate) struct ProjectView {
     started: Option<String>,
     /// Milliseconds of each phase of the last start.
     phases: Vec<(String, u64)>,
+    /// How it stands with its backups; null if its host has not said it.
+    backup: Option<BackupStateView>,
 }
 
 impl From<Project> for ProjectView {
@@ -77,6 +81,7 @@ impl From<Project> for ProjectView {
             created: time(project.created),
             started: project.started.map(time),
             phases: project.phases,
+            backup: project.backup.map(Into::into),
         }
     }
 }

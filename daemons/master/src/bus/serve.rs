@@ -161,6 +161,14 @@ async fn respond(shared: &Arc<Shared>, peer: Peer, request: PeerRequest) -> stor
             let Peer::Host(host) = peer else { return Ok(hosts_only()) };
             shared.operations.heard_of_stream(host, move_id, name, [bytes, estimated_bytes, bytes_per_sec]);
         }
+        PeerRequest::BackupAccess(request) => {
+            let Peer::Host(host) = peer else { return Ok(hosts_only()) };
+            return shared.open_repository(host, request).await;
+        }
+        PeerRequest::BackupStatus(status) => {
+            let Peer::Host(host) = peer else { return Ok(hosts_only()) };
+            shared.db(move |store| store.set_backup_status(host, &status)).await?;
+        }
         PeerRequest::Wake { project, epoch } => {
             let Peer::Host(host) = peer else { return Ok(hosts_only()) };
             return wake(shared, host, project, epoch).await;
@@ -168,6 +176,10 @@ async fn respond(shared: &Arc<Shared>, peer: Peer, request: PeerRequest) -> stor
         PeerRequest::Idle { project, epoch } => {
             let Peer::Host(host) = peer else { return Ok(hosts_only()) };
             return stop_idle(shared, host, project, epoch).await;
+        }
+        PeerRequest::Secrets { project, epoch } => {
+            let Peer::Host(host) = peer else { return Ok(hosts_only()) };
+            return shared.secrets_for(host, project, epoch).await;
         }
         PeerRequest::CertifySshHostKeys => return certify(shared, peer).await,
         PeerRequest::AuditHead { count, head, time, signature } => {
@@ -330,6 +342,7 @@ async fn register_peer(shared: &Arc<Shared>, peer: Peer, register: Register) -> 
         settings: shared.settings,
         owners,
         now: shared.now(),
+        backups: shared.backups.as_ref().map(|backups| backups.policy()),
     }))
 }
 

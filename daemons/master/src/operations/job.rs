@@ -53,6 +53,10 @@ pub(super) async fn run(shared: &Arc<Shared>, operation: &Operation) {
         if let Err(error) = shared.tell_of_project(project.host, project.id).await {
             tracing::warn!(project = %project.id, error = %cocalc_core::chain(&error), "cannot announce a deletion");
         }
+        let id = project.id;
+        if let Err(error) = shared.db(move |store| store.remove_secrets(id)).await {
+            tracing::warn!(project = %id, error = %cocalc_core::chain(&error), "its secrets are not removed");
+        }
         if let Err(error) = shared.forget_project(project.id).await {
             tracing::warn!(project = %project.id, error = %cocalc_core::chain(&error), "cannot tidy after a deletion");
         }
@@ -118,6 +122,10 @@ pub(crate) fn code(code: ErrorCode) -> &'static str {
         ErrorCode::NoSpace => "no_space",
         ErrorCode::Invalid => "invalid_request",
         ErrorCode::Unavailable => "host_unavailable",
+        ErrorCode::RepositoryUnavailable => "repository_unavailable",
+        ErrorCode::RepositoryDenied => "repository_denied",
+        ErrorCode::RepositoryDamaged => "repository_damaged",
+        ErrorCode::Cancelled => "cancelled",
         _ => "host_failed",
     }
 }
@@ -206,7 +214,13 @@ async fn act(shared: &Shared, operation: &Operation, project: &Project) -> Resul
             call.keep("copying", command, project).await?
         }
         // Driven elsewhere.
-        Job::Move { .. } => return Err(Failure::NoReceipt),
+        Job::Move { .. }
+        | Job::BackUp
+        | Job::ForgetBackups { .. }
+        | Job::PruneBackups
+        | Job::CheckBackups { .. }
+        | Job::EraseBackups
+        | Job::DrillBackup => return Err(Failure::NoReceipt),
     })
 }
 

@@ -1,0 +1,107 @@
+//! What master and host say to each other about backups.
+//!
+//! Work that takes long is begun and then asked after: each repeated command
+//! names the operation, and is answered with how far that is. A host that was
+//! restarted begins anew, and goes on from the data that are stored already.
+
+use cocalc_ids::{OperationId, ProjectId};
+use serde::{Deserialize, Serialize};
+
+use crate::backups::{Answer, Backup, Progress, Query, Status};
+
+/// What the master tells a host to do about the backups of a project that it
+/// owns.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(tag = "backups", rename_all = "snake_case")]
+pub enum BackupsCommand {
+    /// Begin this work unless it has been begun, and answer how far it is when
+    /// there is news, or after a while.
+    Work {
+        /// For which operation. It is done once.
+        operation: OperationId,
+        /// What to do.
+        work: BackupsWork,
+        /// How long to wait for news, in milliseconds.
+        wait_ms: u64,
+    },
+    /// End this work. It leaves nothing behind, and may just have been done.
+    Cancel {
+        /// Of which operation.
+        operation: OperationId,
+    },
+    /// Answer a question.
+    Ask {
+        /// Which.
+        query: Query,
+    },
+    /// Say how the project stands.
+    Status,
+}
+
+/// Work on backups.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(tag = "work", rename_all = "snake_case")]
+pub enum BackupsWork {
+    /// Back up its present state.
+    BackUp,
+}
+
+/// What a host answers.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(tag = "backups", rename_all = "snake_case")]
+pub enum BackupsReply {
+    /// The work goes on.
+    Working {
+        /// Of which operation.
+        operation: OperationId,
+        /// How far it is; `None` while it waits for others.
+        progress: Option<Progress>,
+    },
+    /// The work is done.
+    Done {
+        /// Of which operation.
+        operation: OperationId,
+        /// What came of it.
+        outcome: BackupsOutcome,
+    },
+    /// There is no such work, or it has ended now.
+    Cancelled {
+        /// Of which operation.
+        operation: OperationId,
+    },
+    /// An answer.
+    Answered {
+        /// To the question.
+        answer: Answer,
+    },
+    /// How the project stands; `None` if it has not been looked at yet.
+    Status {
+        /// That.
+        status: Option<Status>,
+    },
+}
+
+/// What came of work on backups.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(tag = "outcome", rename_all = "snake_case")]
+pub enum BackupsOutcome {
+    /// There is a new backup.
+    BackedUp {
+        /// Which.
+        backup: Backup,
+    },
+}
+
+/// What a host asks for to do a job at a repository.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct BackupAccess {
+    /// For the sake of which project, which the host must own.
+    pub project: ProjectId,
+    /// In which epoch.
+    pub epoch: cocalc_ids::Epoch,
+    /// Whose backups; another project's only for an operation on `project`
+    /// that restores them.
+    pub repository: ProjectId,
+    /// To do what. Nobody gets to delete.
+    pub access: crate::backups::Access,
+}
