@@ -8,7 +8,7 @@
 
 use std::{
     fs, io,
-    path::PathBuf,
+    path::{Path, PathBuf},
     pin::Pin,
     process::{ExitStatus, Stdio},
     sync::atomic::{AtomicU64, Ordering},
@@ -26,9 +26,37 @@ use tokio::{io::AsyncWrite, process::ChildStdin};
 use super::{Shared, backend, project::Running};
 use crate::{cgroup::Groups, mounts::USER_ID, pidfd::PidFd, signals};
 
+/// Where the runtime keeps what it knows of containers.
+const RUNTIME_STATE: &str = "/run/runc";
 const SEARCH_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 impl Shared {
+    /// A copy of what the runtime knows of a container, without its network, in a
+    /// directory of ours that the runtime takes for its own.
+    ///
+    /// The runtime enters the user namespace first, and may not enter the network
+    /// from there, which is not of that namespace but ours. So it is started in
+    /// that network, and told of none.
+    fn without_network(&self, container: &str) -> io::Result<PathBuf> {
+        // A name of podman's, but it becomes a path.
+        if container.is_empty() || !container.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let text = fs::read(Path::new(RUNTIME_STATE).join(container).join("state.json"))?;
+        let mut state: serde_json::Value = serde_json::from_slice(&text)?;
+        if let Some(paths) = state["namespace_paths"].as_object_mut() {
+            paths.remove("NEWNET");
+        }
+        if let Some(namespaces) = state["config"]["namespaces"].as_array_mut() {
+            namespaces.retain(|one| one["type"] != "NEWNET");
+        }
+        let root = self.dirs.sockets.join("entered");
+        let directory = root.join(container);
+        fs::create_dir_all(&directory)?;
+        super::builder::write_file(&directory.join("state.json"), &serde_json::to_vec(&state)?, 0o600)?;
+        Ok(root)
+    }
+
     /// Starts a process without the helper.
     pub(super) fn exec_without_helper<'a>(
         &self,
@@ -62,8 +90,12 @@ impl Shared {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let name = format!("exec-{}-{number}.pid", std::process::id());
         let pid_file = self.dirs.sockets.join(name);
+        let enter = |error| backend("enter", project, error);
+        let root = self.without_network(&running.container).map_err(enter)?;
+        let network = fs::File::open(self.network.path(project)).map_err(enter)?;
         let mut command = tokio::process::Command::new(&self.cli.runtime);
-        command.arg("exec").arg("--pid-file").arg(&pid_file);
+        crate::kernel::spawn_in_network(&mut command, network.into());
+        command.arg("--root").arg(root).arg("exec").arg("--pid-file").arg(&pid_file);
         command.args(["--user", &format!("{id}:{id}"), "--cwd", "/"]);
         let own = [("PATH", SEARCH_PATH), ("HOME", home), ("LANG", "C.UTF-8")];
         let own = own.iter().map(|(name, value)| format!("{name}={value}"));

@@ -352,8 +352,7 @@ impl Shared {
         option("volume", format!("{}:/home/user", dirs.home().display()));
         // Memory that is the user's alone: what the master keeps as secrets is
         // here and nowhere else, neither in the volume nor known to podman.
-        let user = format!("uid={USER},gid={USER}", USER = mounts::USER_ID);
-        option("tmpfs", format!("{SECRETS_INSIDE}:rw,nosuid,nodev,noexec,size=1m,mode=0700,{user}"));
+        option("tmpfs", format!("{SECRETS_INSIDE}:rw,nosuid,nodev,noexec,size=1m,mode=0700"));
         option("volume", format!("{}:/etc/resolv.conf:ro", self.dirs.resolv_conf.display()));
         option("log-driver", "k8s-file".into());
         option("log-opt", format!("path={}", log.display()));
