@@ -272,6 +272,35 @@ pub(crate) enum Project {
     },
     /// Say why it runs, or why not, and when it will be stopped.
     Why { id: String },
+    /// List the apps that it declares in ~/.cocalc/apps.toml, or end one so that
+    /// it is started anew.
+    Apps {
+        id: String,
+        /// Start this one anew.
+        #[arg(long)]
+        restart: Option<String>,
+    },
+    /// Print what its first process, or one of its apps, has written.
+    Logs {
+        id: String,
+        /// Of this app.
+        #[arg(long)]
+        app: Option<String>,
+        /// Go on until interrupted.
+        #[arg(long)]
+        follow: bool,
+        /// At most so many of the last lines; not of an app.
+        #[arg(long, default_value_t = 1000)]
+        lines: u32,
+    },
+    /// Say what it uses: processor, memory, disks and network.
+    Stats { id: String },
+    /// Environment variables of its processes, which every member reads.
+    #[command(subcommand)]
+    Env(Variable),
+    /// Secrets: files in memory at /run/secrets, whose values nobody is shown.
+    #[command(subcommand)]
+    Secret(Variable),
     /// Have it run on, whether it is used or not.
     Keep {
         id: String,
@@ -356,6 +385,23 @@ pub(crate) enum Project {
         #[arg(long)]
         du: bool,
     },
+}
+
+/// A named value of a project.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Variable {
+    /// Set one.
+    Set {
+        id: String,
+        name: String,
+        /// Its value; otherwise it is read from standard input, and is not seen
+        /// by others on this machine.
+        value: Option<String>,
+    },
+    /// Remove one.
+    Unset { id: String, name: String },
+    /// List them.
+    List { id: String },
 }
 
 #[derive(Debug, Subcommand)]

@@ -3,6 +3,7 @@
 use std::{fmt, path::PathBuf, sync::Arc};
 
 use cocalc_core::{
+    apps::Services,
     ids::{HostId, ImageDigest},
     runner::Runner,
     storage::Storage,
@@ -28,6 +29,10 @@ pub struct Backends {
     pub images: Images,
     /// Free bytes where the projects' files are.
     pub free_bytes: Arc<dyn Fn() -> u64 + Send + Sync>,
+    /// Runs the projects' apps, if the runner can.
+    pub services: Option<Arc<dyn Services>>,
+    /// The wrapper around the runner that runs start-up programs, if it is ours.
+    pub startup: Option<Arc<Startup>>,
     /// The volume whose trash the metrics tell of, if it is ours.
     pub volume: Option<Btrfs>,
 }
@@ -57,7 +62,7 @@ impl Backends {
             UnenforceableLimits::Refuse => Unenforceable::Refuse,
             UnenforceableLimits::Accept => Unenforceable::Accept,
         };
-        let runner: Arc<dyn Runner> = match config.runner {
+        let (runner, services): (Arc<dyn Runner>, Arc<dyn Services>) = match config.runner {
             RunnerKind::Podman => {
                 let here = images.clone();
                 let find = move |digest: ImageDigest| here.path(digest);
@@ -71,17 +76,21 @@ impl Backends {
                     .build()
                     .await
                     .map_err(|error| Error::open("podman runner")(error.into()))?;
-                Arc::new(runner)
+                let runner = Arc::new(runner);
+                (runner.clone(), runner)
             }
             RunnerKind::Process => {
                 let runner = ProcessRunner::open(config.data_dir.join("runner"), unenforceable)
                     .await
                     .map_err(|error| Error::open("process runner")(error.into()))?;
-                Arc::new(runner)
+                let runner = Arc::new(runner);
+                (runner.clone(), runner)
             }
         };
-        let runner = Arc::new(Startup::new(runner));
-        Ok(Self { storage, runner, images, free_bytes, volume })
+        let startup = Arc::new(Startup::new(runner));
+        let runner: Arc<dyn Runner> = startup.clone();
+        let (services, startup) = (Some(services), Some(startup));
+        Ok(Self { storage, runner, images, free_bytes, services, startup, volume })
     }
 
     /// The directory of an image.

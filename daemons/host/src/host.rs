@@ -38,6 +38,7 @@ use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    apps::Apps,
     backends::Backends,
     backups::{self, FromMaster},
     config::Config,
@@ -47,9 +48,11 @@ use crate::{
     images::{self, Images},
     inbox,
     inside_keys::VolumeKeys,
+    lifecycle::Inside,
     lifecycle::Lifecycle,
     peers::Peers,
     registrar::Registrar,
+    secrets::Secrets,
     wake::{HostWake, Starts},
     watch, wave,
 };
@@ -162,7 +165,22 @@ impl Host {
             storage: Arc::clone(&backends.storage),
             directory: make_dir(&data.join("activity"))?,
         });
-        let lifecycle = lifecycle.idle(idle.clone());
+        let secrets = Secrets::new(
+            id,
+            Opener::of(&identity),
+            Arc::clone(&bus),
+            ledger.clone(),
+            Arc::clone(&backends.runner),
+        );
+        if let Some(startup) = &backends.startup {
+            startup.before(Arc::new(secrets.clone()));
+        }
+        let apps = backends.services.clone().map(|services| {
+            let (runner, storage) = (Arc::clone(&backends.runner), Arc::clone(&backends.storage));
+            Apps::new(Arc::new(SystemClock), runner, services, storage)
+        });
+        let inside = Inside { apps: apps.clone(), secrets: Some(secrets) };
+        let lifecycle = lifecycle.idle(idle.clone()).inside(inside);
         // Before anybody can ask for anything: what a crash cut off is ended.
         moves.recover().await;
 
@@ -277,6 +295,12 @@ impl Host {
         let mut background = JoinSet::new();
         background.spawn(certified);
         background.spawn(inbox::serve(Arc::clone(&bus), id, lifecycle.clone()));
+        background.spawn(async move {
+            match apps {
+                Some(apps) => apps.run().await,
+                None => std::future::pending().await,
+            }
+        });
         background.spawn(idle.run(peer, Arc::clone(&bus)));
         let world = images::World { ledger: ledger.clone(), peers: dialer };
         background.spawn(inbox::serve_images(Arc::clone(&bus), id, backends.images.clone(), world));

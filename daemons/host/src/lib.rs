@@ -18,6 +18,7 @@
 //! }
 //! ```
 
+mod apps;
 mod backends;
 mod backups;
 mod config;
@@ -32,6 +33,7 @@ mod lifecycle;
 mod limits;
 mod peers;
 mod registrar;
+mod secrets;
 mod startup;
 mod wake;
 mod watch;

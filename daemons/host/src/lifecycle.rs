@@ -1,6 +1,7 @@
 //! Carries out the master's commands, each under the grant it names.
 
 mod files;
+mod inside;
 mod once;
 
 use std::{
@@ -30,6 +31,7 @@ use cocalc_daemon::probe::Histogram;
 
 use crate::idle::Idle;
 
+pub(crate) use self::inside::Inside;
 use self::{
     files::{Comparison, Original},
     once::Once,
@@ -55,6 +57,7 @@ pub struct Lifecycle {
     /// Keeps the backups, if this host can make any.
     backups: Option<backups::Keeper>,
     idle: Option<Idle>,
+    inside: Option<Inside>,
 }
 
 impl fmt::Debug for Lifecycle {
@@ -84,15 +87,16 @@ impl Lifecycle {
             once: Arc::default(),
             gate: Gate::new(QueueLimits::for_cores(cores()), available_bytes),
             starts: Arc::new(Histogram::seconds()),
+            inside: None,
             backups: None,
             idle: None,
         }
     }
 
-    /// The same, with a keeper of backups.
-    #[must_use]
-    pub fn with_backups(self, backups: Option<backups::Keeper>) -> Self {
-        Self { backups, ..self }
+    /// Looks inside projects. Default: only what the runner itself tells.
+    pub(crate) fn inside(mut self, inside: Inside) -> Self {
+        self.inside = Some(inside);
+        self
     }
 
     /// Knows who uses the projects. Default: nobody does.
@@ -100,6 +104,12 @@ impl Lifecycle {
     pub fn idle(mut self, idle: Idle) -> Self {
         self.idle = Some(idle);
         self
+    }
+
+    /// The same, with a keeper of backups.
+    #[must_use]
+    pub fn with_backups(self, backups: Option<backups::Keeper>) -> Self {
+        Self { backups, ..self }
     }
 
     /// Carries out one command. Repeating it is harmless.
@@ -142,8 +152,9 @@ impl Lifecycle {
             }
             HostCommand::Configure { project, epoch, config } => self.configure(project, epoch, config).await,
             HostCommand::Usage { project, epoch, count } => self.usage(project, epoch, count).await,
-            HostCommand::Backups { project, epoch, what } => self.back_up(project, epoch, what).await,
             HostCommand::Why { project } => self.why(project).await,
+            HostCommand::Inside { project, epoch, what } => self.look_inside(project, epoch, what).await,
+            HostCommand::Backups { project, epoch, what } => self.back_up(project, epoch, what).await,
             HostCommand::Move { move_id, project, step } => {
                 return self.moves.execute(move_id, project, step).await;
             }

@@ -36,6 +36,7 @@ mod operations;
 pub mod placement;
 mod receipts;
 mod secret;
+mod secrets;
 mod server;
 mod shared;
 mod signing;
@@ -61,6 +62,7 @@ use self::{
     oidc::Oidc,
     operations::Operations,
     receipts::Receipts,
+    secrets::SecretsKey,
     shared::Shared,
     signing::Signing,
     ssh_ca::SshCa,
@@ -152,6 +154,7 @@ impl Master {
         let signing = Signing::open(config.data_dir.join("signing-keys"), config.token_algorithm, now)
             .map_err(unusable)?;
         let ssh_ca = SshCa::open(config.data_dir.join("ssh-ca-keys"), now).map_err(unusable)?;
+        let secrets = SecretsKey::open(&config.data_dir.join("project-secrets-key")).map_err(unusable)?;
         admin::ensure(&store, &config.data_dir.join("admin-token"), now).map_err(unusable)?;
         let folder = config.data_dir.join("audit");
         admin::make_directory(&folder).map_err(|error| unusable(error.into()))?;
@@ -190,6 +193,7 @@ impl Master {
             oidc,
             images: images::Images::default(),
             backups,
+            secrets,
             untold: std::sync::Mutex::default(),
             settings: config.settings(),
             store,

@@ -33,6 +33,7 @@ use crate::{
     oidc::Oidc,
     operations::Operations,
     receipts::Receipts,
+    secrets::SecretsKey,
     signing::Signing,
     ssh_ca::SshCa,
 };
@@ -64,6 +65,8 @@ pub(crate) struct Shared {
     pub(crate) images: Images,
     /// Backups, if there are any.
     pub(crate) backups: Option<Backups>,
+    /// What wraps the secrets of projects.
+    pub(crate) secrets: SecretsKey,
     /// Projects whose host has not heard of how they are run now.
     pub(crate) untold: Mutex<BTreeSet<ProjectId>>,
 }

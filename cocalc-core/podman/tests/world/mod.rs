@@ -120,11 +120,19 @@ pub struct World {
     pub volume: Arc<Volume>,
 }
 
-/// Numbers runners of this process, so that their ranges differ.
+/// A number that no other runner of tests on this machine has, so that their ranges
+/// differ; away from those of hosts that really run here.
 fn next_index() -> u16 {
-    static NEXT: std::sync::atomic::AtomicU16 = std::sync::atomic::AtomicU16::new(0);
-    // Away from the ranges of hosts that really run on this machine.
-    20 + NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed)
+    for index in (20..56).rev() {
+        let path = std::env::temp_dir().join(format!("cocalc-test-index-{index}"));
+        let file = std::fs::File::create(path).unwrap();
+        if rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_ok() {
+            // Held to the end of this process.
+            std::mem::forget(file);
+            return index;
+        }
+    }
+    panic!("too many runners of tests at a time");
 }
 
 pub fn builder(instance: HostId, state: &Path, index: u16, volume: &Volume) -> PodmanBuilder {

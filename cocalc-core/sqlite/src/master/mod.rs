@@ -17,6 +17,7 @@ mod operation;
 mod peer;
 mod project;
 mod receipt;
+mod secret;
 mod ssh_key;
 mod token;
 
@@ -38,6 +39,7 @@ pub use self::{
     peer::{Host, Joining, Proxy, Registration},
     project::{NewProject, Project, ProjectState},
     receipt::{Settled, StoredHolder, StoredReceipt},
+    secret::StoredSecret,
     ssh_key::StoredSshKey,
     token::{ApiToken, Bearer, JoinKind, KeyLimits, Verb},
 };
@@ -53,6 +55,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("schema_audit.sql"),
     include_str!("schema_ssh.sql"),
     include_str!("schema_backups.sql"),
+    include_str!("schema_secrets.sql"),
 ];
 
 /// The master's database.

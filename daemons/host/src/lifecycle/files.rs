@@ -104,6 +104,10 @@ impl Lifecycle {
             Ok(()) | Err(storage::Error::Unsupported { .. }) => {}
             Err(error) => return Err(storage_error(error)),
         }
+        // Its secrets may be others, too.
+        if let Some(secrets) = self.inside.as_ref().and_then(|inside| inside.secrets.as_ref()) {
+            secrets.refresh(project);
+        }
         // With another image, what was prepared is of no use.
         self.prepare_next(&entry).await;
         match applied {

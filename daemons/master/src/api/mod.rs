@@ -13,6 +13,7 @@ mod identities;
 mod idle;
 mod images;
 mod input;
+mod inside;
 mod keys;
 mod login;
 mod members;
@@ -68,6 +69,7 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
         .merge(backups::routes())
         .merge(idle::routes())
         .merge(images::routes())
+        .merge(inside::routes())
         .merge(ssh_keys::routes())
         .merge(ssh_ca::routes())
         .merge(hosts::routes())

@@ -32,6 +32,8 @@ pub(super) fn verb_of(method: &Method, route: &str) -> Option<Verb> {
         ("POST" | "DELETE", _, Some(rest)) if rest.starts_with("/members") => Some(Verb::Manage),
         ("PATCH", _, Some("/access" | "/idle")) => Some(Verb::Manage),
         ("PUT", _, Some("/limits" | "/isolation" | "/image")) => Some(Verb::Manage),
+        ("POST", _, Some("/apps/{name}/restart")) => Some(Verb::Operate),
+        ("PUT" | "DELETE", _, Some("/env/{name}" | "/secrets/{name}")) => Some(Verb::Manage),
         _ => None,
     }
 }

@@ -183,6 +183,10 @@ async fn respond(shared: &Arc<Shared>, peer: Peer, request: PeerRequest) -> stor
             let Peer::Host(host) = peer else { return Ok(hosts_only()) };
             return stop_idle(shared, host, project, epoch).await;
         }
+        PeerRequest::Secrets { project, epoch } => {
+            let Peer::Host(host) = peer else { return Ok(hosts_only()) };
+            return shared.secrets_for(host, project, epoch).await;
+        }
         PeerRequest::CertifySshHostKeys => return certify(shared, peer).await,
         PeerRequest::AuditHead { count, head, time, signature } => {
             let head = Head { count, hash: head, time };

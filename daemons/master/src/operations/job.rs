@@ -60,6 +60,10 @@ pub(super) async fn run(shared: &Arc<Shared>, operation: &Operation, mut cancel:
         if let Err(error) = shared.tell_of_project(project.host, project.id).await {
             tracing::warn!(project = %project.id, error = %cocalc_core::chain(&error), "cannot announce a deletion");
         }
+        let id = project.id;
+        if let Err(error) = shared.db(move |store| store.remove_secrets(id)).await {
+            tracing::warn!(project = %id, error = %cocalc_core::chain(&error), "its secrets are not removed");
+        }
         if let Err(error) = shared.forget_project(project.id).await {
             tracing::warn!(project = %project.id, error = %cocalc_core::chain(&error), "cannot tidy after a deletion");
         }
