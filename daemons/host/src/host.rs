@@ -38,6 +38,7 @@ use crate::{
     backends::Backends,
     config::Config,
     endpoints::HostEndpoints,
+    files::VolumeFiles,
     inbox,
     inside_keys::VolumeKeys,
     lifecycle::Lifecycle,
@@ -196,10 +197,12 @@ impl Host {
             metrics: Metrics::default(),
             audit: audit.clone(),
         };
+        let files = VolumeFiles { storage: Arc::clone(&backends.storage), ledger: ledger.clone() };
         let http =
             HostIngress::builder(id, Arc::clone(&auth), Arc::clone(&router), Arc::clone(&backends.runner))
                 .wake(Arc::clone(&wake))
                 .endpoints(Arc::new(endpoints))
+                .files(Arc::new(files))
                 .served(served)
                 .https(address.url.starts_with("https://"))
                 .limits(config.limits.http())

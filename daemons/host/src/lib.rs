@@ -21,6 +21,7 @@
 mod backends;
 mod config;
 mod endpoints;
+mod files;
 mod host;
 mod inbox;
 mod inside_keys;
