@@ -44,6 +44,7 @@ use crate::{
     config::Config,
     drill::Drill,
     endpoints::HostEndpoints,
+    files::VolumeFiles,
     idle::{self, Idle},
     images::{self, Images},
     inbox,
@@ -251,11 +252,13 @@ impl Host {
             lifecycle: lifecycle.clone(),
             audit: audit.clone(),
         };
+        let files = VolumeFiles { storage: Arc::clone(&backends.storage), ledger: ledger.clone() };
         let http =
             HostIngress::builder(id, Arc::clone(&auth), Arc::clone(&router), Arc::clone(&backends.runner))
                 .wake(Arc::clone(&wake))
                 .meters(meters.clone())
                 .endpoints(Arc::new(endpoints))
+                .files(Arc::new(files))
                 .served(served)
                 .https(address.url.starts_with("https://"))
                 .limits(config.limits.http())

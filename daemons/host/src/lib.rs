@@ -24,6 +24,7 @@ mod backups;
 mod config;
 mod drill;
 mod endpoints;
+mod files;
 mod host;
 mod idle;
 mod images;
