@@ -19,7 +19,7 @@ use super::{
     view::{Begun, ProjectView, time},
 };
 use crate::{
-    placement::{Candidate, Needs, NoPlace, place},
+    placement::{Needs, NoPlace, place},
     shared::Shared,
 };
 
@@ -80,7 +80,7 @@ async fn create(
         None => None,
     };
     let needs = Needs { image: new.image, quota_bytes: new.quota_bytes, only };
-    let candidates = candidates(&shared).await?;
+    let candidates = shared.candidates().await?;
     let host = place(&candidates, &needs).map_err(|reason| match reason {
         NoPlace::NoHost | NoPlace::NotAlive => Problem::unavailable("no_host", reason.to_string()),
         _ => Problem::conflict("no_host", reason.to_string()),
@@ -96,24 +96,6 @@ async fn create(
     };
     let project = shared.create_project(id, operation, name, caller.id, config, host, Job::Create).await?;
     Ok((StatusCode::ACCEPTED, Json(Begun { operation_id: operation.to_string(), project: project.into() })))
-}
-
-async fn candidates(shared: &Shared) -> Answer<Vec<Candidate>> {
-    let (hosts, counts) = shared.db(|store| Ok((store.hosts()?, store.project_counts()?))).await?;
-    let counts: std::collections::BTreeMap<_, _> = counts.into_iter().collect();
-    let candidate = |host: cocalc_sqlite::master::Host| {
-        let can = host.capabilities?;
-        Some(Candidate {
-            host: host.id,
-            alive: shared.alive(Peer::Host(host.id)),
-            cordoned: host.cordoned,
-            isolation: can.runner.isolation,
-            images: can.images,
-            free_bytes: can.free_bytes,
-            projects: counts.get(&host.id).copied().unwrap_or(0),
-        })
-    };
-    Ok(hosts.into_iter().filter_map(candidate).collect())
 }
 
 #[derive(Serialize, ToSchema)]

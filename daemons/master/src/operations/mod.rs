@@ -8,6 +8,8 @@ mod backing_up;
 mod job;
 mod leftovers;
 mod moving;
+mod recovering;
+mod recovery;
 
 use std::{
     collections::BTreeMap,
@@ -99,6 +101,7 @@ async fn work(shared: &Arc<Shared>, id: OperationId, cancelled: watch::Receiver<
     }
     match operation.job {
         Job::Move { .. } => moving::run(shared, &operation, cancelled).await,
+        Job::Recover { .. } => recovering::run(shared, &operation, cancelled).await,
         _ if operation.job.is_beside() => backing_up::run(shared, &operation, cancelled).await,
         _ => job::run(shared, &operation).await,
     }
@@ -181,7 +184,7 @@ impl Shared {
                 "going on with an operation");
             self.run(operation);
         }
-        Ok(())
+        self.resume_recoveries().await
     }
 
     async fn run_if_new(self: &Arc<Self>, id: OperationId) -> store::Result<()> {
@@ -220,7 +223,7 @@ impl Shared {
         });
     }
 
-    /// Asks an operation to cancel. Only moves and backups can be: the others
+    /// Asks an operation to cancel. Only moves, recoveries and backups can be: the others
     /// are one step on the host, which would have to be waited for anyway.
     pub(crate) async fn cancel(&self, id: OperationId) -> store::Result<Operation> {
         let now = self.now();
