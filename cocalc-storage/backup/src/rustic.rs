@@ -104,6 +104,12 @@ impl Rustic {
         RusticBuilder { repositories, worker: None, bounds: Bounds::default() }
     }
 
+    /// The same worker and bounds, with other repositories.
+    #[must_use]
+    pub fn with_repositories(&self, repositories: Arc<dyn Repositories>) -> Self {
+        Self { repositories, ..self.clone() }
+    }
+
     /// Runs one job to its outcome. The worker is killed when this is dropped.
     #[tracing::instrument(name = "backup.call", skip_all, fields(%project, operation))]
     async fn run(

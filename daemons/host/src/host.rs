@@ -133,6 +133,7 @@ impl Host {
             keeper.clone(),
             Arc::new(from_master),
             &news,
+            Arc::clone(&backends.free_bytes),
         )
         .await?;
         let lifecycle = Lifecycle::new(

@@ -324,8 +324,15 @@ impl Lifecycle {
         name: &SnapshotName,
     ) -> Result<HostReply, CommandError> {
         let _turn = self.ledger.turn(project).await;
-        self.ledger.permit(project, epoch)?;
+        let entry = self.ledger.permit(project, epoch)?;
         self.storage.delete_snapshot(project, name).await.map_err(storage_error)?;
+        // The end of a restore from a backup, for which it was given room.
+        if backups::is_fetched(name)
+            && let Some(backups) = &self.backups
+            && !backups.settle_limit(project, self.keeper.limit_bytes(&entry.config)).await
+        {
+            tracing::info!(%project, "it keeps the room of its restore: the state before takes it");
+        }
         Ok(HostReply::Snapshots { project, snapshots: vec![] })
     }
 
