@@ -37,7 +37,7 @@ pub use self::{
     login::Identity,
     member::Member,
     moves::{MoveChange, MoveRow, MoveSaved, NewMove},
-    operation::{Ended, Event, Job, Operation, OperationState, Outcome},
+    operation::{Ended, Event, Job, Operation, OperationState, Outcome, RestoreTo},
     peer::{Host, Joining, Proxy, Registration},
     project::{NewProject, Project, ProjectState},
     receipt::{Settled, StoredHolder, StoredReceipt},

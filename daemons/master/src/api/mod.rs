@@ -21,6 +21,7 @@ mod page;
 mod problem;
 mod projects;
 mod receipts;
+mod restores;
 mod scope;
 mod snapshots;
 mod ssh_ca;
@@ -66,6 +67,7 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
         .merge(ssh_ca::routes())
         .merge(hosts::routes())
         .merge(fences::routes())
+        .merge(restores::routes())
         .merge(operations::routes())
         .merge(keys::routes())
         .merge(receipts::routes())

@@ -276,9 +276,10 @@ impl Follow {
     }
 }
 
-/// Asks an operation to cancel. A move or
-/// recovery that has not been committed is undone;
-/// other operations, and a move after that, only go forward.
+/// Asks an operation to cancel. A move or a recovery that has not been committed
+/// is undone, and a restore that has not put anything in place; other operations,
+/// and these after that, only go forward. Of `restore_all` no further project is
+/// begun.
 #[utoipa::path(post, path = "/operations/{id}/cancel", tag = "operations", params(("id" = String, Path)),
     responses((status = 202, body = OperationView), (status = "default", body = Problem)))]
 async fn cancel(
@@ -308,8 +309,15 @@ async fn cancel(
         ));
     }
     project?;
-    let cancellable = matches!(operation.job, store::Job::Move { .. } | store::Job::Recover { .. } | store::Job::BackUp)
-        && operation.progress["cancellable"] != false;
+    let can_be = matches!(
+        operation.job,
+        store::Job::Move { .. }
+            | store::Job::Recover { .. }
+            | store::Job::RestoreBackup { .. }
+            | store::Job::FromBackup { .. }
+            | store::Job::BackUp
+    );
+    let cancellable = can_be && operation.progress["cancellable"] != false;
     if !cancellable {
         return Err(Problem::conflict("not_cancellable", "this operation only goes forward now"));
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::{Json, extract::State};
 use cocalc_core::{connector::Peer, control::ProjectConfig, runner::Limits};
-use cocalc_ids::{Action, ImageDigest, OperationId, ProjectId};
+use cocalc_ids::{Action, HostId, ImageDigest, OperationId, ProjectId};
 use cocalc_sqlite::master::{Job, Project, ProjectState};
 use http::StatusCode;
 use serde::{Deserialize, Serialize};
@@ -19,7 +19,7 @@ use super::{
     view::{Begun, ProjectView, time},
 };
 use crate::{
-    placement::{Needs, NoPlace, place},
+    placement::{Candidate, Needs, NoPlace, place},
     shared::Shared,
 };
 
@@ -81,10 +81,7 @@ async fn create(
     };
     let needs = Needs { image: new.image, quota_bytes: new.quota_bytes, only };
     let candidates = shared.candidates().await?;
-    let host = place(&candidates, &needs).map_err(|reason| match reason {
-        NoPlace::NoHost | NoPlace::NotAlive => Problem::unavailable("no_host", reason.to_string()),
-        _ => Problem::conflict("no_host", reason.to_string()),
-    })?;
+    let host = placed(&candidates, &needs)?;
     // The host's default is pinned now: it may change, and the project's upper
     // layer belongs to the image it was made on, wherever it moves.
     let default = || candidates.iter().find(|one| one.host == host)?.images.first().copied();
@@ -96,6 +93,23 @@ async fn create(
     };
     let project = shared.create_project(id, operation, name, caller.id, config, host, Job::Create).await?;
     Ok((StatusCode::ACCEPTED, Json(Begun { operation_id: operation.to_string(), project: project.into() })))
+}
+
+fn placed(candidates: &[Candidate], needs: &Needs) -> Answer<HostId> {
+    place(candidates, needs).map_err(|reason| match reason {
+        NoPlace::NoHost | NoPlace::NotAlive => Problem::unavailable("no_host", reason.to_string()),
+        _ => Problem::conflict("no_host", reason.to_string()),
+    })
+}
+
+/// A host for a project with this image and plan: `only` this one, if given.
+pub(super) async fn chosen(
+    shared: &Shared,
+    image: Option<ImageDigest>,
+    quota_bytes: Option<u64>,
+    only: Option<HostId>,
+) -> Answer<HostId> {
+    placed(&shared.candidates().await?, &Needs { image, quota_bytes, only })
 }
 
 #[derive(Serialize, ToSchema)]

@@ -145,6 +145,10 @@ fn result(outcome: BackupsOutcome) -> Value {
             "backup_id": backup.id, "bytes": backup.bytes, "added_bytes": backup.added_bytes,
             "files": backup.files, "files_read": backup.files_read, "cancellable": false,
         }),
+        BackupsOutcome::Fetched { backup, restored, .. } => json!({
+            "backup_id": backup.id, "bytes": restored.bytes, "entries": restored.entries,
+            "cancellable": false,
+        }),
     }
 }
 

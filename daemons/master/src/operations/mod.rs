@@ -10,6 +10,7 @@ mod leftovers;
 mod moving;
 mod recovering;
 mod recovery;
+mod restoring;
 
 use std::{
     collections::BTreeMap,
@@ -27,6 +28,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 pub(crate) use self::{
     job::{CHECKING, OTHER_HOST, QUEUED, code},
     moving::NewMoveError,
+    restoring::restores_from,
 };
 use crate::shared::Shared;
 
@@ -103,7 +105,7 @@ async fn work(shared: &Arc<Shared>, id: OperationId, cancelled: watch::Receiver<
         Job::Move { .. } => moving::run(shared, &operation, cancelled).await,
         Job::Recover { .. } => recovering::run(shared, &operation, cancelled).await,
         _ if operation.job.is_beside() => backing_up::run(shared, &operation, cancelled).await,
-        _ => job::run(shared, &operation).await,
+        _ => job::run(shared, &operation, cancelled).await,
     }
 }
 
@@ -223,7 +225,7 @@ impl Shared {
         });
     }
 
-    /// Asks an operation to cancel. Only moves, recoveries and backups can be: the others
+    /// Asks an operation to cancel. Only moves, recoveries, backups and restores can be: the others
     /// are one step on the host, which would have to be waited for anyway.
     pub(crate) async fn cancel(&self, id: OperationId) -> store::Result<Operation> {
         let now = self.now();
