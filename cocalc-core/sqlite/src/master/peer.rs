@@ -273,9 +273,7 @@ impl Store {
     ///
     /// [`Error::NotFound`], or the database failed.
     pub fn host(&self, id: HostId) -> Result<Host> {
-        self.database.read("read a host", |db| {
-            find_host(db, id)
-        })
+        self.database.read("read a host", |db| find_host(db, id))
     }
 
     /// The host of that name.

@@ -194,7 +194,8 @@ impl Store {
     /// The database failed.
     pub fn recoveries_running(&self) -> Result<Vec<Recovery>> {
         self.database.read("list running recoveries", |db| {
-            let sql = format!("SELECT {COLUMNS} FROM recoveries WHERE state = 'running' ORDER BY created, id");
+            let sql =
+                format!("SELECT {COLUMNS} FROM recoveries WHERE state = 'running' ORDER BY created, id");
             Ok(db.prepare_cached(&sql)?.query_map([], read)?.collect::<Result<_, _>>()?)
         })
     }
@@ -204,12 +205,7 @@ impl Store {
     /// # Errors
     ///
     /// The database failed.
-    pub fn note_recovered(
-        &self,
-        id: OperationId,
-        project: &RecoveredProject,
-        now: Timestamp,
-    ) -> Result<()> {
+    pub fn note_recovered(&self, id: OperationId, project: &RecoveredProject, now: Timestamp) -> Result<()> {
         self.database.write("note what became of a project", |db| {
             db.execute(
                 "UPDATE recovery_projects SET outcome = ?3, operation = ?4, details = ?5

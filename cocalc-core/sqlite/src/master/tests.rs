@@ -502,9 +502,7 @@ fn what_a_dead_host_had_gets_another_owner_once() {
     let (dead, other) = (world.hosts[0], world.hosts[1]);
     let (project, unlucky) = (world.stopped(1), world.stopped(2));
     let (id, recovery) = (OperationId::from_bytes([9; 16]), OperationId::from_bytes([8; 16]));
-    let begin = || {
-        world.store.begin_recover(id, project.id, world.owner, dead, other, "b1", &ANY, NOW)
-    };
+    let begin = || world.store.begin_recover(id, project.id, world.owner, dead, other, "b1", &ANY, NOW);
     // Not without somebody's word.
     assert!(matches!(begin(), Err(Error::NotFenced)));
     let refused = world.store.begin_recovery(recovery, dead, world.owner, &[], NOW);
@@ -532,13 +530,8 @@ fn what_a_dead_host_had_gets_another_owner_once() {
     let operation = begin().unwrap();
     assert_eq!(begin().unwrap(), operation, "a repeated call finds it");
     let epoch = project.epoch;
-    let job = Job::Recover {
-        from: dead,
-        epoch,
-        to: other,
-        backup: "b1".to_owned(),
-        was: ProjectState::Stopped,
-    };
+    let job =
+        Job::Recover { from: dead, epoch, to: other, backup: "b1".to_owned(), was: ProjectState::Stopped };
     assert_eq!(operation.job, job);
     let commit = |id| world.store.recover_project(id, project.id, (dead, epoch), other).unwrap();
     assert_eq!(commit(another), None, "another's fence");

@@ -20,8 +20,7 @@ impl Shared {
     pub(crate) async fn sealing_key(&self, host: HostId) -> store::Result<Option<SealingKey>> {
         let found = self.db(move |store| store.host(host)).await?;
         let out = found.is_out();
-        let announced =
-            found.capabilities.and_then(|can| can.sealing_key).filter(|_| !out);
+        let announced = found.capabilities.and_then(|can| can.sealing_key).filter(|_| !out);
         let Some(announced) = announced else { return Ok(None) };
         let identity = found.address.identity.parse().ok();
         let key = identity.and_then(|identity| Announced::from(announced).verify(&identity).ok());
@@ -93,7 +92,9 @@ impl Shared {
             Err(store::Error::NotFound { .. }) => Ok(None),
             Err(error) => Err(error),
         });
-        Ok(running.await?.is_some_and(|operation| matches!(operation.job, Job::Recover { to, .. } if to == host)))
+        Ok(running
+            .await?
+            .is_some_and(|operation| matches!(operation.job, Job::Recover { to, .. } if to == host)))
     }
 
     /// Whether backups of `source` are being restored into `project`.

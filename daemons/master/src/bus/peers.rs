@@ -92,9 +92,7 @@ impl Peers {
     /// Whether it is a host that is fenced.
     pub(crate) fn is_fenced(&self, peer: Peer) -> bool {
         match peer {
-            Peer::Host(host) => {
-                self.fenced.lock().unwrap_or_else(PoisonError::into_inner).contains(&host)
-            }
+            Peer::Host(host) => self.fenced.lock().unwrap_or_else(PoisonError::into_inner).contains(&host),
             Peer::Proxy(_) => false,
         }
     }

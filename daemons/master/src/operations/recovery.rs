@@ -95,9 +95,8 @@ impl Shared {
 
 async fn work(shared: &Arc<Shared>, id: OperationId, cancelled: watch::Receiver<bool>) {
     let (recovery, projects) = read(shared, id).await;
-    let open = |one: &RecoveredProject| {
-        matches!(one.outcome, RecoveryOutcome::Waiting | RecoveryOutcome::Restoring)
-    };
+    let open =
+        |one: &RecoveredProject| matches!(one.outcome, RecoveryOutcome::Waiting | RecoveryOutcome::Restoring);
     let open: Vec<RecoveredProject> = projects.into_iter().filter(open).collect();
     stream::iter(open)
         .for_each_concurrent(AT_ONCE, |one| {
@@ -327,7 +326,9 @@ async fn destination(
     Ok(match (before, place(&candidates, &needs)) {
         (_, Ok(host)) => Ok(host),
         (Err(reason), Err(_)) => Err(format!("{reason}; when there is one, ask again")),
-        (Ok(_), Err(_)) => Err(format!("no host has room for its {} bytes; make room, and ask again", backup.bytes)),
+        (Ok(_), Err(_)) => {
+            Err(format!("no host has room for its {} bytes; make room, and ask again", backup.bytes))
+        }
     })
 }
 
