@@ -17,9 +17,9 @@ packages=(
 case $goal in
   demo) ;;
   test) packages+=(
-          attr curl openssh-server python3-cryptography python3-jwt python3-venv restic rsync
+          attr curl faketime openssh-server openssl python3-cryptography python3-jwt python3-venv restic rsync
         ) ;;
-  bench) packages+=(curl nginx-light openssh-server rsync wrk) ;;
+  bench) packages+=(curl nginx-light openssh-server restic rsync time wrk) ;;
   *) echo "setup.sh: unknown goal $goal" >&2; exit 2 ;;
 esac
 # A newer Node.js than Debian's may be there already.

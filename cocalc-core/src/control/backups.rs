@@ -15,7 +15,7 @@ use crate::{
 /// What the master tells a host to do about the backups of a project that it
 /// owns.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-#[serde(tag = "backups", rename_all = "snake_case")]
+#[serde(tag = "kind", rename_all = "snake_case")]
 pub enum BackupsCommand {
     /// Begin this work unless it has been begun, and answer how far it is when
     /// there is news, or after a while.
@@ -39,6 +39,12 @@ pub enum BackupsCommand {
     },
     /// Say how the project stands.
     Status,
+    /// These backups are gone, or all of them if none is named: what only they
+    /// had is to be backed up again.
+    Gone {
+        /// Which.
+        backups: Vec<String>,
+    },
 }
 
 /// Work on backups.
@@ -63,11 +69,14 @@ pub enum BackupsWork {
         /// its own yet; the epoch is that of the owner before.
         move_id: Option<MoveId>,
     },
+    /// Restore its newest backup beside it, compare, and delete what was
+    /// restored.
+    Drill,
 }
 
 /// What a host answers.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-#[serde(tag = "backups", rename_all = "snake_case")]
+#[serde(tag = "kind", rename_all = "snake_case")]
 pub enum BackupsReply {
     /// The work goes on.
     Working {
@@ -118,6 +127,38 @@ pub enum BackupsOutcome {
         /// Which it was.
         backup: Backup,
     },
+    /// A backup was tried out.
+    Drilled {
+        /// How that went.
+        report: DrillReport,
+    },
+}
+
+/// How a backup was tried out.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct DrillReport {
+    /// Which backup.
+    pub backup: Backup,
+    /// With what it was compared.
+    pub against: DrillAgainst,
+    /// How many names were restored.
+    pub entries: u64,
+    /// The sizes of the files restored.
+    pub bytes: u64,
+    /// How long the restore took, in milliseconds.
+    pub millis: u64,
+    /// What is wrong, the first few, in words; empty if all is well.
+    pub wrong: Vec<String>,
+}
+
+/// With what a restored backup is compared.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DrillAgainst {
+    /// The snapshot that it was made of, name by name and byte by byte.
+    Snapshot,
+    /// What the backup says of itself, because that snapshot is gone.
+    Record,
 }
 
 /// What a host asks for to do a job at a repository.

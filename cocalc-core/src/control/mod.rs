@@ -18,7 +18,9 @@ mod backups;
 mod host;
 mod peer;
 
-pub use backups::{BackupAccess, BackupsCommand, BackupsOutcome, BackupsReply, BackupsWork};
+pub use backups::{
+    BackupAccess, BackupsCommand, BackupsOutcome, BackupsReply, BackupsWork, DrillAgainst, DrillReport,
+};
 pub use host::{
     Carried, CommandError, ErrorCode, HostCommand, HostReply, MoveCommand, MoveReply, ProjectConfig,
     ProjectReport, UsageReport,

@@ -3,6 +3,7 @@
 //! what counts is the ratio of the medians.
 
 mod auth;
+mod backup;
 mod federation;
 mod http;
 mod moves;
@@ -67,6 +68,8 @@ enum Part {
     /// Snapshots, clones and streams of the storage alone, and volumes with
     /// thousands of projects.
     Storage,
+    /// Backups and restores, against restic.
+    Backup,
 }
 
 /// How much to measure.
@@ -156,7 +159,10 @@ fn fill(arguments: &Arguments, table: &mut Table) -> Result<()> {
     if wanted(Part::Storage) {
         storage::measure(&arguments.dir, effort, table)?;
     }
-    let alone = [Part::Tokens, Part::Auth, Part::Storage];
+    if wanted(Part::Backup) {
+        backup::measure(&arguments.dir, effort, table)?;
+    }
+    let alone = [Part::Tokens, Part::Auth, Part::Storage, Part::Backup];
     if !arguments.only.is_empty() && arguments.only.iter().all(|part| alone.contains(part)) {
         return Ok(());
     }

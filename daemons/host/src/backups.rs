@@ -27,7 +27,7 @@ use cocalc_daemon::start::Error;
 use cocalc_sqlite::HostBackups;
 use tokio::sync::Notify;
 
-use crate::config::Config;
+use crate::{config::Config, drill::Drill};
 
 /// How long the master may take to answer.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -177,6 +177,7 @@ pub(crate) async fn open(
     storage: Arc<dyn Storage>,
     snapshots: snapshots::Keeper,
     from_master: Arc<FromMaster>,
+    trial: Drill,
     news: &News,
     free_bytes: Arc<dyn Fn() -> u64 + Send + Sync>,
 ) -> Result<Option<Keeper>, Error> {
@@ -211,6 +212,7 @@ pub(crate) async fn open(
         }),
         free_bytes,
         jobs_max: config.backups.jobs_max.into(),
+        trial: Some(Arc::new(trial)),
     });
     let keeper = keeper.await.map_err(Error::open("backup state"))?;
     // What the master did not hear of the process before.

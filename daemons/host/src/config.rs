@@ -87,9 +87,14 @@ pub struct BackupSettings {
     /// Most memory of one of them, in bytes; beyond it, it fails. Default: 1
     /// GiB.
     pub memory_bytes_max: u64,
-    /// A control group that they join, which must exist: what it limits is the
-    /// operator's choice. Default: none.
-    pub control_group: Option<PathBuf>,
+    /// Below which control group each gets one of its own, relative to the root
+    /// of the tree; none if empty. Default: `cocalc-backup`.
+    pub control_group: PathBuf,
+    /// The part of the processor that each gets where it is short, 1 to 10000,
+    /// where others have 100. Default: 20.
+    pub cpu_weight: u16,
+    /// The part of the disk, likewise. Default: 20.
+    pub io_weight: u16,
 }
 
 impl Default for BackupSettings {
@@ -100,7 +105,9 @@ impl Default for BackupSettings {
             jobs_max: 2,
             bytes_per_sec: 0,
             memory_bytes_max: bounds.memory_bytes_max,
-            control_group: None,
+            control_group: bounds.control_group.unwrap_or_default(),
+            cpu_weight: bounds.cpu_weight,
+            io_weight: bounds.io_weight,
         }
     }
 }
@@ -110,7 +117,9 @@ impl BackupSettings {
         Bounds {
             bytes_per_sec_max: (self.bytes_per_sec > 0).then_some(self.bytes_per_sec),
             memory_bytes_max: self.memory_bytes_max,
-            control_group: self.control_group.clone(),
+            control_group: Some(self.control_group.clone()).filter(|group| *group != PathBuf::new()),
+            cpu_weight: self.cpu_weight,
+            io_weight: self.io_weight,
             ..Bounds::default()
         }
     }
@@ -122,12 +131,17 @@ impl BackupSettings {
         if self.memory_bytes_max < 256 << 20 {
             return Err("backups.memory_bytes_max: at least 268435456, 256 MiB".into());
         }
-        let relative = |path: &Option<PathBuf>| path.as_ref().is_some_and(|path| !path.is_absolute());
-        if relative(&self.worker) {
+        if self.worker.as_ref().is_some_and(|path| !path.is_absolute()) {
             return Err("backups.worker: an absolute path".into());
         }
-        if relative(&self.control_group) {
-            return Err("backups.control_group: an absolute path".into());
+        let plain = |part| matches!(part, std::path::Component::Normal(_));
+        if !self.control_group.components().all(plain) {
+            return Err("backups.control_group: relative to the root of the tree, without ..".into());
+        }
+        for (key, weight) in [("cpu_weight", self.cpu_weight), ("io_weight", self.io_weight)] {
+            if !(1..=10_000).contains(&weight) {
+                return Err(format!("backups.{key}: 1 to 10000"));
+            }
         }
         Ok(())
     }

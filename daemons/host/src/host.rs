@@ -38,6 +38,7 @@ use crate::{
     backends::Backends,
     backups::{self, FromMaster},
     config::Config,
+    drill::Drill,
     endpoints::HostEndpoints,
     inbox,
     inside_keys::VolumeKeys,
@@ -132,6 +133,7 @@ impl Host {
             Arc::clone(&backends.storage),
             keeper.clone(),
             Arc::new(from_master),
+            Drill::open(id, Arc::clone(&backends.storage), Arc::clone(&backends.free_bytes)).await,
             &news,
             Arc::clone(&backends.free_bytes),
         )

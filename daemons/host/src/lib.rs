@@ -21,6 +21,7 @@
 mod backends;
 mod backups;
 mod config;
+mod drill;
 mod endpoints;
 mod host;
 mod inbox;

@@ -65,7 +65,7 @@ use self::{
     ssh_ca::SshCa,
 };
 pub use self::{
-    backups::{BackupsConfig, PlaceKind},
+    backups::{BackupsConfig, Layout},
     config::Config,
     oidc::OidcConfig,
 };
@@ -204,6 +204,7 @@ impl Master {
         tasks.spawn(receipts::tend(shared.clone()));
         tasks.spawn(bus::serve::serve(shared.clone()));
         tasks.spawn(bus::announce::tend_keys(shared.clone()));
+        tasks.spawn(backups::keep_tending(shared.clone()));
         shared.resume().await.map_err(|error| database(error.into()))?;
         let router = server::router(api::router(shared.clone()), broker.clone(), closing.clone());
         let server = tokio::spawn(server::serve(

@@ -31,7 +31,7 @@ pub use self::{
     access::ProjectAccess,
     account::Account,
     audit::{AUDIT_DAYS_MAX, AuditHead, AuditHeads},
-    backup::{BackupRepository, Tending},
+    backup::{BackupKey, BackupRepository, Tending},
     fence::Fence,
     idempotency::Remembered,
     login::Identity,

@@ -14,6 +14,22 @@ use crate::{
 
 const COLUMNS: [&str; 5] = ["id", "name", "state", "host_id", "epoch"];
 
+/// Projects as people see them: one that is stopped and whose last changes are
+/// in no backup yet says so.
+fn shown(output: Output, mut projects: Value) -> Value {
+    let mark = |project: &mut Value| {
+        if project["state"] == "stopped" && project["backup"]["pending"] == true {
+            project["state"] = "stopped (backup pending)".into();
+        }
+    };
+    match &mut projects {
+        Value::Array(list) if output == Output::Table => list.iter_mut().for_each(mark),
+        one if output == Output::Table => mark(one),
+        _ => {}
+    }
+    projects
+}
+
 pub(super) fn run(api: &Api, output: Output, verb: Project) -> Result<ExitCode, Failure> {
     match verb {
         Project::Create { name, host, image, start } => {
@@ -30,10 +46,12 @@ pub(super) fn run(api: &Api, output: Output, verb: Project) -> Result<ExitCode, 
             if start {
                 settle(api, &api.post(&format!("/projects/{id}/start"), &json!({}))?)?;
             }
-            print(output, &api.get(&format!("/projects/{id}"))?, &COLUMNS);
+            print(output, &shown(output, api.get(&format!("/projects/{id}"))?), &COLUMNS);
         }
-        Project::List => print(output, items(&api.get("/projects")?, "projects"), &COLUMNS),
-        Project::Show { id } => print(output, &api.get(&format!("/projects/{id}"))?, &COLUMNS),
+        Project::List => {
+            print(output, &shown(output, items(&api.get("/projects")?, "projects").clone()), &COLUMNS)
+        }
+        Project::Show { id } => print(output, &shown(output, api.get(&format!("/projects/{id}"))?), &COLUMNS),
         Project::Start { id } => act(api, output, &id, "start", &json!({}))?,
         Project::Stop { id } => act(api, output, &id, "stop", &json!({}))?,
         Project::Move { id, to } => act(api, output, &id, "move", &json!({ "to": to }))?,
@@ -116,7 +134,7 @@ pub(super) fn run(api: &Api, output: Output, verb: Project) -> Result<ExitCode, 
             let answer = api.post(&format!("/projects/{id}/clone"), &body)?;
             let id = text(&answer["project"], "id")?;
             settle(api, &answer)?;
-            print(output, &api.get(&format!("/projects/{id}"))?, &COLUMNS);
+            print(output, &shown(output, api.get(&format!("/projects/{id}"))?), &COLUMNS);
         }
         Project::Usage { id, du } => {
             let usage = api.get(&format!("/projects/{id}/usage?du={du}"))?;
@@ -221,7 +239,7 @@ fn place(text: &str) -> Result<(&str, String), Failure> {
 fn act(api: &Api, output: Output, id: &str, action: &str, body: &Value) -> Result<(), Failure> {
     let answer = api.post(&format!("/projects/{id}/{action}"), body)?;
     settle(api, &answer)?;
-    print(output, &api.get(&format!("/projects/{id}"))?, &COLUMNS);
+    print(output, &shown(output, api.get(&format!("/projects/{id}"))?), &COLUMNS);
     Ok(())
 }
 

@@ -316,6 +316,7 @@ async fn cancel(
             | store::Job::RestoreBackup { .. }
             | store::Job::FromBackup { .. }
             | store::Job::BackUp
+            | store::Job::DrillBackup
     );
     let cancellable = can_be && operation.progress["cancellable"] != false;
     if !cancellable {

@@ -59,6 +59,9 @@ impl Shared {
         if repository != project && !(access == Access::Read && self.restores(project, repository).await?) {
             return refused(format!("nothing of project {repository} is being restored into {project}"));
         }
+        if self.db(move |store| store.erases_backups(repository)).await? {
+            return refused("its backups are being erased".to_owned());
+        }
         let Some(key) = self.sealing_key(host).await? else {
             return refused("this host announced no key to seal secrets to".to_owned());
         };

@@ -53,6 +53,7 @@ pub(super) async fn run(shared: &Arc<Shared>, operation: &Operation, mut cancel:
     let deleted = ended.project == ProjectState::Deleted;
     shared.finish(operation.id, ended).await;
     if deleted {
+        shared.backups_of_deleted(project.id).await;
         if let Err(error) = shared.tell_of_project(project.host, project.id).await {
             tracing::warn!(project = %project.id, error = %cocalc_core::chain(&error), "cannot announce a deletion");
         }
