@@ -35,7 +35,7 @@ const PROBE_LIMIT: Duration = Duration::from_secs(3);
 
 /// Watches the apps. Clones share it.
 #[derive(Clone)]
-pub struct Apps(Arc<Inner>);
+pub(crate) struct Apps(Arc<Inner>);
 
 struct Inner {
     clock: Arc<dyn Clock>,

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::{Json, extract::State};
-use cocalc_core::{connector::Peer, control::ProjectConfig, runner::Limits};
+use cocalc_core::{control::ProjectConfig, runner::Limits};
 use cocalc_ids::{Action, HostId, ImageDigest, OperationId, ProjectId};
 use cocalc_sqlite::master::{Job, Project, ProjectState};
 use http::StatusCode;
@@ -13,7 +13,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
     caller::Caller,
-    files, hosts, images,
+    hosts, images,
     input::{Asked, Body, Id, clean_name},
     problem::{Answer, Problem},
     project_limits,
