@@ -456,13 +456,13 @@ impl Keeper {
     /// Hears from the ledger which projects there are.
     async fn look(&self) {
         let now = self.0.parts.clock.boot();
-        {
+        let first = {
             let mut state = self.state();
             if state.looked.is_some_and(|at| now < at + LOOK) {
                 return;
             }
-            state.looked = Some(now);
-        }
+            state.looked.replace(now).is_none()
+        };
         let entries = self.0.parts.ledger.entries();
         let mut gone = Vec::new();
         {
@@ -478,7 +478,10 @@ impl Keeper {
                         let epoch = entry.may_run();
                         let known = state.statuses.get(&entry.project);
                         let undone = match known.filter(|status| Some(status.epoch) == epoch) {
-                            Some(status) => status.pending_since.is_some() && status.failure.is_none(),
+                            // What fails here has its own time.
+                            Some(status) => {
+                                status.pending_since.is_some() && (first || status.failure.is_none())
+                            }
                             None => epoch > Some(Epoch::FIRST),
                         };
                         if undone && !state.running.contains_key(&entry.project) {
