@@ -178,6 +178,10 @@ fn result(outcome: BackupsOutcome) -> Value {
             "backup_id": backup.id, "bytes": backup.bytes, "added_bytes": backup.added_bytes,
             "files": backup.files, "files_read": backup.files_read, "cancellable": false,
         }),
+        BackupsOutcome::Fetched { backup, restored, .. } => json!({
+            "backup_id": backup.id, "bytes": restored.bytes, "entries": restored.entries,
+            "cancellable": false,
+        }),
         BackupsOutcome::Drilled { report } => json!({
             "backup_id": report.backup.id, "bytes": report.bytes, "entries": report.entries,
             "millis": report.millis, "against": report.against, "wrong": report.wrong,
