@@ -495,7 +495,7 @@ fn a_stolen_host_opens_no_repository_but_those_of_its_own_projects() {
         .as_str()
         .unwrap()
         .to_owned();
-    world.ok("POST", &format!("/hosts/{alpha}/withdraw"), json!({ "force": true }));
+    world.ok("POST", &format!("/hosts/{alpha}/withdraw?force=true"), json!({}));
     runtime.block_on(async {
         let thief = Stolen::of(&world, "alpha");
         let request =
