@@ -132,8 +132,6 @@ struct State {
     running: BTreeMap<ProjectId, Running>,
     /// One backup of a project after the other.
     gates: BTreeMap<ProjectId, Arc<tokio::sync::Mutex<()>>>,
-    /// Projects that stopped since their last backup.
-    stopped: std::collections::BTreeSet<ProjectId>,
 }
 
 /// A backup that goes on.
@@ -362,11 +360,12 @@ impl Keeper {
         }
         // At least it is known, and kept, that there is something to back up.
         if self.has_changed(entry.project, epoch).await.unwrap_or(true) {
-            self.note_pending(entry.project, epoch).await;
+            let status = self.status_of(entry.project, epoch);
+            let now = self.0.parts.clock.wall();
+            let pending_since = status.pending_since.or(Some(now));
+            self.keep(Status { pending_since, stopped: true, ..status }).await;
             let now = self.0.parts.clock.boot();
-            let mut state = self.state();
-            state.stopped.insert(entry.project);
-            state.schedule.at_once(entry.project, now);
+            self.state().schedule.at_once(entry.project, now);
         }
     }
 
@@ -422,7 +421,6 @@ impl Keeper {
             let mut state = self.state();
             state.schedule.forget(project);
             state.statuses.remove(&project);
-            state.stopped.remove(&project);
         }
         if let Err(error) = self.0.parts.statuses.remove(project).await {
             tracing::warn!(%project, error = %crate::chain(&*error), "cannot forget how its backups stood");
@@ -469,13 +467,13 @@ impl Keeper {
     /// Hears from the ledger which projects there are.
     async fn look(&self) {
         let now = self.0.parts.clock.boot();
-        {
+        let first = {
             let mut state = self.state();
             if state.looked.is_some_and(|at| now < at + LOOK) {
                 return;
             }
-            state.looked = Some(now);
-        }
+            state.looked.replace(now).is_none()
+        };
         let entries = self.0.parts.ledger.entries();
         let mut gone = Vec::new();
         {
@@ -491,7 +489,10 @@ impl Keeper {
                         let epoch = entry.may_run();
                         let known = state.statuses.get(&entry.project);
                         let undone = match known.filter(|status| Some(status.epoch) == epoch) {
-                            Some(status) => status.pending_since.is_some() && status.failure.is_none(),
+                            // What fails here has its own time.
+                            Some(status) => {
+                                status.pending_since.is_some() && (first || status.failure.is_none())
+                            }
                             None => epoch > Some(Epoch::FIRST),
                         };
                         if undone && !state.running.contains_key(&entry.project) {
@@ -563,7 +564,7 @@ impl Keeper {
             }
             match asked {
                 Some(_) => BackupKind::Manual,
-                None if self.state().stopped.remove(&project) => BackupKind::Stop,
+                None if self.status_of(project, epoch).stopped => BackupKind::Stop,
                 None => BackupKind::Scheduled,
             }
         };
@@ -697,7 +698,8 @@ impl Keeper {
             millis,
         };
         let former = status.last.replace(last);
-        (status.pending_since, status.failure, status.rewritten) = (None, None, false);
+        (status.pending_since, status.failure) = (None, None);
+        (status.rewritten, status.stopped) = (false, false);
         self.keep(status).await;
         let former = former.filter(|last| last.only_for_this && last.snapshot != held.snapshot.name);
         if let Some(last) = former
@@ -764,10 +766,9 @@ impl Keeper {
     }
 
     async fn note_unchanged(&self, project: ProjectId, epoch: Epoch) {
-        self.state().stopped.remove(&project);
         let status = self.status_of(project, epoch);
         if status.pending_since.is_some() || status.failure.is_some() {
-            self.keep(Status { pending_since: None, failure: None, ..status }).await;
+            self.keep(Status { pending_since: None, failure: None, stopped: false, ..status }).await;
         }
     }
 
