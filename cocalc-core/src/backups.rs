@@ -10,6 +10,7 @@
 //! | [`Keeper`] | driver | backs up what is due, over `Storage`, `Backups` and the ledger |
 
 mod error;
+mod fetched;
 mod keeper;
 mod policy;
 mod query;
@@ -25,6 +26,7 @@ use cocalc_ids::{ProjectId, TreePath};
 
 use crate::storage::Changes;
 pub use error::Error;
+pub use fetched::{fetched_name, is_fetched};
 pub use keeper::{Keeper, KeeperParts, Numbers, Trial};
 pub use policy::{Policy, PolicyError, PolicyFields};
 pub use query::{Answer, Query, answer};

@@ -1,5 +1,6 @@
 //! Backs up what is due, and what somebody asks for.
 
+mod fetch;
 mod numbers;
 
 use std::{
@@ -67,7 +68,12 @@ pub struct KeeperParts {
     pub statuses: Arc<dyn StatusStore>,
     /// Hears how a project stands when that changes.
     pub tell: Arc<dyn Fn(&Status) + Send + Sync>,
-    /// How many backups may be made at once.
+    /// The backups of any project, to be read for the sake of one that is this
+    /// host's in that epoch, or is to be: the master decides whose.
+    pub reading: Arc<dyn Fn(ProjectId, Epoch) -> Arc<dyn Backups> + Send + Sync>,
+    /// How much is free on the volume.
+    pub free_bytes: Arc<dyn Fn() -> u64 + Send + Sync>,
+    /// How many backups may be made at once, and how many restored.
     pub jobs_max: usize,
     /// Tries out backups, if this host can.
     pub trial: Option<Arc<dyn Trial>>,
@@ -108,6 +114,7 @@ pub struct Keeper(Arc<Inner>);
 struct Inner {
     parts: KeeperParts,
     places: Arc<Semaphore>,
+    restores: Arc<Semaphore>,
     works: Works,
     state: Mutex<State>,
     counters: Counters,
@@ -176,8 +183,9 @@ impl Keeper {
             ..State::default()
         };
         let places = Arc::new(Semaphore::new(parts.jobs_max.max(1)));
+        let restores = Arc::new(Semaphore::new(parts.jobs_max.max(1)));
         let (works, counters) = Default::default();
-        Ok(Self(Arc::new(Inner { parts, places, works, state: Mutex::new(state), counters })))
+        Ok(Self(Arc::new(Inner { parts, places, restores, works, state: Mutex::new(state), counters })))
     }
 
     /// Hears from the master how projects are backed up whose owners have said
@@ -318,6 +326,8 @@ impl Keeper {
         work: BackupsWork,
         wait: Duration,
     ) -> Result<BackupsReply, CommandError> {
+        // Before it is begun, which counts.
+        self.0.parts.ledger.permit(project, epoch)?;
         let keeper = self.clone();
         let step = match work {
             BackupsWork::Drill => match &self.0.parts.trial {
@@ -354,6 +364,11 @@ impl Keeper {
                         Err(error) => Err(error),
                     }
                 };
+                self.0.works.ask(operation, wait, begin).await?
+            }
+            BackupsWork::Fetch { source, backup, path, name, move_id } => {
+                let what = fetch::Fetch { source, backup, path, name, move_id };
+                let begin = move |work: Work| async move { keeper.fetch(project, epoch, what, &work).await };
                 self.0.works.ask(operation, wait, begin).await?
             }
         };
@@ -499,11 +514,14 @@ impl Keeper {
                 match policy.filter(|policy| policy.fields().enabled && entry.may_run().is_some()) {
                     Some(policy) => {
                         state.schedule.runs(entry.project, policy.rpo(), now);
-                        // What an earlier process left undone is due now.
-                        let undone = state
-                            .statuses
-                            .get(&entry.project)
-                            .is_some_and(|status| status.pending_since.is_some() && status.failure.is_none());
+                        // What an earlier process left undone is due now, and what
+                        // came from another host, where more may have been due.
+                        let epoch = entry.may_run();
+                        let known = state.statuses.get(&entry.project);
+                        let undone = match known.filter(|status| Some(status.epoch) == epoch) {
+                            Some(status) => status.pending_since.is_some() && status.failure.is_none(),
+                            None => epoch > Some(Epoch::FIRST),
+                        };
                         if undone && !state.running.contains_key(&entry.project) {
                             state.schedule.at_once(entry.project, now);
                         }

@@ -4,10 +4,13 @@
 //! names the operation, and is answered with how far that is. A host that was
 //! restarted begins anew, and goes on from the data that are stored already.
 
-use cocalc_ids::{OperationId, ProjectId};
+use cocalc_ids::{MoveId, OperationId, ProjectId, SnapshotName, TreePath};
 use serde::{Deserialize, Serialize};
 
-use crate::backups::{Answer, Backup, Progress, Query, Status};
+use crate::{
+    backups::{Answer, Backup, Progress, Query, Restored, Status},
+    storage::Snapshot,
+};
 
 /// What the master tells a host to do about the backups of a project that it
 /// owns.
@@ -50,6 +53,22 @@ pub enum BackupsCommand {
 pub enum BackupsWork {
     /// Back up its present state.
     BackUp,
+    /// Bring a backup, or a path of one, here as a snapshot of the project.
+    Fetch {
+        /// Whose backup: the project's own, or, if the master has an operation
+        /// that says so, another's.
+        source: ProjectId,
+        /// Which.
+        backup: String,
+        /// What of it; what is not the root comes to the root of the snapshot,
+        /// under its own name.
+        path: TreePath,
+        /// What the snapshot is called.
+        name: SnapshotName,
+        /// The move under which the host has reserved the project, if it is not
+        /// its own yet; the epoch is that of the owner before.
+        move_id: Option<MoveId>,
+    },
     /// Restore its newest backup beside it, compare, and delete what was
     /// restored.
     Drill,
@@ -97,6 +116,15 @@ pub enum BackupsOutcome {
     /// There is a new backup.
     BackedUp {
         /// Which.
+        backup: Backup,
+    },
+    /// A backup is here as a snapshot.
+    Fetched {
+        /// Which it is now.
+        snapshot: Snapshot,
+        /// What was restored; nothing if an earlier try had brought it.
+        restored: Restored,
+        /// Which it was.
         backup: Backup,
     },
     /// A backup was tried out.

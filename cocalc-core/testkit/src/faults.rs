@@ -13,7 +13,7 @@ use cocalc_core::{
     ids::{ProjectId, SnapshotName, TreePath},
     storage::{
         Capabilities, Changes, CloneOptions, Copied, CopyOptions, Error, Footprint, Hold, Place, Result,
-        SendHeader, SendOptions, SendStream, Snapshot, Storage, Usage, Volume, VolumeOptions,
+        SendHeader, SendOptions, SendStream, Snapshot, Staged, Storage, Usage, Volume, VolumeOptions,
     },
     stream::BoxRead,
 };
@@ -43,6 +43,7 @@ pub enum Call {
     Copy,
     Send,
     Receive,
+    Stage,
 }
 
 /// What goes wrong with a call.
@@ -273,6 +274,10 @@ impl Storage for FaultyStorage {
             }
             None => self.inner.send(project, name, options).await,
         }
+    }
+
+    async fn stage(&self, project: ProjectId, name: &SnapshotName) -> Result<Box<dyn Staged>> {
+        self.pass(Call::Stage, project, self.inner.stage(project, name)).await
     }
 
     async fn receive(&self, header: &SendHeader, stream: BoxRead) -> Result<Snapshot> {

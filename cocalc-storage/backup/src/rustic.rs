@@ -86,6 +86,12 @@ impl Rustic {
         RusticBuilder { repositories, worker: None, bounds: Bounds::default() }
     }
 
+    /// The same worker and bounds, with other repositories.
+    #[must_use]
+    pub fn with_repositories(&self, repositories: Arc<dyn Repositories>) -> Self {
+        Self { repositories, ..self.clone() }
+    }
+
     /// Copies to the mirror of the project's repository what it does not have
     /// yet. Nothing is ever deleted or changed there, so that it outlives what
     /// happens to the repository; a repair takes from it what is damaged.

@@ -1,7 +1,9 @@
 //! Long-running operations, each of which is the fence of its project.
 
 use cocalc_core::{control::ProjectReport, storage::Place};
-use cocalc_ids::{AccountId, HostId, OperationId, ProjectId, SnapshotName, Timestamp, TreePath};
+use cocalc_ids::{
+    AccountId, Epoch, HostId, ImageDigest, OperationId, ProjectId, SnapshotName, Timestamp, TreePath,
+};
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -70,10 +72,44 @@ pub enum Job {
         /// Of which snapshot; of its present state if `None`.
         name: Option<SnapshotName>,
     },
+    /// Restores one of its backups.
+    RestoreBackup {
+        /// Which.
+        backup: String,
+        /// To where.
+        to: RestoreTo,
+    },
+    /// Makes the project on its host, from a backup of another one.
+    FromBackup {
+        /// Of which project.
+        source: ProjectId,
+        /// Which.
+        backup: String,
+    },
+    /// Gives it another image.
+    SetImage {
+        /// Which.
+        image: ImageDigest,
+        /// Whether it is stopped and started for that if it runs.
+        restart: bool,
+    },
     /// Moves it to another host.
     Move {
         /// Where to.
         to: HostId,
+    },
+    /// Brings it up on another host from a backup, because its own is dead.
+    Recover {
+        /// The host that is dead.
+        from: HostId,
+        /// Its epoch there.
+        epoch: Epoch,
+        /// Where to.
+        to: HostId,
+        /// From which backup.
+        backup: String,
+        /// Its state before.
+        was: ProjectState,
     },
     /// Backs it up.
     BackUp,
@@ -96,6 +132,30 @@ pub enum Job {
     DrillBackup,
 }
 
+/// To where a backup is restored.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(tag = "to", rename_all = "snake_case")]
+pub enum RestoreTo {
+    /// In the place of all that is there.
+    InPlace {
+        /// Under which name the present state is kept.
+        former: SnapshotName,
+        /// Whether the project is started again.
+        start: bool,
+    },
+    /// One path.
+    Path {
+        /// Which, in the backup.
+        path: TreePath,
+        /// To where, in the project.
+        target: TreePath,
+        /// Whether what is there is replaced.
+        replace: bool,
+        /// Under which name the present state is kept.
+        former: SnapshotName,
+    },
+}
+
 impl Job {
     /// Its kind, as in JSON.
     pub fn kind(&self) -> &'static str {
@@ -110,7 +170,11 @@ impl Job {
             Self::RestorePath { .. } => "restore_path",
             Self::Copy { .. } => "copy",
             Self::Clone { .. } => "clone",
+            Self::RestoreBackup { .. } => "restore_backup",
+            Self::FromBackup { .. } => "create_from_backup",
+            Self::SetImage { .. } => "set_image",
             Self::Move { .. } => "move",
+            Self::Recover { .. } => "recover",
             Self::BackUp => "back_up",
             Self::ForgetBackups { .. } => "forget_backups",
             Self::PruneBackups => "prune_backups",
@@ -123,15 +187,17 @@ impl Job {
     /// The state that a project has while this goes on; `None`: it keeps its own.
     fn meanwhile(&self) -> Option<ProjectState> {
         match self {
-            Self::Create | Self::Clone { .. } => Some(ProjectState::Creating),
+            Self::Create | Self::Clone { .. } | Self::FromBackup { .. } => Some(ProjectState::Creating),
             Self::Start => Some(ProjectState::Starting),
             Self::Stop { .. } | Self::Delete => Some(ProjectState::Stopping),
-            Self::Move { .. } => Some(ProjectState::Moving),
+            Self::Move { .. } | Self::Recover { .. } => Some(ProjectState::Moving),
             Self::Snapshot { .. }
             | Self::DeleteSnapshot { .. }
             | Self::RestoreSnapshot { .. }
             | Self::RestorePath { .. }
             | Self::Copy { .. }
+            | Self::RestoreBackup { .. }
+            | Self::SetImage { .. }
             | Self::BackUp
             | Self::ForgetBackups { .. }
             | Self::PruneBackups
@@ -166,7 +232,7 @@ impl Job {
 
     /// Whether it brings the project into being.
     pub fn creates(&self) -> bool {
-        matches!(self, Self::Create | Self::Clone { .. })
+        matches!(self, Self::Create | Self::Clone { .. } | Self::FromBackup { .. })
     }
 
     /// Whether it is about the project's files only, and leaves the project's
@@ -297,7 +363,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Operation> {
     })
 }
 
-fn find(db: &Connection, id: OperationId) -> Result<Operation, Fault<Error>> {
+pub(super) fn find(db: &Connection, id: OperationId) -> Result<Operation, Fault<Error>> {
     db.prepare_cached(&format!("SELECT {COLUMNS} FROM operations WHERE id = ?1"))?
         .query_row([id.to_string()], read)
         .optional()?

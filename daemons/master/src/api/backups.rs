@@ -206,12 +206,27 @@ async fn list(
     }))
 }
 
+/// The name of a project's newest backup, or `id` if there is one of that name.
+pub(super) async fn named(shared: &Shared, project: &Project, id: Option<String>) -> Answer<String> {
+    backups(shared)?;
+    let (answer, _) = shared.ask_backups(project, Query::List).await.map_err(refused)?;
+    let Answered::Backups { backups, truncated } = answer else { return Err(nonsense()) };
+    let found = match id {
+        // One of those that are left out is looked for by whoever restores it.
+        Some(id) => Some(id).filter(|id| truncated || backups.iter().any(|backup| backup.id == *id)),
+        None => {
+            backups.into_iter().max_by(|a, b| (a.taken, &a.id).cmp(&(b.taken, &b.id))).map(|last| last.id)
+        }
+    };
+    found.ok_or_else(|| Problem::not_found("backup"))
+}
+
 fn nonsense() -> Problem {
     Problem::unavailable("host_failed", "the host's answer makes no sense")
 }
 
 /// The name of a backup as it may be asked for.
-fn checked(backup: String) -> Answer<String> {
+pub(super) fn checked(backup: String) -> Answer<String> {
     let plain = backup.chars().all(|c| c.is_ascii_alphanumeric());
     if plain && (8..=ID_CHARS_MAX).contains(&backup.len()) {
         Ok(backup)

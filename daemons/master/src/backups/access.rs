@@ -6,10 +6,10 @@ use cocalc_auth_sealed::{Announced, Purpose, SealingKey};
 use cocalc_backup::{Access, Repositories as _};
 use cocalc_core::control::{BackupAccess, PeerReply};
 use cocalc_ids::{HostId, ProjectId};
-use cocalc_sqlite::master::{self as store, Job};
+use cocalc_sqlite::master as store;
 use zeroize::Zeroizing;
 
-use crate::shared::Shared;
+use crate::{operations, shared::Shared};
 
 /// What the secrets are called.
 const PURPOSE: &str = "backup repository";
@@ -19,8 +19,8 @@ impl Shared {
     /// the signature of its identity key.
     pub(crate) async fn sealing_key(&self, host: HostId) -> store::Result<Option<SealingKey>> {
         let found = self.db(move |store| store.host(host)).await?;
-        let announced =
-            found.capabilities.and_then(|can| can.sealing_key).filter(|_| found.withdrawn.is_none());
+        let out = found.is_out();
+        let announced = found.capabilities.and_then(|can| can.sealing_key).filter(|_| !out);
         let Some(announced) = announced else { return Ok(None) };
         let identity = found.address.identity.parse().ok();
         let key = identity.and_then(|identity| Announced::from(announced).verify(&identity).ok());
@@ -48,8 +48,9 @@ impl Shared {
         };
         let BackupAccess { project, epoch, repository, access } = request.clone();
         let owned = self.db(move |store| store.ownership(project)).await?;
+        let comes = access == Access::Read && repository == project && self.comes_to(host, project).await?;
         match owned {
-            Some((owner, current, false)) if owner == host && current == epoch => {}
+            Some((owner, current, false)) if (owner == host || comes) && current == epoch => {}
             _ => return refused(format!("project {project} is not this host's in epoch {epoch}")),
         }
         if access == Access::Delete {
@@ -87,13 +88,26 @@ impl Shared {
         Ok(PeerReply::BackupAccess { sealed })
     }
 
+    /// Whether a project of a dead host is being brought up on `host`.
+    async fn comes_to(&self, host: HostId, project: ProjectId) -> store::Result<bool> {
+        let running = self.db(move |store| match store.project(project) {
+            Ok(found) => found.fence.map(|id| store.operation(id)).transpose(),
+            Err(store::Error::NotFound { .. }) => Ok(None),
+            Err(error) => Err(error),
+        });
+        Ok(running
+            .await?
+            .is_some_and(|operation| matches!(operation.job, Job::Recover { to, .. } if to == host)))
+    }
+
     /// Whether backups of `source` are being restored into `project`.
     async fn restores(&self, project: ProjectId, source: ProjectId) -> store::Result<bool> {
         let running = self.db(move |store| {
-            let fence = store.project(project)?.fence;
-            fence.map(|id| store.operation(id)).transpose()
+            let Some(id) = store.project(project)?.fence else { return Ok(None) };
+            Ok(Some((store.operation(id)?.job, store.creation(project)?.job)))
         });
-        Ok(running.await?.is_some_and(|operation| restores_from(&operation.job, source)))
+        let restores = |(job, creation)| operations::restores_from(&job, &creation, source, project);
+        Ok(running.await?.is_some_and(restores))
     }
 
     fn of_key(&self, host: HostId, request: &BackupAccess, kind: &str, reason: &str) -> Event {
@@ -109,9 +123,4 @@ impl Shared {
         event.subject = Some(format!("host {host} for {}", request.project));
         event
     }
-}
-
-/// Whether a job restores backups of `source`.
-fn restores_from(_job: &Job, _source: ProjectId) -> bool {
-    false
 }

@@ -14,7 +14,7 @@ use cocalc_core::{
     router::{Reach, Route},
     subject::is_subject,
 };
-use cocalc_ids::{Epoch, OperationId, ProjectId};
+use cocalc_ids::{Epoch, HostId, OperationId, ProjectId};
 use cocalc_sqlite::master::{self as store, Job, ProjectState, Registration};
 use tokio::{sync::Semaphore, task::JoinSet};
 
@@ -24,6 +24,8 @@ use super::{
 };
 use crate::shared::Shared;
 
+/// How long an idle project's processes may take to end.
+const IDLE_GRACE_MS: u64 = 10_000;
 /// Requests of peers that are answered at once; more wait in the queue.
 const REQUESTS_MAX: usize = 256;
 
@@ -129,6 +131,12 @@ async fn respond(shared: &Arc<Shared>, peer: Peer, request: PeerRequest) -> stor
     if shared.peers.is_withdrawn(peer) && !its_last && is_withdrawn(shared, peer).await? {
         return Ok(PeerReply::Error { message: "this host or proxy was withdrawn".to_owned() });
     }
+    // It hears who owns what it holds, and nothing else.
+    let of_fenced = matches!(request, PeerRequest::Register(_) | PeerRequest::AuditHead { .. });
+    if shared.peers.is_fenced(peer) && !its_last && !of_fenced {
+        let message = "an operator has fenced this host: it gets no lease until `cocalc host unfence`";
+        return Ok(PeerReply::Error { message: message.to_owned() });
+    }
     match request {
         PeerRequest::Register(register) => return register_peer(shared, peer, *register).await,
         PeerRequest::Sync { position } => {
@@ -155,6 +163,12 @@ async fn respond(shared: &Arc<Shared>, peer: Peer, request: PeerRequest) -> stor
             let Peer::Host(host) = peer else { return Ok(hosts_only()) };
             shared.db(move |store| store.set_free_bytes(host, free_bytes)).await?;
         }
+        PeerRequest::Images { images } => {
+            let Peer::Host(host) = peer else { return Ok(hosts_only()) };
+            let digests = images.iter().map(|image| image.digest).collect();
+            shared.db(move |store| store.set_images(host, digests)).await?;
+            shared.images.heard(host, images);
+        }
         PeerRequest::Sending { move_id, name, bytes, estimated_bytes, bytes_per_sec } => {
             let Peer::Host(host) = peer else { return Ok(hosts_only()) };
             shared.operations.heard_of_stream(host, move_id, name, [bytes, estimated_bytes, bytes_per_sec]);
@@ -170,6 +184,14 @@ async fn respond(shared: &Arc<Shared>, peer: Peer, request: PeerRequest) -> stor
         PeerRequest::Wake { project, epoch } => {
             let Peer::Host(host) = peer else { return Ok(hosts_only()) };
             return wake(shared, host, project, epoch).await;
+        }
+        PeerRequest::Idle { project, epoch } => {
+            let Peer::Host(host) = peer else { return Ok(hosts_only()) };
+            return stop_idle(shared, host, project, epoch).await;
+        }
+        PeerRequest::Secrets { project, epoch } => {
+            let Peer::Host(host) = peer else { return Ok(hosts_only()) };
+            return shared.secrets_for(host, project, epoch).await;
         }
         PeerRequest::CertifySshHostKeys => return certify(shared, peer).await,
         PeerRequest::AuditHead { count, head, time, signature } => {
@@ -296,6 +318,7 @@ async fn register_peer(shared: &Arc<Shared>, peer: Peer, register: Register) -> 
     // What is held: whoever owns it now says so, and the host's word on the
     // state counts where it is the owner.
     let row = register.clone();
+    let fenced = shared.peers.is_fenced(peer);
     let owners = shared
         .db(move |store| {
             let mut owners = Vec::new();
@@ -304,18 +327,26 @@ async fn register_peer(shared: &Arc<Shared>, peer: Peer, register: Register) -> 
                 if let Some((host, epoch, _)) = store.ownership(project)? {
                     owners.push((project, host, epoch));
                 }
-                if let Peer::Host(host) = peer {
+                // Of one that is fenced nothing is believed.
+                if let Peer::Host(host) = peer
+                    && !fenced
+                {
                     store.observe(host, &held.report)?;
                 }
             }
             Ok(owners)
         })
         .await?;
+    if fenced {
+        tracing::warn!(?peer, "a host that is fenced is there, and gets no lease");
+        return Ok(registered(shared, owners));
+    }
     shared.peers.registered(peer, register.session, shared.clock.boot());
     shared.heard(peer);
     tracing::info!(?peer, name = %register.name, session = %register.session, "registered");
     if let Peer::Host(host) = peer {
         shared.tidy(host);
+        shared.tell_untold(host);
         let moved = before.get(&host).is_none_or(|address| {
             address.url != register.address.url
                 || address.domain != register.address.domain
@@ -326,13 +357,18 @@ async fn register_peer(shared: &Arc<Shared>, peer: Peer, register: Register) -> 
             shared.announce_host(host).await?;
         }
     }
-    Ok(PeerReply::Registered(Registered {
+    Ok(registered(shared, owners))
+}
+
+/// The answer to a registration.
+fn registered(shared: &Shared, owners: Vec<(ProjectId, HostId, Epoch)>) -> PeerReply {
+    PeerReply::Registered(Registered {
         issuer: shared.issuer.clone(),
         settings: shared.settings,
         owners,
         now: shared.now(),
         backups: shared.backups.as_ref().map(|backups| backups.policy()),
-    }))
+    })
 }
 
 async fn route(shared: &Shared, project: ProjectId) -> store::Result<Option<Route>> {
@@ -340,7 +376,7 @@ async fn route(shared: &Shared, project: ProjectId) -> store::Result<Option<Rout
         .db(move |store| match store.ownership(project)? {
             Some((host, epoch, false)) => {
                 let found = store.host(host)?;
-                if found.withdrawn.is_some() {
+                if found.is_out() {
                     return Ok(None);
                 }
                 Ok(Some(Route { project, host, epoch, how: Reach::Remote(found.address) }))
@@ -353,7 +389,7 @@ async fn route(shared: &Shared, project: ProjectId) -> store::Result<Option<Rout
 /// Somebody asked for a stopped project. The host has authorized them.
 async fn wake(
     shared: &Arc<Shared>,
-    host: cocalc_ids::HostId,
+    host: HostId,
     project: ProjectId,
     epoch: Epoch,
 ) -> store::Result<PeerReply> {
@@ -378,10 +414,38 @@ async fn wake(
     }
 }
 
+/// Stops a project that its host has found idle, in its users' presence or not.
+/// The fence keeps that from cutting off anything exclusive.
+async fn stop_idle(
+    shared: &Arc<Shared>,
+    host: cocalc_ids::HostId,
+    project: ProjectId,
+    epoch: Epoch,
+) -> store::Result<PeerReply> {
+    let refused = |message: &str| Ok(PeerReply::Error { message: message.to_owned() });
+    let found = match shared.db(move |store| store.project(project)).await {
+        Ok(found) if found.host == host && found.epoch == epoch => found,
+        Ok(_) | Err(store::Error::NotFound { .. }) => return refused("the project is not on this host"),
+        Err(error) => return Err(error),
+    };
+    // Somebody may have asked for it a moment ago.
+    if found.config.idle.keep_until.is_some_and(|until| until > shared.now()) {
+        return refused("somebody wants it to run");
+    }
+    let job = Job::Stop { grace_ms: IDLE_GRACE_MS };
+    match shared.begin(OperationId::random(), project, found.owner, job, &[ProjectState::Running]).await {
+        Ok(_) => Ok(PeerReply::Done),
+        Err(store::Error::Busy { operation }) => {
+            let job = shared.db(move |store| store.operation(operation)).await?.job;
+            refused(&format!("the project is busy: {}", job.kind()))
+        }
+        Err(store::Error::WrongState { state }) => refused(&format!("the project is {state}")),
+        Err(error) => Err(error),
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use cocalc_ids::HostId;
-
     use super::*;
 
     #[test]

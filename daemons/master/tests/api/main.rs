@@ -4,7 +4,9 @@
 
 mod access;
 mod document;
+mod fences;
 mod files;
+mod limits;
 mod login;
 mod moves;
 mod promises;

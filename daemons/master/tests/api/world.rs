@@ -351,6 +351,7 @@ impl Host {
                     isolation: true,
                     limits: true,
                     weaknesses: vec![],
+                    unenforced: vec![],
                 },
                 images: vec![],
                 sealing_key: None,
@@ -369,6 +370,11 @@ impl Host {
         })
         .await;
         Self { id, script, client, session, _tasks: tasks }
+    }
+
+    /// The process that it is now.
+    pub(crate) fn session(&self) -> SessionId {
+        *self.session.lock().unwrap()
     }
 
     /// Comes as another process.
