@@ -20,7 +20,7 @@ use tokio::{
 pub use self::numbers::Numbers;
 use self::numbers::{Counters, add};
 use super::{
-    Backup, BackupKind, BackupSource, Backups, Last, Policy, Status, StatusStore, Step, Work, Works,
+    Backup, BackupKind, BackupSource, Backups, Last, Policy, Query, Status, StatusStore, Step, Work, Works,
     backup_error, works::cancelled,
 };
 use crate::{
@@ -273,7 +273,10 @@ impl Keeper {
             }
             BackupsCommand::Ask { query } => {
                 self.0.parts.ledger.permit(project, epoch)?;
-                let answer = super::answer(&*self.0.parts.backups, project, &query).await;
+                let answer = match &query {
+                    Query::Diff { .. } => return self.compare(project, epoch, &query).await,
+                    _ => super::answer(&*self.0.parts.backups, project, &query).await,
+                };
                 Ok(BackupsReply::Answered { answer: answer.map_err(|error| backup_error(&error))? })
             }
             BackupsCommand::Gone { backups } => {
@@ -286,6 +289,31 @@ impl Keeper {
                 Ok(BackupsReply::Status { status: self.status(project) })
             }
         }
+    }
+
+    /// Compares a backup with a snapshot of the project's present state, which
+    /// stays only if automatic snapshots do.
+    async fn compare(
+        &self,
+        project: ProjectId,
+        epoch: Epoch,
+        query: &Query,
+    ) -> Result<BackupsReply, CommandError> {
+        let Some(held) = self.hold(project, Some(epoch), TURN_LIMIT_ASKED).await? else {
+            let message = "the project is not here any more".to_owned();
+            return Err(CommandError { code: ErrorCode::NotFound, message });
+        };
+        let answer = super::compare(&*self.0.parts.backups, project, query, &held.path).await;
+        let Held { snapshot, only_for_this, _hold: hold, .. } = held;
+        drop(hold);
+        if only_for_this
+            && let Err(error) = self.0.parts.storage.delete_snapshot(project, &snapshot.name).await
+        {
+            // A backup that began meanwhile reads it, and deletes it afterwards.
+            tracing::debug!(%project, snapshot = %snapshot.name, error = %crate::chain(&error),
+                "the snapshot of a comparison stays");
+        }
+        Ok(BackupsReply::Answered { answer: answer.map_err(|error| backup_error(&error))? })
     }
 
     async fn work(

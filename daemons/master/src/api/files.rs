@@ -7,7 +7,7 @@ use axum::{Json, extract::State};
 use cocalc_core::{
     control::{CommandError, ErrorCode, HostCommand, HostReply, ProjectConfig, UsageReport},
     snapshots::{Policy, PolicyFields},
-    storage::{Change, Place},
+    storage::{Change, Changes, Place},
 };
 use cocalc_ids::{Action, OperationId, ProjectId, Scope, SnapshotName, TreePath};
 use cocalc_sqlite::master::{Job, Project};
@@ -108,11 +108,19 @@ impl From<Change> for ChangeView {
 }
 
 #[derive(Serialize, ToSchema)]
-struct ChangesView {
+pub(super) struct ChangesView {
     /// In the order of their paths.
     changes: Vec<ChangeView>,
     /// The path after which to ask on; null at the end.
     next: Option<String>,
+}
+
+impl From<Changes> for ChangesView {
+    fn from(changes: Changes) -> Self {
+        let last = changes.changes.last().map(|change| change.path.to_string());
+        let next = last.filter(|_| changes.more);
+        Self { changes: changes.changes.into_iter().map(Into::into).collect(), next }
+    }
 }
 
 /// Says what is different from a snapshot.
@@ -135,11 +143,7 @@ async fn diff(
     let max = compared.limit.unwrap_or(CHANGES).clamp(1, CHANGES_MAX);
     let command = HostCommand::Diff { project: id, epoch: project.epoch, from, to, after, max };
     match ask(&shared, &project, &command).await? {
-        HostReply::Changes { project, changes } if project == id => {
-            let last = changes.changes.last().map(|change| change.path.to_string());
-            let next = last.filter(|_| changes.more);
-            Ok(Json(ChangesView { changes: changes.changes.into_iter().map(Into::into).collect(), next }))
-        }
+        HostReply::Changes { project, changes } if project == id => Ok(Json(changes.into())),
         _ => Err(nonsense()),
     }
 }
