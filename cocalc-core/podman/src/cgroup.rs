@@ -244,18 +244,6 @@ impl Groups {
             .filter_map(|(_, bytes)| bytes.parse::<u64>().ok())
             .sum()
     }
-
-    /// How often the kernel has killed a process of these groups because their
-    /// memory was used up.
-    pub(crate) fn oom_kills(&self) -> u64 {
-        let file = if kind_at(&self.root) == CgroupKind::Unified {
-            self.unified().map(|group| group.join("memory.events"))
-        } else {
-            self.legacy("memory").map(|group| group.join("memory.oom_control"))
-        };
-        let text = file.and_then(|file| fs::read_to_string(file).ok()).unwrap_or_default();
-        text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.parse().ok()).unwrap_or(0)
-    }
 }
 
 impl Write {
@@ -365,7 +353,7 @@ mod tests {
                 "libpod_parent/libpod-ID/io.bfq.weight = 50",
             ]
         );
-        assert_eq!((groups.oom_kills(), groups.memory_in_use()), (2, 15));
+        assert_eq!((groups.stats().oom_kills, groups.memory_in_use()), (2, 15));
     }
 
     #[test]
@@ -399,7 +387,7 @@ mod tests {
             ["memory/m/ID/memory.limit_in_bytes = 300", "memory/m/ID/memory.memsw.limit_in_bytes = 300"],
             "lowered: alone first"
         );
-        assert_eq!(groups.oom_kills(), 7);
+        assert_eq!(groups.stats().oom_kills, 7);
     }
 
     #[test]
