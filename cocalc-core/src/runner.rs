@@ -46,6 +46,13 @@ pub trait Runner: fmt::Debug + Send + Sync + 'static {
     /// that runs under another epoch is [`Busy`](Error::Busy).
     async fn start(&self, spec: &ProjectSpec) -> Result<Status>;
 
+    /// How long the steps of the project's last start took, in milliseconds, in
+    /// their order: its receipt. Empty if this backend does not say, or it was
+    /// not started since the daemon is up.
+    fn start_phases(&self, _project: ProjectId) -> Vec<(String, u64)> {
+        Vec::new()
+    }
+
     /// Asks the project's processes to end, kills them after `grace`, and
     /// returns when none is left. Unknown projects are `Stopped`.
     async fn stop(&self, project: ProjectId, grace: Duration) -> Result<Status>;

@@ -42,6 +42,6 @@ mod walk;
 
 pub use btrfs::{
     Btrfs, BtrfsBuilder, ImageError, ImageHeader, ImageLimits, ImageRecord, ImageStream, OpenError, Probe, QuotaKind,
-    StreamGuard, Trash, probe,
+    Scratch, StreamGuard, Trash, probe,
 };
 pub use directory::{Directory, DirectoryError};

@@ -63,6 +63,7 @@ fn main() {
         sys::new_session();
     } else {
         name_myself();
+        give_secrets();
     }
     let listener = UnixListener::from(sys::inherited(LISTENER));
     let registry = Arc::new(Registry::default());
@@ -101,6 +102,12 @@ fn main() {
             }
         }
     }
+}
+
+/// Gives the memory for secrets to the ordinary user, and to nobody else.
+fn give_secrets() {
+    // Made by root, because podman cannot say whose it is to be.
+    let _ = std::os::unix::fs::chown("/run/secrets", Some(users::ORDINARY), Some(users::ORDINARY));
 }
 
 /// Makes the project's host name resolve, for sudo and others that ask.

@@ -8,7 +8,7 @@
 use std::{
     io,
     os::{
-        fd::{AsRawFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::process::CommandExt,
     },
     process::{Command, Stdio},
@@ -99,6 +99,16 @@ pub(crate) fn act_on_files_as(id: u32) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Has the child of `command` begin in a network namespace.
+pub(crate) fn spawn_in_network(command: &mut tokio::process::Command, network: OwnedFd) {
+    let enter = move || {
+        let kind = rustix::thread::LinkNameSpaceType::Network;
+        Ok(rustix::thread::move_into_link_name_space(network.as_fd(), Some(kind))?)
+    };
+    // SAFETY: the closure makes one system call and allocates nothing.
+    unsafe { command.pre_exec(enter) };
 }
 
 /// Puts this thread into a new network namespace. For a thread that ends soon.

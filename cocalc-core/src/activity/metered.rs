@@ -64,6 +64,10 @@ impl Runner for Metered {
         self.runner.remove(project).await
     }
 
+    async fn set_limits(&self, project: ProjectId, limits: &Limits) -> Result<Applied> {
+        self.runner.set_limits(project, limits).await
+    }
+
     async fn status(&self, project: ProjectId) -> Result<Status> {
         self.runner.status(project).await
     }
@@ -107,6 +111,10 @@ impl Runner for Metered {
 
     async fn logs(&self, project: ProjectId, lines: usize) -> Result<String> {
         self.runner.logs(project, lines).await
+    }
+
+    async fn set_limits(&self, project: ProjectId, limits: &Limits) -> Result<Applied> {
+        self.runner.set_limits(project, limits).await
     }
 }
 
@@ -268,6 +276,7 @@ mod tests {
             slot: 0,
             limits: crate::runner::Limits::default(),
             env: std::collections::BTreeMap::new(),
+            isolation: Default::default(),
         };
         runner.start(&spec).await.unwrap();
         let meters = Meters::new(clock);

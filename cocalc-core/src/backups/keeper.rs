@@ -298,6 +298,8 @@ impl Keeper {
         work: BackupsWork,
         wait: Duration,
     ) -> Result<BackupsReply, CommandError> {
+        // Before it is begun, which counts.
+        self.0.parts.ledger.permit(project, epoch)?;
         let keeper = self.clone();
         let step = match work {
             BackupsWork::Drill => match &self.0.parts.trial {
@@ -484,11 +486,14 @@ impl Keeper {
                 match policy.filter(|policy| policy.fields().enabled && entry.may_run().is_some()) {
                     Some(policy) => {
                         state.schedule.runs(entry.project, policy.rpo(), now);
-                        // What an earlier process left undone is due now.
-                        let undone = state
-                            .statuses
-                            .get(&entry.project)
-                            .is_some_and(|status| status.pending_since.is_some() && status.failure.is_none());
+                        // What an earlier process left undone is due now, and what
+                        // came from another host, where more may have been due.
+                        let epoch = entry.may_run();
+                        let known = state.statuses.get(&entry.project);
+                        let undone = match known.filter(|status| Some(status.epoch) == epoch) {
+                            Some(status) => status.pending_since.is_some() && status.failure.is_none(),
+                            None => epoch > Some(Epoch::FIRST),
+                        };
                         if undone && !state.running.contains_key(&entry.project) {
                             state.schedule.at_once(entry.project, now);
                         }

@@ -7,7 +7,7 @@ use cocalc_ids::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{BackupsCommand, BackupsReply};
+use super::{BackupsCommand, BackupsReply, InsideCommand, InsideReply};
 use crate::{
     activity::{IdleReport, IdleSettings},
     router::HostAddress,
@@ -187,6 +187,20 @@ pub enum HostCommand {
         /// Whether its files are counted, too, which takes long.
         count: bool,
     },
+    /// Say who uses it, why it runs, and until when.
+    Why {
+        /// Which project.
+        project: ProjectId,
+    },
+    /// Look inside it, while it runs.
+    Inside {
+        /// Which project.
+        project: ProjectId,
+        /// Under which grant.
+        epoch: Epoch,
+        /// For what.
+        what: InsideCommand,
+    },
     /// Something about its backups.
     Backups {
         /// Which project.
@@ -195,11 +209,6 @@ pub enum HostCommand {
         epoch: Epoch,
         /// What.
         what: BackupsCommand,
-    },
-    /// Say who uses it, why it runs, and until when.
-    Why {
-        /// Which project.
-        project: ProjectId,
     },
     /// A step of a move.
     Move {
@@ -232,8 +241,9 @@ impl HostCommand {
             | Self::Clone { project, .. }
             | Self::Configure { project, .. }
             | Self::Usage { project, .. }
-            | Self::Backups { project, .. }
             | Self::Why { project }
+            | Self::Inside { project, .. }
+            | Self::Backups { project, .. }
             | Self::Move { project, .. } => *project,
         }
     }
@@ -465,6 +475,15 @@ pub enum HostReply {
     },
     /// What it is charged.
     Usage(UsageReport),
+    /// Who uses it.
+    Why(IdleReport),
+    /// What was found inside.
+    Inside {
+        /// In which project.
+        project: ProjectId,
+        /// What.
+        answer: InsideReply,
+    },
     /// About its backups.
     Backups {
         /// Of which project.
@@ -472,8 +491,6 @@ pub enum HostReply {
         /// What.
         answer: BackupsReply,
     },
-    /// Who uses it.
-    Why(IdleReport),
     /// The receipt of a step of a move.
     Move {
         /// Which move.

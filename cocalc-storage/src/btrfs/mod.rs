@@ -33,7 +33,7 @@ use cocalc_core::{
 };
 
 pub use guard::{Refused, StreamGuard};
-pub use images::{ImageError, ImageHeader, ImageLimits, ImageRecord, ImageStream};
+pub use images::{ImageError, ImageHeader, ImageLimits, ImageRecord, ImageStream, Scratch};
 pub use open::{BtrfsBuilder, OpenError, Probe, probe};
 pub use quota::QuotaKind;
 pub use trash::Trash;

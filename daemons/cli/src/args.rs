@@ -62,6 +62,12 @@ pub(crate) enum Command {
     /// Snapshots of a project.
     #[command(subcommand)]
     Snapshot(Snapshot),
+    /// Images: the root file systems that projects are made from.
+    #[command(subcommand)]
+    Image(Image),
+    /// Backups of a project.
+    #[command(subcommand)]
+    Backup(Backup),
     /// Project-hosts.
     #[command(subcommand)]
     Host(Host),
@@ -177,7 +183,7 @@ pub(crate) enum Project {
         /// On this host; otherwise the master chooses.
         #[arg(long)]
         host: Option<String>,
-        /// With this image, by digest; otherwise the host's default.
+        /// With this image, by name or digest; otherwise the host's default.
         #[arg(long)]
         image: Option<String>,
         /// Start it, too.
@@ -269,6 +275,35 @@ pub(crate) enum Project {
     },
     /// Say why it runs, or why not, and when it will be stopped.
     Why { id: String },
+    /// List the apps that it declares in ~/.cocalc/apps.toml, or end one so that
+    /// it is started anew.
+    Apps {
+        id: String,
+        /// Start this one anew.
+        #[arg(long)]
+        restart: Option<String>,
+    },
+    /// Print what its first process, or one of its apps, has written.
+    Logs {
+        id: String,
+        /// Of this app.
+        #[arg(long)]
+        app: Option<String>,
+        /// Go on until interrupted.
+        #[arg(long)]
+        follow: bool,
+        /// At most so many of the last lines; not of an app.
+        #[arg(long, default_value_t = 1000)]
+        lines: u32,
+    },
+    /// Say what it uses: processor, memory, disks and network.
+    Stats { id: String },
+    /// Environment variables of its processes, which every member reads.
+    #[command(subcommand)]
+    Env(Variable),
+    /// Secrets: files in memory at /run/secrets, whose values nobody is shown.
+    #[command(subcommand)]
+    Secret(Variable),
     /// Have it run on, whether it is used or not.
     Keep {
         id: String,
@@ -335,12 +370,124 @@ pub(crate) enum Project {
         #[arg(long)]
         snapshot: Option<String>,
     },
+    /// Show its image, or give it another. Its home stays; what was installed
+    /// on the former image is there again when it goes back to that.
+    Image {
+        id: String,
+        /// The image, by name or digest.
+        #[arg(long)]
+        set: Option<String>,
+        /// Stop and start it for that if it runs.
+        #[arg(long, requires = "set")]
+        restart: bool,
+    },
     /// Say what it takes, and what it may.
     Usage {
         id: String,
         /// Count its files, too: what is its own, and what is shared.
         #[arg(long)]
         du: bool,
+    },
+}
+
+/// A named value of a project.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Variable {
+    /// Set one.
+    Set {
+        id: String,
+        name: String,
+        /// Its value; otherwise it is read from standard input, and is not seen
+        /// by others on this machine.
+        value: Option<String>,
+    },
+    /// Remove one.
+    Unset { id: String, name: String },
+    /// List them.
+    List { id: String },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Image {
+    /// List them, and on how many hosts they are.
+    List,
+    /// Have a host pull one from a registry.
+    Pull {
+        /// With its registry, for instance docker.io/library/debian:12.
+        reference: String,
+        /// What it is called here.
+        #[arg(long)]
+        name: Option<String>,
+        /// On this host; otherwise the master chooses.
+        #[arg(long)]
+        host: Option<String>,
+    },
+    /// Have a host build one from Debian packages.
+    Build {
+        /// The recipe: TOML with suite, packages, mirror and run.
+        recipe: PathBuf,
+        /// What it is called here.
+        #[arg(long)]
+        name: Option<String>,
+        /// On this host; otherwise the master chooses.
+        #[arg(long)]
+        host: Option<String>,
+    },
+    /// Have a host import an archive from its directory for images.
+    Import {
+        /// The file's name there: a root file system as tar, or what
+        /// `podman save` or `docker save` wrote.
+        file: String,
+        /// What it is called here.
+        #[arg(long)]
+        name: Option<String>,
+        /// The host; otherwise the master chooses.
+        #[arg(long)]
+        host: Option<String>,
+    },
+    /// Have a host fetch one from another host now, rather than when a project
+    /// needs it.
+    Fetch {
+        /// By name or digest.
+        image: String,
+        /// Which host.
+        #[arg(long)]
+        host: String,
+    },
+    /// Keep one, used or not.
+    Pin {
+        /// By name or digest.
+        image: String,
+        /// On this host only.
+        #[arg(long)]
+        host: Option<String>,
+    },
+    /// Keep one no longer than it is used.
+    Unpin {
+        /// By name or digest.
+        image: String,
+        /// On this host only.
+        #[arg(long)]
+        host: Option<String>,
+    },
+    /// Give one a name, which another loses.
+    Name {
+        /// By name or digest.
+        image: String,
+        /// The name.
+        name: String,
+    },
+    /// Delete those that nobody uses and nobody has pinned.
+    Prune {
+        /// For how many days nobody has used them; otherwise 30.
+        #[arg(long)]
+        unused_days: Option<u32>,
+        /// Only say which would go.
+        #[arg(long)]
+        dry_run: bool,
+        /// On this host only.
+        #[arg(long)]
+        host: Option<String>,
     },
 }
 
@@ -426,6 +573,168 @@ pub(crate) struct PolicyFields {
 }
 
 #[derive(Debug, Subcommand)]
+pub(crate) enum Backup {
+    /// Back up its present state, and wait until that is done.
+    Create { project: String },
+    /// List them.
+    List { project: String },
+    /// Show what is in a directory of one.
+    Ls {
+        project: String,
+        /// Its id, the beginning of it, or `latest`.
+        backup: String,
+        /// Which directory, for instance `home/data`; otherwise the root.
+        path: Option<String>,
+    },
+    /// Find what in one has a name that contains a text, in either case.
+    Find {
+        project: String,
+        /// Its id, the beginning of it, or `latest`.
+        backup: String,
+        text: String,
+    },
+    /// Say what is different now from one.
+    Diff {
+        project: String,
+        /// Its id, the beginning of it, or `latest`.
+        backup: String,
+        /// In this one, rather than now.
+        #[arg(long)]
+        to: Option<String>,
+    },
+    /// Restore one, or all that a host had which is lost.
+    Restore(Restore),
+    /// Take one off the list; its space returns with a later `prune`.
+    Delete {
+        project: String,
+        /// Its id, or the beginning of it.
+        backup: String,
+    },
+    /// Forget those that the policy does not keep, and delete what nothing needs.
+    Prune { project: String },
+    /// Look for damage; fails if there is any.
+    Check {
+        project: String,
+        /// Read and verify all data, not only what leads to it.
+        #[arg(long)]
+        read_data: bool,
+    },
+    /// Try out whether the newest backup can be restored, for administrators.
+    Drill {
+        /// Of this project; otherwise of one by chance.
+        project: Option<String>,
+        /// Of one on this host.
+        #[arg(long)]
+        host: Option<String>,
+    },
+    /// Show when a project is backed up and which are kept, or change it.
+    Policy(BackupPolicy),
+    /// Print what restores a project's backups without this federation, with
+    /// restic or rustic, for administrators. Keep it secret.
+    Escrow {
+        project: String,
+        /// Write it to this new file, which only you may read, rather than
+        /// print it.
+        #[arg(long)]
+        file: Option<PathBuf>,
+    },
+    /// Delete all backups of a project at once, for administrators.
+    Erase {
+        project: String,
+        /// Do not ask.
+        #[arg(long)]
+        yes: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Restore {
+    /// The project whose backup it is.
+    #[arg(required_unless_present = "all_of")]
+    pub(crate) project: Option<String>,
+    /// The backup's id, the beginning of it, or `latest`.
+    #[arg(default_value = "latest")]
+    pub(crate) backup: String,
+    /// Only this file or directory, as `backup ls` writes it; otherwise all, in
+    /// the place of what is there, which is kept as a snapshot.
+    #[arg(long, conflicts_with_all = ["new", "all_of"])]
+    pub(crate) path: Option<String>,
+    /// Put it there; otherwise where it was.
+    #[arg(long, requires = "path")]
+    pub(crate) target: Option<String>,
+    /// Replace what is there.
+    #[arg(long, requires = "path")]
+    pub(crate) replace: bool,
+    /// As a new project of yours, with this title.
+    #[arg(long, value_name = "NAME", conflicts_with = "all_of")]
+    pub(crate) new: Option<String>,
+    /// The new project's host.
+    #[arg(long, requires = "new")]
+    pub(crate) host: Option<String>,
+    /// Bring the projects of this host up elsewhere, each from its newest
+    /// backup; the host must be fenced. For administrators.
+    #[arg(long, value_name = "HOST", conflicts_with = "project")]
+    pub(crate) all_of: Option<String>,
+    /// To these hosts; otherwise wherever there is room.
+    #[arg(long, requires = "all_of", value_delimiter = ',', num_args = 1..)]
+    pub(crate) to: Vec<String>,
+    /// Do not ask before all files of a project are replaced.
+    #[arg(long)]
+    pub(crate) yes: bool,
+    /// Do not wait until it is done.
+    #[arg(long)]
+    pub(crate) no_wait: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BackupPolicy {
+    pub(crate) project: String,
+    /// Do as the master's configuration says.
+    #[arg(long)]
+    pub(crate) reset: bool,
+    #[command(flatten)]
+    pub(crate) fields: BackupPolicyFields,
+}
+
+/// What a policy says; what is left out stays.
+#[derive(Clone, Debug, Default, Args, serde::Serialize)]
+pub(crate) struct BackupPolicyFields {
+    /// Whether it is backed up by itself, and old backups go by themselves.
+    #[arg(long, conflicts_with = "reset")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) enabled: Option<bool>,
+    /// How long after a change it is backed up at the latest: 300 to 604800.
+    #[arg(long, conflicts_with = "reset")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) rpo_secs: Option<u32>,
+    /// Of how many hours one is kept.
+    #[arg(long, conflicts_with = "reset")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) hourly: Option<u16>,
+    /// Of how many days.
+    #[arg(long, conflicts_with = "reset")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) daily: Option<u16>,
+    /// Of how many weeks.
+    #[arg(long, conflicts_with = "reset")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) weekly: Option<u16>,
+    /// Of how many months.
+    #[arg(long, conflicts_with = "reset")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) monthly: Option<u16>,
+    /// How many of those that people asked for are kept besides.
+    #[arg(long, conflicts_with = "reset")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) manual: Option<u16>,
+    /// What is left out: a pattern as in .gitignore; may be given several
+    /// times, and empty for nothing.
+    #[arg(long, conflicts_with = "reset", value_name = "PATTERN")]
+    #[serde(skip)]
+    pub(crate) exclude: Vec<String>,
+}
+
+#[derive(Debug, Subcommand)]
 pub(crate) enum Host {
     /// List them.
     List,
@@ -444,6 +753,20 @@ pub(crate) enum Host {
     Cordon { id: String },
     /// Place on it again.
     Uncordon { id: String },
+    /// Say that it is dead: it gets no lease, and what it had may be restored
+    /// elsewhere, by `backup restore --all-of`. If it comes back it keeps aside
+    /// what others have by then.
+    Fence {
+        id: String,
+        /// What shows that it is dead; kept, and audited.
+        #[arg(long)]
+        reason: String,
+        /// Attest it here, rather than by typing the host's name when asked.
+        #[arg(long)]
+        attest: bool,
+    },
+    /// Take that back.
+    Unfence { id: String },
     /// Print a one-use token with which it comes with another identity key.
     RotateKey {
         id: String,

@@ -6,7 +6,7 @@ use cocalc_backup::Bounds;
 use cocalc_core::{activity::IdlePolicy, ids::HostName, runner::Network, snapshots::Policy};
 use serde::Deserialize;
 
-use crate::limits::HostLimits;
+use crate::{images::ImageSettings, limits::HostLimits};
 
 /// What a host is told. Every key is also `COCALC_HOST_<KEY>`.
 #[derive(Clone, Debug, Deserialize)]
@@ -78,6 +78,9 @@ pub struct Config {
     /// How much one user, one address and all of them may ask.
     #[serde(default)]
     pub limits: HostLimits,
+    /// How this host comes by images, and when they go.
+    #[serde(default)]
+    pub images: ImageSettings,
     /// How backups are made here. Where they go, and when they are made, the
     /// master says.
     #[serde(default)]
@@ -263,6 +266,7 @@ impl Config {
         }
         self.backups.validate()?;
         self.idle.validate().map_err(|error| format!("idle.{error}"))?;
+        self.images.validate()?;
         self.limits.validate()
     }
 }

@@ -27,6 +27,7 @@ pub mod accounts;
 mod admin;
 mod api;
 mod backups;
+mod images;
 mod bus;
 mod config;
 mod limits;
@@ -35,6 +36,7 @@ mod operations;
 pub mod placement;
 mod receipts;
 mod secret;
+mod secrets;
 mod server;
 mod shared;
 mod signing;
@@ -60,6 +62,7 @@ use self::{
     oidc::Oidc,
     operations::Operations,
     receipts::Receipts,
+    secrets::SecretsKey,
     shared::Shared,
     signing::Signing,
     ssh_ca::SshCa,
@@ -151,6 +154,7 @@ impl Master {
         let signing = Signing::open(config.data_dir.join("signing-keys"), config.token_algorithm, now)
             .map_err(unusable)?;
         let ssh_ca = SshCa::open(config.data_dir.join("ssh-ca-keys"), now).map_err(unusable)?;
+        let secrets = SecretsKey::open(&config.data_dir.join("project-secrets-key")).map_err(unusable)?;
         admin::ensure(&store, &config.data_dir.join("admin-token"), now).map_err(unusable)?;
         let folder = config.data_dir.join("audit");
         admin::make_directory(&folder).map_err(|error| unusable(error.into()))?;
@@ -171,6 +175,7 @@ impl Master {
             None => None,
         };
         let oidc = Oidc::new(&config.oidc, &issuer).map_err(Error::Config)?;
+        let fenced = store.fenced_hosts().map_err(|error| database(error.into()))?;
         let gate = gate::Gate::new(issuer.clone(), store.clone(), clock.clone());
         // Hosts and proxies sign in at once; others have no business here.
         let limits = BrokerConfig { connect_limit: SIGN_IN_LIMIT, ..BrokerConfig::default() };
@@ -178,7 +183,7 @@ impl Master {
         let bus = broker.local_bus(gate::master());
         let shared = Arc::new(Shared {
             streams: Streams::new(stream, config.grace_ms, bus.clone(), store.clone()),
-            peers: Arc::new(Peers::new(clock.boot())),
+            peers: Arc::new(Peers::new(clock.boot(), fenced)),
             operations: Operations::new(),
             receipts: Receipts::default(),
             broker: broker.clone(),
@@ -187,7 +192,9 @@ impl Master {
             audit,
             accounts,
             oidc,
+            images: images::Images::default(),
             backups,
+            secrets,
             untold: std::sync::Mutex::default(),
             settings: config.settings(),
             store,

@@ -28,10 +28,13 @@ use crate::{
     bus::gate::bus_name,
     bus::peers::Peers,
     bus::streams::{About, Streams, Target},
+    images::Images,
     limits::Limits,
     oidc::Oidc,
     operations::Operations,
+    placement::Candidate,
     receipts::Receipts,
+    secrets::SecretsKey,
     signing::Signing,
     ssh_ca::SshCa,
 };
@@ -59,8 +62,12 @@ pub(crate) struct Shared {
     pub(crate) accounts: Option<Arc<dyn Accounts>>,
     /// OpenID providers, and who is logging in with them.
     pub(crate) oidc: Oidc,
+    /// Which host has which image, and work on them.
+    pub(crate) images: Images,
     /// Backups, if there are any.
     pub(crate) backups: Option<Backups>,
+    /// What wraps the secrets of projects.
+    pub(crate) secrets: SecretsKey,
     /// Projects whose host has not heard of how they are run now.
     pub(crate) untold: Mutex<BTreeSet<ProjectId>>,
 }
@@ -317,6 +324,25 @@ impl Shared {
                 return refused.ok_or_else(|| unanswered(sent));
             }
         }
+    }
+
+    /// What is known of each host when a project is placed.
+    pub(crate) async fn candidates(&self) -> store::Result<Vec<Candidate>> {
+        let (hosts, counts) = self.db(|store| Ok((store.hosts()?, store.project_counts()?))).await?;
+        let counts: BTreeMap<_, _> = counts.into_iter().collect();
+        let candidate = |host: store::Host| {
+            let can = host.capabilities?;
+            Some(Candidate {
+                host: host.id,
+                alive: self.alive(Peer::Host(host.id)),
+                cordoned: host.cordoned,
+                isolation: can.runner.isolation,
+                images: can.images,
+                free_bytes: can.free_bytes,
+                projects: counts.get(&host.id).copied().unwrap_or(0),
+            })
+        };
+        Ok(hosts.into_iter().filter_map(candidate).collect())
     }
 
     /// Where each host listens.

@@ -1,6 +1,7 @@
 //! The ingress of a host: it decides, and reaches the apps.
 
 mod bus;
+mod files;
 mod forward;
 mod moved;
 mod respond;
@@ -40,13 +41,14 @@ use tokio::{
 use tokio_util::sync::DropGuard;
 
 pub use self::bus::{BusEndpoint, Opening};
-use self::view::View;
+use self::{files::Raw, view::View};
 pub(crate) use self::{session::claimed, view::unknown_host};
 use crate::{
     body::Body,
     cookies,
     credential::{self, Shown},
     failures::Failures,
+    files::ProjectFiles,
     headers::check_request,
     limits::Limits,
     path::{Origin, Place, SESSION_PATH, Served, Target, What},
@@ -86,6 +88,7 @@ pub struct HostIngressBuilder {
     endpoints: Option<Arc<dyn Endpoints>>,
     bus: Option<Arc<dyn BusEndpoint>>,
     meters: Option<Meters>,
+    files: Option<Arc<dyn ProjectFiles>>,
     served: Served,
     https: bool,
     limits: Limits,
@@ -115,6 +118,7 @@ struct Inner {
     endpoints: Option<Arc<dyn Endpoints>>,
     bus: Option<Arc<dyn BusEndpoint>>,
     meters: Option<Meters>,
+    raw: Option<Raw>,
     served: Served,
     /// What proxies call this host, on connections of their own.
     internal: Served,
@@ -147,6 +151,7 @@ impl HostIngress {
             endpoints: None,
             bus: None,
             meters: None,
+            files: None,
             served: Served::new(),
             https: false,
             limits: Limits::default(),
@@ -244,6 +249,13 @@ impl HostIngressBuilder {
         self
     }
 
+    /// Serves raw files of projects, whether these run or not. Default: they
+    /// are not available.
+    pub fn files(mut self, files: Arc<dyn ProjectFiles>) -> Self {
+        self.files = Some(files);
+        self
+    }
+
     /// Bounds. Default: [`Limits::default`].
     pub fn limits(mut self, limits: Limits) -> Self {
         self.limits = limits;
@@ -263,6 +275,7 @@ impl HostIngressBuilder {
             endpoints: self.endpoints,
             bus: self.bus,
             meters: self.meters,
+            raw: self.files.map(Raw::new),
             served: self.served,
             internal: view::internal(),
             https: self.https,
@@ -370,7 +383,7 @@ impl Inner {
 
         let web = if asked.wish == Wish::WebSocket { Scope::Ws } else { Scope::Http };
         let action = match asked.place.what {
-            What::Files { .. } => Action::Use(Scope::Files),
+            What::Files { .. } => files::action(&asked.parts.method),
             What::Bus { .. } => Action::Use(Scope::Bus),
             What::Port { port } | What::Proxy { port, .. } => Action::App { scope: web, port },
             _ => Action::Use(web),
@@ -410,13 +423,7 @@ impl Inner {
                 self.forward(asked, rest, &principal, action, port).await?
             }
             What::Bus { .. } => self.bus(asked, rest, principal, action).await?,
-            What::Files { .. } => {
-                return Err(Problem::new(
-                    StatusCode::NOT_FOUND,
-                    "not_available",
-                    "Raw files are not served on this host.",
-                ));
-            }
+            What::Files { rest: path } => self.files(asked, rest, &principal, action, path).await?,
             What::Session => return Err(Problem::not_found()),
         };
         if decision.tier == Tier::Grace {

@@ -25,6 +25,8 @@ use crate::{mounts, net::Resolver};
 /// configuration.
 const CAPABILITIES: &str = "CHOWN,DAC_OVERRIDE,FOWNER,FSETID,KILL,SETGID,SETUID,SETPCAP,\
     NET_BIND_SERVICE,SYS_CHROOT,SETFCAP,AUDIT_WRITE";
+/// Where secrets are seen inside.
+const SECRETS_INSIDE: &str = "/run/secrets";
 /// Where the helper is seen inside: in `/dev`, so that nothing of it remains in
 /// the project's files.
 const HELPER_INSIDE: &str = "/dev/cocalc-init";
@@ -156,17 +158,20 @@ impl Shared {
             };
         }
         let phase = InPhase::new(&entry, State::Starting);
+        let mut receipt = Receipt::new();
         self.ready(&entry, &spec).await?;
+        receipt.done("container");
         self.write_env(&spec).map_err(|error| backend("start", project, error))?;
         entry.view().env = Arc::new(spec.env.clone());
         self.resolve(&entry, spec.slot, &spec.isolation.network).await?;
         self.mount(&spec).await?;
-        let started = match self.launch(&entry, &spec).await {
+        receipt.done("mounts");
+        let started = match self.launch(&entry, &spec, &mut receipt).await {
             Err(error) if error.missing => {
                 // Somebody removed the container behind our back.
                 entry.view().made_from = None;
                 match self.ready(&entry, &spec).await {
-                    Ok(()) => self.launch(&entry, &spec).await.map_err(|error| error.error),
+                    Ok(()) => self.launch(&entry, &spec, &mut receipt).await.map_err(|error| error.error),
                     Err(error) => Err(error),
                 }
             }
@@ -178,11 +183,17 @@ impl Shared {
             self.unmount(project).await?;
             return Err(error);
         }
+        entry.view().phases = receipt.phases;
         drop(phase);
         Ok(entry.status())
     }
 
-    async fn launch(&self, entry: &Project, spec: &ProjectSpec) -> Result<(), Launch> {
+    async fn launch(
+        &self,
+        entry: &Project,
+        spec: &ProjectSpec,
+        receipt: &mut Receipt,
+    ) -> Result<(), Launch> {
         let project = spec.project;
         let failed = |error| Launch { missing: false, error };
         let name = self.container(project);
@@ -196,6 +207,7 @@ impl Shared {
             missing: error.is_missing(),
             error: backend("start", project, error),
         })?;
+        receipt.done("podman start");
         let found =
             self.cli.inspect(&[name]).await.map_err(|error| failed(backend("start", project, error)))?;
         let running = match found.first() {
@@ -212,6 +224,7 @@ impl Shared {
         for write in running.groups.plan(&limits) {
             write.apply().map_err(|error| failed(backend("limit", project, error)))?;
         }
+        receipt.done("podman inspect");
         let mut view = entry.view();
         view.epoch = Some(spec.epoch);
         view.running = Some(Arc::new(running));
@@ -348,6 +361,9 @@ impl Shared {
         option("hostname", format!("project-{short}"));
         option("volume", format!("{}:{HELPER_INSIDE}:ro", self.dirs.helper.display()));
         option("volume", format!("{}:/home/user", dirs.home().display()));
+        // Memory that is the user's alone: what the master keeps as secrets is
+        // here and nowhere else, neither in the volume nor known to podman.
+        option("tmpfs", format!("{SECRETS_INSIDE}:rw,nosuid,nodev,noexec,size=1m,mode=0700"));
         option("volume", format!("{}:/etc/resolv.conf:ro", self.dirs.resolv_conf.display()));
         option("log-driver", "k8s-file".into());
         option("log-opt", format!("path={}", log.display()));
@@ -463,6 +479,25 @@ impl Shared {
     }
 }
 
+/// What a start has done, and how long each step took, in milliseconds.
+struct Receipt {
+    since: std::time::Instant,
+    phases: Vec<(String, u64)>,
+}
+
+impl Receipt {
+    fn new() -> Self {
+        Self { since: std::time::Instant::now(), phases: Vec::new() }
+    }
+
+    /// A step is done, since the one before.
+    fn done(&mut self, step: &str) {
+        let millis = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.phases.push((step.to_owned(), millis));
+        self.since = std::time::Instant::now();
+    }
+}
+
 /// Why a start failed, and whether because the container is gone.
 struct Launch {
     missing: bool,
@@ -477,7 +512,7 @@ fn unknown(project: ProjectId) -> Status {
 fn fingerprint(spec: &ProjectSpec, limits: &Limits) -> String {
     let ProjectSpec { project: _, epoch, volume: _, image, slot, limits: _, env: _, isolation } = spec;
     // The number in front changes with the arguments of `create_args`.
-    let text = format!("3 {epoch} {image:?} {slot} {limits:?} {isolation:?}");
+    let text = format!("4 {epoch} {image:?} {slot} {limits:?} {isolation:?}");
     Sha256::digest(text.as_bytes()).iter().take(16).map(|byte| format!("{byte:02x}")).collect()
 }
 

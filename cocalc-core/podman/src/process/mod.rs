@@ -2,6 +2,7 @@
 //! the kernel has for keeping such processes apart.
 
 mod confine;
+mod services;
 mod tree;
 
 pub(crate) use confine::available as landlock;
@@ -222,6 +223,14 @@ impl Shared {
         let entry = self.known(project).ok_or(Error::NotRunning { project })?;
         let supervisor = entry.running().ok_or(Error::NotRunning { project })?;
         Ok((entry, supervisor))
+    }
+
+    /// The home and the environment of a project's processes.
+    fn surroundings(&self, project: ProjectId) -> Result<(String, BTreeMap<String, String>)> {
+        let entry = self.known(project).ok_or(Error::NotRunning { project })?;
+        let view = entry.view();
+        let record = view.record.as_ref().ok_or(Error::NotRunning { project })?;
+        Ok((record.home.to_string_lossy().into_owned(), record.env.clone()))
     }
 
     fn socket(&self, project: ProjectId) -> io::Result<AgentSocket> {
@@ -458,11 +467,7 @@ impl Runner for ProcessRunner {
             let reason = "this runner has no other users than its own".into();
             return Err(Error::Invalid { project, reason });
         }
-        let (home, env) = {
-            let view = entry.view();
-            let record = view.record.as_ref().ok_or(Error::NotRunning { project })?;
-            (record.home.to_string_lossy().into_owned(), record.env.clone())
-        };
+        let (home, env) = self.shared.surroundings(project)?;
         let socket = self.shared.socket(project).map_err(|error| backend("reach", project, error))?;
         agent::exec(&socket, &request, env.iter(), &home).await.map_err(|error| match error {
             AgentError::Refused(reason) => Error::Invalid { project, reason },

@@ -1,7 +1,9 @@
 //! Long-running operations, each of which is the fence of its project.
 
 use cocalc_core::{control::ProjectReport, storage::Place};
-use cocalc_ids::{AccountId, HostId, OperationId, ProjectId, SnapshotName, Timestamp, TreePath};
+use cocalc_ids::{
+    AccountId, Epoch, HostId, ImageDigest, OperationId, ProjectId, SnapshotName, Timestamp, TreePath,
+};
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -84,10 +86,30 @@ pub enum Job {
         /// Which.
         backup: String,
     },
+    /// Gives it another image.
+    SetImage {
+        /// Which.
+        image: ImageDigest,
+        /// Whether it is stopped and started for that if it runs.
+        restart: bool,
+    },
     /// Moves it to another host.
     Move {
         /// Where to.
         to: HostId,
+    },
+    /// Brings it up on another host from a backup, because its own is dead.
+    Recover {
+        /// The host that is dead.
+        from: HostId,
+        /// Its epoch there.
+        epoch: Epoch,
+        /// Where to.
+        to: HostId,
+        /// From which backup.
+        backup: String,
+        /// Its state before.
+        was: ProjectState,
     },
     /// Backs it up.
     BackUp,
@@ -150,7 +172,9 @@ impl Job {
             Self::Clone { .. } => "clone",
             Self::RestoreBackup { .. } => "restore_backup",
             Self::FromBackup { .. } => "create_from_backup",
+            Self::SetImage { .. } => "set_image",
             Self::Move { .. } => "move",
+            Self::Recover { .. } => "recover",
             Self::BackUp => "back_up",
             Self::ForgetBackups { .. } => "forget_backups",
             Self::PruneBackups => "prune_backups",
@@ -166,13 +190,14 @@ impl Job {
             Self::Create | Self::Clone { .. } | Self::FromBackup { .. } => Some(ProjectState::Creating),
             Self::Start => Some(ProjectState::Starting),
             Self::Stop { .. } | Self::Delete => Some(ProjectState::Stopping),
-            Self::Move { .. } => Some(ProjectState::Moving),
+            Self::Move { .. } | Self::Recover { .. } => Some(ProjectState::Moving),
             Self::Snapshot { .. }
             | Self::DeleteSnapshot { .. }
             | Self::RestoreSnapshot { .. }
             | Self::RestorePath { .. }
             | Self::Copy { .. }
             | Self::RestoreBackup { .. }
+            | Self::SetImage { .. }
             | Self::BackUp
             | Self::ForgetBackups { .. }
             | Self::PruneBackups
@@ -338,7 +363,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Operation> {
     })
 }
 
-fn find(db: &Connection, id: OperationId) -> Result<Operation, Fault<Error>> {
+pub(super) fn find(db: &Connection, id: OperationId) -> Result<Operation, Fault<Error>> {
     db.prepare_cached(&format!("SELECT {COLUMNS} FROM operations WHERE id = ?1"))?
         .query_row([id.to_string()], read)
         .optional()?

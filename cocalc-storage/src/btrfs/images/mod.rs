@@ -15,6 +15,8 @@ mod tree;
 mod unpack;
 
 use std::{
+    fmt, io,
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -145,11 +147,50 @@ impl Btrfs {
         archive: BoxRead,
         limits: &ImageLimits,
     ) -> Result<ImageDigest, ImageError> {
+        self.import_image_as(archive, limits, ImageRecord::default(), |_| Ok(())).await
+    }
+
+    /// The same, with what is to be noted of it, and with a last change: `dress`
+    /// gets the root directory of what was unpacked, before it is looked through.
+    ///
+    /// # Errors
+    ///
+    /// All or nothing; see [`ImageError`]. What `dress` finds wrong is a
+    /// [`BadArchive`](ImageError::BadArchive).
+    ///
+    /// # Cancel safety
+    ///
+    /// Nothing is imported; what was unpacked is removed.
+    pub async fn import_image_as(
+        &self,
+        archive: BoxRead,
+        limits: &ImageLimits,
+        noted: ImageRecord,
+        dress: impl FnOnce(&OwnedFd) -> io::Result<()> + Send + 'static,
+    ) -> Result<ImageDigest, ImageError> {
         let staged = self.stage_image().await?;
         let limits = *limits;
-        let source = unpack::unpack(self, &staged.path(), archive, &limits).await?;
-        self.settle_image(staged, None, ImageRecord::of_source(source), limits, tree::Strictness::LeaveOut)
-            .await
+        let mut record = ImageRecord::of_source(unpack::unpack(self, &staged.path(), archive, &limits).await?);
+        record.add(noted);
+        let staged = self
+            .image_work(move |_| {
+                let root = crate::tree::open_root(&staged.path()).doing("open what was unpacked")?;
+                Ok((dress(&root), staged))
+            })
+            .await?;
+        let (dressed, staged) = staged;
+        dressed.map_err(bad)?;
+        self.settle_image(staged, None, record, limits, tree::Strictness::LeaveOut).await
+    }
+
+    /// An empty place on the volume for what comes before an image does: it goes
+    /// with all that is in it when it is dropped, or when the store opens again.
+    ///
+    /// # Errors
+    ///
+    /// If the volume has no room.
+    pub async fn scratch(&self) -> Result<Scratch, ImageError> {
+        Ok(Scratch(self.stage_image().await?))
     }
 
     /// Where the root file system of an image is.
@@ -284,6 +325,22 @@ impl Btrfs {
         let store = Arc::clone(&self.0);
         let joined = tokio::task::spawn_blocking(move || work(&store)).await;
         Ok(joined.map_err(|error| Failure::Wrong(error.to_string()))??)
+    }
+}
+
+/// A place on the volume that goes when it is dropped.
+pub struct Scratch(StagedImage);
+
+impl Scratch {
+    /// Where it is.
+    pub fn path(&self) -> PathBuf {
+        self.0.path()
+    }
+}
+
+impl fmt::Debug for Scratch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Scratch").field(&self.path()).finish()
     }
 }
 

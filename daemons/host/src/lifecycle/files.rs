@@ -104,6 +104,12 @@ impl Lifecycle {
             Ok(()) | Err(storage::Error::Unsupported { .. }) => {}
             Err(error) => return Err(storage_error(error)),
         }
+        // Its secrets may be others, too.
+        if let Some(secrets) = self.inside.as_ref().and_then(|inside| inside.secrets.as_ref()) {
+            secrets.refresh(project);
+        }
+        // With another image, what was prepared is of no use.
+        self.prepare_next(&entry).await;
         match applied {
             Some(applied) => Ok(HostReply::Limits { project, applied }),
             None => self.report(project, vec![]).await.map(HostReply::Project),
@@ -226,9 +232,7 @@ impl Lifecycle {
             }
         }
         let entry = self.ledger.permit(project, epoch)?;
-        if let Err(error) = self.runner.prepare(&self.moves.spec(&entry).await?).await {
-            tracing::warn!(%project, error = %cocalc_core::chain(&error), "cannot prepare the first start");
-        }
+        self.prepare_next(&entry).await;
         self.report(project, vec![]).await.map(HostReply::Project)
     }
 }

@@ -6,12 +6,15 @@ mod backups;
 mod caller;
 mod connect;
 mod document;
+mod fences;
 mod files;
 mod health;
 mod hosts;
 mod identities;
 mod idle;
+mod images;
 mod input;
+mod inside;
 mod keys;
 mod login;
 mod members;
@@ -40,7 +43,7 @@ use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 
 use self::document::Access;
-pub(crate) use self::problem::Problem;
+pub(crate) use self::{problem::Problem, view::time};
 use crate::{limits, shared::Shared};
 
 /// No request's body is larger.
@@ -66,9 +69,12 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
         .merge(files::routes())
         .merge(backups::routes())
         .merge(idle::routes())
+        .merge(images::routes())
+        .merge(inside::routes())
         .merge(ssh_keys::routes())
         .merge(ssh_ca::routes())
         .merge(hosts::routes())
+        .merge(fences::routes())
         .merge(restores::routes())
         .merge(operations::routes())
         .merge(keys::routes())

@@ -13,7 +13,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
     caller::Caller,
-    hosts,
+    files, hosts, images,
     input::{Asked, Body, Id, clean_name},
     problem::{Answer, Problem},
     project_limits,
@@ -49,9 +49,8 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Shared>> {
 #[serde(deny_unknown_fields)]
 struct NewProject {
     name: String,
-    /// The digest of its image; default: its host's default.
-    #[schema(value_type = Option<String>)]
-    image: Option<ImageDigest>,
+    /// The digest or the name of its image; default: its host's default.
+    image: Option<String>,
     /// The host, by id or name; default: the master chooses.
     host: Option<String>,
     /// What it may use, as in `PUT /projects/{id}/limits`.
@@ -83,14 +82,15 @@ async fn create(
         Some(host) => Some(hosts::find(&shared, host).await?.id),
         None => None,
     };
-    let needs = Needs { image: new.image, quota_bytes: new.quota_bytes, only };
-    let candidates = candidates(&shared).await?;
+    let image = new.image.as_deref().map(|image| images::resolve(&shared, image)).transpose()?;
+    let needs = Needs { image, quota_bytes: new.quota_bytes, only };
+    let candidates = shared.candidates().await?;
     let host = placed(&candidates, &needs)?;
     // The host's default is pinned now: it may change, and the project's upper
     // layer belongs to the image it was made on, wherever it moves.
     let default = || candidates.iter().find(|one| one.host == host)?.images.first().copied();
     let config = ProjectConfig {
-        image: new.image.or_else(default),
+        image: image.or_else(default),
         limits: new.limits,
         limits_max,
         quota_bytes: new.quota_bytes,
@@ -114,25 +114,7 @@ pub(super) async fn chosen(
     quota_bytes: Option<u64>,
     only: Option<HostId>,
 ) -> Answer<HostId> {
-    placed(&candidates(shared).await?, &Needs { image, quota_bytes, only })
-}
-
-async fn candidates(shared: &Shared) -> Answer<Vec<Candidate>> {
-    let (hosts, counts) = shared.db(|store| Ok((store.hosts()?, store.project_counts()?))).await?;
-    let counts: std::collections::BTreeMap<_, _> = counts.into_iter().collect();
-    let candidate = |host: cocalc_sqlite::master::Host| {
-        let can = host.capabilities?;
-        Some(Candidate {
-            host: host.id,
-            alive: shared.alive(Peer::Host(host.id)),
-            cordoned: host.cordoned,
-            isolation: can.runner.isolation,
-            images: can.images,
-            free_bytes: can.free_bytes,
-            projects: counts.get(&host.id).copied().unwrap_or(0),
-        })
-    };
-    Ok(hosts.into_iter().filter_map(candidate).collect())
+    placed(&shared.candidates().await?, &Needs { image, quota_bytes, only })
 }
 
 #[derive(Serialize, ToSchema)]

@@ -78,6 +78,12 @@ impl Backups {
         answer(self.own(), project, query).await.map_err(|error| backup_error(&error))
     }
 
+    /// Brings the mirror of a repository up to date. How many bytes were copied.
+    async fn mirror(&self, project: ProjectId) -> Result<u64, CommandError> {
+        let mirrored = self.rustic.mirror(project, &|_| ()).await.map_err(|error| backup_error(&error))?;
+        Ok(mirrored.bytes)
+    }
+
     /// Waits until there are few enough jobs.
     async fn place(&self) -> Result<tokio::sync::OwnedSemaphorePermit, CommandError> {
         let closed =
@@ -149,9 +155,15 @@ async fn prune(shared: &Shared, backups: &Backups, operation: &Operation) -> Res
     let grace = Duration::from_secs(3600 * u64::from(backups.config.unneeded_hours));
     let pruned = own.prune(id, &PruneOptions { grace }).await.map_err(|error| backup_error(&error))?;
     add(&backups.tended.freed_bytes, pruned.freed_bytes);
+    let mut copied = 0;
+    if backups.config.mirror.is_some() {
+        shared.note(operation.id, "mirroring", json!({})).await;
+        copied = backups.mirror(id).await?;
+    }
     let now = shared.now();
     noted(shared.db(move |store| store.tended_backups(id, Tending::Pruned, now)).await)?;
     Ok(json!({
+        "mirrored_bytes": copied,
         "forgotten": gone.len(), "left": list.len() - gone.len(), "freed_bytes": pruned.freed_bytes,
         "marked_bytes": pruned.marked_bytes, "kept_bytes": pruned.kept_bytes,
     }))

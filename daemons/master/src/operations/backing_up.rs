@@ -115,14 +115,20 @@ async fn at_host(
                 }
                 _ => return Err(nonsense()),
             },
-            // It is on its way to another host, or was.
-            Ok(HostReply::Error(error)) if error.code == ErrorCode::StaleEpoch => {
+            // It is on its way to another host, or was: nobody else breaks it off
+            // there but who cancels it here.
+            Ok(HostReply::Error(error))
+                if matches!(error.code, ErrorCode::StaleEpoch | ErrorCode::Cancelled) =>
+            {
                 let now = find(shared, operation.project).await?;
-                let moves = now.state == ProjectState::Moving || now.epoch != project.epoch;
-                if !moves && away_since.is_some() {
+                if now.state == ProjectState::Moving {
+                    away_since = None;
+                    "waiting for the project to have moved"
+                } else if now.epoch == project.epoch && away_since.is_some() {
                     return Err(error);
+                } else {
+                    "waiting for the project's host to have it"
                 }
-                "waiting for the project's host to have it"
             }
             Ok(HostReply::Error(error)) if error.code == ErrorCode::Busy => "waiting for the project",
             Ok(HostReply::Error(error)) => return Err(error),
