@@ -105,16 +105,8 @@ impl Runner for Metered {
         self.runner.stats(project).await
     }
 
-    async fn set_limits(&self, project: ProjectId, limits: &Limits) -> Result<Applied> {
-        self.runner.set_limits(project, limits).await
-    }
-
     async fn logs(&self, project: ProjectId, lines: usize) -> Result<String> {
         self.runner.logs(project, lines).await
-    }
-
-    async fn set_limits(&self, project: ProjectId, limits: &Limits) -> Result<Applied> {
-        self.runner.set_limits(project, limits).await
     }
 }
 
