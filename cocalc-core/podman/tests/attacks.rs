@@ -142,7 +142,7 @@ async fn the_first_process_leads_nowhere() {
     // sockets and the null device.
     let root = world.root(spec.project, "stat -c %d:%i / /proc/1/root/ /proc/1/cwd/ | sort -u | wc -l").await;
     assert_eq!(root, "1\n");
-    let open = world.root(spec.project, "for f in /proc/1/fd/*; do readlink $f; done").await;
+    let open = world.root(spec.project, "for f in /proc/1/fd/*; do readlink $f || true; done").await;
     for target in open.lines() {
         let known = ["pipe:[", "socket:[", "anon_inode:", "/dev/null"];
         assert!(known.iter().any(|known| target.starts_with(known)), "{target}");

@@ -76,13 +76,9 @@ async fn hogs_are_contained_and_their_neighbours_go_on() {
         world.podman.start(spec).await.unwrap();
         set_off(&world, spec, user, script).await;
     }
-    let oom_kills = || {
-        let text = world.group_file(memory.project, "memory/memory.oom_control", "memory.events");
-        text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.parse::<u64>().ok()).unwrap()
-    };
     world::until("every hog is at its limit", async || {
         world.podman.stats(bomb.project).await.unwrap().pids >= 90
-            && oom_kills() > 2
+            && world.podman.stats(memory.project).await.unwrap().oom_kills > 2
             && world.run_as(disk.project, None, "echo x > ~/more && sync ~/more").await.1.contains("No space")
     })
     .await;
