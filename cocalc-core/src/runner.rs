@@ -256,6 +256,25 @@ pub struct Stats {
     pub cpu_micros: u64,
     /// Processes and threads.
     pub pids: u64,
+    /// The most memory that it may have, in bytes; `None` without a limit.
+    #[serde(default)]
+    pub memory_limit_bytes: Option<u64>,
+    /// What it read from disks since the start, in bytes.
+    #[serde(default)]
+    pub read_bytes: u64,
+    /// What it wrote to disks, in bytes.
+    #[serde(default)]
+    pub written_bytes: u64,
+    /// What came from elsewhere over its own network, in bytes. What its users
+    /// send it through the host is not in it.
+    #[serde(default)]
+    pub received_bytes: u64,
+    /// What it sent elsewhere, in bytes.
+    #[serde(default)]
+    pub sent_bytes: u64,
+    /// How many of its processes were killed because its memory was used up.
+    #[serde(default)]
+    pub oom_kills: u64,
 }
 
 /// Why a runner call failed.

@@ -142,26 +142,43 @@ impl Groups {
         Some(self.root.join(path.trim_start_matches('/')))
     }
 
-    /// What is used now. Zero where the kernel does not say.
+    /// What is used now. Zero where the kernel does not say. What only the
+    /// network knows is not in it.
     pub(crate) fn stats(&self) -> Stats {
-        let read = |directory: Option<PathBuf>, file: &str| number(&directory?.join(file));
+        let text =
+            |directory: &Option<PathBuf>, file: &str| fs::read_to_string(directory.as_ref()?.join(file)).ok();
+        let count = |directory: &Option<PathBuf>, file: &str| number(&directory.as_ref()?.join(file));
+        let named = |text: Option<String>, name: &str| {
+            text?.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok())
+        };
         if kind_at(&self.root) == CgroupKind::Unified {
             let unified = self.unified();
-            let cpu = unified.as_ref().and_then(|path| fs::read_to_string(path.join("cpu.stat")).ok());
+            let (read_bytes, written_bytes) = io_stat(&text(&unified, "io.stat").unwrap_or_default());
             return Stats {
-                memory_bytes: read(unified.clone(), "memory.current").unwrap_or(0),
-                cpu_micros: cpu
-                    .and_then(|text| {
-                        text.lines().find_map(|line| line.strip_prefix("usage_usec ")?.parse().ok())
-                    })
-                    .unwrap_or(0),
-                pids: read(unified, "pids.current").unwrap_or(0),
+                memory_bytes: count(&unified, "memory.current").unwrap_or(0),
+                memory_limit_bytes: count(&unified, "memory.max"),
+                cpu_micros: named(text(&unified, "cpu.stat"), "usage_usec").unwrap_or(0),
+                pids: count(&unified, "pids.current").unwrap_or(0),
+                oom_kills: named(text(&unified, "memory.events"), "oom_kill").unwrap_or(0),
+                read_bytes,
+                written_bytes,
+                ..Stats::default()
             };
         }
+        let (memory, disks) = (self.legacy("memory"), self.legacy("blkio"));
+        let (read_bytes, written_bytes) =
+            blkio(&text(&disks, "blkio.throttle.io_service_bytes_recursive").unwrap_or_default());
+        // Without a limit it is the largest multiple of a page.
+        let limit = count(&memory, "memory.limit_in_bytes").filter(|limit| *limit < 1 << 60);
         Stats {
-            memory_bytes: read(self.legacy("memory"), "memory.usage_in_bytes").unwrap_or(0),
-            cpu_micros: read(self.legacy("cpuacct"), "cpuacct.usage").unwrap_or(0) / 1000,
-            pids: read(self.legacy("pids"), "pids.current").unwrap_or(0),
+            memory_bytes: count(&memory, "memory.usage_in_bytes").unwrap_or(0),
+            memory_limit_bytes: limit,
+            cpu_micros: count(&self.legacy("cpuacct"), "cpuacct.usage").unwrap_or(0) / 1000,
+            pids: count(&self.legacy("pids"), "pids.current").unwrap_or(0),
+            oom_kills: named(text(&memory, "memory.oom_control"), "oom_kill").unwrap_or(0),
+            read_bytes,
+            written_bytes,
+            ..Stats::default()
         }
     }
 
@@ -249,6 +266,28 @@ impl Write {
             io::Error::new(error.kind(), format!("could not set {name} to {}: {error}", self.value))
         })
     }
+}
+
+/// Bytes read and written, of version 2's `io.stat`, over all devices.
+fn io_stat(text: &str) -> (u64, u64) {
+    let sum = |name: &str| {
+        let fields =
+            text.split_whitespace().filter_map(|field| field.strip_prefix(name)?.parse::<u64>().ok());
+        fields.fold(0, u64::saturating_add)
+    };
+    (sum("rbytes="), sum("wbytes="))
+}
+
+/// The same of version 1's: `8:0 Read 4096` for each device and kind.
+fn blkio(text: &str) -> (u64, u64) {
+    let sum = |kind: &str| {
+        let counts = text.lines().filter_map(|line| {
+            let mut fields = line.split(' ').skip(1);
+            (fields.next()? == kind).then(|| fields.next()?.parse::<u64>().ok()).flatten()
+        });
+        counts.fold(0, u64::saturating_add)
+    };
+    (sum("Read"), sum("Write"))
 }
 
 fn number(path: &Path) -> Option<u64> {
@@ -404,5 +443,14 @@ mod tests {
         let legacy = [("memory/x", ""), ("cpu/x", ""), ("pids/x", ""), ("blkio/x", "")];
         assert_eq!(lacks(&legacy, &weighing), [Swap]);
         assert_eq!(lacks(&[], &weighing), [Memory, Swap, Cpu, CpuWeight, Pids, IoWeight]);
+    }
+
+    #[test]
+    fn bytes_of_disks_are_summed_in_both_versions() {
+        let text = "8:0 rbytes=10 wbytes=20 rios=1 wios=1\n7:1 rbytes=5 wbytes=1 rios=0 wios=0 dbytes=9\n";
+        assert_eq!(io_stat(text), (15, 21));
+        let text = "8:0 Read 10\n8:0 Write 20\n8:0 Sync 3\n7:1 Read 5\n8:0 Total 33\nTotal 33\n";
+        assert_eq!(blkio(text), (15, 20));
+        assert_eq!((io_stat(""), blkio("")), ((0, 0), (0, 0)));
     }
 }

@@ -150,9 +150,6 @@ impl Network {
     }
 
     fn enforce(&self, path: &Path, slot: u32, policy: &NetworkPolicy) -> Result<(), NetError> {
-        if *policy == NetworkPolicy::Full {
-            return Ok(());
-        }
         let kept = Kept { slot, policy: policy.clone() };
         let io = |source| NetError::Io { what: "keep a network policy", source };
         let text = serde_json::to_vec(&kept).map_err(|error| io(error.into()))?;
@@ -215,29 +212,42 @@ impl Network {
         )
     }
 
-    /// Removes the namespace and the cable; harmless if they are not there.
-    /// Where the slot is forgotten, the cable goes with its namespace. Blocks.
+    /// Removes the namespace, the cable and the rules; harmless if they are not
+    /// there. Blocks.
     pub(crate) fn remove(&self, project: ProjectId, slot: Option<u32>) -> Result<(), NetError> {
         let path = self.path(project);
         let io = |what| move |source| NetError::Io { what, source };
+        let kept = self.kept(&path);
+        let slot = slot.or(kept.as_ref().map(|kept| kept.slot));
         if let Some(slot) = slot.filter(|slot| self.cable_exists(*slot)) {
             // At once: a namespace takes its cables along only when the kernel
             // gets to it.
             let _ = ip(&format!("link del {}\n", self.cable(slot)), "remove a cable");
         }
-        if let Some(kept) = self.kept(&path) {
-            if matches!(kept.policy, NetworkPolicy::Only { .. }) {
-                nft(&self.rules().no_policy(kept.slot), "remove a project's firewall")?;
-            }
-            fs::remove_file(policy_file(&path)).map_err(io("forget a network policy"))?;
-        }
         mounts::unmount(&path).map_err(io("let go of a network namespace"))?;
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(io("let go of a network namespace")(error))
-            }
-            _ => Ok(()),
+        if let Some(kept) = kept
+            && matches!(kept.policy, NetworkPolicy::Only { .. })
+        {
+            nft(&self.rules().no_policy(kept.slot), "remove a project's firewall")?;
         }
+        for path in [path.clone(), policy_file(&path)] {
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(io("let go of a network namespace")(error));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// What a project has received and sent over its cable, in bytes; `None`
+    /// without one.
+    pub(crate) fn traffic(&self, slot: u32) -> Option<(u64, u64)> {
+        let counters = Path::new("/sys/class/net").join(self.cable(slot)).join("statistics");
+        let count = |name: &str| fs::read_to_string(counters.join(name)).ok()?.trim().parse().ok();
+        // The host's end sends what the project receives.
+        Some((count("tx_bytes")?, count("rx_bytes")?))
     }
 
     fn cable(&self, slot: u32) -> String {

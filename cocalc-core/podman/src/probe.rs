@@ -24,6 +24,8 @@ pub struct RunnerProbe {
     pub nofile_hard: Option<u64>,
     /// The limits that this machine can't enforce.
     pub unenforced: Vec<LimitKind>,
+    /// Whether the kernel has Landlock, which confines plain processes.
+    pub landlock: bool,
     /// Whether this process is root.
     pub root: bool,
     /// What is missing; empty if everything is there.
@@ -97,6 +99,7 @@ pub fn probe() -> RunnerProbe {
         cgroups: cgroup::kind(),
         nofile_hard,
         unenforced,
+        landlock: crate::process::landlock(),
         root,
         lacks,
     }

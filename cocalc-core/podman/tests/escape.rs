@@ -61,7 +61,7 @@ async fn surroundings(world: &World, neighbour: &ProjectSpec) -> Surroundings {
     // A service of the host on every address, and one in the abstract namespace.
     let service = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
     let port = service.local_addr().unwrap().port();
-    let name = format!("cocalc-escape-{}", std::process::id());
+    let name = format!("cocalc-escape-{}", world.instance);
     let listener = {
         use std::os::linux::net::SocketAddrExt;
         UnixListener::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap()

@@ -1,5 +1,6 @@
 //! Backs up what is due, and what somebody asks for.
 
+mod fetch;
 mod numbers;
 
 use std::{
@@ -9,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use async_trait::async_trait;
 use cocalc_ids::{Epoch, OperationId, ProjectId};
 use tokio::{
     sync::{OwnedMutexGuard, Semaphore},
@@ -25,7 +27,8 @@ use crate::{
     BoxError,
     clock::Clock,
     control::{
-        BackupsCommand, BackupsOutcome, BackupsReply, BackupsWork, CommandError, ErrorCode, ProjectConfig,
+        BackupsCommand, BackupsOutcome, BackupsReply, BackupsWork, CommandError, DrillReport, ErrorCode,
+        ProjectConfig,
     },
     grant::{Entry, Ledger},
     moves::host::storage_error,
@@ -65,8 +68,30 @@ pub struct KeeperParts {
     pub statuses: Arc<dyn StatusStore>,
     /// Hears how a project stands when that changes.
     pub tell: Arc<dyn Fn(&Status) + Send + Sync>,
-    /// How many backups may be made at once.
+    /// The backups of any project, to be read for the sake of one that is this
+    /// host's in that epoch, or is to be: the master decides whose.
+    pub reading: Arc<dyn Fn(ProjectId, Epoch) -> Arc<dyn Backups> + Send + Sync>,
+    /// How much is free on the volume.
+    pub free_bytes: Arc<dyn Fn() -> u64 + Send + Sync>,
+    /// How many backups may be made at once, and how many restored.
     pub jobs_max: usize,
+    /// Tries out backups, if this host can.
+    pub trial: Option<Arc<dyn Trial>>,
+}
+
+/// Tries out whether backups can be restored.
+#[async_trait]
+pub trait Trial: fmt::Debug + Send + Sync + 'static {
+    /// Restores the newest backup of a project where nobody serves it, compares
+    /// it, and deletes what was restored. `whole` if backups leave nothing out.
+    async fn drill(
+        &self,
+        project: ProjectId,
+        backups: &dyn Backups,
+        status: &Status,
+        whole: bool,
+        work: &Work,
+    ) -> Result<DrillReport, CommandError>;
 }
 
 impl fmt::Debug for KeeperParts {
@@ -89,6 +114,7 @@ pub struct Keeper(Arc<Inner>);
 struct Inner {
     parts: KeeperParts,
     places: Arc<Semaphore>,
+    restores: Arc<Semaphore>,
     works: Works,
     state: Mutex<State>,
     counters: Counters,
@@ -157,8 +183,9 @@ impl Keeper {
             ..State::default()
         };
         let places = Arc::new(Semaphore::new(parts.jobs_max.max(1)));
+        let restores = Arc::new(Semaphore::new(parts.jobs_max.max(1)));
         let (works, counters) = Default::default();
-        Ok(Self(Arc::new(Inner { parts, places, works, state: Mutex::new(state), counters })))
+        Ok(Self(Arc::new(Inner { parts, places, restores, works, state: Mutex::new(state), counters })))
     }
 
     /// Hears from the master how projects are backed up whose owners have said
@@ -251,6 +278,11 @@ impl Keeper {
                 let answer = super::answer(&*self.0.parts.backups, project, &query).await;
                 Ok(BackupsReply::Answered { answer: answer.map_err(|error| backup_error(&error))? })
             }
+            BackupsCommand::Gone { backups } => {
+                self.0.parts.ledger.permit(project, epoch)?;
+                self.gone(project, &backups).await;
+                Ok(BackupsReply::Status { status: self.status(project) })
+            }
             BackupsCommand::Status => {
                 self.0.parts.ledger.permit(project, epoch)?;
                 Ok(BackupsReply::Status { status: self.status(project) })
@@ -266,8 +298,33 @@ impl Keeper {
         work: BackupsWork,
         wait: Duration,
     ) -> Result<BackupsReply, CommandError> {
+        // Before it is begun, which counts.
+        self.0.parts.ledger.permit(project, epoch)?;
         let keeper = self.clone();
         let step = match work {
+            BackupsWork::Drill => match &self.0.parts.trial {
+                Some(trial) => {
+                    let (trial, host) = (Arc::clone(trial), self.clone());
+                    let begin = move |work: Work| async move {
+                        let _place = host.place().await?;
+                        let entry = host.0.parts.ledger.permit(project, epoch)?;
+                        let status = host.status_of(project, epoch);
+                        let policy = host.policy(&entry.config).unwrap_or_default();
+                        let whole = policy.fields().excludes.is_empty();
+                        tokio::select! {
+                            report = trial.drill(project, &*host.0.parts.backups, &status, whole, &work) => {
+                                Ok(BackupsOutcome::Drilled { report: report? })
+                            }
+                            () = work.cancelled() => Err(cancelled("the drill")),
+                        }
+                    };
+                    self.0.works.ask(operation, wait, begin).await?
+                }
+                None => {
+                    let message = "this host has no place to try out backups".to_owned();
+                    return Err(CommandError { code: ErrorCode::Invalid, message });
+                }
+            },
             BackupsWork::BackUp => {
                 let begin = move |work: Work| async move {
                     match keeper.back_up(project, Some(epoch), &work).await {
@@ -279,6 +336,11 @@ impl Keeper {
                         Err(error) => Err(error),
                     }
                 };
+                self.0.works.ask(operation, wait, begin).await?
+            }
+            BackupsWork::Fetch { source, backup, path, name, move_id } => {
+                let what = fetch::Fetch { source, backup, path, name, move_id };
+                let begin = move |work: Work| async move { keeper.fetch(project, epoch, what, &work).await };
                 self.0.works.ask(operation, wait, begin).await?
             }
         };
@@ -305,6 +367,29 @@ impl Keeper {
             let mut state = self.state();
             state.stopped.insert(entry.project);
             state.schedule.at_once(entry.project, now);
+        }
+    }
+
+    /// Backups were deleted: what the last one had is to be backed up again.
+    async fn gone(&self, project: ProjectId, backups: &[String]) {
+        if backups.is_empty() {
+            // What is being made would be missing half of it.
+            let gate = {
+                let mut state = self.state();
+                if let Some(running) = state.running.get(&project) {
+                    running.work.cancel();
+                }
+                gate(&mut state, project)
+            };
+            let _settled = gate.lock().await;
+        }
+        let Some(status) = self.status(project) else { return };
+        let lost = |last: &&Last| backups.is_empty() || backups.contains(&last.backup.id);
+        if status.last.as_ref().filter(lost).is_some() {
+            let pending_since = status.pending_since.or(Some(self.0.parts.clock.wall()));
+            self.keep(Status { last: None, pending_since, ..status }).await;
+            let now = self.0.parts.clock.boot();
+            self.state().schedule.at_once(project, now);
         }
     }
 
@@ -401,11 +486,14 @@ impl Keeper {
                 match policy.filter(|policy| policy.fields().enabled && entry.may_run().is_some()) {
                     Some(policy) => {
                         state.schedule.runs(entry.project, policy.rpo(), now);
-                        // What an earlier process left undone is due now.
-                        let undone = state
-                            .statuses
-                            .get(&entry.project)
-                            .is_some_and(|status| status.pending_since.is_some() && status.failure.is_none());
+                        // What an earlier process left undone is due now, and what
+                        // came from another host, where more may have been due.
+                        let epoch = entry.may_run();
+                        let known = state.statuses.get(&entry.project);
+                        let undone = match known.filter(|status| Some(status.epoch) == epoch) {
+                            Some(status) => status.pending_since.is_some() && status.failure.is_none(),
+                            None => epoch > Some(Epoch::FIRST),
+                        };
                         if undone && !state.running.contains_key(&entry.project) {
                             state.schedule.at_once(entry.project, now);
                         }
@@ -500,6 +588,11 @@ impl Keeper {
         made
     }
 
+    /// Waits until there are few enough jobs.
+    async fn place(&self) -> Result<tokio::sync::OwnedSemaphorePermit, CommandError> {
+        Arc::clone(&self.0.places).acquire_owned().await.map_err(|_| cancelled("the work"))
+    }
+
     /// Waits for a place and for its line, and backs up what is there then.
     async fn in_place(
         &self,
@@ -509,8 +602,7 @@ impl Keeper {
         limit: Duration,
         work: &Work,
     ) -> Result<Looked, CommandError> {
-        let closed = |_| cancelled("the backup");
-        let _place = Arc::clone(&self.0.places).acquire_owned().await.map_err(closed)?;
+        let _place = self.place().await?;
         let gate = gate(&mut self.state(), project);
         let _alone = gate.lock_owned().await;
         // From here on, whoever takes the project away breaks this off.

@@ -4,7 +4,10 @@
 use std::{
     collections::BTreeMap,
     fmt,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -37,12 +40,18 @@ pub enum Step {
 pub struct Work {
     tell: watch::Sender<Step>,
     cancel: CancellationToken,
+    /// Whether it is ended by command, and not by what happens to the project.
+    unwanted: Arc<AtomicBool>,
 }
 
 impl Work {
     /// Work that nobody asks after.
     pub fn unseen() -> Self {
-        Self { tell: watch::Sender::new(Step::Waiting), cancel: CancellationToken::new() }
+        Self {
+            tell: watch::Sender::new(Step::Waiting),
+            cancel: CancellationToken::new(),
+            unwanted: Arc::default(),
+        }
     }
 
     /// Says how far it is.
@@ -60,9 +69,17 @@ impl Work {
         self.cancel.cancelled().await;
     }
 
-    /// Whether it is to end.
-    pub fn is_cancelled(&self) -> bool {
-        self.cancel.is_cancelled()
+    /// Whether it has ended without a result, and only because of what happened
+    /// meanwhile: asked for again, it is begun again.
+    fn is_to_be_repeated(&self) -> bool {
+        match &*self.tell.borrow() {
+            Step::Ended(Err(error)) => match error.code {
+                ErrorCode::Busy | ErrorCode::StaleEpoch => true,
+                ErrorCode::Cancelled => !self.unwanted.load(Ordering::SeqCst),
+                _ => false,
+            },
+            _ => false,
+        }
     }
 }
 
@@ -119,8 +136,10 @@ impl Works {
         F: Future<Output = Result<BackupsOutcome, CommandError>> + Send + 'static,
     {
         let mut known = self.lock();
-        if let Some(work) = known.works.get(&operation) {
-            return Ok(work.tell.subscribe());
+        match known.works.get(&operation) {
+            Some(work) if !work.is_to_be_repeated() => return Ok(work.tell.subscribe()),
+            Some(_) => known.ended.retain(|ended| *ended != operation),
+            None => {}
         }
         while known.tasks.try_join_next().is_some() {}
         if known.tasks.len() >= UNDER_WAY_MAX {
@@ -156,6 +175,7 @@ impl Works {
     /// whether nothing of it goes on any more.
     pub async fn cancel(&self, operation: OperationId, wait: Duration) -> bool {
         let Some(work) = self.lock().works.get(&operation).cloned() else { return true };
+        work.unwanted.store(true, Ordering::SeqCst);
         work.cancel();
         let mut news = work.tell.subscribe();
         let ended = news.wait_for(|step| matches!(step, Step::Ended(_)));
@@ -213,6 +233,23 @@ mod tests {
         let Step::Ended(Err(error)) = step else { panic!("{step:?}") };
         assert_eq!((error.code, works.under_way()), (ErrorCode::Cancelled, 0));
         assert!(works.cancel(OperationId::random(), WAIT).await, "nothing goes on of what nobody began");
+    }
+
+    #[tokio::test]
+    async fn what_ended_because_of_the_project_is_begun_again() {
+        let works = Works::default();
+        let (operation, wait) = (OperationId::random(), Duration::from_secs(60));
+        for code in [ErrorCode::Busy, ErrorCode::Cancelled, ErrorCode::StaleEpoch] {
+            let failing = move |_: Work| async move { Err(CommandError { code, message: String::new() }) };
+            let step = works.ask(operation, wait, failing).await.unwrap();
+            assert!(matches!(step, Step::Ended(Err(error)) if error.code == code));
+        }
+        let code = ErrorCode::RepositoryUnavailable;
+        let failing = move |_: Work| async move { Err(CommandError { code, message: String::new() }) };
+        works.ask(operation, wait, failing).await.unwrap();
+        let again = |_: Work| async { panic!("begun twice") };
+        let step = works.ask(operation, wait, again).await.unwrap();
+        assert!(matches!(step, Step::Ended(Err(error)) if error.code == code));
     }
 
     #[tokio::test]

@@ -18,14 +18,18 @@
 mod backups;
 mod host;
 mod images;
+mod inside;
 mod peer;
 
-pub use backups::{BackupAccess, BackupsCommand, BackupsOutcome, BackupsReply, BackupsWork};
+pub use backups::{
+    BackupAccess, BackupsCommand, BackupsOutcome, BackupsReply, BackupsWork, DrillAgainst, DrillReport,
+};
 pub use host::{
     Carried, CommandError, ErrorCode, HostCommand, HostReply, MoveCommand, MoveReply, ProjectConfig,
     ProjectReport, UsageReport,
 };
 pub use images::{ImageReply, ImageReport, ImageRequest, ImageTask};
+pub use inside::{InsideCommand, InsideReply};
 pub use peer::{
     Capabilities, HeldProject, Keepalive, KeepaliveReply, PeerReply, PeerRequest, Register, Registered,
     Settings,
@@ -34,6 +38,16 @@ pub use peer::{
 use cocalc_ids::{HostId, ProxyId};
 
 use crate::connector::Peer;
+
+/// What the secrets of a project are sealed for.
+pub const SECRETS_PURPOSE: &str = "project secrets";
+
+/// Whether a text can be the name of a secret, which becomes that of a file: 1 to
+/// 64 of `A-Z a-z 0-9 _ . -`, and a letter, digit or `_` first.
+pub fn is_secret_name(name: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte);
+    (1..=64).contains(&name.len()) && name.bytes().all(plain) && !name.starts_with(['.', '-'])
+}
 
 /// The largest control frame, in bytes.
 pub const FRAME_BYTES_MAX: usize = 256 * 1024;

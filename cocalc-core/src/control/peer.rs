@@ -79,6 +79,21 @@ pub enum PeerRequest {
         /// Under which grant.
         epoch: Epoch,
     },
+    /// A project has been idle for too long, and its users were warned: stop it.
+    /// Hosts.
+    Idle {
+        /// Which project.
+        project: ProjectId,
+        /// Under which grant.
+        epoch: Epoch,
+    },
+    /// The secrets of a project that this host runs. Hosts.
+    Secrets {
+        /// Which project.
+        project: ProjectId,
+        /// Under which grant.
+        epoch: Epoch,
+    },
     /// Certify the SSH host keys that were registered.
     CertifySshHostKeys,
     /// The head of the audit chain.
@@ -121,6 +136,11 @@ pub enum PeerReply {
         version: u64,
         /// For how long they are good from now.
         life_secs: u64,
+    },
+    /// To `Secrets`: a map of names and values, sealed to the host.
+    Secrets {
+        /// In the text form of `cocalc-auth-sealed`.
+        sealed: String,
     },
     /// It was refused.
     Error {

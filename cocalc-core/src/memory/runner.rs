@@ -253,7 +253,7 @@ impl Runner for MemoryRunner {
     async fn stats(&self, project: ProjectId) -> Result<Stats> {
         let mut projects = self.lock();
         let running = running(&mut projects, project)?;
-        Ok(Stats { memory_bytes: 0, cpu_micros: 0, pids: 1 + running.processes.len() as u64 })
+        Ok(Stats { pids: 1 + running.processes.len() as u64, ..Stats::default() })
     }
 
     async fn set_limits(&self, project: ProjectId, limits: &Limits) -> Result<Applied> {

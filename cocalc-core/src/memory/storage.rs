@@ -18,8 +18,8 @@ use tokio::io::AsyncReadExt as _;
 use crate::{
     storage::{
         Capabilities, Change, ChangeKind, Changes, CloneOptions, Copied, CopyOptions, Error, Footprint, Hold,
-        Holds, NodeKind, Place, Result, SendHeader, SendOptions, SendStream, Snapshot, Storage, Usage,
-        UsageSource, Volume, VolumeOptions,
+        Holds, NodeKind, Place, Result, SendHeader, SendOptions, SendStream, Snapshot, Staged, Storage,
+        Usage, UsageSource, Volume, VolumeOptions,
     },
     stream::BoxRead,
 };
@@ -674,6 +674,10 @@ impl Storage for MemoryStorage {
             left_out: Vec::new(),
         };
         Ok(SendStream { header, reader: Hold::during(Box::pin(Cursor::new(stream)), holds) })
+    }
+
+    async fn stage(&self, _project: ProjectId, _name: &SnapshotName) -> Result<Box<dyn Staged>> {
+        Err(Error::Unsupported { backend: BACKEND, operation: "take files: it has none" })
     }
 
     async fn receive(&self, header: &SendHeader, mut stream: BoxRead) -> Result<Snapshot> {

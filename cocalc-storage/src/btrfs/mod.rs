@@ -14,6 +14,7 @@ mod quota;
 mod receive;
 mod recover;
 mod send;
+mod staged;
 mod sys;
 mod trash;
 mod volumes;
@@ -25,7 +26,7 @@ use cocalc_core::{
     ids::{ProjectId, SnapshotName, TreePath},
     storage::{
         Capabilities, Changes, CloneOptions, Copied, CopyOptions, Error, Footprint, Hold, Holds, Place,
-        Result, SendHeader, SendOptions, SendStream, Snapshot, Storage, Usage, UsageSource, Volume,
+        Result, SendHeader, SendOptions, SendStream, Snapshot, Staged, Storage, Usage, UsageSource, Volume,
         VolumeOptions,
     },
     stream::BoxRead,
@@ -329,6 +330,10 @@ impl Storage for Btrfs {
 
     async fn receive(&self, header: &SendHeader, stream: BoxRead) -> Result<Snapshot> {
         self.receive_stream(header, stream).await
+    }
+
+    async fn stage(&self, project: ProjectId, name: &SnapshotName) -> Result<Box<dyn Staged>> {
+        Ok(Box::new(self.stage_files(project, name).await?))
     }
 }
 

@@ -265,7 +265,7 @@ impl Store {
     /// the base, or an empty one. It is in the project's quota group.
     /// Returns the group, the subvolume, and what may be cloned from, by origin.
     #[allow(clippy::type_complexity, reason = "three things, told above")]
-    fn prepare(
+    pub(super) fn prepare(
         &self,
         project: ProjectId,
         staging: &str,

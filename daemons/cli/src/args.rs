@@ -270,8 +270,55 @@ pub(crate) enum Project {
         #[arg(long)]
         to: String,
     },
-    /// Say why it runs, or why not.
+    /// Say why it runs, or why not, and when it will be stopped.
     Why { id: String },
+    /// List the apps that it declares in ~/.cocalc/apps.toml, or end one so that
+    /// it is started anew.
+    Apps {
+        id: String,
+        /// Start this one anew.
+        #[arg(long)]
+        restart: Option<String>,
+    },
+    /// Print what its first process, or one of its apps, has written.
+    Logs {
+        id: String,
+        /// Of this app.
+        #[arg(long)]
+        app: Option<String>,
+        /// Go on until interrupted.
+        #[arg(long)]
+        follow: bool,
+        /// At most so many of the last lines; not of an app.
+        #[arg(long, default_value_t = 1000)]
+        lines: u32,
+    },
+    /// Say what it uses: processor, memory, disks and network.
+    Stats { id: String },
+    /// Environment variables of its processes, which every member reads.
+    #[command(subcommand)]
+    Env(Variable),
+    /// Secrets: files in memory at /run/secrets, whose values nobody is shown.
+    #[command(subcommand)]
+    Secret(Variable),
+    /// Have it run on, whether it is used or not.
+    Keep {
+        id: String,
+        /// For how long from now, for instance 90m, 2h or 1d; 0 takes it back.
+        #[arg(long = "for", default_value = "2h", value_name = "TIME")]
+        time: String,
+    },
+    /// Show or change when it is stopped for being idle.
+    Idle {
+        id: String,
+        /// After how long without use, for instance 30m; `never`, or `default`
+        /// for what its plan or host does.
+        #[arg(long)]
+        timeout: Option<String>,
+        /// The longest that its plan permits; for administrators.
+        #[arg(long)]
+        plan: Option<String>,
+    },
     /// Show or change how it may be reached.
     Access {
         id: String,
@@ -292,6 +339,10 @@ pub(crate) enum Project {
         #[command(flatten)]
         wait: WaitOptions,
     },
+    /// Show or change what it may use; a running project has it at once.
+    Limits(crate::verbs::Limits),
+    /// Show or change how it is kept apart: sudo, and what it reaches outside.
+    Isolation(crate::verbs::Isolation),
     /// Copy a file or directory from one project to another on the same host.
     Copy {
         /// ID:PATH, the path as `snapshot diff` writes it, for instance
@@ -334,6 +385,23 @@ pub(crate) enum Project {
         #[arg(long)]
         du: bool,
     },
+}
+
+/// A named value of a project.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Variable {
+    /// Set one.
+    Set {
+        id: String,
+        name: String,
+        /// Its value; otherwise it is read from standard input, and is not seen
+        /// by others on this machine.
+        value: Option<String>,
+    },
+    /// Remove one.
+    Unset { id: String, name: String },
+    /// List them.
+    List { id: String },
 }
 
 #[derive(Debug, Subcommand)]

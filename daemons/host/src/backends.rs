@@ -3,16 +3,17 @@
 use std::{fmt, path::PathBuf, sync::Arc};
 
 use cocalc_core::{
+    apps::Services,
     ids::{HostId, ImageDigest},
     runner::Runner,
     storage::Storage,
 };
 use cocalc_daemon::start::Error;
-use cocalc_podman::{Podman, ProcessRunner};
+use cocalc_podman::{Fences, Podman, ProcessRunner, Unenforceable};
 use cocalc_storage::{Btrfs, Directory};
 
 use crate::{
-    config::{Config, RunnerKind, StorageKind},
+    config::{Config, RunnerKind, StorageKind, UnenforceableLimits},
     images::Images,
     startup::Startup,
 };
@@ -28,6 +29,10 @@ pub struct Backends {
     pub images: Images,
     /// Free bytes where the projects' files are.
     pub free_bytes: Arc<dyn Fn() -> u64 + Send + Sync>,
+    /// Runs the projects' apps, if the runner can.
+    pub services: Option<Arc<dyn Services>>,
+    /// The wrapper around the runner that runs start-up programs, if it is ours.
+    pub startup: Option<Arc<Startup>>,
     /// The volume whose trash the metrics tell of, if it is ours.
     pub volume: Option<Btrfs>,
 }
@@ -53,26 +58,39 @@ impl Backends {
             StorageKind::Btrfs => open_btrfs(config).await?,
             StorageKind::Directory => open_directory(config).await?,
         };
-        let runner: Arc<dyn Runner> = match config.runner {
+        let unenforceable = match config.unenforceable_limits {
+            UnenforceableLimits::Refuse => Unenforceable::Refuse,
+            UnenforceableLimits::Accept => Unenforceable::Accept,
+        };
+        let (runner, services): (Arc<dyn Runner>, Arc<dyn Services>) = match config.runner {
             RunnerKind::Podman => {
                 let here = images.clone();
                 let find = move |digest: ImageDigest| here.path(digest);
                 let runner = Podman::builder(id, config.data_dir.join("runner"), Arc::new(find))
                     .machine_index(config.machine_slot)
+                    .unenforceable(unenforceable)
+                    .fences(Fences {
+                        allow: config.project_network.allow.iter().map(|network| network.0).collect(),
+                        deny: config.project_network.deny.iter().map(|network| network.0).collect(),
+                    })
                     .build()
                     .await
                     .map_err(|error| Error::open("podman runner")(error.into()))?;
-                Arc::new(runner)
+                let runner = Arc::new(runner);
+                (runner.clone(), runner)
             }
             RunnerKind::Process => {
-                let runner = ProcessRunner::open(config.data_dir.join("runner"))
+                let runner = ProcessRunner::open(config.data_dir.join("runner"), unenforceable)
                     .await
                     .map_err(|error| Error::open("process runner")(error.into()))?;
-                Arc::new(runner)
+                let runner = Arc::new(runner);
+                (runner.clone(), runner)
             }
         };
-        let runner = Arc::new(Startup::new(runner));
-        Ok(Self { storage, runner, images, free_bytes, volume })
+        let startup = Arc::new(Startup::new(runner));
+        let runner: Arc<dyn Runner> = startup.clone();
+        let (services, startup) = (Some(services), Some(startup));
+        Ok(Self { storage, runner, images, free_bytes, services, startup, volume })
     }
 
     /// The directory of an image.

@@ -19,7 +19,7 @@ use cocalc_core::{
     connector::Peer,
     control::{BackupAccess, PeerReply, PeerRequest, api_subject},
     grant::Ledger,
-    ids::{HostId, ProjectId},
+    ids::{Epoch, HostId, ProjectId},
     snapshots,
     storage::Storage,
 };
@@ -27,7 +27,7 @@ use cocalc_daemon::start::Error;
 use cocalc_sqlite::HostBackups;
 use tokio::sync::Notify;
 
-use crate::config::Config;
+use crate::{config::Config, drill::Drill};
 
 /// How long the master may take to answer.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -51,17 +51,22 @@ impl fmt::Debug for FromMaster {
 }
 
 impl FromMaster {
-    /// Place, credentials and key of the repository of `of`, for the sake of
-    /// `project`, which is the same unless another's backups are restored
-    /// into it.
-    pub(crate) async fn open(
+    /// Place, credentials and key of the repository of a project of this host.
+    async fn open(&self, project: ProjectId, access: Access) -> Result<Repository, BoxError> {
+        let epoch = self.ledger.known(project)?.may_run();
+        let epoch = epoch.ok_or_else(|| format!("project {project} is not this host's"))?;
+        self.open_for(project, epoch, project, access).await
+    }
+
+    /// The same of the repository of `of`, for the sake of `project`, which is
+    /// the same unless another's backups are restored into it.
+    async fn open_for(
         &self,
         project: ProjectId,
+        epoch: Epoch,
         of: ProjectId,
         access: Access,
     ) -> Result<Repository, BoxError> {
-        let epoch = self.ledger.known(project)?.may_run();
-        let epoch = epoch.ok_or_else(|| format!("project {project} is not this host's"))?;
         let request = PeerRequest::BackupAccess(BackupAccess { project, epoch, repository: of, access });
         let subject = api_subject(Peer::Host(self.host));
         let answer = self.bus.request(&subject, Payload::json(&request)?, LIMIT).await;
@@ -81,10 +86,35 @@ impl FromMaster {
     }
 }
 
+/// Reads the repositories of any project for the sake of one of this host's,
+/// or of one that it expects.
+struct Reading {
+    master: Arc<FromMaster>,
+    project: ProjectId,
+    epoch: Epoch,
+}
+
+impl fmt::Debug for Reading {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Reading").field("project", &self.project).finish_non_exhaustive()
+    }
+}
+
+#[async_trait]
+impl Repositories for Reading {
+    async fn repository(&self, of: ProjectId, _: Access) -> Result<Repository, BoxError> {
+        self.master.open_for(self.project, self.epoch, of, Access::Read).await
+    }
+
+    async fn erased(&self, _: ProjectId) -> Result<(), BoxError> {
+        Err("only the master erases".into())
+    }
+}
+
 #[async_trait]
 impl Repositories for FromMaster {
     async fn repository(&self, project: ProjectId, access: Access) -> Result<Repository, BoxError> {
-        self.open(project, project, access).await
+        self.open(project, access).await
     }
 
     async fn erased(&self, _: ProjectId) -> Result<(), BoxError> {
@@ -147,8 +177,11 @@ pub(crate) async fn open(
     storage: Arc<dyn Storage>,
     snapshots: snapshots::Keeper,
     from_master: Arc<FromMaster>,
+    trial: Drill,
     news: &News,
+    free_bytes: Arc<dyn Fn() -> u64 + Send + Sync>,
 ) -> Result<Option<Keeper>, Error> {
+    let master = Arc::clone(&from_master);
     let mut rustic = Rustic::builder(from_master).bounds(config.backups.bounds());
     if let Some(worker) = &config.backups.worker {
         rustic = rustic.worker(worker);
@@ -164,6 +197,7 @@ pub(crate) async fn open(
     let statuses: Arc<dyn StatusStore> =
         Arc::new(store.map_err(|error| Error::open("backup state")(error.into()))?);
     let told = news.clone();
+    let reader = rustic.clone();
     let keeper = Keeper::open(KeeperParts {
         ledger,
         storage,
@@ -172,7 +206,13 @@ pub(crate) async fn open(
         clock: Arc::new(SystemClock),
         statuses,
         tell: Arc::new(move |status| told.hear(status)),
+        reading: Arc::new(move |project, epoch| {
+            let reading = Reading { master: Arc::clone(&master), project, epoch };
+            Arc::new(reader.with_repositories(Arc::new(reading)))
+        }),
+        free_bytes,
         jobs_max: config.backups.jobs_max.into(),
+        trial: Some(Arc::new(trial)),
     });
     let keeper = keeper.await.map_err(Error::open("backup state"))?;
     // What the master did not hear of the process before.

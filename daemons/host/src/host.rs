@@ -9,6 +9,7 @@ use cocalc_auth_live::{
 };
 use cocalc_auth_sealed::Opener;
 use cocalc_core::{
+    activity::{Metered, Meters, Source},
     admission::{Gate, Urgency, WaveSettings},
     auth::Auth,
     bus::Bus,
@@ -20,7 +21,7 @@ use cocalc_core::{
     memory::router::LocalRouter,
     moves::host::MoveHost,
     router::{HostAddress, Router},
-    runner::State,
+    runner::{Runner, State},
     snapshots::{Keeper, KeeperSettings},
     wake::Wake,
 };
@@ -37,16 +38,22 @@ use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    apps::Apps,
     backends::Backends,
     backups::{self, FromMaster},
     config::Config,
+    drill::Drill,
     endpoints::HostEndpoints,
+    files::VolumeFiles,
+    idle::{self, Idle},
     images::{self, Images},
     inbox,
     inside_keys::VolumeKeys,
+    lifecycle::Inside,
     lifecycle::Lifecycle,
     peers::Peers,
     registrar::Registrar,
+    secrets::Secrets,
     wake::{HostWake, Starts},
     watch, wave,
 };
@@ -135,7 +142,9 @@ impl Host {
             Arc::clone(&backends.storage),
             keeper.clone(),
             Arc::new(from_master),
+            Drill::open(id, Arc::clone(&backends.storage), Arc::clone(&backends.free_bytes)).await,
             &news,
+            Arc::clone(&backends.free_bytes),
         )
         .await?;
         let lifecycle = Lifecycle::new(
@@ -147,6 +156,32 @@ impl Host {
             Arc::new(move |digest| here.image(digest)),
         )
         .with_backups(backups.clone());
+        let meters = Meters::new(Arc::new(SystemClock));
+        let idle = Idle::new(idle::Parts {
+            policy: config.idle,
+            clock: Arc::new(SystemClock),
+            meters: meters.clone(),
+            ledger: ledger.clone(),
+            runner: Arc::clone(&backends.runner),
+            storage: Arc::clone(&backends.storage),
+            directory: make_dir(&data.join("activity"))?,
+        });
+        let secrets = Secrets::new(
+            id,
+            Opener::of(&identity),
+            Arc::clone(&bus),
+            ledger.clone(),
+            Arc::clone(&backends.runner),
+        );
+        if let Some(startup) = &backends.startup {
+            startup.before(Arc::new(secrets.clone()));
+        }
+        let apps = backends.services.clone().map(|services| {
+            let (runner, storage) = (Arc::clone(&backends.runner), Arc::clone(&backends.storage));
+            Apps::new(Arc::new(SystemClock), runner, services, storage)
+        });
+        let inside = Inside { apps: apps.clone(), secrets: Some(secrets) };
+        let lifecycle = lifecycle.idle(idle.clone()).inside(inside);
         // Before anybody can ask for anything: what a crash cut off is ended.
         moves.recover().await;
 
@@ -217,16 +252,21 @@ impl Host {
             lifecycle: lifecycle.clone(),
             audit: audit.clone(),
         };
+        let files = VolumeFiles { storage: Arc::clone(&backends.storage), ledger: ledger.clone() };
         let http =
             HostIngress::builder(id, Arc::clone(&auth), Arc::clone(&router), Arc::clone(&backends.runner))
                 .wake(Arc::clone(&wake))
+                .meters(meters.clone())
                 .endpoints(Arc::new(endpoints))
+                .files(Arc::new(files))
                 .served(served)
                 .https(address.url.starts_with("https://"))
                 .limits(config.limits.http())
                 .build();
+        let metered: Arc<dyn Runner> =
+            Arc::new(Metered::new(Arc::clone(&backends.runner), meters, Source::Ssh));
         let gate: Arc<dyn SshGate> =
-            Arc::new(LocalGate::new(auth, router, Arc::new(Arc::clone(&backends.runner))).wake(wake));
+            Arc::new(LocalGate::new(auth, router, Arc::new(metered)).wake(wake));
         let starts = lifecycle.gate().clone();
         let at_most = |limit: u32| usize::try_from(limit).unwrap_or(usize::MAX);
         let ssh = SshIngress::builder(Arc::clone(&gate), ssh_keys)
@@ -258,6 +298,13 @@ impl Host {
         let mut background = JoinSet::new();
         background.spawn(certified);
         background.spawn(inbox::serve(Arc::clone(&bus), id, lifecycle.clone()));
+        background.spawn(async move {
+            match apps {
+                Some(apps) => apps.run().await,
+                None => std::future::pending().await,
+            }
+        });
+        background.spawn(idle.run(peer, Arc::clone(&bus)));
         let world = images::World { ledger: ledger.clone(), peers: dialer };
         background.spawn(inbox::serve_images(Arc::clone(&bus), id, backends.images.clone(), world));
         background.spawn(images::announce(peer, Arc::clone(&bus), backends.images.clone(), ledger.clone()));

@@ -1,6 +1,7 @@
 //! Carries out the master's commands, each under the grant it names.
 
 mod files;
+mod inside;
 mod once;
 
 use std::{
@@ -28,6 +29,9 @@ use cocalc_core::{
 
 use cocalc_daemon::probe::Histogram;
 
+use crate::idle::Idle;
+
+pub(crate) use self::inside::Inside;
 use self::{
     files::{Comparison, Original},
     once::Once,
@@ -52,6 +56,8 @@ pub struct Lifecycle {
     starts: Arc<Histogram>,
     /// Keeps the backups, if this host can make any.
     backups: Option<backups::Keeper>,
+    idle: Option<Idle>,
+    inside: Option<Inside>,
 }
 
 impl fmt::Debug for Lifecycle {
@@ -81,8 +87,23 @@ impl Lifecycle {
             once: Arc::default(),
             gate: Gate::new(QueueLimits::for_cores(cores()), available_bytes),
             starts: Arc::new(Histogram::seconds()),
+            inside: None,
             backups: None,
+            idle: None,
         }
+    }
+
+    /// Looks inside projects. Default: only what the runner itself tells.
+    pub(crate) fn inside(mut self, inside: Inside) -> Self {
+        self.inside = Some(inside);
+        self
+    }
+
+    /// Knows who uses the projects. Default: nobody does.
+    #[must_use]
+    pub fn idle(mut self, idle: Idle) -> Self {
+        self.idle = Some(idle);
+        self
     }
 
     /// The same, with a keeper of backups.
@@ -131,6 +152,8 @@ impl Lifecycle {
             }
             HostCommand::Configure { project, epoch, config } => self.configure(project, epoch, config).await,
             HostCommand::Usage { project, epoch, count } => self.usage(project, epoch, count).await,
+            HostCommand::Why { project } => self.why(project).await,
+            HostCommand::Inside { project, epoch, what } => self.look_inside(project, epoch, what).await,
             HostCommand::Backups { project, epoch, what } => self.back_up(project, epoch, what).await,
             HostCommand::Move { move_id, project, step } => {
                 return self.moves.execute(move_id, project, step).await;
@@ -271,13 +294,29 @@ impl Lifecycle {
         let _turn = self.ledger.turn(project).await;
         let entry = self.ledger.permit(project, epoch)?;
         self.runner.stop(project, grace).await.map_err(runner_error)?;
+        let idle = self.idle.as_ref().and_then(|idle| idle.stopped(project));
         self.keeper.stopped(&entry).await;
         // A stop waits for its snapshot; the backup follows.
         if let Some(backups) = &self.backups {
             backups.stopped(&entry).await;
         }
         self.prepare_next(&entry).await;
-        self.report(project, vec![]).await.map(HostReply::Project)
+        let mut report = self.report(project, vec![]).await?;
+        if let Some(reason) = idle {
+            report.status.reason.get_or_insert(reason);
+        }
+        Ok(HostReply::Project(report))
+    }
+
+    /// Who uses a project, and until when it runs.
+    async fn why(&self, project: ProjectId) -> Result<HostReply, CommandError> {
+        match &self.idle {
+            Some(idle) => idle.report(project).await.map(HostReply::Why).map_err(runner_error),
+            None => {
+                let message = "this host does not watch who uses its projects".to_owned();
+                Err(CommandError { code: ErrorCode::Unavailable, message })
+            }
+        }
     }
 
     async fn delete(&self, project: ProjectId, epoch: Epoch) -> Result<HostReply, CommandError> {
@@ -357,8 +396,15 @@ impl Lifecycle {
         name: &SnapshotName,
     ) -> Result<HostReply, CommandError> {
         let _turn = self.ledger.turn(project).await;
-        self.ledger.permit(project, epoch)?;
+        let entry = self.ledger.permit(project, epoch)?;
         self.storage.delete_snapshot(project, name).await.map_err(storage_error)?;
+        // The end of a restore from a backup, for which it was given room.
+        if backups::is_fetched(name)
+            && let Some(backups) = &self.backups
+            && !backups.settle_limit(project, self.keeper.limit_bytes(&entry.config)).await
+        {
+            tracing::info!(%project, "it keeps the room of its restore: the state before takes it");
+        }
         Ok(HostReply::Snapshots { project, snapshots: vec![] })
     }
 

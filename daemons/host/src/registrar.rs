@@ -73,7 +73,8 @@ impl PeerHandler for Registrar {
     }
 }
 
-fn boot_id() -> String {
+/// The kernel's boot id.
+pub(crate) fn boot_id() -> String {
     std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
         .map(|id| id.trim().to_owned())
         .unwrap_or_default()

@@ -36,6 +36,7 @@ mod operations;
 pub mod placement;
 mod receipts;
 mod secret;
+mod secrets;
 mod server;
 mod shared;
 mod signing;
@@ -61,12 +62,13 @@ use self::{
     oidc::Oidc,
     operations::Operations,
     receipts::Receipts,
+    secrets::SecretsKey,
     shared::Shared,
     signing::Signing,
     ssh_ca::SshCa,
 };
 pub use self::{
-    backups::{BackupsConfig, PlaceKind},
+    backups::{BackupsConfig, Layout},
     config::Config,
     oidc::OidcConfig,
 };
@@ -152,6 +154,7 @@ impl Master {
         let signing = Signing::open(config.data_dir.join("signing-keys"), config.token_algorithm, now)
             .map_err(unusable)?;
         let ssh_ca = SshCa::open(config.data_dir.join("ssh-ca-keys"), now).map_err(unusable)?;
+        let secrets = SecretsKey::open(&config.data_dir.join("project-secrets-key")).map_err(unusable)?;
         admin::ensure(&store, &config.data_dir.join("admin-token"), now).map_err(unusable)?;
         let folder = config.data_dir.join("audit");
         admin::make_directory(&folder).map_err(|error| unusable(error.into()))?;
@@ -184,11 +187,14 @@ impl Master {
             receipts: Receipts::default(),
             broker: broker.clone(),
             limits: Limits::new(config.trusted_proxies.clone()),
+            limits_max: config.limits_max.clone(),
             audit,
             accounts,
             oidc,
             images: images::Images::default(),
             backups,
+            secrets,
+            untold: std::sync::Mutex::default(),
             settings: config.settings(),
             store,
             issuer,
@@ -205,6 +211,7 @@ impl Master {
         tasks.spawn(receipts::tend(shared.clone()));
         tasks.spawn(bus::serve::serve(shared.clone()));
         tasks.spawn(bus::announce::tend_keys(shared.clone()));
+        tasks.spawn(backups::keep_tending(shared.clone()));
         shared.resume().await.map_err(|error| database(error.into()))?;
         let router = server::router(api::router(shared.clone()), broker.clone(), closing.clone());
         let server = tokio::spawn(server::serve(

@@ -15,7 +15,7 @@ use cocalc_core::{
     ids::{ProjectId, SnapshotName, Timestamp, TreePath, VolumeUuid},
     storage::{
         Capabilities, Changes, CloneOptions, Copied, CopyOptions, Error, Footprint, Hold, Holds, Place,
-        Result, SendHeader, SendOptions, SendStream, Snapshot, Storage, Usage, UsageSource, Volume,
+        Result, SendHeader, SendOptions, SendStream, Snapshot, Staged, Storage, Usage, UsageSource, Volume,
         VolumeOptions,
     },
     stream::BoxRead,
@@ -329,6 +329,10 @@ impl Storage for Shelves {
             left_out: Vec::new(),
         };
         Ok(SendStream { header, reader: Hold::during(Box::pin(Cursor::new(stream)), held) })
+    }
+
+    async fn stage(&self, _project: ProjectId, _name: &SnapshotName) -> Result<Box<dyn Staged>> {
+        Err(Error::Unsupported { backend: BACKEND, operation: "take files: it has none" })
     }
 
     async fn receive(&self, header: &SendHeader, stream: BoxRead) -> Result<Snapshot> {

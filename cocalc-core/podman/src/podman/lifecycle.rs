@@ -25,6 +25,8 @@ use crate::{mounts, net::Resolver};
 /// configuration.
 const CAPABILITIES: &str = "CHOWN,DAC_OVERRIDE,FOWNER,FSETID,KILL,SETGID,SETUID,SETPCAP,\
     NET_BIND_SERVICE,SYS_CHROOT,SETFCAP,AUDIT_WRITE";
+/// Where secrets are seen inside.
+const SECRETS_INSIDE: &str = "/run/secrets";
 /// Where the helper is seen inside: in `/dev`, so that nothing of it remains in
 /// the project's files.
 const HELPER_INSIDE: &str = "/dev/cocalc-init";
@@ -359,6 +361,9 @@ impl Shared {
         option("hostname", format!("project-{short}"));
         option("volume", format!("{}:{HELPER_INSIDE}:ro", self.dirs.helper.display()));
         option("volume", format!("{}:/home/user", dirs.home().display()));
+        // Memory that is the user's alone: what the master keeps as secrets is
+        // here and nowhere else, neither in the volume nor known to podman.
+        option("tmpfs", format!("{SECRETS_INSIDE}:rw,nosuid,nodev,noexec,size=1m,mode=0700"));
         option("volume", format!("{}:/etc/resolv.conf:ro", self.dirs.resolv_conf.display()));
         option("log-driver", "k8s-file".into());
         option("log-opt", format!("path={}", log.display()));
@@ -507,7 +512,7 @@ fn unknown(project: ProjectId) -> Status {
 fn fingerprint(spec: &ProjectSpec, limits: &Limits) -> String {
     let ProjectSpec { project: _, epoch, volume: _, image, slot, limits: _, env: _, isolation } = spec;
     // The number in front changes with the arguments of `create_args`.
-    let text = format!("3 {epoch} {image:?} {slot} {limits:?} {isolation:?}");
+    let text = format!("4 {epoch} {image:?} {slot} {limits:?} {isolation:?}");
     Sha256::digest(text.as_bytes()).iter().take(16).map(|byte| format!("{byte:02x}")).collect()
 }
 

@@ -4,10 +4,12 @@ mod adjust;
 mod builder;
 mod cleanup;
 mod cli;
+mod fallback;
 mod lifecycle;
 mod limits;
 mod project;
 mod seccomp;
+mod services;
 mod time;
 
 use std::{
@@ -222,17 +224,25 @@ impl Runner for Podman {
     }
 
     async fn exec(&self, project: ProjectId, request: ExecRequest) -> Result<Process> {
-        let (entry, _running) = self.shared.running(project)?;
-        let socket = self.shared.socket(project).map_err(|error| backend("reach", project, error))?;
+        let (entry, running) = self.shared.running(project)?;
         let env = entry.env();
-        agent::exec(&socket, &request, env.iter(), "/").await.map_err(|error| match error {
-            AgentError::Refused(reason) => Error::Invalid { project, reason },
-            error if entry.running().is_none() => {
+        if running.helper_fails() {
+            return self.shared.exec_without_helper(project, &running, &request, env.iter());
+        }
+        let socket = self.shared.socket(project).map_err(|error| backend("reach", project, error))?;
+        match agent::exec(&socket, &request, env.iter(), "/").await {
+            Ok(process) => Ok(process),
+            Err(AgentError::Refused(reason)) => Err(Error::Invalid { project, reason }),
+            Err(error) if entry.running().is_none() => {
                 tracing::debug!(%error, %project, "it ended while a process was being started");
-                Error::NotRunning { project }
+                Err(Error::NotRunning { project })
             }
-            error => backend("start a process in", project, error),
-        })
+            Err(error) => {
+                tracing::warn!(%project, error = %cocalc_core::chain(&error), "entering it without its helper");
+                running.helper_failed();
+                self.shared.exec_without_helper(project, &running, &request, env.iter())
+            }
+        }
     }
 
     async fn dial(&self, project: ProjectId, port: u16) -> Result<BoxStream> {
@@ -252,8 +262,15 @@ impl Runner for Podman {
     }
 
     async fn stats(&self, project: ProjectId) -> Result<Stats> {
-        let (_, running) = self.shared.running(project)?;
-        blocking("measure", project, move || Ok::<_, std::io::Error>(running.groups.stats())).await
+        let (entry, running) = self.shared.running(project)?;
+        let slot = entry.view().slot;
+        let network = self.shared.network.clone();
+        blocking("measure", project, move || {
+            let (received_bytes, sent_bytes) =
+                slot.and_then(|slot| network.traffic(slot)).unwrap_or_default();
+            Ok::<_, std::io::Error>(Stats { received_bytes, sent_bytes, ..running.groups.stats() })
+        })
+        .await
     }
 
     async fn set_limits(&self, project: ProjectId, limits: &Limits) -> Result<Applied> {

@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     io,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
 };
 
 use cocalc_core::{
@@ -13,6 +14,9 @@ use cocalc_core::{
 
 use super::{Phase, cli::Container};
 use crate::{cgroup::Groups, net::Resolver, pidfd::PidFd};
+
+/// For how long a helper that has failed is not asked.
+const HELPER_PAUSE: Duration = Duration::from_secs(30);
 
 /// One project. `operation` is held by whoever changes it.
 #[derive(Debug)]
@@ -97,9 +101,24 @@ pub(crate) struct Running {
     pub(crate) pid: i32,
     pub(crate) process: PidFd,
     pub(crate) groups: Groups,
+    /// The container's id.
+    pub(crate) container: String,
+    /// When the helper last failed, so that nobody waits for it each time.
+    failed: Mutex<Option<Instant>>,
 }
 
 impl Running {
+    /// Whether the helper has failed a moment ago.
+    pub(crate) fn helper_fails(&self) -> bool {
+        let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        failed.is_some_and(|at| at.elapsed() < HELPER_PAUSE)
+    }
+
+    /// The helper has failed now.
+    pub(crate) fn helper_failed(&self) {
+        *self.failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    }
+
     /// The first process of a container, or `None` if it is not there any more.
     pub(crate) fn find(container: &Container) -> io::Result<Option<Self>> {
         if !container.running {
@@ -109,6 +128,12 @@ impl Running {
         // Asked after the descriptor was opened: if the number means another
         // process by now, that one is not in the container's control group.
         let groups = Groups::of(container.pid).ok().and_then(|groups| groups.of_container(&container.id));
-        Ok(groups.map(|groups| Self { pid: container.pid, process, groups }))
+        Ok(groups.map(|groups| Self {
+            pid: container.pid,
+            process,
+            groups,
+            container: container.id.clone(),
+            failed: Mutex::default(),
+        }))
     }
 }

@@ -120,11 +120,19 @@ pub struct World {
     pub volume: Arc<Volume>,
 }
 
-/// Numbers runners of this process, so that their ranges differ.
+/// A number that no other runner of tests on this machine has, so that their ranges
+/// differ; away from those of hosts that really run here.
 fn next_index() -> u16 {
-    static NEXT: std::sync::atomic::AtomicU16 = std::sync::atomic::AtomicU16::new(0);
-    // Away from the ranges of hosts that really run on this machine.
-    20 + NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed)
+    for index in (20..56).rev() {
+        let path = std::env::temp_dir().join(format!("cocalc-test-index-{index}"));
+        let file = std::fs::File::create(path).unwrap();
+        if rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_ok() {
+            // Held to the end of this process.
+            std::mem::forget(file);
+            return index;
+        }
+    }
+    panic!("too many runners of tests at a time");
 }
 
 pub fn builder(instance: HostId, state: &Path, index: u16, volume: &Volume) -> PodmanBuilder {
@@ -167,6 +175,31 @@ impl World {
     /// Runs a line as `user`: how it ended and what it printed, errors behind.
     pub async fn run_as(&self, project: ProjectId, user: Option<&str>, line: &str) -> (Exit, String) {
         exit_in(&self.podman, project, user, line).await
+    }
+
+    /// The host's number of a project's first process.
+    pub fn first_process(&self, project: ProjectId) -> String {
+        let container = format!("cocalc-{}-{project}", self.instance);
+        let mut podman = Command::new("podman");
+        must(podman.args(["inspect", "--format", "{{.State.Pid}}", &container])).trim().to_owned()
+    }
+
+    /// A file of a project's control group, by its name in either version.
+    pub fn group_file(&self, project: ProjectId, v1: &str, v2: &str) -> String {
+        let pid = self.first_process(project);
+        let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+        let (controller, name) = v1.split_once('/').unwrap();
+        let find = |key: &str| groups.lines().find_map(|line| line.split_once(':')?.1.strip_prefix(key));
+        let path = match find(&format!("{controller}:")) {
+            Some(group) => format!("/sys/fs/cgroup/{controller}{group}/{name}"),
+            None => format!("/sys/fs/cgroup{}/{v2}", find(":").unwrap()),
+        };
+        std::fs::read_to_string(path).unwrap()
+    }
+
+    /// A limit of a project's control group.
+    pub fn limit(&self, project: ProjectId, v1: &str, v2: &str) -> u64 {
+        self.group_file(project, v1, v2).trim().parse().unwrap()
     }
 
     /// Runs a line as the ordinary user, which must succeed.

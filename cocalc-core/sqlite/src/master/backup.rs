@@ -1,7 +1,7 @@
 //! Repositories of backups: keys, and what is known of each.
 
 use cocalc_core::backups::Status;
-use cocalc_ids::{HostId, ProjectId, Timestamp};
+use cocalc_ids::{AccountId, HostId, ProjectId, Timestamp};
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::{Error, Result, Store};
@@ -15,9 +15,9 @@ use crate::{
 pub struct BackupRepository {
     /// Whose.
     pub project: ProjectId,
-    /// Its key, wrapped: text that only the master can open.
-    pub wrapped: String,
-    /// When the key was made.
+    /// In which repository, by its name.
+    pub name: String,
+    /// Since when.
     pub created: Timestamp,
     /// Whether a host ever got it to add backups.
     pub used: bool,
@@ -31,6 +31,15 @@ pub struct BackupRepository {
     pub damage: Option<Vec<String>>,
     /// When it is to be erased.
     pub erase_at: Option<Timestamp>,
+}
+
+/// The key of a repository.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct BackupKey {
+    /// The repository's name.
+    pub name: String,
+    /// Text that only the master can open; empty until there is a key.
+    pub wrapped: String,
 }
 
 /// What is done to repositories now and then.
@@ -54,14 +63,14 @@ impl Tending {
     }
 }
 
-const COLUMNS: &str = "project, wrapped, created, used, pruned, checked, drilled, damage, erase_at";
+const COLUMNS: &str = "project, name, created, used, pruned, checked, drilled, damage, erase_at";
 
 fn read(row: &Row<'_>) -> rusqlite::Result<BackupRepository> {
     let time =
         |column| Ok::<_, rusqlite::Error>(row.get::<_, Option<i64>>(column)?.map(Timestamp::from_millis));
     Ok(BackupRepository {
         project: parsed(row, 0)?,
-        wrapped: row.get(1)?,
+        name: row.get(1)?,
         created: Timestamp::from_millis(row.get(2)?),
         used: row.get(3)?,
         pruned: time(4)?,
@@ -75,23 +84,32 @@ fn read(row: &Row<'_>) -> rusqlite::Result<BackupRepository> {
     })
 }
 
+fn read_key(row: &Row<'_>) -> rusqlite::Result<BackupKey> {
+    Ok(BackupKey { name: row.get(0)?, wrapped: row.get(1)? })
+}
+
 fn find(db: &Connection, project: ProjectId) -> Result<Option<BackupRepository>, Fault<Error>> {
     let sql = format!("SELECT {COLUMNS} FROM backup_repositories WHERE project = ?1");
     Ok(db.prepare_cached(&sql)?.query_row([project.to_string()], read).optional()?)
 }
 
 impl Store {
-    /// The repository of a project, if it has one.
+    /// The repository of a project and its key, if it has one.
     ///
     /// # Errors
     ///
     /// The database failed.
-    pub fn backup_repository(&self, project: ProjectId) -> Result<Option<BackupRepository>> {
-        self.database.read("read a repository of backups", |db| find(db, project))
+    pub fn backup_repository(&self, project: ProjectId) -> Result<Option<(BackupRepository, BackupKey)>> {
+        self.database.read("read a repository of backups", |db| {
+            let Some(found) = find(db, project)? else { return Ok(None) };
+            let sql = "SELECT name, wrapped FROM backup_keys WHERE name = ?1";
+            let key = db.prepare_cached(sql)?.query_row([&found.name], read_key)?;
+            Ok(Some((found, key)))
+        })
     }
 
-    /// Makes the repository of a project, with this wrapped key, unless it has
-    /// one: that is returned as it is.
+    /// Makes the repository of a project unless it has one: its own, or, with
+    /// `per_shard`, one that so many projects share at most.
     ///
     /// # Errors
     ///
@@ -99,51 +117,107 @@ impl Store {
     pub fn make_backup_repository(
         &self,
         project: ProjectId,
-        wrapped: &str,
+        per_shard: Option<u32>,
         now: Timestamp,
-    ) -> Result<BackupRepository> {
+    ) -> Result<()> {
         self.database.write("make a repository of backups", |db| {
+            if find(db, project)?.is_some() {
+                return Ok(());
+            }
+            let name = match per_shard {
+                None => project.to_string(),
+                Some(most) => {
+                    let open = "SELECT name FROM backup_keys WHERE name LIKE 'shard-%' AND projects < ?1
+                                ORDER BY created, name LIMIT 1";
+                    let open: Option<String> = db.query_row(open, [most], |row| row.get(0)).optional()?;
+                    // A number is never given twice: keys of shards stay.
+                    let count = "SELECT count(*) FROM backup_keys WHERE name LIKE 'shard-%'";
+                    let count: u64 = db.query_row(count, [], |row| row.get(0))?;
+                    open.unwrap_or_else(|| format!("shard-{count}"))
+                }
+            };
             db.execute(
-                "INSERT INTO backup_repositories (project, wrapped, created) VALUES (?1, ?2, ?3)
-                 ON CONFLICT DO NOTHING",
-                params![project.to_string(), wrapped, now.millis()],
+                "INSERT INTO backup_keys (name, wrapped, projects, created) VALUES (?1, '', 1, ?2)
+                 ON CONFLICT (name) DO UPDATE SET projects = projects + 1",
+                params![name, now.millis()],
             )?;
-            find(db, project)?.ok_or(Fault::Refused(Error::NotFound { what: "repository" }))
+            db.execute(
+                "INSERT INTO backup_repositories (project, name, created) VALUES (?1, ?2, ?3)",
+                params![project.to_string(), name, now.millis()],
+            )?;
+            Ok(())
         })
     }
 
-    /// All repositories, in the order of their projects, at most `limit` after
-    /// `after`.
+    /// All keys, in the order of their names, at most `limit` after `after`.
     ///
     /// # Errors
     ///
     /// The database failed.
-    pub fn backup_repositories(
-        &self,
-        after: Option<ProjectId>,
-        limit: usize,
-    ) -> Result<Vec<BackupRepository>> {
-        let after = after.map(|id| id.to_string()).unwrap_or_default();
-        self.database.read("list repositories of backups", |db| {
-            let sql = format!(
-                "SELECT {COLUMNS} FROM backup_repositories WHERE project > ?1 ORDER BY project LIMIT ?2"
-            );
-            let list =
-                db.prepare_cached(&sql)?.query_map(params![after, limit], read)?.collect::<Result<_, _>>()?;
+    pub fn backup_keys(&self, after: &str, limit: usize) -> Result<Vec<BackupKey>> {
+        self.database.read("list keys of repositories", |db| {
+            let sql = "SELECT name, wrapped FROM backup_keys WHERE name > ?1 AND wrapped <> ''
+                       ORDER BY name LIMIT ?2";
+            let list = db
+                .prepare_cached(sql)?
+                .query_map(params![after, limit], read_key)?
+                .collect::<Result<_, _>>()?;
             Ok(list)
         })
     }
 
-    /// Puts another wrapping of the same key in the place of `before`; whether
+    /// Puts another wrapping, or the first, in the place of `before`; whether
     /// that was still there.
     ///
     /// # Errors
     ///
     /// The database failed.
-    pub fn rewrap_backup_key(&self, project: ProjectId, before: &str, wrapped: &str) -> Result<bool> {
-        self.database.write("wrap the key of a repository anew", |db| {
-            let sql = "UPDATE backup_repositories SET wrapped = ?3 WHERE project = ?1 AND wrapped = ?2";
-            Ok(db.execute(sql, params![project.to_string(), before, wrapped])? == 1)
+    pub fn rewrap_backup_key(&self, before: &BackupKey, wrapped: &str) -> Result<bool> {
+        self.database.write("wrap the key of a repository", |db| {
+            let sql = "UPDATE backup_keys SET wrapped = ?3 WHERE name = ?1 AND wrapped = ?2";
+            Ok(db.execute(sql, params![before.name, before.wrapped, wrapped])? == 1)
+        })
+    }
+
+    /// The repositories that are damaged, at most `limit`.
+    ///
+    /// # Errors
+    ///
+    /// The database failed.
+    pub fn damaged_backups(&self, limit: usize) -> Result<Vec<BackupRepository>> {
+        self.database.read("list damaged repositories", |db| {
+            let sql = format!(
+                "SELECT {COLUMNS} FROM backup_repositories WHERE damage IS NOT NULL ORDER BY project LIMIT ?1"
+            );
+            Ok(db.prepare_cached(&sql)?.query_map([limit], read)?.collect::<Result<_, _>>()?)
+        })
+    }
+
+    /// How many projects wait for a backup, and of how many the last one
+    /// failed, as their hosts say.
+    ///
+    /// # Errors
+    ///
+    /// The database failed.
+    pub fn count_pending_backups(&self) -> Result<(u64, u64)> {
+        self.database.read("count pending backups", |db| {
+            let sql = "SELECT count(json_extract(backup, '$.pending_since')), count(json_extract(backup, '$.failure'))
+                       FROM projects WHERE backup IS NOT NULL AND state <> 'deleted'";
+            Ok(db.query_row(sql, [], |row| Ok((row.get(0)?, row.get(1)?)))?)
+        })
+    }
+
+    /// Who owns a project, or owned it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotFound`], or the database failed.
+    pub fn owner_ever(&self, project: ProjectId) -> Result<AccountId> {
+        self.database.read("read a project's owner", |db| {
+            let sql = "SELECT owner FROM projects WHERE id = ?1";
+            db.query_row(sql, [project.to_string()], |row| parsed(row, 0))
+                .optional()?
+                .ok_or(Fault::Refused(Error::NotFound { what: "project" }))
         })
     }
 
@@ -227,17 +301,19 @@ impl Store {
         })
     }
 
-    /// Says when repositories of deleted projects are to be erased, of those of
-    /// which nobody has said it yet.
+    /// Says when the backups of deleted projects are to be erased, where nobody
+    /// has said it yet: of this project, or of all.
     ///
     /// # Errors
     ///
     /// The database failed.
-    pub fn schedule_erasures(&self, at: Timestamp) -> Result<usize> {
+    pub fn schedule_erasures(&self, project: Option<ProjectId>, at: Timestamp) -> Result<usize> {
+        let project = project.map(|id| id.to_string());
         self.database.write("schedule erasures", |db| {
-            let sql = "UPDATE backup_repositories SET erase_at = ?1 WHERE erase_at IS NULL AND project IN
-                       (SELECT id FROM projects WHERE state = 'deleted')";
-            Ok(db.execute(sql, [at.millis()])?)
+            let sql = "UPDATE backup_repositories SET erase_at = ?1
+                       WHERE erase_at IS NULL AND (?2 IS NULL OR project = ?2)
+                         AND (SELECT state FROM projects WHERE id = project) = 'deleted'";
+            Ok(db.execute(sql, params![at.millis(), project])?)
         })
     }
 
@@ -259,6 +335,19 @@ impl Store {
         })
     }
 
+    /// Whether the backups of a project are being erased.
+    ///
+    /// # Errors
+    ///
+    /// The database failed.
+    pub fn erases_backups(&self, project: ProjectId) -> Result<bool> {
+        self.database.read("ask whether backups are being erased", |db| {
+            let sql = "SELECT EXISTS (SELECT 1 FROM operations WHERE project = ?1 AND state = 'running'
+                       AND json_extract(job, '$.kind') = 'erase_backups')";
+            Ok(db.query_row(sql, [project.to_string()], |row| row.get(0))?)
+        })
+    }
+
     /// The repository is erased: its key is, too. Repeating it is harmless.
     ///
     /// # Errors
@@ -266,7 +355,10 @@ impl Store {
     /// The database failed.
     pub fn forget_backup_repository(&self, project: ProjectId) -> Result<()> {
         self.database.write("forget a repository", |db| {
-            db.execute("DELETE FROM backup_repositories WHERE project = ?1", [project.to_string()])?;
+            let id = project.to_string();
+            db.execute("DELETE FROM backup_repositories WHERE project = ?1", [&id])?;
+            // The key of a shard is the others', too.
+            db.execute("DELETE FROM backup_keys WHERE name = ?1", [&id])?;
             Ok(())
         })
     }

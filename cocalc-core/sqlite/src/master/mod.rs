@@ -17,6 +17,7 @@ mod operation;
 mod peer;
 mod project;
 mod receipt;
+mod secret;
 mod ssh_key;
 mod token;
 
@@ -29,15 +30,16 @@ pub use self::{
     access::ProjectAccess,
     account::Account,
     audit::{AUDIT_DAYS_MAX, AuditHead, AuditHeads},
-    backup::{BackupRepository, Tending},
+    backup::{BackupKey, BackupRepository, Tending},
     idempotency::Remembered,
     login::Identity,
     member::Member,
     moves::{MoveChange, MoveRow, MoveSaved, NewMove},
-    operation::{Ended, Event, Job, Operation, OperationState, Outcome},
+    operation::{Ended, Event, Job, Operation, OperationState, Outcome, RestoreTo},
     peer::{Host, Joining, Proxy, Registration},
     project::{NewProject, Project, ProjectState},
     receipt::{Settled, StoredHolder, StoredReceipt},
+    secret::StoredSecret,
     ssh_key::StoredSshKey,
     token::{ApiToken, Bearer, JoinKind, KeyLimits, Verb},
 };
@@ -53,6 +55,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("schema_audit.sql"),
     include_str!("schema_ssh.sql"),
     include_str!("schema_backups.sql"),
+    include_str!("schema_secrets.sql"),
 ];
 
 /// The master's database.

@@ -70,6 +70,20 @@ pub enum Job {
         /// Of which snapshot; of its present state if `None`.
         name: Option<SnapshotName>,
     },
+    /// Restores one of its backups.
+    RestoreBackup {
+        /// Which.
+        backup: String,
+        /// To where.
+        to: RestoreTo,
+    },
+    /// Makes the project on its host, from a backup of another one.
+    FromBackup {
+        /// Of which project.
+        source: ProjectId,
+        /// Which.
+        backup: String,
+    },
     /// Gives it another image.
     SetImage {
         /// Which.
@@ -103,6 +117,30 @@ pub enum Job {
     DrillBackup,
 }
 
+/// To where a backup is restored.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(tag = "to", rename_all = "snake_case")]
+pub enum RestoreTo {
+    /// In the place of all that is there.
+    InPlace {
+        /// Under which name the present state is kept.
+        former: SnapshotName,
+        /// Whether the project is started again.
+        start: bool,
+    },
+    /// One path.
+    Path {
+        /// Which, in the backup.
+        path: TreePath,
+        /// To where, in the project.
+        target: TreePath,
+        /// Whether what is there is replaced.
+        replace: bool,
+        /// Under which name the present state is kept.
+        former: SnapshotName,
+    },
+}
+
 impl Job {
     /// Its kind, as in JSON.
     pub fn kind(&self) -> &'static str {
@@ -117,6 +155,8 @@ impl Job {
             Self::RestorePath { .. } => "restore_path",
             Self::Copy { .. } => "copy",
             Self::Clone { .. } => "clone",
+            Self::RestoreBackup { .. } => "restore_backup",
+            Self::FromBackup { .. } => "create_from_backup",
             Self::SetImage { .. } => "set_image",
             Self::Move { .. } => "move",
             Self::BackUp => "back_up",
@@ -131,7 +171,7 @@ impl Job {
     /// The state that a project has while this goes on; `None`: it keeps its own.
     fn meanwhile(&self) -> Option<ProjectState> {
         match self {
-            Self::Create | Self::Clone { .. } => Some(ProjectState::Creating),
+            Self::Create | Self::Clone { .. } | Self::FromBackup { .. } => Some(ProjectState::Creating),
             Self::Start => Some(ProjectState::Starting),
             Self::Stop { .. } | Self::Delete => Some(ProjectState::Stopping),
             Self::Move { .. } => Some(ProjectState::Moving),
@@ -140,6 +180,7 @@ impl Job {
             | Self::RestoreSnapshot { .. }
             | Self::RestorePath { .. }
             | Self::Copy { .. }
+            | Self::RestoreBackup { .. }
             | Self::SetImage { .. }
             | Self::BackUp
             | Self::ForgetBackups { .. }
@@ -175,7 +216,7 @@ impl Job {
 
     /// Whether it brings the project into being.
     pub fn creates(&self) -> bool {
-        matches!(self, Self::Create | Self::Clone { .. })
+        matches!(self, Self::Create | Self::Clone { .. } | Self::FromBackup { .. })
     }
 
     /// Whether it is about the project's files only, and leaves the project's

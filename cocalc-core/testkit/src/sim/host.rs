@@ -612,6 +612,14 @@ impl Storage for Site {
         Ok(SendStream { header, reader })
     }
 
+    async fn stage(
+        &self,
+        _project: ProjectId,
+        _name: &SnapshotName,
+    ) -> storage::Result<Box<dyn storage::Staged>> {
+        Err(storage::Error::Unsupported { backend: "simulated", operation: "take files: it has none" })
+    }
+
     async fn receive(&self, header: &SendHeader, mut stream: BoxRead) -> storage::Result<Snapshot> {
         let project = header.project;
         self.storage_fault(project, "receive")?;

@@ -4,6 +4,7 @@ mod account;
 mod certificate;
 mod host;
 mod image;
+mod limits;
 mod operation;
 mod project;
 mod reach;
@@ -18,6 +19,7 @@ use std::{
 
 use serde_json::Value;
 
+pub(crate) use self::limits::{Isolation, Limits};
 use crate::{
     api::Api,
     args::{Command, Output},

@@ -8,7 +8,7 @@ use cocalc_core::{
     control::{CommandError, ErrorCode},
 };
 use cocalc_ids::{Action, OperationId, ProjectId, Scope, TreePath};
-use cocalc_sqlite::master::{Job, Project};
+use cocalc_sqlite::master::{BackupRepository, Job, Project};
 use http::StatusCode;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -18,6 +18,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::{
     caller::Caller,
     files::configure,
+    hosts,
     input::{Asked, Body, Id, Ids},
     problem::{Answer, Problem},
     projects::Nothing,
@@ -42,6 +43,9 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Shared>> {
         .routes(routes!(forget))
         .routes(routes!(ls))
         .routes(routes!(find))
+        .routes(routes!(overview))
+        .routes(routes!(drill))
+        .routes(routes!(rotate))
 }
 
 /// The federation's backups.
@@ -189,7 +193,7 @@ async fn list(
 ) -> Answer<Json<BackupsView>> {
     let project = caller.project(&shared, id, Some(Action::Use(Scope::Files))).await?;
     backups(&shared)?;
-    let known = shared.db(move |store| store.backup_repository(id)).await?;
+    let known = shared.db(move |store| store.backup_repository(id)).await?.map(|(row, _)| row);
     let (answer, host) = shared.ask_backups(&project, Query::List).await.map_err(refused)?;
     let Answered::Backups { backups, truncated } = answer else { return Err(nonsense()) };
     Ok(Json(BackupsView {
@@ -201,12 +205,27 @@ async fn list(
     }))
 }
 
+/// The name of a project's newest backup, or `id` if there is one of that name.
+pub(super) async fn named(shared: &Shared, project: &Project, id: Option<String>) -> Answer<String> {
+    backups(shared)?;
+    let (answer, _) = shared.ask_backups(project, Query::List).await.map_err(refused)?;
+    let Answered::Backups { backups, truncated } = answer else { return Err(nonsense()) };
+    let found = match id {
+        // One of those that are left out is looked for by whoever restores it.
+        Some(id) => Some(id).filter(|id| truncated || backups.iter().any(|backup| backup.id == *id)),
+        None => {
+            backups.into_iter().max_by(|a, b| (a.taken, &a.id).cmp(&(b.taken, &b.id))).map(|last| last.id)
+        }
+    };
+    found.ok_or_else(|| Problem::not_found("backup"))
+}
+
 fn nonsense() -> Problem {
     Problem::unavailable("host_failed", "the host's answer makes no sense")
 }
 
 /// The name of a backup as it may be asked for.
-fn checked(backup: String) -> Answer<String> {
+pub(super) fn checked(backup: String) -> Answer<String> {
     let plain = backup.chars().all(|c| c.is_ascii_alphanumeric());
     if plain && (8..=ID_CHARS_MAX).contains(&backup.len()) {
         Ok(backup)
@@ -481,4 +500,136 @@ async fn reset_policy(
     caller.project(&shared, id, Some(Action::Administer)).await?;
     configure(&shared, id, |config| config.backups = None).await?;
     shown(&shared, None)
+}
+
+#[derive(Serialize, ToSchema)]
+struct DamagedView {
+    project_id: String,
+    /// What the last check found.
+    damage: Vec<String>,
+    /// When that was.
+    checked: Option<String>,
+}
+
+#[derive(Serialize, ToSchema)]
+struct DrillView {
+    project_id: String,
+    at: String,
+    /// How long the restore took.
+    millis: u64,
+    /// Why it failed; null if it did not.
+    failure: Option<String>,
+}
+
+/// How the federation stands with its backups.
+#[derive(Serialize, ToSchema)]
+struct Overview {
+    /// Where they are.
+    place: String,
+    /// How many projects have backups.
+    projects: u64,
+    /// How many have something that no backup has, as their hosts say.
+    pending: u64,
+    /// Of how many the last backup failed.
+    failing: u64,
+    /// Repositories that are damaged, at most 100.
+    damaged: Vec<DamagedView>,
+    /// How a backup was last tried out since the master began; null if none was.
+    last_drill: Option<DrillView>,
+}
+
+/// Shows how the federation stands with its backups. Administrators.
+#[utoipa::path(get, path = "/backups", tag = "backups",
+    responses((status = 200, body = Overview), (status = "default", body = Problem)))]
+async fn overview(State(shared): State<Arc<Shared>>, caller: Caller) -> Answer<Json<Overview>> {
+    caller.require_admin()?;
+    let all = backups(&shared)?;
+    let read = shared.db(|store| {
+        Ok((
+            store.count_backup_repositories()?.0,
+            store.count_pending_backups()?,
+            store.damaged_backups(100)?,
+        ))
+    });
+    let (projects, (pending, failing), damaged) = read.await?;
+    let view = |row: BackupRepository| DamagedView {
+        project_id: row.project.to_string(),
+        damage: row.damage.unwrap_or_default(),
+        checked: row.checked.map(time),
+    };
+    Ok(Json(Overview {
+        place: all.shown(),
+        projects,
+        pending,
+        failing,
+        damaged: damaged.into_iter().map(view).collect(),
+        last_drill: all.tended.last_drill().map(|last| DrillView {
+            project_id: last.project.to_string(),
+            at: time(last.at),
+            millis: last.millis,
+            failure: last.failure,
+        }),
+    }))
+}
+
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct Drill {
+    /// Of this project; default: of one by chance.
+    #[schema(value_type = Option<String>)]
+    project: Option<ProjectId>,
+    /// Of one on this host, by id or name; default: on any.
+    host: Option<String>,
+}
+
+/// Tries out whether a project's newest backup can be restored: beside the
+/// project, on its host, compared with the snapshot that it was made of, and
+/// deleted again. Administrators.
+#[utoipa::path(post, path = "/backups/drill", tag = "backups", request_body = Drill,
+    responses((status = 202, body = Begun), (status = "default", body = Problem)))]
+async fn drill(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    Body(drill): Body<Drill>,
+) -> Answer<(StatusCode, Json<Begun>)> {
+    caller.require_admin()?;
+    backups(&shared)?;
+    let host = match &drill.host {
+        Some(host) => Some(hosts::find(&shared, host).await?.id),
+        None => None,
+    };
+    let chosen = match drill.project {
+        Some(project) => Some(project),
+        None => shared.drill_candidate(host).await?,
+    };
+    let none = || Problem::conflict("no_backups", "no project with backups is on a host that is connected");
+    let project = caller.project(&shared, chosen.ok_or_else(none)?, None).await?;
+    if host.is_some_and(|host| host != project.host) {
+        return Err(Problem::conflict("other_host", "the project is on another host"));
+    }
+    caller.notes("backup.drill", project.id);
+    begin(&shared, &caller, project, Job::DrillBackup).await
+}
+
+#[derive(Serialize, ToSchema)]
+struct Rotated {
+    /// The name of the key that wraps now.
+    key: String,
+    /// How many keys of repositories it wraps.
+    repositories: u64,
+}
+
+/// Wraps the keys of all repositories with a new key of the master, and drops
+/// the one before. The keys of the repositories themselves stay. Administrators.
+#[utoipa::path(post, path = "/backups/rotate-wrapping-key", tag = "backups",
+    responses((status = 200, body = Rotated), (status = "default", body = Problem)))]
+async fn rotate(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    Body(Nothing {}): Body<Nothing>,
+) -> Answer<Json<Rotated>> {
+    caller.require_admin()?;
+    let (repositories, key) = backups(&shared)?.rotate().await.map_err(|error| Problem::internal(&*error))?;
+    caller.notes("backup.rotate-wrapping-key", &key);
+    Ok(Json(Rotated { key, repositories }))
 }

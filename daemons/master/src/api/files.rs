@@ -42,7 +42,7 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Shared>> {
 }
 
 /// Asks the project's host.
-async fn ask(shared: &Shared, project: &Project, command: &HostCommand) -> Answer<HostReply> {
+pub(super) async fn ask(shared: &Shared, project: &Project, command: &HostCommand) -> Answer<HostReply> {
     match shared.command(project.host, command, LIMIT).await {
         Ok(HostReply::Error(error)) => Err(refused(error)),
         Ok(reply) => Ok(reply),
@@ -63,7 +63,7 @@ fn refused(error: CommandError) -> Problem {
     }
 }
 
-fn nonsense() -> Problem {
+pub(super) fn nonsense() -> Problem {
     Problem::unavailable("host_failed", "the host's answer makes no sense")
 }
 
@@ -385,19 +385,10 @@ pub(super) async fn configure(
     shared: &Shared,
     id: ProjectId,
     change: impl FnOnce(&mut ProjectConfig) + Send + 'static,
-) -> Answer<()> {
+) -> Answer<Project> {
     let project = shared.db(move |store| store.configure(id, change)).await?;
     if project.made {
-        let (epoch, config) = (project.epoch, project.config.clone());
-        let command = HostCommand::Configure { project: id, epoch, config };
-        // A host that is away hears of it with the next start.
-        match shared.command(project.host, &command, Duration::from_secs(5)).await {
-            Ok(HostReply::Error(error)) => {
-                tracing::warn!(project = %id, error = %error.message, "the host does not take the policy");
-            }
-            Ok(_) => {}
-            Err(_) => tracing::info!(project = %id, "the host hears of the policy with the next start"),
-        }
+        shared.configure_at_host(&project).await;
     }
-    Ok(())
+    Ok(project)
 }

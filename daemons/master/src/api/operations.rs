@@ -282,8 +282,9 @@ async fn cancel(
         ));
     }
     project?;
-    let cancellable = matches!(operation.job, store::Job::Move { .. } | store::Job::BackUp)
-        && operation.progress["cancellable"] != false;
+    let cancellable =
+        matches!(operation.job, store::Job::Move { .. } | store::Job::BackUp | store::Job::DrillBackup)
+            && operation.progress["cancellable"] != false;
     if !cancellable {
         return Err(Problem::conflict("not_cancellable", "this operation only goes forward now"));
     }

@@ -6,10 +6,10 @@ use cocalc_auth_sealed::{Announced, Purpose, SealingKey};
 use cocalc_backup::{Access, Repositories as _};
 use cocalc_core::control::{BackupAccess, PeerReply};
 use cocalc_ids::{HostId, ProjectId};
-use cocalc_sqlite::master::{self as store, Job};
+use cocalc_sqlite::master as store;
 use zeroize::Zeroizing;
 
-use crate::shared::Shared;
+use crate::{operations, shared::Shared};
 
 /// What the secrets are called.
 const PURPOSE: &str = "backup repository";
@@ -58,6 +58,9 @@ impl Shared {
         if repository != project && !(access == Access::Read && self.restores(project, repository).await?) {
             return refused(format!("nothing of project {repository} is being restored into {project}"));
         }
+        if self.db(move |store| store.erases_backups(repository)).await? {
+            return refused("its backups are being erased".to_owned());
+        }
         let Some(key) = self.sealing_key(host).await? else {
             return refused("this host announced no key to seal secrets to".to_owned());
         };
@@ -87,10 +90,11 @@ impl Shared {
     /// Whether backups of `source` are being restored into `project`.
     async fn restores(&self, project: ProjectId, source: ProjectId) -> store::Result<bool> {
         let running = self.db(move |store| {
-            let fence = store.project(project)?.fence;
-            fence.map(|id| store.operation(id)).transpose()
+            let Some(id) = store.project(project)?.fence else { return Ok(None) };
+            Ok(Some((store.operation(id)?.job, store.creation(project)?.job)))
         });
-        Ok(running.await?.is_some_and(|operation| restores_from(&operation.job, source)))
+        let restores = |(job, creation)| operations::restores_from(&job, &creation, source, project);
+        Ok(running.await?.is_some_and(restores))
     }
 
     fn of_key(&self, host: HostId, request: &BackupAccess, kind: &str, reason: &str) -> Event {
@@ -106,9 +110,4 @@ impl Shared {
         event.subject = Some(format!("host {host} for {}", request.project));
         event
     }
-}
-
-/// Whether a job restores backups of `source`.
-fn restores_from(_job: &Job, _source: ProjectId) -> bool {
-    false
 }

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use cocalc_backup::Bounds;
+use cocalc_backup::{Bounds, GcsAccess, Place, S3Access};
 use cocalc_core::backups::Policy;
 use serde::Deserialize;
 
@@ -10,32 +10,23 @@ use serde::Deserialize;
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BackupsConfig {
-    /// What keeps the repositories.
-    pub kind: PlaceKind,
-    /// Of a directory: where each project has its repository. It must exist,
-    /// and be the same files at the master and on every host.
-    pub directory: Option<PathBuf>,
-    /// Of a cloud: the bucket.
-    pub bucket: Option<String>,
-    /// Of a cloud: what all names begin with. Default: `cocalc`.
-    #[serde(default = "prefix")]
-    pub prefix: String,
-    /// Of S3: the region.
-    pub region: Option<String>,
-    /// Of a cloud: another server than the usual one.
-    pub endpoint: Option<String>,
-    /// A program that prints short-lived credentials for one repository, as
-    /// JSON: it is called with `append`, `read` or `delete`, the bucket, and
-    /// the prefix that they must be good for and nothing else.
-    pub credentials_command: Option<PathBuf>,
-    /// A file with the credentials to add backups, which hosts get.
-    pub append_credentials_file: Option<PathBuf>,
-    /// A file with the credentials to read. Default: those to add.
-    pub read_credentials_file: Option<PathBuf>,
-    /// A file with the credentials to delete, which never leave the master.
-    pub delete_credentials_file: Option<PathBuf>,
-    /// Says that hosts may get credentials from a file, which are good for the
-    /// repositories of all projects, not only of their own. Default: no.
+    /// What keeps the repositories, with what credentials: `[backups.place]`. A
+    /// directory must exist, and be the same files at the master and on every
+    /// host.
+    pub place: Place,
+    /// What keeps copies of them, from which damage is repaired. Default: none.
+    pub mirror: Option<Place>,
+    /// Whether each project has a repository and a key of its own. Default:
+    /// yes.
+    #[serde(default)]
+    pub layout: Layout,
+    /// How many projects share a repository, where they do; 1 to 10000.
+    /// Default: 500.
+    #[serde(default = "projects_per_shard")]
+    pub projects_per_shard: u32,
+    /// Says that hosts may get credentials that are good for the repositories
+    /// of all projects, not only of their own: long-lived keys of a cloud.
+    /// Default: no.
     #[serde(default)]
     pub hosts_share_credentials: bool,
     /// When projects are backed up, and which backups are kept, where their
@@ -68,8 +59,8 @@ pub struct BackupsConfig {
     pub unneeded_hours: u32,
 }
 
-fn prefix() -> String {
-    "cocalc".to_owned()
+fn projects_per_shard() -> u32 {
+    500
 }
 
 fn jobs_max() -> u8 {
@@ -96,16 +87,17 @@ fn unneeded_hours() -> u32 {
     23
 }
 
-/// What keeps repositories.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
-#[serde(rename_all = "lowercase")]
-pub enum PlaceKind {
-    /// A directory.
-    Directory,
-    /// Amazon S3, or what speaks its protocol.
-    S3,
-    /// Google Cloud Storage.
-    Gcs,
+/// How projects are spread over repositories.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq)]
+#[serde(rename_all = "snake_case")]
+pub enum Layout {
+    /// One for each project: nothing is shared, and with the project its key is
+    /// erased.
+    #[default]
+    PerProject,
+    /// Many projects in one, so that what they have in common is stored once.
+    /// Whoever may back up one of them holds the key of all.
+    Shared,
 }
 
 /// Ten years, in hours.
@@ -115,16 +107,10 @@ impl BackupsConfig {
     /// Backups in a directory, with defaults, for embedders and tests.
     pub fn in_directory(directory: impl Into<PathBuf>) -> Self {
         Self {
-            kind: PlaceKind::Directory,
-            directory: Some(directory.into()),
-            bucket: None,
-            prefix: prefix(),
-            region: None,
-            endpoint: None,
-            credentials_command: None,
-            append_credentials_file: None,
-            read_credentials_file: None,
-            delete_credentials_file: None,
+            place: Place::Directory { path: directory.into() },
+            mirror: None,
+            layout: Layout::default(),
+            projects_per_shard: projects_per_shard(),
             hosts_share_credentials: false,
             policy: Policy::default(),
             worker: None,
@@ -140,45 +126,15 @@ impl BackupsConfig {
     /// Finds what no single value shows, by the key at fault.
     pub(crate) fn validate(&self) -> Result<(), String> {
         let refuse = |key: &str, why: &str| Err(format!("backups.{key}: {why}"));
-        match self.kind {
-            PlaceKind::Directory => {
-                match &self.directory {
-                    None => return refuse("directory", "is needed for kind = \"directory\""),
-                    Some(path) if !plain(path) => return refuse("directory", "an absolute path, without .."),
-                    Some(_) => {}
-                }
-                if let Some(key) = self.of_clouds() {
-                    return refuse(key, "means nothing for kind = \"directory\"; remove the key");
-                }
-            }
-            PlaceKind::S3 | PlaceKind::Gcs => {
-                if self.directory.is_some() {
-                    return refuse("directory", "means nothing for a cloud; remove the key");
-                }
-                match self.bucket.as_deref() {
-                    None | Some("") => return refuse("bucket", "is needed"),
-                    Some(bucket) if bucket.contains('/') => {
-                        return refuse("bucket", "only its name; what comes after it is the prefix");
-                    }
-                    Some(_) => {}
-                }
-                if self.kind == PlaceKind::S3 && self.region.as_deref().is_none_or(str::is_empty) {
-                    return refuse("region", "is needed for S3, for instance eu-central-1");
-                }
-                if self.kind == PlaceKind::Gcs && self.region.is_some() {
-                    return refuse("region", "means nothing for Google Cloud Storage; remove the key");
-                }
-                self.validate_credentials()?;
+        self.validate_place("place", &self.place)?;
+        if let Some(mirror) = &self.mirror {
+            self.validate_place("mirror", mirror)?;
+            if *mirror == self.place {
+                return refuse("mirror", "is the place itself");
             }
         }
-        if self.prefix.starts_with('/') || self.prefix.ends_with('/') || self.prefix.contains("//") {
-            return refuse("prefix", "no / at either end, and no two in a row");
-        }
-        if let Some(endpoint) = &self.endpoint
-            && !endpoint.starts_with("https://")
-            && !endpoint.starts_with("http://")
-        {
-            return refuse("endpoint", "begins with neither http:// nor https://");
+        if !(1..=10_000).contains(&self.projects_per_shard) {
+            return refuse("projects_per_shard", "1 to 10000");
         }
         if let Some(worker) = &self.worker
             && !worker.is_absolute()
@@ -209,58 +165,73 @@ impl BackupsConfig {
         Ok(())
     }
 
-    fn validate_credentials(&self) -> Result<(), String> {
-        let refuse = |key: &str, why: &str| Err(format!("backups.{key}: {why}"));
-        if let Some(program) = &self.credentials_command {
-            if !program.is_absolute() {
-                return refuse("credentials_command", "an absolute path");
+    fn validate_place(&self, key: &str, place: &Place) -> Result<(), String> {
+        let refuse = |part: &str, why: &str| Err(format!("backups.{key}.{part}: {why}"));
+        let shared = |part: &str| {
+            if self.hosts_share_credentials {
+                return Ok(());
             }
-            let files = [
-                ("append_credentials_file", &self.append_credentials_file),
-                ("read_credentials_file", &self.read_credentials_file),
-                ("delete_credentials_file", &self.delete_credentials_file),
-            ];
-            return match files.iter().find(|(_, file)| file.is_some()) {
-                Some((key, _)) => refuse(key, "there is a credentials_command; remove one of them"),
-                None => Ok(()),
-            };
-        }
-        let Some(_) = &self.append_credentials_file else {
-            return refuse(
-                "credentials_command",
-                "is needed for a cloud: what gives each host credentials for the repositories of its own projects; or set append_credentials_file and hosts_share_credentials",
-            );
+            refuse(
+                part,
+                "every host would get credentials for the repositories of all projects. Let short-lived ones be made for each (from = \"role\" or \"scoped\"), or set backups.hosts_share_credentials = true to accept it",
+            )
         };
-        if !self.hosts_share_credentials {
-            return refuse(
-                "append_credentials_file",
-                "every host would get credentials for the repositories of all projects. Set credentials_command instead, or hosts_share_credentials = true to accept it",
-            );
+        let (bucket, prefix, endpoint) = match place {
+            Place::Directory { path } if plain(path) => return Ok(()),
+            Place::Directory { .. } => return refuse("path", "an absolute path, without .."),
+            Place::S3(s3) => {
+                if s3.region.is_empty() {
+                    return refuse("region", "is needed, for instance eu-central-1");
+                }
+                match &s3.credentials {
+                    S3Access::Keys { append, delete, .. } => {
+                        shared("credentials")?;
+                        if append == delete {
+                            return refuse(
+                                "credentials.delete",
+                                "those to add backups go to hosts and must not delete",
+                            );
+                        }
+                    }
+                    S3Access::Role { life_secs, .. } if !(900..=43_200).contains(life_secs) => {
+                        return refuse("credentials.life_secs", "900 to 43200");
+                    }
+                    S3Access::Role { .. } => {}
+                }
+                (&s3.bucket, &s3.prefix, &s3.endpoint)
+            }
+            Place::Gcs(gcs) => {
+                match &gcs.credentials {
+                    GcsAccess::Accounts { append, delete, .. } => {
+                        shared("credentials")?;
+                        if append == delete {
+                            return refuse(
+                                "credentials.delete",
+                                "those to add backups go to hosts and must not delete",
+                            );
+                        }
+                    }
+                    // Only an emulator takes nobody's requests.
+                    GcsAccess::Anonymous if gcs.endpoint.is_none() => {
+                        return refuse("credentials", "anonymous is for an emulator, which has an endpoint");
+                    }
+                    GcsAccess::Scoped { .. } | GcsAccess::Anonymous => {}
+                }
+                (&gcs.bucket, &gcs.prefix, &gcs.endpoint)
+            }
+        };
+        if bucket.is_empty() || bucket.contains('/') {
+            return refuse("bucket", "its name; what comes after it is the prefix");
         }
-        if self.delete_credentials_file.is_none() {
-            return refuse(
-                "delete_credentials_file",
-                "is needed to tidy up; those to add backups go to hosts and must not delete",
-            );
+        if prefix.starts_with('/') || prefix.ends_with('/') || prefix.contains("//") {
+            return refuse("prefix", "no / at either end, and no two in a row");
         }
-        Ok(())
-    }
-
-    /// The first key that only means something for a cloud.
-    fn of_clouds(&self) -> Option<&'static str> {
-        [
-            ("bucket", self.bucket.is_some()),
-            ("region", self.region.is_some()),
-            ("endpoint", self.endpoint.is_some()),
-            ("credentials_command", self.credentials_command.is_some()),
-            ("append_credentials_file", self.append_credentials_file.is_some()),
-            ("read_credentials_file", self.read_credentials_file.is_some()),
-            ("delete_credentials_file", self.delete_credentials_file.is_some()),
-            ("hosts_share_credentials", self.hosts_share_credentials),
-        ]
-        .into_iter()
-        .find(|(_, set)| *set)
-        .map(|(key, _)| key)
+        match endpoint {
+            Some(url) if !url.starts_with("https://") && !url.starts_with("http://") => {
+                refuse("endpoint", "begins with neither http:// nor https://")
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -281,38 +252,50 @@ mod tests {
 
     #[test]
     fn mistakes_are_named() {
-        let directory = "kind = 'directory'\ndirectory = '/srv/backups'\n";
-        let s3 = "kind = 's3'\nbucket = 'b'\nregion = 'r'\n";
+        let directory = "[place]\nkind = 'directory'\npath = '/srv/backups'\n";
+        let s3 = "[place]\nkind = 's3'\nbucket = 'b'\nregion = 'r'\n";
+        let key = |id: &str| format!("{{ access_key_id = '{id}', secret_access_key = 's' }}");
+        let role = format!("credentials = {{ from = 'role', role_arn = 'a', keys = {} }}\n", key("i"));
+        let keys = |delete: &str| {
+            format!(
+                "credentials = {{ from = 'keys', read = {}, append = {}, delete = {} }}\n",
+                key("r"),
+                key("a"),
+                key(delete)
+            )
+        };
         assert_eq!(parse(directory).unwrap().policy, Policy::default());
-        parse(&format!("{s3}credentials_command = '/usr/bin/mint'")).unwrap();
-        let shared = "append_credentials_file = '/a'\ndelete_credentials_file = '/d'\n";
-        parse(&format!("{s3}{shared}hosts_share_credentials = true")).unwrap();
-        parse("kind = 'gcs'\nbucket = 'b'\ncredentials_command = '/usr/bin/mint'").unwrap();
+        parse(&format!("{s3}{role}")).unwrap();
+        parse(&format!("hosts_share_credentials = true\n{s3}{}", keys("d"))).unwrap();
+        parse("[place]\nkind = 'gcs'\nbucket = 'b'\ncredentials = { from = 'scoped', account = 'x' }")
+            .unwrap();
         for (text, key) in [
-            ("kind = 'directory'".to_owned(), "backups.directory"),
-            ("kind = 'directory'\ndirectory = 'srv'".to_owned(), "backups.directory"),
-            ("kind = 'directory'\ndirectory = '/srv/../etc'".to_owned(), "backups.directory"),
-            (format!("{directory}bucket = 'b'"), "backups.bucket"),
-            (format!("{directory}jobs_max = 0"), "backups.jobs_max"),
-            (format!("{directory}unneeded_hours = 12"), "backups.unneeded_hours"),
-            (format!("{directory}check_hours = 0"), "backups.check_hours"),
+            (String::new(), "place"),
+            ("[place]\nkind = 'directory'".to_owned(), "path"),
+            ("[place]\nkind = 'directory'\npath = 'srv'".to_owned(), "backups.place.path"),
+            ("[place]\nkind = 'directory'\npath = '/srv/../etc'".to_owned(), "backups.place.path"),
+            (format!("{directory}bucket = 'b'"), "bucket"),
+            (format!("jobs_max = 0\n{directory}"), "backups.jobs_max"),
+            (format!("unneeded_hours = 12\n{directory}"), "backups.unneeded_hours"),
+            (format!("check_hours = 0\n{directory}"), "backups.check_hours"),
+            (format!("projects_per_shard = 0\n{directory}"), "backups.projects_per_shard"),
+            (format!("layout = 'heap'\n{directory}"), "layout"),
             (format!("{directory}[policy]\nrpo_secs = 1"), "rpo_secs"),
-            (format!("{directory}colour = 'blue'"), "colour"),
-            ("kind = 'ftp'".to_owned(), "kind"),
-            ("kind = 's3'\nregion = 'r'".to_owned(), "backups.bucket"),
-            ("kind = 's3'\nbucket = 'b'".to_owned(), "backups.region"),
-            (s3.to_owned(), "backups.credentials_command"),
-            (format!("{s3}{shared}"), "backups.append_credentials_file"),
+            (format!("colour = 'blue'\n{directory}"), "colour"),
+            (format!("{directory}[mirror]\nkind = 'directory'\npath = '/srv/backups'"), "backups.mirror"),
+            ("[place]\nkind = 'ftp'".to_owned(), "kind"),
+            (s3.to_owned(), "credentials"),
+            (format!("{s3}{}", keys("d")), "backups.place.credentials"),
             (
-                format!("{s3}append_credentials_file = '/a'\nhosts_share_credentials = true"),
-                "backups.delete_credentials_file",
+                format!("hosts_share_credentials = true\n{s3}{}", keys("a")),
+                "backups.place.credentials.delete",
             ),
+            (format!("{s3}prefix = '/x'\n{role}"), "backups.place.prefix"),
+            (format!("{s3}endpoint = 'ftp://x'\n{role}"), "backups.place.endpoint"),
             (
-                format!("{s3}credentials_command = '/m'\nread_credentials_file = '/r'"),
-                "backups.read_credentials_file",
+                "[place]\nkind = 'gcs'\nbucket = 'b'\ncredentials = { from = 'anonymous' }".to_owned(),
+                "backups.place.credentials",
             ),
-            (format!("{s3}credentials_command = '/m'\nprefix = '/x'"), "backups.prefix"),
-            (format!("{s3}credentials_command = '/m'\nendpoint = 'ftp://x'"), "backups.endpoint"),
         ] {
             let error = parse(&text).unwrap_err();
             assert!(error.contains(key), "{text}: {error}");

@@ -8,9 +8,9 @@ use std::{
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use cocalc_auth::key_file;
-use cocalc_backup::{KeyError, RepositoryKey, WrappedKey, WrappingKey, WrappingKeys};
+use cocalc_backup::{KeyError, RepositoryKey, RepositoryName, WrappedKey, WrappingKey, WrappingKeys};
 use cocalc_core::BoxError;
-use cocalc_ids::{ProjectId, Timestamp};
+use cocalc_ids::Timestamp;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
@@ -54,14 +54,14 @@ impl Wrapping {
         Ok(Self { path, keys: Mutex::new(keys) })
     }
 
-    pub(super) fn wrap(&self, project: ProjectId, key: &RepositoryKey) -> Result<String, BoxError> {
-        let wrapped = self.lock().wrap(project, key)?;
+    pub(super) fn wrap(&self, name: RepositoryName, key: &RepositoryKey) -> Result<String, BoxError> {
+        let wrapped = self.lock().wrap(name, key)?;
         Ok(serde_json::to_string(&wrapped)?)
     }
 
-    pub(super) fn unwrap(&self, project: ProjectId, wrapped: &str) -> Result<RepositoryKey, BoxError> {
+    pub(super) fn unwrap(&self, name: RepositoryName, wrapped: &str) -> Result<RepositoryKey, BoxError> {
         let wrapped: WrappedKey = serde_json::from_str(wrapped).map_err(|_| KeyError::Malformed)?;
-        Ok(self.lock().unwrap(project, &wrapped)?)
+        Ok(self.lock().unwrap(name, &wrapped)?)
     }
 
     /// Makes another key the one that wraps; those before still open. It is on
@@ -142,24 +142,25 @@ mod tests {
     fn what_was_wrapped_opens_after_restarts_and_rotations() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("backup-keys");
-        let (project, now) = (ProjectId::random(), Timestamp::from_secs(7));
+        let project = || RepositoryName::Project(cocalc_ids::ProjectId::from_bytes([7; 16]));
+        let now = Timestamp::from_secs(7);
         let key = RepositoryKey::generate().unwrap();
         let wrapping = Wrapping::open(path.clone(), now).unwrap();
-        let first = wrapping.wrap(project, &key).unwrap();
+        let first = wrapping.wrap(project(), &key).unwrap();
         drop(wrapping);
         let wrapping = Wrapping::open(path.clone(), now).unwrap();
-        assert_eq!(wrapping.unwrap(project, &first).unwrap(), key);
-        assert!(wrapping.unwrap(ProjectId::random(), &first).is_err());
+        assert_eq!(wrapping.unwrap(project(), &first).unwrap(), key);
+        assert!(wrapping.unwrap(cocalc_ids::ProjectId::random().into(), &first).is_err());
         let current = wrapping.rotate(now).unwrap();
         assert_ne!(Wrapping::wrapped_by(&first), Some(current.clone()));
         drop(wrapping);
         let wrapping = Wrapping::open(path.clone(), now).unwrap();
-        assert_eq!(wrapping.unwrap(project, &first).unwrap(), key);
-        let second = wrapping.wrap(project, &key).unwrap();
+        assert_eq!(wrapping.unwrap(project(), &first).unwrap(), key);
+        let second = wrapping.wrap(project(), &key).unwrap();
         assert_eq!(Wrapping::wrapped_by(&second), Some(current));
         assert_eq!((wrapping.retire().unwrap(), wrapping.retire().unwrap()), (1, 0));
         let wrapping = Wrapping::open(path, now).unwrap();
-        assert!(wrapping.unwrap(project, &first).is_err());
-        assert_eq!(wrapping.unwrap(project, &second).unwrap(), key);
+        assert!(wrapping.unwrap(project(), &first).is_err());
+        assert_eq!(wrapping.unwrap(project(), &second).unwrap(), key);
     }
 }

@@ -6,8 +6,8 @@ use std::{sync::Arc, time::Duration};
 use cocalc_core::{
     backups::{Answer, Progress, Query},
     control::{
-        BackupsCommand, BackupsOutcome, BackupsReply, BackupsWork, CommandError, ErrorCode, HostCommand,
-        HostReply,
+        BackupsCommand, BackupsOutcome, BackupsReply, BackupsWork, CommandError, DrillReport, ErrorCode,
+        HostCommand, HostReply,
     },
 };
 use cocalc_ids::{HostId, ProjectId};
@@ -32,6 +32,7 @@ const AWAY_MAX: Duration = Duration::from_secs(120);
 pub(super) async fn run(shared: &Arc<Shared>, operation: &Operation, mut cancel: watch::Receiver<bool>) {
     let done = match &operation.job {
         Job::BackUp => at_host(shared, operation, BackupsWork::BackUp, &mut cancel).await,
+        Job::DrillBackup => drill(shared, operation, &mut cancel).await,
         job => crate::backups::tend(shared, operation, job).await,
     };
     let outcome = match done {
@@ -40,11 +41,37 @@ pub(super) async fn run(shared: &Arc<Shared>, operation: &Operation, mut cancel:
             Outcome::Done
         }
         Err(error) if error.code == ErrorCode::Cancelled => Outcome::Cancelled,
+        Err(error) if operation.job == Job::DrillBackup && error.code == ErrorCode::RepositoryDamaged => {
+            Outcome::Failed { code: "drill_failed".to_owned(), detail: error.message }
+        }
         Err(error) => Outcome::Failed { code: code(error.code).to_owned(), detail: error.message },
     };
     // The project's state is none of its business, and stays as it is.
     let ended = Ended { outcome, project: ProjectState::Failed, reason: None, report: None };
     shared.finish(operation.id, ended).await;
+}
+
+/// Has a backup tried out, and notes how that went.
+async fn drill(
+    shared: &Shared,
+    operation: &Operation,
+    cancel: &mut watch::Receiver<bool>,
+) -> Result<Value, CommandError> {
+    let done = at_host(shared, operation, BackupsWork::Drill, cancel).await;
+    match &done {
+        Ok(report) => {
+            let Ok(report) = serde_json::from_value::<DrillReport>(report["report"].clone()) else {
+                return Err(nonsense());
+            };
+            if let Some(failure) = shared.drilled(&report).await {
+                shared.note(operation.id, "comparing", done.clone().unwrap_or_default()).await;
+                return Err(CommandError { code: ErrorCode::RepositoryDamaged, message: failure });
+            }
+        }
+        Err(error) if error.code == ErrorCode::Cancelled => {}
+        Err(error) => shared.drill_failed(operation.project, error),
+    }
+    done
 }
 
 /// Has work done at the project's host, wherever that is: a project that moves
@@ -88,14 +115,20 @@ async fn at_host(
                 }
                 _ => return Err(nonsense()),
             },
-            // It is on its way to another host, or was.
-            Ok(HostReply::Error(error)) if error.code == ErrorCode::StaleEpoch => {
+            // It is on its way to another host, or was: nobody else breaks it off
+            // there but who cancels it here.
+            Ok(HostReply::Error(error))
+                if matches!(error.code, ErrorCode::StaleEpoch | ErrorCode::Cancelled) =>
+            {
                 let now = find(shared, operation.project).await?;
-                let moves = now.state == ProjectState::Moving || now.epoch != project.epoch;
-                if !moves && away_since.is_some() {
+                if now.state == ProjectState::Moving {
+                    away_since = None;
+                    "waiting for the project to have moved"
+                } else if now.epoch == project.epoch && away_since.is_some() {
                     return Err(error);
+                } else {
+                    "waiting for the project's host to have it"
                 }
-                "waiting for the project's host to have it"
             }
             Ok(HostReply::Error(error)) if error.code == ErrorCode::Busy => "waiting for the project",
             Ok(HostReply::Error(error)) => return Err(error),
@@ -145,6 +178,15 @@ fn result(outcome: BackupsOutcome) -> Value {
             "backup_id": backup.id, "bytes": backup.bytes, "added_bytes": backup.added_bytes,
             "files": backup.files, "files_read": backup.files_read, "cancellable": false,
         }),
+        BackupsOutcome::Fetched { backup, restored, .. } => json!({
+            "backup_id": backup.id, "bytes": restored.bytes, "entries": restored.entries,
+            "cancellable": false,
+        }),
+        BackupsOutcome::Drilled { report } => json!({
+            "backup_id": report.backup.id, "bytes": report.bytes, "entries": report.entries,
+            "millis": report.millis, "against": report.against, "wrong": report.wrong,
+            "cancellable": false, "report": report,
+        }),
     }
 }
 
@@ -170,7 +212,7 @@ impl Rate {
             self.begun = Some((phase, now, progress.bytes));
         }
         let mut shown = json!({
-            "bytes": progress.bytes, "estimated_bytes": progress.total_bytes, "cancellable": true,
+            "bytes": progress.bytes, "bytes_expected": progress.total_bytes, "cancellable": true,
         });
         if let Some((_, since, from)) = &self.begun
             && let millis @ 1.. = now.saturating_sub(*since).as_millis()
@@ -179,7 +221,7 @@ impl Rate {
             shown["bytes_per_sec"] = u64::try_from(rate).unwrap_or(u64::MAX).into();
             let left = progress.total_bytes.map(|total| u128::from(total.saturating_sub(progress.bytes)));
             if let Some(secs) = left.and_then(|left| left.checked_div(rate)) {
-                shown["secs_left"] = u64::try_from(secs).unwrap_or(u64::MAX).into();
+                shown["remaining_secs"] = u64::try_from(secs).unwrap_or(u64::MAX).into();
             }
         }
         shown
@@ -232,7 +274,7 @@ mod tests {
         assert_eq!(rate.shown(&at(Phase::Opening, 0), secs(1))["bytes_per_sec"], Value::Null);
         rate.shown(&at(Phase::Storing, 0), secs(10));
         let shown = rate.shown(&at(Phase::Storing, 1_000), secs(12));
-        assert_eq!((&shown["bytes_per_sec"], &shown["secs_left"]), (&json!(500), &json!(4)));
-        assert_eq!(rate.shown(&at(Phase::Storing, 0), secs(12))["secs_left"], Value::Null);
+        assert_eq!((&shown["bytes_per_sec"], &shown["remaining_secs"]), (&json!(500), &json!(4)));
+        assert_eq!(rate.shown(&at(Phase::Storing, 0), secs(12))["remaining_secs"], Value::Null);
     }
 }

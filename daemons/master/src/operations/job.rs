@@ -11,6 +11,9 @@ use cocalc_core::{
 use cocalc_ids::{Epoch, HostId, ImageDigest, ProjectId, SessionId, SnapshotName};
 use cocalc_sqlite::master::{self as store, Ended, Job, Operation, Outcome, Project, ProjectState};
 
+use tokio::sync::watch;
+
+use super::restoring;
 use crate::shared::{Shared, Unanswered};
 
 /// How long a host may be away before an operation that it does not know of
@@ -35,7 +38,7 @@ pub(crate) const OTHER_HOST: &str = "the two projects are on different hosts, be
     move one of them to the other's host first, or copy with rsync over SSH";
 
 /// Runs the operation, and records its end.
-pub(super) async fn run(shared: &Arc<Shared>, operation: &Operation) {
+pub(super) async fn run(shared: &Arc<Shared>, operation: &Operation, mut cancel: watch::Receiver<bool>) {
     let id = operation.project;
     let project = match shared.db(move |store| store.project(id)).await {
         Ok(project) => project,
@@ -46,15 +49,20 @@ pub(super) async fn run(shared: &Arc<Shared>, operation: &Operation) {
             return shared.finish(operation.id, failed("internal", detail, ProjectState::Failed)).await;
         }
     };
-    let ended = match act(shared, operation, &project).await {
+    let ended = match act(shared, operation, &project, &mut cancel).await {
         Ok(ended) => ended,
         Err(failure) => failure.ended(&operation.job, &project),
     };
     let deleted = ended.project == ProjectState::Deleted;
     shared.finish(operation.id, ended).await;
     if deleted {
+        shared.backups_of_deleted(project.id).await;
         if let Err(error) = shared.tell_of_project(project.host, project.id).await {
             tracing::warn!(project = %project.id, error = %cocalc_core::chain(&error), "cannot announce a deletion");
+        }
+        let id = project.id;
+        if let Err(error) = shared.db(move |store| store.remove_secrets(id)).await {
+            tracing::warn!(project = %id, error = %cocalc_core::chain(&error), "its secrets are not removed");
         }
         if let Err(error) = shared.forget_project(project.id).await {
             tracing::warn!(project = %project.id, error = %cocalc_core::chain(&error), "cannot tidy after a deletion");
@@ -63,7 +71,8 @@ pub(super) async fn run(shared: &Arc<Shared>, operation: &Operation) {
 }
 
 /// Why an operation failed.
-enum Failure {
+#[derive(Debug)]
+pub(super) enum Failure {
     /// The host refused.
     Refused(CommandError),
     /// What is copied from is on another host.
@@ -107,7 +116,7 @@ impl Failure {
 
 fn failed(code: &str, detail: String, project: ProjectState) -> Ended {
     let reason = (project == ProjectState::Failed).then(|| detail.clone());
-    Ended { outcome: Outcome::Failed { code: code.to_owned(), detail }, project, reason, report: None }
+    Ended { outcome: restoring::outcome(code, detail), project, reason, report: None }
 }
 
 /// What the API says of a host's refusal.
@@ -129,12 +138,17 @@ pub(crate) fn code(code: ErrorCode) -> &'static str {
     }
 }
 
-async fn act(shared: &Shared, operation: &Operation, project: &Project) -> Result<Ended, Failure> {
+async fn act(
+    shared: &Shared,
+    operation: &Operation,
+    project: &Project,
+    cancel: &mut watch::Receiver<bool>,
+) -> Result<Ended, Failure> {
     let (id, epoch) = (project.id, project.epoch);
     let call = Call { shared, operation, host: project.host };
     Ok(match &operation.job {
-        Job::Create | Job::Clone { .. } => {
-            let report = create(&call, project).await?;
+        Job::Create | Job::Clone { .. } | Job::FromBackup { .. } => {
+            let report = create(&call, project, cancel).await?;
             done(ProjectState::from(report.status.state), Some(report))
         }
         Job::Start => {
@@ -142,7 +156,7 @@ async fn act(shared: &Shared, operation: &Operation, project: &Project) -> Resul
             // A creation that failed is made good; files that were there once
             // are never replaced by an empty volume.
             if !project.made {
-                create(&call, project).await?;
+                create(&call, project, cancel).await?;
             }
             let command = HostCommand::Start { project: id, epoch, config: project.config.clone() };
             let report = call.report("starting", command, Duration::from_secs(300), epoch).await?;
@@ -213,6 +227,7 @@ async fn act(shared: &Shared, operation: &Operation, project: &Project) -> Resul
             };
             call.keep("copying", command, project).await?
         }
+        Job::RestoreBackup { backup, to } => restoring::restore(&call, project, backup, to, cancel).await?,
         Job::SetImage { image, restart } => {
             call.ensure_image(Some(*image)).await?;
             let was_running = project.state == ProjectState::Running;
@@ -254,12 +269,16 @@ async fn act(shared: &Shared, operation: &Operation, project: &Project) -> Resul
     })
 }
 
-fn done(project: ProjectState, report: Option<ProjectReport>) -> Ended {
+pub(super) fn done(project: ProjectState, report: Option<ProjectReport>) -> Ended {
     let reason = report.as_ref().and_then(|report| report.status.reason.clone());
     Ended { outcome: Outcome::Done, project, reason, report }
 }
 
-async fn create(call: &Call<'_>, project: &Project) -> Result<ProjectReport, Failure> {
+async fn create(
+    call: &Call<'_>,
+    project: &Project,
+    cancel: &mut watch::Receiver<bool>,
+) -> Result<ProjectReport, Failure> {
     call.ensure_image(project.config.image).await?;
     // The host knows who may use it before it exists.
     call.shared.tell_of_project(project.host, project.id).await?;
@@ -283,6 +302,12 @@ async fn create(call: &Call<'_>, project: &Project) -> Result<ProjectReport, Fai
                 same_owner: source.owner == project.owner,
             };
             call.report("cloning", command, Duration::from_secs(600), epoch).await
+        }
+        Job::FromBackup { source, backup } => {
+            let command = HostCommand::Create { project: id, epoch, config };
+            call.report("creating", command, Duration::from_secs(120), epoch).await?;
+            let from = restoring::From { source, backup: &backup };
+            restoring::fill(call, project, from, cancel).await
         }
         _ => {
             let command = HostCommand::Create { project: id, epoch, config };
@@ -335,10 +360,10 @@ pub(super) async fn ensure_image(
 }
 
 /// Calls of one operation to its host.
-struct Call<'a> {
-    shared: &'a Shared,
-    operation: &'a Operation,
-    host: HostId,
+pub(super) struct Call<'a> {
+    pub(super) shared: &'a Shared,
+    pub(super) operation: &'a Operation,
+    pub(super) host: HostId,
 }
 
 impl Call<'_> {
@@ -349,7 +374,7 @@ impl Call<'_> {
     }
 
     /// A command whose receipt is the project's state, in that epoch.
-    async fn report(
+    pub(super) async fn report(
         &self,
         phase: &str,
         command: HostCommand,
@@ -379,7 +404,12 @@ impl Call<'_> {
     }
 
     /// A command about a snapshot, which leaves the project's state alone.
-    async fn keep(&self, phase: &str, command: HostCommand, project: &Project) -> Result<Ended, Failure> {
+    pub(super) async fn keep(
+        &self,
+        phase: &str,
+        command: HostCommand,
+        project: &Project,
+    ) -> Result<Ended, Failure> {
         match self.perform(phase, command, Duration::from_secs(300)).await? {
             HostReply::Project(ProjectReport { project: id, .. })
             | HostReply::Snapshots { project: id, .. }
@@ -403,7 +433,7 @@ impl Call<'_> {
     /// host has answered, however long that takes: an operation that ended
     /// before would still happen. A host that never got the command is given
     /// up after a while, except for a deletion, which is asked for once.
-    async fn perform(
+    pub(super) async fn perform(
         &self,
         phase: &str,
         command: HostCommand,

@@ -8,6 +8,7 @@ mod backing_up;
 mod job;
 mod leftovers;
 mod moving;
+mod restoring;
 
 use std::{
     collections::BTreeMap,
@@ -25,6 +26,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 pub(crate) use self::{
     job::{CHECKING, OTHER_HOST, QUEUED, code},
     moving::NewMoveError,
+    restoring::restores_from,
 };
 use crate::shared::Shared;
 
@@ -100,7 +102,7 @@ async fn work(shared: &Arc<Shared>, id: OperationId, cancelled: watch::Receiver<
     match operation.job {
         Job::Move { .. } => moving::run(shared, &operation, cancelled).await,
         _ if operation.job.is_beside() => backing_up::run(shared, &operation, cancelled).await,
-        _ => job::run(shared, &operation).await,
+        _ => job::run(shared, &operation, cancelled).await,
     }
 }
 
@@ -220,7 +222,7 @@ impl Shared {
         });
     }
 
-    /// Asks an operation to cancel. Only moves and backups can be: the others
+    /// Asks an operation to cancel. Only moves, backups and restores can be: the others
     /// are one step on the host, which would have to be waited for anyway.
     pub(crate) async fn cancel(&self, id: OperationId) -> store::Result<Operation> {
         let now = self.now();
