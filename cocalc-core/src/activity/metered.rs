@@ -56,6 +56,10 @@ impl Runner for Metered {
         self.runner.start(spec).await
     }
 
+    fn start_phases(&self, project: ProjectId) -> Vec<(String, u64)> {
+        self.runner.start_phases(project)
+    }
+
     async fn stop(&self, project: ProjectId, grace: Duration) -> Result<Status> {
         self.runner.stop(project, grace).await
     }
@@ -105,16 +109,8 @@ impl Runner for Metered {
         self.runner.stats(project).await
     }
 
-    async fn set_limits(&self, project: ProjectId, limits: &Limits) -> Result<Applied> {
-        self.runner.set_limits(project, limits).await
-    }
-
     async fn logs(&self, project: ProjectId, lines: usize) -> Result<String> {
         self.runner.logs(project, lines).await
-    }
-
-    async fn set_limits(&self, project: ProjectId, limits: &Limits) -> Result<Applied> {
-        self.runner.set_limits(project, limits).await
     }
 }
 
