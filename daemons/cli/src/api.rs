@@ -174,8 +174,10 @@ fn exit_of(code: &Value) -> Exit {
         | "snapshot_in_use"
         | "other_host"
         | "stale_epoch"
-        | "project_has_snapshots" => Exit::Conflict,
-        "host_unavailable" => Exit::Unreachable,
+        | "project_has_snapshots"
+        | "host_not_fenced" => Exit::Conflict,
+        "repository_denied" => Exit::Denied,
+        "host_unavailable" | "host_fenced" | "repository_unavailable" => Exit::Unreachable,
         _ => Exit::Failed,
     }
 }

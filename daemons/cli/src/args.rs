@@ -65,6 +65,9 @@ pub(crate) enum Command {
     /// Images: the root file systems that projects are made from.
     #[command(subcommand)]
     Image(Image),
+    /// Backups of a project.
+    #[command(subcommand)]
+    Backup(Backup),
     /// Project-hosts.
     #[command(subcommand)]
     Host(Host),
@@ -570,6 +573,168 @@ pub(crate) struct PolicyFields {
 }
 
 #[derive(Debug, Subcommand)]
+pub(crate) enum Backup {
+    /// Back up its present state, and wait until that is done.
+    Create { project: String },
+    /// List them.
+    List { project: String },
+    /// Show what is in a directory of one.
+    Ls {
+        project: String,
+        /// Its id, the beginning of it, or `latest`.
+        backup: String,
+        /// Which directory, for instance `home/data`; otherwise the root.
+        path: Option<String>,
+    },
+    /// Find what in one has a name that contains a text, in either case.
+    Find {
+        project: String,
+        /// Its id, the beginning of it, or `latest`.
+        backup: String,
+        text: String,
+    },
+    /// Say what is different now from one.
+    Diff {
+        project: String,
+        /// Its id, the beginning of it, or `latest`.
+        backup: String,
+        /// In this one, rather than now.
+        #[arg(long)]
+        to: Option<String>,
+    },
+    /// Restore one, or all that a host had which is lost.
+    Restore(Restore),
+    /// Take one off the list; its space returns with a later `prune`.
+    Delete {
+        project: String,
+        /// Its id, or the beginning of it.
+        backup: String,
+    },
+    /// Forget those that the policy does not keep, and delete what nothing needs.
+    Prune { project: String },
+    /// Look for damage; fails if there is any.
+    Check {
+        project: String,
+        /// Read and verify all data, not only what leads to it.
+        #[arg(long)]
+        read_data: bool,
+    },
+    /// Try out whether the newest backup can be restored, for administrators.
+    Drill {
+        /// Of this project; otherwise of one by chance.
+        project: Option<String>,
+        /// Of one on this host.
+        #[arg(long)]
+        host: Option<String>,
+    },
+    /// Show when a project is backed up and which are kept, or change it.
+    Policy(BackupPolicy),
+    /// Print what restores a project's backups without this federation, with
+    /// restic or rustic, for administrators. Keep it secret.
+    Escrow {
+        project: String,
+        /// Write it to this new file, which only you may read, rather than
+        /// print it.
+        #[arg(long)]
+        file: Option<PathBuf>,
+    },
+    /// Delete all backups of a project at once, for administrators.
+    Erase {
+        project: String,
+        /// Do not ask.
+        #[arg(long)]
+        yes: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Restore {
+    /// The project whose backup it is.
+    #[arg(required_unless_present = "all_of")]
+    pub(crate) project: Option<String>,
+    /// The backup's id, the beginning of it, or `latest`.
+    #[arg(default_value = "latest")]
+    pub(crate) backup: String,
+    /// Only this file or directory, as `backup ls` writes it; otherwise all, in
+    /// the place of what is there, which is kept as a snapshot.
+    #[arg(long, conflicts_with_all = ["new", "all_of"])]
+    pub(crate) path: Option<String>,
+    /// Put it there; otherwise where it was.
+    #[arg(long, requires = "path")]
+    pub(crate) target: Option<String>,
+    /// Replace what is there.
+    #[arg(long, requires = "path")]
+    pub(crate) replace: bool,
+    /// As a new project of yours, with this title.
+    #[arg(long, value_name = "NAME", conflicts_with = "all_of")]
+    pub(crate) new: Option<String>,
+    /// The new project's host.
+    #[arg(long, requires = "new")]
+    pub(crate) host: Option<String>,
+    /// Bring the projects of this host up elsewhere, each from its newest
+    /// backup; the host must be fenced. For administrators.
+    #[arg(long, value_name = "HOST", conflicts_with = "project")]
+    pub(crate) all_of: Option<String>,
+    /// To these hosts; otherwise wherever there is room.
+    #[arg(long, requires = "all_of", value_delimiter = ',', num_args = 1..)]
+    pub(crate) to: Vec<String>,
+    /// Do not ask before all files of a project are replaced.
+    #[arg(long)]
+    pub(crate) yes: bool,
+    /// Do not wait until it is done.
+    #[arg(long)]
+    pub(crate) no_wait: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BackupPolicy {
+    pub(crate) project: String,
+    /// Do as the master's configuration says.
+    #[arg(long)]
+    pub(crate) reset: bool,
+    #[command(flatten)]
+    pub(crate) fields: BackupPolicyFields,
+}
+
+/// What a policy says; what is left out stays.
+#[derive(Clone, Debug, Default, Args, serde::Serialize)]
+pub(crate) struct BackupPolicyFields {
+    /// Whether it is backed up by itself, and old backups go by themselves.
+    #[arg(long, conflicts_with = "reset")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) enabled: Option<bool>,
+    /// How long after a change it is backed up at the latest: 300 to 604800.
+    #[arg(long, conflicts_with = "reset")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) rpo_secs: Option<u32>,
+    /// Of how many hours one is kept.
+    #[arg(long, conflicts_with = "reset")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) hourly: Option<u16>,
+    /// Of how many days.
+    #[arg(long, conflicts_with = "reset")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) daily: Option<u16>,
+    /// Of how many weeks.
+    #[arg(long, conflicts_with = "reset")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) weekly: Option<u16>,
+    /// Of how many months.
+    #[arg(long, conflicts_with = "reset")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) monthly: Option<u16>,
+    /// How many of those that people asked for are kept besides.
+    #[arg(long, conflicts_with = "reset")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) manual: Option<u16>,
+    /// What is left out: a pattern as in .gitignore; may be given several
+    /// times, and empty for nothing.
+    #[arg(long, conflicts_with = "reset", value_name = "PATTERN")]
+    #[serde(skip)]
+    pub(crate) exclude: Vec<String>,
+}
+
+#[derive(Debug, Subcommand)]
 pub(crate) enum Host {
     /// List them.
     List,
@@ -588,6 +753,20 @@ pub(crate) enum Host {
     Cordon { id: String },
     /// Place on it again.
     Uncordon { id: String },
+    /// Say that it is dead: it gets no lease, and what it had may be restored
+    /// elsewhere, by `backup restore --all-of`. If it comes back it keeps aside
+    /// what others have by then.
+    Fence {
+        id: String,
+        /// What shows that it is dead; kept, and audited.
+        #[arg(long)]
+        reason: String,
+        /// Attest it here, rather than by typing the host's name when asked.
+        #[arg(long)]
+        attest: bool,
+    },
+    /// Take that back.
+    Unfence { id: String },
     /// Print a one-use token with which it comes with another identity key.
     RotateKey {
         id: String,

@@ -175,6 +175,7 @@ impl Master {
             None => None,
         };
         let oidc = Oidc::new(&config.oidc, &issuer).map_err(Error::Config)?;
+        let fenced = store.fenced_hosts().map_err(|error| database(error.into()))?;
         let gate = gate::Gate::new(issuer.clone(), store.clone(), clock.clone());
         // Hosts and proxies sign in at once; others have no business here.
         let limits = BrokerConfig { connect_limit: SIGN_IN_LIMIT, ..BrokerConfig::default() };
@@ -182,7 +183,7 @@ impl Master {
         let bus = broker.local_bus(gate::master());
         let shared = Arc::new(Shared {
             streams: Streams::new(stream, config.grace_ms, bus.clone(), store.clone()),
-            peers: Arc::new(Peers::new(clock.boot())),
+            peers: Arc::new(Peers::new(clock.boot(), fenced)),
             operations: Operations::new(),
             receipts: Receipts::default(),
             broker: broker.clone(),

@@ -32,6 +32,7 @@ use crate::{
     limits::Limits,
     oidc::Oidc,
     operations::Operations,
+    placement::Candidate,
     receipts::Receipts,
     secrets::SecretsKey,
     signing::Signing,
@@ -323,6 +324,25 @@ impl Shared {
                 return refused.ok_or_else(|| unanswered(sent));
             }
         }
+    }
+
+    /// What is known of each host when a project is placed.
+    pub(crate) async fn candidates(&self) -> store::Result<Vec<Candidate>> {
+        let (hosts, counts) = self.db(|store| Ok((store.hosts()?, store.project_counts()?))).await?;
+        let counts: BTreeMap<_, _> = counts.into_iter().collect();
+        let candidate = |host: store::Host| {
+            let can = host.capabilities?;
+            Some(Candidate {
+                host: host.id,
+                alive: self.alive(Peer::Host(host.id)),
+                cordoned: host.cordoned,
+                isolation: can.runner.isolation,
+                images: can.images,
+                free_bytes: can.free_bytes,
+                projects: counts.get(&host.id).copied().unwrap_or(0),
+            })
+        };
+        Ok(hosts.into_iter().filter_map(candidate).collect())
     }
 
     /// Where each host listens.

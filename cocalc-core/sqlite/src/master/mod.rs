@@ -9,6 +9,7 @@ mod access;
 mod account;
 mod audit;
 mod backup;
+mod fence;
 mod idempotency;
 mod login;
 mod member;
@@ -17,6 +18,7 @@ mod operation;
 mod peer;
 mod project;
 mod receipt;
+mod recovery;
 mod secret;
 mod ssh_key;
 mod token;
@@ -31,6 +33,7 @@ pub use self::{
     account::Account,
     audit::{AUDIT_DAYS_MAX, AuditHead, AuditHeads},
     backup::{BackupKey, BackupRepository, Tending},
+    fence::Fence,
     idempotency::Remembered,
     login::Identity,
     member::Member,
@@ -39,6 +42,7 @@ pub use self::{
     peer::{Host, Joining, Proxy, Registration},
     project::{NewProject, Project, ProjectState},
     receipt::{Settled, StoredHolder, StoredReceipt},
+    recovery::{RecoveredProject, Recovery, RecoveryOutcome},
     secret::StoredSecret,
     ssh_key::StoredSshKey,
     token::{ApiToken, Bearer, JoinKind, KeyLimits, Verb},
@@ -56,6 +60,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("schema_ssh.sql"),
     include_str!("schema_backups.sql"),
     include_str!("schema_secrets.sql"),
+    include_str!("schema_fences.sql"),
 ];
 
 /// The master's database.
@@ -147,6 +152,9 @@ pub enum Error {
         /// Its state.
         state: ProjectState,
     },
+    /// Nobody has said that the host is dead.
+    #[error("the host is not fenced")]
+    NotFenced,
     /// Somebody else was first: the row isn't what the caller believed.
     #[error("the {what} changed meanwhile")]
     Stale {

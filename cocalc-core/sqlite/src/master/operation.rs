@@ -1,7 +1,9 @@
 //! Long-running operations, each of which is the fence of its project.
 
 use cocalc_core::{control::ProjectReport, storage::Place};
-use cocalc_ids::{AccountId, HostId, ImageDigest, OperationId, ProjectId, SnapshotName, Timestamp, TreePath};
+use cocalc_ids::{
+    AccountId, Epoch, HostId, ImageDigest, OperationId, ProjectId, SnapshotName, Timestamp, TreePath,
+};
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -96,6 +98,19 @@ pub enum Job {
         /// Where to.
         to: HostId,
     },
+    /// Brings it up on another host from a backup, because its own is dead.
+    Recover {
+        /// The host that is dead.
+        from: HostId,
+        /// Its epoch there.
+        epoch: Epoch,
+        /// Where to.
+        to: HostId,
+        /// From which backup.
+        backup: String,
+        /// Its state before.
+        was: ProjectState,
+    },
     /// Backs it up.
     BackUp,
     /// Takes backups off the list.
@@ -159,6 +174,7 @@ impl Job {
             Self::FromBackup { .. } => "create_from_backup",
             Self::SetImage { .. } => "set_image",
             Self::Move { .. } => "move",
+            Self::Recover { .. } => "recover",
             Self::BackUp => "back_up",
             Self::ForgetBackups { .. } => "forget_backups",
             Self::PruneBackups => "prune_backups",
@@ -174,7 +190,7 @@ impl Job {
             Self::Create | Self::Clone { .. } | Self::FromBackup { .. } => Some(ProjectState::Creating),
             Self::Start => Some(ProjectState::Starting),
             Self::Stop { .. } | Self::Delete => Some(ProjectState::Stopping),
-            Self::Move { .. } => Some(ProjectState::Moving),
+            Self::Move { .. } | Self::Recover { .. } => Some(ProjectState::Moving),
             Self::Snapshot { .. }
             | Self::DeleteSnapshot { .. }
             | Self::RestoreSnapshot { .. }
@@ -347,7 +363,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Operation> {
     })
 }
 
-fn find(db: &Connection, id: OperationId) -> Result<Operation, Fault<Error>> {
+pub(super) fn find(db: &Connection, id: OperationId) -> Result<Operation, Fault<Error>> {
     db.prepare_cached(&format!("SELECT {COLUMNS} FROM operations WHERE id = ?1"))?
         .query_row([id.to_string()], read)
         .optional()?

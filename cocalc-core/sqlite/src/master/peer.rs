@@ -2,9 +2,9 @@
 
 use cocalc_core::{control::Capabilities, router::HostAddress};
 use cocalc_ids::{HostId, HostName, ImageDigest, ProxyId, SessionId, Timestamp};
-use rusqlite::{OptionalExtension, Row, Transaction, params};
+use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
 
-use super::{Error, JoinKind, Result, Store};
+use super::{Error, Fence, JoinKind, Result, Store};
 use crate::{
     database::{json, parsed, parsed_opt},
     error::Fault,
@@ -31,8 +31,17 @@ pub struct Host {
     pub cordoned: bool,
     /// When it was withdrawn: it is let in no more.
     pub withdrawn: Option<Timestamp>,
+    /// Who said that it is dead: it gets no lease.
+    pub fenced: Option<Fence>,
     /// When it joined.
     pub created: Timestamp,
+}
+
+impl Host {
+    /// Whether nothing may reach it, and nothing of it is believed.
+    pub fn is_out(&self) -> bool {
+        self.withdrawn.is_some() || self.fenced.is_some()
+    }
 }
 
 /// An enrolled proxy.
@@ -86,7 +95,16 @@ pub struct Registration<'a> {
     pub capabilities: Option<&'a Capabilities>,
 }
 
-const COLUMNS: &str = "id, name, address, capabilities, ssh_host_keys, session, last_seen, cordoned, created, identity, withdrawn";
+const COLUMNS: &str = "id, name, address, capabilities, ssh_host_keys, session, last_seen, cordoned, created,
+    identity, withdrawn, fenced, fenced_by, fence_reason, fence_heard";
+
+pub(super) fn find_host(db: &Connection, id: HostId) -> Result<Host, Fault<Error>> {
+    let sql = format!("SELECT {COLUMNS} FROM peers WHERE id = ?1 AND kind = 'host'");
+    db.prepare_cached(&sql)?
+        .query_row([id.to_string()], read_host)
+        .optional()?
+        .ok_or(Fault::Refused(Error::NotFound { what: "host" }))
+}
 
 fn read_host(row: &Row<'_>) -> rusqlite::Result<Host> {
     Ok(Host {
@@ -103,6 +121,7 @@ fn read_host(row: &Row<'_>) -> rusqlite::Result<Host> {
         cordoned: row.get(7)?,
         created: Timestamp::from_millis(row.get(8)?),
         withdrawn: row.get::<_, Option<i64>>(10)?.map(Timestamp::from_millis),
+        fenced: super::fence::read(row, 11)?,
     })
 }
 
@@ -131,7 +150,7 @@ impl Store {
     ///
     /// A token that was made for a peer gives that peer the key of `joining`:
     /// the one it had is good for nothing from then on, and a peer that was
-    /// withdrawn is let in again.
+    /// withdrawn or fenced is let in again.
     ///
     /// # Errors
     ///
@@ -164,7 +183,8 @@ impl Store {
                         return Err(Fault::Refused(Error::Exists { what: "a peer with that identity key" }));
                     }
                     db.execute(
-                        "UPDATE peers SET identity = ?2, withdrawn = NULL WHERE id = ?1",
+                        "UPDATE peers SET identity = ?2, withdrawn = NULL, fenced = NULL, fenced_by = NULL,
+                         fence_reason = NULL, fence_heard = NULL WHERE id = ?1",
                         params![id.to_string(), joining.address.identity],
                     )?;
                     update(db, joining, id)?;
@@ -270,13 +290,7 @@ impl Store {
     ///
     /// [`Error::NotFound`], or the database failed.
     pub fn host(&self, id: HostId) -> Result<Host> {
-        self.database.read("read a host", |db| {
-            let sql = format!("SELECT {COLUMNS} FROM peers WHERE id = ?1 AND kind = 'host'");
-            db.prepare_cached(&sql)?
-                .query_row([id.to_string()], read_host)
-                .optional()?
-                .ok_or(Fault::Refused(Error::NotFound { what: "host" }))
-        })
+        self.database.read("read a host", |db| find_host(db, id))
     }
 
     /// The host of that name.
@@ -359,10 +373,7 @@ impl Store {
         self.database.write("cordon a host", |db| {
             let sql = "UPDATE peers SET cordoned = ?2 WHERE id = ?1 AND kind = 'host'";
             db.execute(sql, params![id.to_string(), cordoned])?;
-            let sql = format!("SELECT {COLUMNS} FROM peers WHERE id = ?1 AND kind = 'host'");
-            db.query_row(&sql, [id.to_string()], read_host)
-                .optional()?
-                .ok_or(Fault::Refused(Error::NotFound { what: "host" }))
+            find_host(db, id)
         })
     }
 }

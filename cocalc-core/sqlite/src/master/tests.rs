@@ -498,6 +498,68 @@ fn a_session_epoch_is_never_given_twice_even_by_a_restored_database() {
 }
 
 #[test]
+fn what_a_dead_host_had_gets_another_owner_once() {
+    let world = World::new(2);
+    let (dead, other) = (world.hosts[0], world.hosts[1]);
+    let (project, unlucky) = (world.stopped(1), world.stopped(2));
+    let (id, recovery) = (OperationId::from_bytes([9; 16]), OperationId::from_bytes([8; 16]));
+    let begin = || world.store.begin_recover(id, project.id, world.owner, dead, other, "b1", &ANY, NOW);
+    // Not without somebody's word.
+    assert!(matches!(begin(), Err(Error::NotFenced)));
+    let refused = world.store.begin_recovery(recovery, dead, world.owner, &[], NOW);
+    assert!(matches!(refused, Err(Error::NotFenced)));
+    let fence = Fence { at: NOW, by: world.owner, reason: "it burned".to_owned(), heard: None };
+    world.store.fence(dead, &fence).unwrap();
+    let second = Fence { reason: "really".to_owned(), at: NOW.plus(HOUR), ..fence.clone() };
+    assert_eq!(world.store.fence(dead, &second).unwrap().fenced, Some(fence), "the first word counts");
+    assert_eq!(world.store.fenced_hosts().unwrap(), [dead]);
+
+    let begun = world.store.begin_recovery(recovery, dead, world.owner, &[other], NOW).unwrap();
+    assert_eq!(world.store.begin_recovery(recovery, dead, world.owner, &[], NOW).unwrap(), begun);
+    let another = OperationId::from_bytes([7; 16]);
+    let busy = world.store.begin_recovery(another, dead, world.owner, &[], NOW);
+    assert!(matches!(busy, Err(Error::Busy { operation }) if operation == recovery));
+    let (_, projects) = world.store.recovery(recovery).unwrap();
+    let waiting = |project| RecoveredProject {
+        project,
+        outcome: RecoveryOutcome::Waiting,
+        operation: None,
+        details: serde_json::json!({}),
+    };
+    assert_eq!(projects, [waiting(project.id), waiting(unlucky.id)]);
+
+    let operation = begin().unwrap();
+    assert_eq!(begin().unwrap(), operation, "a repeated call finds it");
+    let epoch = project.epoch;
+    let job =
+        Job::Recover { from: dead, epoch, to: other, backup: "b1".to_owned(), was: ProjectState::Stopped };
+    assert_eq!(operation.job, job);
+    let commit = |id| world.store.recover_project(id, project.id, (dead, epoch), other).unwrap();
+    assert_eq!(commit(another), None, "another's fence");
+    world.store.unfence(dead).unwrap();
+    assert_eq!(commit(id), None, "the host is back");
+    world.store.fence(dead, &second).unwrap();
+    assert_eq!(commit(id), Some(epoch.next()));
+    assert_eq!(commit(id), None, "once");
+    let now = world.store.project(project.id).unwrap();
+    assert_eq!((now.host, now.epoch, now.fence), (other, epoch.next(), Some(id)));
+
+    let restored = RecoveredProject {
+        outcome: RecoveryOutcome::Restored,
+        operation: Some(id),
+        details: serde_json::json!({ "backup_id": "b1" }),
+        ..waiting(project.id)
+    };
+    world.store.note_recovered(recovery, &restored, NOW).unwrap();
+    world.store.cancel_recovery(recovery, NOW).unwrap();
+    world.store.end_recovery(recovery, OperationState::Cancelled, NOW).unwrap();
+    let (ended, projects) = world.store.recovery(recovery).unwrap();
+    assert_eq!((ended.state, ended.cancel, &projects[0]), (OperationState::Cancelled, true, &restored));
+    assert!(world.store.recoveries_running().unwrap().is_empty());
+    assert!(matches!(world.store.cancel_recovery(recovery, NOW), Err(Error::Stale { .. })));
+}
+
+#[test]
 fn repositories_have_keys_turns_and_an_end() {
     let world = World::new(1);
     let (one, two) = (world.stopped(1).id, world.stopped(2).id);

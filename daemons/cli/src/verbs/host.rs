@@ -10,6 +10,7 @@ use crate::{
     output::{items, print},
 };
 
+const FENCED: [&str; 5] = ["id", "name", "state", "projects", "fence.last_heard"];
 const COLUMNS: [&str; 5] = ["id", "name", "state", "cordoned", "address.url"];
 
 pub(super) fn run(api: &Api, output: Output, verb: Host) -> Result<(), Failure> {
@@ -45,6 +46,20 @@ pub(super) fn run(api: &Api, output: Output, verb: Host) -> Result<(), Failure> 
         }
         Host::Cordon { id } => {
             print(output, &api.post(&format!("/hosts/{id}/cordon"), &json!({}))?, &COLUMNS)
+        }
+        Host::Fence { id, reason, attest } => {
+            let host = api.get(&format!("/hosts/{id}"))?;
+            let name = text(&host, "name")?;
+            let question = format!(
+                "Is {name} dead for good: switched off, or never to run a project again? If it is only cut off, \
+                 its projects go on there,\nand what they write is lost when they are restored elsewhere."
+            );
+            super::confirm(attest, &question, &name, "--attest")?;
+            let body = json!({ "reason": reason, "attest": true });
+            print(output, &api.post(&format!("/hosts/{id}/fence"), &body)?, &FENCED);
+        }
+        Host::Unfence { id } => {
+            print(output, &api.post(&format!("/hosts/{id}/unfence"), &json!({}))?, &COLUMNS);
         }
         Host::Uncordon { id } => {
             print(output, &api.post(&format!("/hosts/{id}/uncordon"), &json!({}))?, &COLUMNS);

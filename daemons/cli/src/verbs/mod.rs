@@ -1,6 +1,7 @@
 //! The verbs that call the master's API.
 
 mod account;
+mod backup;
 mod certificate;
 mod host;
 mod image;
@@ -23,7 +24,7 @@ pub(crate) use self::limits::{Isolation, Limits};
 use crate::{
     api::Api,
     args::{Command, Output},
-    failure::Failure,
+    failure::{Exit, Failure},
 };
 
 /// How long a verb waits for an operation before it leaves it to go on.
@@ -35,6 +36,7 @@ pub(crate) fn run(api: &Api, output: Output, command: Command) -> Result<ExitCod
         Command::Project(verb) => return project::run(api, output, verb),
         Command::Snapshot(verb) => snapshot::run(api, output, verb)?,
         Command::Image(verb) => image::run(api, output, verb)?,
+        Command::Backup(verb) => backup::run(api, output, verb)?,
         Command::Host(verb) => host::run(api, output, verb)?,
         Command::Collaborator(verb) => account::collaborator(api, output, verb)?,
         Command::Key(verb) => account::key(api, output, verb)?,
@@ -54,12 +56,33 @@ pub(crate) fn run(api: &Api, output: Output, command: Command) -> Result<ExitCod
     Ok(ExitCode::SUCCESS)
 }
 
+/// Asks for the word `expected` before something that cannot be taken back;
+/// where nobody can be asked, `flag` says it.
+fn confirm(given: bool, question: &str, expected: &str, flag: &str) -> Result<(), Failure> {
+    if given {
+        return Ok(());
+    }
+    let asked = std::io::stdin().is_terminal() && std::io::stderr().is_terminal();
+    if !asked {
+        return Err(Failure::new(Exit::Usage, format!("say {flag}: nobody can be asked here. {question}")));
+    }
+    write!(std::io::stderr(), "{question}\nType {expected:?} to go on: ")?;
+    let mut line = String::new();
+    std::io::stdin().read_line(&mut line)?;
+    if line.trim() == expected { Ok(()) } else { Err(Failure::failed("nothing was done")) }
+}
+
 /// Waits for the operation that `answer` started, showing progress to people.
 fn settle(api: &Api, answer: &Value) -> Result<Value, Failure> {
+    settle_within(api, answer, OPERATION_LIMIT)
+}
+
+/// The same for at most `limit`.
+fn settle_within(api: &Api, answer: &Value, limit: Duration) -> Result<Value, Failure> {
     let operation =
         answer["operation_id"].as_str().ok_or_else(|| Failure::failed("the master started no operation"))?;
     let shown = std::io::stderr().is_terminal();
-    let result = api.wait(operation, OPERATION_LIMIT, |seen| {
+    let result = api.wait(operation, limit, |seen| {
         if shown {
             // Progress is a courtesy; a closed terminal must not end the wait.
             let _ = write!(std::io::stderr(), "\r\x1b[K{}", progress(seen));

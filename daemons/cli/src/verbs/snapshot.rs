@@ -39,10 +39,15 @@ pub(super) fn run(api: &Api, output: Output, verb: Snapshot) -> Result<(), Failu
 
 /// Prints what is different, page after page.
 fn diff(api: &Api, output: Output, project: &str, name: &str, to: Option<&str>) -> Result<(), Failure> {
+    changes(api, output, &format!("/projects/{project}/snapshots/{name}/diff"), to)
+}
+
+/// Prints the changes that `path` tells of, page after page.
+pub(super) fn changes(api: &Api, output: Output, path: &str, to: Option<&str>) -> Result<(), Failure> {
     let mut query = to.map_or_else(String::new, |to| format!("&to={}", encoded(to)));
     let mut all = Vec::new();
     loop {
-        let mut page = api.get(&format!("/projects/{project}/snapshots/{name}/diff?limit=1000{query}"))?;
+        let mut page = api.get(&format!("{path}?limit=1000{query}"))?;
         let changes = page["changes"].as_array_mut().map(std::mem::take).unwrap_or_default();
         match output {
             Output::Json => all.extend(changes),

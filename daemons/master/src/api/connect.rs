@@ -157,6 +157,13 @@ pub(super) async fn ways(
     if !caller.covers(id) {
         return Err(Problem::not_found("project"));
     }
+    if host.fenced.is_some() {
+        return Err(Problem::unavailable(
+            "host_fenced",
+            "the project's host is lost: it is there again when its backup has been restored elsewhere, or its \
+             host returns",
+        ));
+    }
     // One that is there, if any is.
     let proxy = proxies.iter().find(|proxy| shared.alive(Peer::Proxy(proxy.id))).or(proxies.first());
     let ways = Ways {

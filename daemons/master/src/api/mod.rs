@@ -6,6 +6,7 @@ mod backups;
 mod caller;
 mod connect;
 mod document;
+mod fences;
 mod files;
 mod health;
 mod hosts;
@@ -42,7 +43,7 @@ use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 
 use self::document::Access;
-pub(crate) use self::problem::Problem;
+pub(crate) use self::{problem::Problem, view::time};
 use crate::{limits, shared::Shared};
 
 /// No request's body is larger.
@@ -73,6 +74,7 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
         .merge(ssh_keys::routes())
         .merge(ssh_ca::routes())
         .merge(hosts::routes())
+        .merge(fences::routes())
         .merge(restores::routes())
         .merge(operations::routes())
         .merge(keys::routes())

@@ -20,7 +20,7 @@ use super::{
     input::{Asked, Body, Id},
     problem::{Answer, Problem},
     projects::Nothing,
-    view::{OperationView, time},
+    view::{OperationView, recovery_progress, time},
 };
 use crate::{operations, shared::Shared};
 
@@ -94,6 +94,34 @@ async fn find(shared: &Shared, caller: &Caller, id: OperationId) -> Answer<Opera
     if seen { Ok(operation) } else { Err(Problem::not_found("operation")) }
 }
 
+/// The operation as it is shown, if the caller may see it: on a project, on an
+/// image, or of a host's recovery, for administrators.
+async fn view(shared: &Shared, caller: &Caller, id: OperationId) -> Answer<(OperationView, OperationState)> {
+    if let Some(job) = shared.image_job(id) {
+        if !caller.admin && job.account != caller.id {
+            return Err(Problem::not_found("operation"));
+        }
+        let state = match job.state {
+            "running" => OperationState::Running,
+            "failed" => OperationState::Failed,
+            "cancelled" => OperationState::Cancelled,
+            _ => OperationState::Done,
+        };
+        return Ok((job.into(), state));
+    }
+    match find(shared, caller, id).await {
+        Ok(operation) => {
+            let state = operation.state;
+            Ok((operation.into(), state))
+        }
+        Err(problem) if problem.status() == http::StatusCode::NOT_FOUND && caller.admin => {
+            let (recovery, projects) = shared.db(move |store| store.recovery(id)).await?;
+            Ok((OperationView::of_recovery(&recovery, &projects), recovery.state))
+        }
+        Err(problem) => Err(problem),
+    }
+}
+
 /// Shows an operation.
 #[utoipa::path(get, path = "/operations/{id}", tag = "operations", params(("id" = String, Path)),
     responses((status = 200, body = OperationView), (status = "default", body = Problem)))]
@@ -102,16 +130,7 @@ async fn show(
     caller: Caller,
     Id(id): Id<OperationId>,
 ) -> Answer<Json<OperationView>> {
-    Ok(Json(look(&shared, &caller, id).await?))
-}
-
-/// The operation as people see it: on a project, or on an image.
-async fn look(shared: &Shared, caller: &Caller, id: OperationId) -> Answer<OperationView> {
-    match shared.image_job(id) {
-        Some(job) if caller.admin || job.account == caller.id => Ok(job.into()),
-        Some(_) => Err(Problem::not_found("operation")),
-        None => Ok(find(shared, caller, id).await?.into()),
-    }
+    Ok(Json(view(&shared, &caller, id).await?.0))
 }
 
 #[derive(Deserialize, IntoParams)]
@@ -135,9 +154,9 @@ async fn wait(
     let deadline = tokio::time::Instant::now() + limit;
     let mut changes = shared.operations.changes();
     loop {
-        let operation = look(&shared, &caller, id).await?;
+        let (operation, state) = view(&shared, &caller, id).await?;
         let now = tokio::time::Instant::now();
-        if operation.is_over() || now >= deadline {
+        if state != OperationState::Running || now >= deadline {
             return Ok(Json(operation));
         }
         if shared.image_job(id).is_some() {
@@ -199,13 +218,28 @@ async fn events(
     Id(id): Id<OperationId>,
     headers: http::HeaderMap,
 ) -> Answer<Sse<impl Stream<Item = Result<Event, Infallible>>>> {
-    find(&shared, &caller, id).await?;
+    view(&shared, &caller, id).await?;
     let changes = shared.operations.changes();
     let last = headers.get("last-event-id").and_then(|value| value.to_str().ok()?.parse().ok());
     let follow = Follow { shared, id, changes, after: last.unwrap_or(0), ended: false };
     let batches = stream::unfold(follow, async |mut follow| follow.next().await.map(|batch| (batch, follow)));
     Ok(Sse::new(batches.flat_map(stream::iter))
         .keep_alive(KeepAlive::new().interval(Duration::from_secs(15))))
+}
+
+/// How a recovery stands, if it has changed after `after`: its events are not
+/// kept one by one.
+fn recovery_events(
+    recovery: &store::Recovery,
+    projects: &[store::RecoveredProject],
+    after: u64,
+) -> Vec<store::Event> {
+    let seq = u64::try_from(recovery.updated.millis()).unwrap_or(0);
+    if seq <= after {
+        return Vec::new();
+    }
+    let (phase, progress) = recovery_progress(projects);
+    vec![store::Event { seq, at: recovery.updated, phase, progress }]
 }
 
 /// Somebody follows an operation.
@@ -226,9 +260,17 @@ impl Follow {
         }
         loop {
             let (id, after) = (self.id, self.after);
-            let read = move |store: &store::Store| Ok((store.operation(id)?, store.events(id, after)?));
+            let read = move |store: &store::Store| match store.operation(id) {
+                Ok(operation) => Ok((operation.state, operation.into(), store.events(id, after)?)),
+                Err(store::Error::NotFound { .. }) => {
+                    let (recovery, projects) = store.recovery(id)?;
+                    let view = OperationView::of_recovery(&recovery, &projects);
+                    Ok((recovery.state, view, recovery_events(&recovery, &projects, after)))
+                }
+                Err(error) => Err(error),
+            };
             // A database that fails ends the stream; the client asks again.
-            let (operation, news) = self.shared.db(read).await.ok()?;
+            let (state, operation, news) = self.shared.db(read).await.ok()?;
             let mut batch = Vec::with_capacity(news.len() + 1);
             for event in news {
                 self.after = event.seq;
@@ -240,9 +282,9 @@ impl Follow {
                     .id(event.seq.to_string())
                     .data(data.to_string())));
             }
-            if operation.state != OperationState::Running {
+            if state != OperationState::Running {
                 self.ended = true;
-                let data = serde_json::to_string(&OperationView::from(operation)).unwrap_or_default();
+                let data = serde_json::to_string(&operation).unwrap_or_default();
                 batch.push(Ok(Event::default().event("end").data(data)));
             }
             if !batch.is_empty() {
@@ -253,8 +295,10 @@ impl Follow {
     }
 }
 
-/// Asks an operation to cancel. A move that has not been committed is undone;
-/// other operations, and a move after that, only go forward.
+/// Asks an operation to cancel. A move or a recovery that has not been committed
+/// is undone, and a restore that has not put anything in place; other operations,
+/// and these after that, only go forward. Of `restore_all` no further project is
+/// begun.
 #[utoipa::path(post, path = "/operations/{id}/cancel", tag = "operations", params(("id" = String, Path)),
     responses((status = 202, body = OperationView), (status = "default", body = Problem)))]
 async fn cancel(
@@ -273,7 +317,19 @@ async fn cancel(
         let job = shared.cancel_image_job(id).unwrap_or(job);
         return Ok((http::StatusCode::ACCEPTED, Json(job.into())));
     }
-    let operation = find(&shared, &caller, id).await?;
+    let operation = match find(&shared, &caller, id).await {
+        Err(problem) if problem.status() == http::StatusCode::NOT_FOUND && caller.admin => {
+            shared.db(move |store| store.recovery(id)).await?;
+            return match shared.cancel_recovery(id).await {
+                Ok(_) => Ok((http::StatusCode::ACCEPTED, Json(view(&shared, &caller, id).await?.0))),
+                Err(store::Error::Stale { .. }) => {
+                    Err(Problem::conflict("operation_ended", "the operation has ended"))
+                }
+                Err(error) => Err(error.into()),
+            };
+        }
+        found => found?,
+    };
     let project = caller.project(&shared, operation.project, Some(cocalc_ids::Action::Administer)).await;
     if operation.state != OperationState::Running {
         return Err(Problem::conflict(
@@ -282,9 +338,16 @@ async fn cancel(
         ));
     }
     project?;
-    let cancellable =
-        matches!(operation.job, store::Job::Move { .. } | store::Job::BackUp | store::Job::DrillBackup)
-            && operation.progress["cancellable"] != false;
+    let can_be = matches!(
+        operation.job,
+        store::Job::Move { .. }
+            | store::Job::Recover { .. }
+            | store::Job::RestoreBackup { .. }
+            | store::Job::FromBackup { .. }
+            | store::Job::BackUp
+            | store::Job::DrillBackup
+    );
+    let cancellable = can_be && operation.progress["cancellable"] != false;
     if !cancellable {
         return Err(Problem::conflict("not_cancellable", "this operation only goes forward now"));
     }

@@ -84,7 +84,7 @@ async fn create(
     };
     let image = new.image.as_deref().map(|image| images::resolve(&shared, image)).transpose()?;
     let needs = Needs { image, quota_bytes: new.quota_bytes, only };
-    let candidates = candidates(&shared).await?;
+    let candidates = shared.candidates().await?;
     let host = placed(&candidates, &needs)?;
     // The host's default is pinned now: it may change, and the project's upper
     // layer belongs to the image it was made on, wherever it moves.
@@ -114,25 +114,7 @@ pub(super) async fn chosen(
     quota_bytes: Option<u64>,
     only: Option<HostId>,
 ) -> Answer<HostId> {
-    placed(&candidates(shared).await?, &Needs { image, quota_bytes, only })
-}
-
-async fn candidates(shared: &Shared) -> Answer<Vec<Candidate>> {
-    let (hosts, counts) = shared.db(|store| Ok((store.hosts()?, store.project_counts()?))).await?;
-    let counts: std::collections::BTreeMap<_, _> = counts.into_iter().collect();
-    let candidate = |host: cocalc_sqlite::master::Host| {
-        let can = host.capabilities?;
-        Some(Candidate {
-            host: host.id,
-            alive: shared.alive(Peer::Host(host.id)),
-            cordoned: host.cordoned,
-            isolation: can.runner.isolation,
-            images: can.images,
-            free_bytes: can.free_bytes,
-            projects: counts.get(&host.id).copied().unwrap_or(0),
-        })
-    };
-    Ok(hosts.into_iter().filter_map(candidate).collect())
+    placed(&shared.candidates().await?, &Needs { image, quota_bytes, only })
 }
 
 #[derive(Serialize, ToSchema)]

@@ -2,7 +2,9 @@
 
 use cocalc_core::router::HostAddress;
 use cocalc_ids::Timestamp;
-use cocalc_sqlite::master::{Account, Host, Operation, Project};
+use cocalc_sqlite::master::{
+    Account, Fence, Host, Operation, OperationState, Project, RecoveredProject, Recovery, RecoveryOutcome,
+};
 use serde::Serialize;
 use serde_json::Value;
 use utoipa::ToSchema;
@@ -114,8 +116,8 @@ impl From<HostAddress> for AddressView {
 pub(crate) struct HostView {
     id: String,
     name: String,
-    /// `connected`, `withdrawn`, or `away` when its lease has run out, or it
-    /// never came.
+    /// `connected`, `withdrawn`, `fenced`, or `away` when its lease has run out,
+    /// or it never came.
     state: &'static str,
     cordoned: bool,
     address: AddressView,
@@ -127,6 +129,8 @@ pub(crate) struct HostView {
     last_seen: Option<String>,
     /// How many projects it owns.
     projects: u64,
+    /// Who has said that it is dead. Administrators only.
+    fence: Option<FenceView>,
 }
 
 impl HostView {
@@ -134,10 +138,11 @@ impl HostView {
         Self {
             id: host.id.to_string(),
             name: host.name.to_string(),
-            state: match (host.withdrawn, connected) {
-                (Some(_), _) => "withdrawn",
-                (None, true) => "connected",
-                (None, false) => "away",
+            state: match (host.withdrawn, &host.fenced, connected) {
+                (Some(_), ..) => "withdrawn",
+                (None, Some(_), _) => "fenced",
+                (None, None, true) => "connected",
+                (None, None, false) => "away",
             },
             cordoned: host.cordoned,
             address: host.address.into(),
@@ -145,6 +150,29 @@ impl HostView {
             capabilities: host.capabilities.filter(|_| admin).and_then(|can| serde_json::to_value(can).ok()),
             last_seen: host.last_seen.map(time),
             projects,
+            fence: host.fenced.filter(|_| admin).map(Into::into),
+        }
+    }
+}
+
+/// Somebody's word that a host is dead.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct FenceView {
+    since: String,
+    /// The account whose word it is.
+    by: String,
+    reason: String,
+    /// When the host had been heard of last.
+    last_heard: Option<String>,
+}
+
+impl From<Fence> for FenceView {
+    fn from(fence: Fence) -> Self {
+        Self {
+            since: time(fence.at),
+            by: fence.by.to_string(),
+            reason: fence.reason,
+            last_heard: fence.heard.map(time),
         }
     }
 }
@@ -154,8 +182,11 @@ impl HostView {
 pub(crate) struct OperationView {
     id: String,
     kind: &'static str,
-    /// The project that it is about; none if it is about an image.
+    /// The project that it is about; of `restore_all` and of work on images, none.
     project_id: Option<String>,
+    /// The host that it is about, of `restore_all`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    host_id: Option<String>,
     /// `running`, `done`, `failed` or `cancelled`.
     state: &'static str,
     /// What is being done, for people.
@@ -181,6 +212,7 @@ impl From<Operation> for OperationView {
             id: operation.id.to_string(),
             kind: operation.job.kind(),
             project_id: Some(operation.project.to_string()),
+            host_id: None,
             state: operation.state.as_str(),
             phase: operation.phase,
             progress: operation.progress,
@@ -194,9 +226,32 @@ impl From<Operation> for OperationView {
 }
 
 impl OperationView {
-    /// Whether it has ended.
-    pub(crate) fn is_over(&self) -> bool {
-        self.state != "running"
+    /// A recovery as an operation: its progress has the counts, and what became
+    /// of each project.
+    pub(crate) fn of_recovery(recovery: &Recovery, projects: &[RecoveredProject]) -> Self {
+        let (phase, progress) = recovery_progress(projects);
+        let millis = recovery.updated.since(recovery.created).as_millis();
+        let error = (recovery.state == OperationState::Failed).then(|| {
+            let detail = format!(
+                "{} of {} projects are up again, {} have no backup, {} failed: look at progress.projects",
+                progress["restored"], progress["total"], progress["no_backup"], progress["failed"]
+            );
+            serde_json::json!({ "code": "not_all_restored", "detail": detail })
+        });
+        Self {
+            id: recovery.id.to_string(),
+            kind: "restore_all",
+            project_id: None,
+            host_id: Some(recovery.host.to_string()),
+            state: recovery.state.as_str(),
+            phase,
+            progress,
+            error,
+            cancelling: recovery.cancel,
+            created: time(recovery.created),
+            updated: time(recovery.updated),
+            millis: u64::try_from(millis).unwrap_or(u64::MAX),
+        }
     }
 }
 
@@ -207,6 +262,7 @@ impl From<ImageJob> for OperationView {
             id: job.id.to_string(),
             kind: job.kind,
             project_id: None,
+            host_id: None,
             state: job.state,
             phase: job.phase,
             progress: job.progress,
@@ -217,6 +273,30 @@ impl From<ImageJob> for OperationView {
             millis: u64::try_from(millis).unwrap_or(u64::MAX),
         }
     }
+}
+
+/// How far a recovery is: for people, and the counts with what became of each
+/// project.
+pub(crate) fn recovery_progress(projects: &[RecoveredProject]) -> (String, Value) {
+    use RecoveryOutcome::{Failed, NoBackup, Passed, Restored, Restoring, Waiting};
+    let count = |outcome| projects.iter().filter(|one| one.outcome == outcome).count();
+    let list: Vec<Value> = projects
+        .iter()
+        .map(|one| {
+            let mut shown = one.details.clone();
+            shown["project_id"] = one.project.to_string().into();
+            shown["outcome"] = one.outcome.as_str().into();
+            shown["operation_id"] = one.operation.map(|id| id.to_string()).into();
+            shown
+        })
+        .collect();
+    let done = projects.len() - count(Waiting) - count(Restoring);
+    let progress = serde_json::json!({
+        "total": projects.len(), "restored": count(Restored), "no_backup": count(NoBackup),
+        "failed": count(Failed), "passed": count(Passed), "restoring": count(Restoring),
+        "waiting": count(Waiting), "projects": list,
+    });
+    (format!("{done} of {} projects", projects.len()), progress)
 }
 
 /// Work that was begun.

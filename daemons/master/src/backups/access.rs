@@ -19,8 +19,8 @@ impl Shared {
     /// the signature of its identity key.
     pub(crate) async fn sealing_key(&self, host: HostId) -> store::Result<Option<SealingKey>> {
         let found = self.db(move |store| store.host(host)).await?;
-        let announced =
-            found.capabilities.and_then(|can| can.sealing_key).filter(|_| found.withdrawn.is_none());
+        let out = found.is_out();
+        let announced = found.capabilities.and_then(|can| can.sealing_key).filter(|_| !out);
         let Some(announced) = announced else { return Ok(None) };
         let identity = found.address.identity.parse().ok();
         let key = identity.and_then(|identity| Announced::from(announced).verify(&identity).ok());
@@ -48,8 +48,9 @@ impl Shared {
         };
         let BackupAccess { project, epoch, repository, access } = request.clone();
         let owned = self.db(move |store| store.ownership(project)).await?;
+        let comes = access == Access::Read && repository == project && self.comes_to(host, project).await?;
         match owned {
-            Some((owner, current, false)) if owner == host && current == epoch => {}
+            Some((owner, current, false)) if (owner == host || comes) && current == epoch => {}
             _ => return refused(format!("project {project} is not this host's in epoch {epoch}")),
         }
         if access == Access::Delete {
@@ -85,6 +86,18 @@ impl Shared {
         let Some(sealed) = sealed else { return refused("the key cannot be sealed".to_owned()) };
         self.audit.record(self.of_key(host, &request, "key", "given"));
         Ok(PeerReply::BackupAccess { sealed })
+    }
+
+    /// Whether a project of a dead host is being brought up on `host`.
+    async fn comes_to(&self, host: HostId, project: ProjectId) -> store::Result<bool> {
+        let running = self.db(move |store| match store.project(project) {
+            Ok(found) => found.fence.map(|id| store.operation(id)).transpose(),
+            Err(store::Error::NotFound { .. }) => Ok(None),
+            Err(error) => Err(error),
+        });
+        Ok(running
+            .await?
+            .is_some_and(|operation| matches!(operation.job, Job::Recover { to, .. } if to == host)))
     }
 
     /// Whether backups of `source` are being restored into `project`.

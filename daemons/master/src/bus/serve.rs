@@ -14,7 +14,7 @@ use cocalc_core::{
     router::{Reach, Route},
     subject::is_subject,
 };
-use cocalc_ids::{Epoch, OperationId, ProjectId};
+use cocalc_ids::{Epoch, HostId, OperationId, ProjectId};
 use cocalc_sqlite::master::{self as store, Job, ProjectState, Registration};
 use tokio::{sync::Semaphore, task::JoinSet};
 
@@ -130,6 +130,12 @@ async fn respond(shared: &Arc<Shared>, peer: Peer, request: PeerRequest) -> stor
     let its_last = matches!(request, PeerRequest::Acknowledge { .. });
     if shared.peers.is_withdrawn(peer) && !its_last && is_withdrawn(shared, peer).await? {
         return Ok(PeerReply::Error { message: "this host or proxy was withdrawn".to_owned() });
+    }
+    // It hears who owns what it holds, and nothing else.
+    let of_fenced = matches!(request, PeerRequest::Register(_) | PeerRequest::AuditHead { .. });
+    if shared.peers.is_fenced(peer) && !its_last && !of_fenced {
+        let message = "an operator has fenced this host: it gets no lease until `cocalc host unfence`";
+        return Ok(PeerReply::Error { message: message.to_owned() });
     }
     match request {
         PeerRequest::Register(register) => return register_peer(shared, peer, *register).await,
@@ -312,6 +318,7 @@ async fn register_peer(shared: &Arc<Shared>, peer: Peer, register: Register) -> 
     // What is held: whoever owns it now says so, and the host's word on the
     // state counts where it is the owner.
     let row = register.clone();
+    let fenced = shared.peers.is_fenced(peer);
     let owners = shared
         .db(move |store| {
             let mut owners = Vec::new();
@@ -320,13 +327,20 @@ async fn register_peer(shared: &Arc<Shared>, peer: Peer, register: Register) -> 
                 if let Some((host, epoch, _)) = store.ownership(project)? {
                     owners.push((project, host, epoch));
                 }
-                if let Peer::Host(host) = peer {
+                // Of one that is fenced nothing is believed.
+                if let Peer::Host(host) = peer
+                    && !fenced
+                {
                     store.observe(host, &held.report)?;
                 }
             }
             Ok(owners)
         })
         .await?;
+    if fenced {
+        tracing::warn!(?peer, "a host that is fenced is there, and gets no lease");
+        return Ok(registered(shared, owners));
+    }
     shared.peers.registered(peer, register.session, shared.clock.boot());
     shared.heard(peer);
     tracing::info!(?peer, name = %register.name, session = %register.session, "registered");
@@ -343,13 +357,18 @@ async fn register_peer(shared: &Arc<Shared>, peer: Peer, register: Register) -> 
             shared.announce_host(host).await?;
         }
     }
-    Ok(PeerReply::Registered(Registered {
+    Ok(registered(shared, owners))
+}
+
+/// The answer to a registration.
+fn registered(shared: &Shared, owners: Vec<(ProjectId, HostId, Epoch)>) -> PeerReply {
+    PeerReply::Registered(Registered {
         issuer: shared.issuer.clone(),
         settings: shared.settings,
         owners,
         now: shared.now(),
         backups: shared.backups.as_ref().map(|backups| backups.policy()),
-    }))
+    })
 }
 
 async fn route(shared: &Shared, project: ProjectId) -> store::Result<Option<Route>> {
@@ -357,7 +376,7 @@ async fn route(shared: &Shared, project: ProjectId) -> store::Result<Option<Rout
         .db(move |store| match store.ownership(project)? {
             Some((host, epoch, false)) => {
                 let found = store.host(host)?;
-                if found.withdrawn.is_some() {
+                if found.is_out() {
                     return Ok(None);
                 }
                 Ok(Some(Route { project, host, epoch, how: Reach::Remote(found.address) }))
@@ -370,7 +389,7 @@ async fn route(shared: &Shared, project: ProjectId) -> store::Result<Option<Rout
 /// Somebody asked for a stopped project. The host has authorized them.
 async fn wake(
     shared: &Arc<Shared>,
-    host: cocalc_ids::HostId,
+    host: HostId,
     project: ProjectId,
     epoch: Epoch,
 ) -> store::Result<PeerReply> {
@@ -427,8 +446,6 @@ async fn stop_idle(
 
 #[cfg(test)]
 mod tests {
-    use cocalc_ids::HostId;
-
     use super::*;
 
     #[test]

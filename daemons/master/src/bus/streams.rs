@@ -267,9 +267,10 @@ pub(crate) fn peer_state(store: &Store, shared: &Shared) -> store::Result<Vec<En
     Ok(entries)
 }
 
-/// Where a host is. One that was withdrawn is nowhere, and no key proves it.
+/// Where a host is. One that was withdrawn or fenced is nowhere, and no key
+/// proves it.
 pub(crate) fn host_entry(host: &store::Host) -> store::Result<Entry> {
-    let address = if host.withdrawn.is_some() { HostAddress::default() } else { host.address.clone() };
+    let address = if host.is_out() { HostAddress::default() } else { host.address.clone() };
     let address = serde_json::to_value(&address).map_err(|error| {
         store::Error::Store(cocalc_sqlite::Error::Failed {
             operation: "write an address",

@@ -79,6 +79,8 @@ pub(super) enum Failure {
     OtherHost,
     /// The host is not there, and did not get the command.
     NoAnswer,
+    /// Somebody has said that the host is dead.
+    Fenced,
     /// The answer is not the receipt of what was asked for.
     NoReceipt,
     /// The master's own store.
@@ -97,6 +99,9 @@ impl Failure {
             Self::Refused(error) => (code(error.code), error.message),
             Self::OtherHost => ("other_host", OTHER_HOST.to_owned()),
             Self::NoAnswer => ("host_unavailable", "the project's host does not answer".to_owned()),
+            Self::Fenced => {
+                ("host_fenced", "the project's host was fenced: somebody has said that it is dead".to_owned())
+            }
             Self::NoReceipt => {
                 ("internal", "the host answered with the receipt of something else".to_owned())
             }
@@ -260,6 +265,7 @@ async fn act(
         }
         // Driven elsewhere.
         Job::Move { .. }
+        | Job::Recover { .. }
         | Job::BackUp
         | Job::ForgetBackups { .. }
         | Job::PruneBackups
@@ -452,6 +458,10 @@ impl Call<'_> {
                 && to != session
             {
                 (sent, away_since) = (Sent::No, None);
+            }
+            // Whatever it has heard, it does for nobody. A deletion stays asked for.
+            if self.shared.peers.is_fenced(peer) && self.operation.job != Job::Delete {
+                return Err(Failure::Fenced);
             }
             let answer = match session {
                 Some(session) => {

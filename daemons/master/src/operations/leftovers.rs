@@ -14,6 +14,8 @@ use crate::shared::Shared;
 
 /// How long a host may take to forget a project.
 const LIMIT: Duration = Duration::from_secs(600);
+/// How many operations of a project are looked through.
+const OPERATIONS_MAX: usize = 10_000;
 /// How long to wait before asking again. A host that has just registered may
 /// not hear commands yet; one that is away is asked when it registers.
 const PAUSES: [Duration; 3] = [Duration::from_millis(200), Duration::from_secs(1), Duration::from_secs(5)];
@@ -30,6 +32,7 @@ pub(super) async fn note(shared: &Shared, project: &Project) -> store::Result<()
                     Err(error) => tracing::warn!(move_id = %row.id, %error, "an old move cannot be read"),
                 }
             }
+            hosts.extend(super::recovering::hosts(&store.operations_of(id, OPERATIONS_MAX)?));
             hosts.retain(|host| *host != owner);
             store.leave(id, &hosts)
         })

@@ -8,6 +8,8 @@ mod backing_up;
 mod job;
 mod leftovers;
 mod moving;
+mod recovering;
+mod recovery;
 mod restoring;
 
 use std::{
@@ -101,6 +103,7 @@ async fn work(shared: &Arc<Shared>, id: OperationId, cancelled: watch::Receiver<
     }
     match operation.job {
         Job::Move { .. } => moving::run(shared, &operation, cancelled).await,
+        Job::Recover { .. } => recovering::run(shared, &operation, cancelled).await,
         _ if operation.job.is_beside() => backing_up::run(shared, &operation, cancelled).await,
         _ => job::run(shared, &operation, cancelled).await,
     }
@@ -183,7 +186,7 @@ impl Shared {
                 "going on with an operation");
             self.run(operation);
         }
-        Ok(())
+        self.resume_recoveries().await
     }
 
     async fn run_if_new(self: &Arc<Self>, id: OperationId) -> store::Result<()> {
@@ -222,7 +225,7 @@ impl Shared {
         });
     }
 
-    /// Asks an operation to cancel. Only moves, backups and restores can be: the others
+    /// Asks an operation to cancel. Only moves, recoveries, backups and restores can be: the others
     /// are one step on the host, which would have to be waited for anyway.
     pub(crate) async fn cancel(&self, id: OperationId) -> store::Result<Operation> {
         let now = self.now();

@@ -75,6 +75,10 @@ const CALLS: &[&str] = &[
     "DELETE /projects/{id}/backups/{backup}",
     "GET /projects/{id}/backups/{backup}/find",
     "GET /projects/{id}/backups/{backup}/ls",
+    "POST /projects/{id}/backups/{backup}/restore",
+    "POST /hosts/{id}/fence",
+    "POST /hosts/{id}/unfence",
+    "POST /hosts/{id}/restore-all",
     "GET /proxies",
     "!POST /proxies/join",
     "GET /ssh-keys",
@@ -299,7 +303,8 @@ fn every_code_is_in_the_contract() {
     let job = std::fs::read_to_string(root.join("src/operations/job.rs")).unwrap();
     used.extend(job.split("ErrorCode::").skip(1).filter_map(|text| word(text.split_once("=> ")?.1)));
     used.extend(
-        ["host_failed", "internal", "start_failed", "move_aborted", "drill_failed"].map(str::to_owned),
+        ["host_failed", "internal", "start_failed", "move_aborted", "drill_failed", "not_all_restored"]
+            .map(str::to_owned),
     );
     used.insert("snapshot_exists".to_owned());
     assert_eq!(listed, used, "listed on the left, used on the right");

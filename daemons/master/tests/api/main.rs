@@ -4,6 +4,7 @@
 
 mod access;
 mod document;
+mod fences;
 mod files;
 mod limits;
 mod login;

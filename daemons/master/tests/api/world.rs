@@ -372,6 +372,11 @@ impl Host {
         Self { id, script, client, session, _tasks: tasks }
     }
 
+    /// The process that it is now.
+    pub(crate) fn session(&self) -> SessionId {
+        *self.session.lock().unwrap()
+    }
+
     /// Comes as another process.
     pub(crate) fn again(&self) {
         *self.session.lock().unwrap() = SessionId::random();
