@@ -56,6 +56,10 @@ impl Runner for Metered {
         self.runner.start(spec).await
     }
 
+    fn start_phases(&self, project: ProjectId) -> Vec<(String, u64)> {
+        self.runner.start_phases(project)
+    }
+
     async fn stop(&self, project: ProjectId, grace: Duration) -> Result<Status> {
         self.runner.stop(project, grace).await
     }

@@ -28,7 +28,7 @@ pub use self::settings::ImageSettings;
 use self::work::Work;
 
 /// What was asked for so recently is about to be used.
-const FRESH: Duration = Duration::from_secs(600);
+const FRESH: Duration = Duration::from_secs(30);
 /// The use of an image is written down when it is so much later than the last
 /// that was.
 const USE_STEP: Duration = Duration::from_secs(3600);
@@ -181,7 +181,6 @@ impl Images {
         world: &World,
     ) -> Result<ImageReply, CommandError> {
         let store = self.store()?;
-        self.path(digest).ok_or_else(|| missing(digest))?;
         let name = name.map(|name| clean_name(&name)).transpose()?;
         if let Some(name) = &name {
             self.take_name(name, digest).await?;
