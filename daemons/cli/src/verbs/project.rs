@@ -91,11 +91,11 @@ pub(super) fn run(api: &Api, output: Output, verb: Project) -> Result<ExitCode, 
             if let Some(complaint) = answer["complaint"].as_str() {
                 eprintln!("cocalc: {}", tame(complaint));
             }
-            print(
-                output,
-                items(&answer, "apps"),
-                &["name", "state", "port", "starts", "viewable", "command"],
-            );
+            let columns = ["name", "state", "port", "starts", "viewable", "command"];
+            match output {
+                Output::Json => print(output, &answer, &[]),
+                Output::Table => print(output, items(&answer, "apps"), &columns),
+            }
         }
         Project::Apps { id, restart: Some(name) } => {
             api.post(&format!("/projects/{id}/apps/{}/restart", encoded(&name)), &json!({}))?;
