@@ -2,12 +2,9 @@
 //! a few at a time. What became of each project is in the database, from which
 //! the next process goes on.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
-use cocalc_core::{
-    backups::{Answer, Backup, Query, Status},
-    connector::Peer,
-};
+use cocalc_core::backups::{Answer, Backup, Query, Status};
 use cocalc_ids::{AccountId, HostId, OperationId, ProjectId, Timestamp};
 use cocalc_sqlite::master::{
     self as store, Operation, OperationState, Project, ProjectState, RecoveredProject, Recovery,
