@@ -53,6 +53,7 @@ const asked = [];
 const world = {
   document: { getElementById: (id) => byId.get(id) ?? null, createElement: (kind) => new Node(kind) },
   sessionStorage: {}, location: { origin: "http://master.example" }, URL, URLSearchParams, Date, Math, Number, JSON, String, Error,
+  setInterval: () => 0,
   confirm: (text) => { asked.push(text); return sure; },
   fetch: async (path, { method, body }) => {
     calls.push({ method, path, body: body && JSON.parse(body) });
