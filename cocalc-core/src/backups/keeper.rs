@@ -325,7 +325,13 @@ impl Keeper {
         wait: Duration,
     ) -> Result<BackupsReply, CommandError> {
         // Before it is begun, which counts.
-        self.0.parts.ledger.permit(project, epoch)?;
+        match &work {
+            // The project may be one that this host is to have only.
+            BackupsWork::Fetch { move_id, .. } => self.may_fetch(project, epoch, *move_id)?,
+            BackupsWork::BackUp | BackupsWork::Drill => {
+                self.0.parts.ledger.permit(project, epoch)?;
+            }
+        }
         let keeper = self.clone();
         let step = match work {
             BackupsWork::Drill => match &self.0.parts.trial {

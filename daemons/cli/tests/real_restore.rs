@@ -11,7 +11,7 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use world::{LIMIT, World, program, run_line, until, way};
+use world::{World, program, run_line, until, way};
 
 /// A federation of plain directories and processes, with backups in a directory
 /// beside it, and leases that run out soon.
@@ -136,11 +136,11 @@ fn what_a_dead_host_had_comes_up_elsewhere_and_its_return_harms_nobody() {
     assert!(error.starts_with("409") && error.contains(&id), "one at a time: {error}");
     let error = world.call("POST", "/hosts/alpha/unfence", json!({})).unwrap_err();
     assert!(error.starts_with("409"), "{error}");
-    restoring(&world, &lucky);
+    restoring(&world, &id, &lucky);
     world.kill("master");
     world.start("master");
     until("the master", || world.call("GET", "/account", Value::Null).ok());
-    restoring(&world, &lucky);
+    restoring(&world, &id, &lucky);
     world.kill("beta");
     world.start("beta");
 
@@ -211,14 +211,17 @@ fn what_a_dead_host_had_comes_up_elsewhere_and_its_return_harms_nobody() {
     std::fs::remove_dir_all(place).unwrap();
 }
 
-/// Waits until bytes of a project are being restored.
-fn restoring(world: &World, project: &str) {
+/// Waits until a project of the recovery `id` is being restored.
+fn restoring(world: &World, id: &str, project: &str) {
     until("bytes of a restore", || {
+        let all = world.call("GET", &format!("/operations/{id}"), Value::Null).ok()?;
+        assert_eq!(all["state"], "running", "{all}\n{}", world.log());
         let fence = world.call("GET", &format!("/projects/{project}"), Value::Null).ok()?;
-        let id = fence["operation_id"].as_str()?.to_owned();
-        let seen = world.call("GET", &format!("/operations/{id}"), Value::Null).ok()?;
-        assert_eq!(seen["kind"], "recover", "within {LIMIT:?}: {seen}");
-        (seen["phase"] == "restoring").then_some(())
+        let seen = world
+            .call("GET", &format!("/operations/{}", fence["operation_id"].as_str()?), Value::Null)
+            .ok()?;
+        assert_eq!(seen["kind"], "recover", "{seen}");
+        (seen["phase"] == "restoring" && seen["progress"]["bytes"].as_u64() > Some(0)).then_some(())
     });
 }
 

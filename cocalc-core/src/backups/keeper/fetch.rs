@@ -61,7 +61,7 @@ impl Keeper {
     }
 
     /// The project is this host's, or is to be.
-    fn may_fetch(
+    pub(super) fn may_fetch(
         &self,
         project: ProjectId,
         epoch: Epoch,

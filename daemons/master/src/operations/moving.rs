@@ -358,6 +358,11 @@ impl MoveEffects for Effects {
         command: HostCommand,
         timeout: Duration,
     ) -> Result<HostReply, NoAnswer> {
+        if self.shared.peers.is_fenced(Peer::Host(host))
+            && let Some(reply) = over_at_the_dead(&command)
+        {
+            return Ok(reply);
+        }
         self.shared.returned(Peer::Host(host), AWAY_MAX).await;
         let reply = self.shared.command(host, &command, timeout).await?;
         if let HostReply::Move { receipt: MoveReply::Activated { report, .. }, .. } = &reply {
@@ -417,6 +422,20 @@ impl MoveEffects for Effects {
     fn progress(&self, state: &MoveState) {
         self.show.send_replace(state.clone());
     }
+}
+
+/// What counts as done at a host that somebody has said to be dead: what lets it
+/// go on, or let go, or tidy up. If it comes back, it hears who has what.
+fn over_at_the_dead(command: &HostCommand) -> Option<HostReply> {
+    let HostCommand::Move { move_id, step, .. } = command else { return None };
+    let receipt = match step {
+        MoveCommand::Thaw { epoch, .. } => MoveReply::Thawed { epoch: *epoch },
+        MoveCommand::Retire { .. } => MoveReply::Retired,
+        MoveCommand::Discard => MoveReply::Discarded,
+        MoveCommand::Clean { .. } => MoveReply::Cleaned,
+        _ => return None,
+    };
+    Some(HostReply::Move { move_id: *move_id, receipt })
 }
 
 impl Effects {

@@ -4,9 +4,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use cocalc_core::{
-    backups::{Answer, Backup, Query, Status},
-};
+use cocalc_core::backups::{Answer, Backup, Query, Status};
 use cocalc_ids::{AccountId, HostId, OperationId, ProjectId, Timestamp};
 use cocalc_sqlite::master::{
     self as store, Operation, OperationState, Project, ProjectState, RecoveredProject, Recovery,
@@ -343,9 +341,11 @@ fn loss(backup: &Backup, status: Option<&Status>, heard: Option<Timestamp>) -> V
     );
     let text = match pending {
         Some(since) => format!("what changed from {} on is lost: no backup had it; {host}", time(since)),
-        None if is_last => {
-            format!("nothing is known to have changed after the backup of {}; {host}", time(backup.taken))
-        }
+        // Silence is no proof: perhaps nobody looked.
+        None if is_last => format!(
+            "what changed after the backup of {} is lost, though its host told of no change; {host}",
+            time(backup.taken)
+        ),
         None => format!("what changed after the backup of {} is lost; {host}", time(backup.taken)),
     };
     json!({
@@ -407,7 +407,7 @@ mod tests {
             millis: 1,
         });
         let none = loss(&backup, Some(&status), heard);
-        assert!(none["text"].as_str().unwrap().starts_with("nothing is known to have changed"), "{none}");
+        assert!(none["text"].as_str().unwrap().contains("told of no change"), "{none}");
         status.pending_since = Some(taken.plus(Duration::from_secs(60)));
         let pending = loss(&backup, Some(&status), heard);
         assert!(pending["text"].as_str().unwrap().starts_with("what changed from 20"), "{pending}");

@@ -309,3 +309,30 @@ fn every_code_is_in_the_contract() {
     used.insert("snapshot_exists".to_owned());
     assert_eq!(listed, used, "listed on the left, used on the right");
 }
+
+/// The project page runs its script alone, and shows what others named as text.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_project_page_takes_names_for_text() {
+    let world = World::new().await;
+    let path = format!("/projects/{}", cocalc_ids::ProjectId::random());
+    let (url, dir) = (format!("{}{path}", world.url), tempfile::tempdir().unwrap());
+    let (policy, page) = tokio::task::spawn_blocking(move || {
+        let mut answer = ureq::get(&url).call().unwrap();
+        let policy = answer.headers()["content-security-policy"].to_str().unwrap().to_owned();
+        (policy, answer.body_mut().read_to_string().unwrap())
+    })
+    .await
+    .unwrap();
+    assert!(policy.contains("script-src 'sha256-") && !policy.contains("script-src 'unsafe"), "{policy}");
+    // One script, which the policy names, and no handler in markup.
+    assert_eq!(page.matches("<script").count(), 1);
+    for handler in ["onclick", "onload", "onerror", "onsubmit", "javascript:"] {
+        assert!(!page.contains(handler), "{handler}");
+    }
+    let file = dir.path().join("page.html");
+    std::fs::write(&file, page).unwrap();
+    let script = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/page.mjs");
+    let ran = std::process::Command::new("node").arg(script).arg(&file).output();
+    let ran = ran.expect("node is needed: .ci/setup.sh installs it");
+    assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
+}
