@@ -225,6 +225,7 @@ impl World {
         told: &Arc<Mutex<Vec<Status>>>,
     ) -> Keeper {
         let hears = Arc::clone(told);
+        let read = Arc::clone(vault) as Arc<dyn Backups>;
         let parts = KeeperParts {
             ledger: ledger.clone(),
             storage: Arc::clone(storage),
@@ -233,6 +234,8 @@ impl World {
             clock: Arc::new(clock.clone()),
             statuses: Arc::clone(kept) as Arc<dyn StatusStore>,
             tell: Arc::new(move |status| hears.lock().unwrap().push(status.clone())),
+            reading: Arc::new(move |_, _| Arc::clone(&read)),
+            free_bytes: Arc::new(|| u64::MAX),
             jobs_max: JOBS,
             trial: None,
         };
