@@ -159,7 +159,7 @@ impl Groups {
                 memory_limit_bytes: count(&unified, "memory.max"),
                 cpu_micros: named(text(&unified, "cpu.stat"), "usage_usec").unwrap_or(0),
                 pids: count(&unified, "pids.current").unwrap_or(0),
-                oom_kills: named(text(&unified, "memory.events"), "oom_kill").unwrap_or(0),
+                oom_kills: self.oom_kills(),
                 read_bytes,
                 written_bytes,
                 ..Stats::default()
@@ -175,7 +175,7 @@ impl Groups {
             memory_limit_bytes: limit,
             cpu_micros: count(&self.legacy("cpuacct"), "cpuacct.usage").unwrap_or(0) / 1000,
             pids: count(&self.legacy("pids"), "pids.current").unwrap_or(0),
-            oom_kills: named(text(&memory, "memory.oom_control"), "oom_kill").unwrap_or(0),
+            oom_kills: self.oom_kills(),
             read_bytes,
             written_bytes,
             ..Stats::default()

@@ -107,6 +107,20 @@ const CALLS: &[&str] = &[
     "POST /proxies/{id}/rotate-key",
     "POST /proxies/{id}/withdraw",
     "GET /receipts/{id}",
+    "POST /projects/{id}/keep",
+    "GET /projects/{id}/idle",
+    "PATCH /projects/{id}/idle",
+    "GET /projects/{id}/apps",
+    "GET /projects/{id}/apps/{name}/logs",
+    "POST /projects/{id}/apps/{name}/restart",
+    "GET /projects/{id}/logs",
+    "GET /projects/{id}/stats",
+    "GET /projects/{id}/env",
+    "PUT /projects/{id}/env/{name}",
+    "DELETE /projects/{id}/env/{name}",
+    "GET /projects/{id}/secrets",
+    "PUT /projects/{id}/secrets/{name}",
+    "DELETE /projects/{id}/secrets/{name}",
 ];
 
 /// All references in a document.
