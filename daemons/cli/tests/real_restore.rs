@@ -93,10 +93,10 @@ fn what_a_dead_host_had_comes_up_elsewhere_and_its_return_harms_nobody() {
     let (mut world, place) = with_backups();
     world.add_host("alpha", "");
     // Slow enough to be caught in the act.
-    world.add_host("beta", "[backups]\nbytes_per_sec = 2000000\n");
+    world.add_host("beta", "[backups]\nbytes_per_sec = 1500000\n");
     world.connected(2, 0);
     let (lucky, unlucky) = (world.project_on("alpha", false), world.project_on("alpha", false));
-    world.line(&lucky, "head -c 12000000 /dev/urandom >blob; sha256sum blob >sum; echo one >text");
+    world.line(&lucky, "head -c 30000000 /dev/urandom >blob; sha256sum blob >sum; echo one >text");
     world.line(&unlucky, "echo mine >text");
     let made = world.back_up(&lucky);
     // What is written from now on is in no backup.
