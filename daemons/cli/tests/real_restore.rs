@@ -129,7 +129,7 @@ fn what_a_dead_host_had_comes_up_elsewhere_and_its_return_harms_nobody() {
     let error = world.call("POST", &format!("/projects/{lucky}/connect"), json!({})).unwrap_err();
     assert!(error.starts_with("503") && error.contains("host_fenced"), "{error}");
 
-    // The master dies in the middle, and the host that the files come to.
+    // The host that the files come to dies in the middle, and then the master.
     let begun = world.ok("POST", "/hosts/alpha/restore-all", json!({ "to": ["beta"] }));
     let id = begun["operation_id"].as_str().unwrap().to_owned();
     let error = world.call("POST", "/hosts/alpha/restore-all", json!({})).unwrap_err();
@@ -137,12 +137,12 @@ fn what_a_dead_host_had_comes_up_elsewhere_and_its_return_harms_nobody() {
     let error = world.call("POST", "/hosts/alpha/unfence", json!({})).unwrap_err();
     assert!(error.starts_with("409"), "{error}");
     restoring(&world, &id, &lucky);
+    world.kill("beta");
+    world.start("beta");
+    restoring(&world, &id, &lucky);
     world.kill("master");
     world.start("master");
     until("the master", || world.call("GET", "/account", Value::Null).ok());
-    restoring(&world, &id, &lucky);
-    world.kill("beta");
-    world.start("beta");
 
     let ended = until("the end of the recovery", || {
         let seen = world.call("GET", &format!("/operations/{id}/wait?timeout_secs=10"), Value::Null).ok()?;
