@@ -17,7 +17,8 @@ packages=(
 case $goal in
   demo) ;;
   test) packages+=(
-          attr curl faketime openssh-server openssl python3-cryptography python3-jwt python3-venv restic rsync
+          attr busybox-static curl docker-registry faketime openssh-server openssl python3-cryptography
+          python3-jwt python3-venv restic rsync
         ) ;;
   bench) packages+=(curl nginx-light openssh-server restic rsync time wrk) ;;
   *) echo "setup.sh: unknown goal $goal" >&2; exit 2 ;;

@@ -24,11 +24,13 @@ use std::{fmt, path::Path};
 use async_trait::async_trait;
 use cocalc_ids::{ProjectId, TreePath};
 
+use crate::storage::Changes;
 pub use error::Error;
 pub use fetched::{fetched_name, is_fetched};
 pub use keeper::{Keeper, KeeperParts, Numbers, Trial};
 pub use policy::{Policy, PolicyError, PolicyFields};
 pub use query::{Answer, Query, answer};
+pub(crate) use query::compare;
 pub use retention::superfluous;
 pub use status::{Failure, Last, Status, StatusStore, backup_error};
 pub use types::{
@@ -81,6 +83,23 @@ pub trait Backups: fmt::Debug + Send + Sync + 'static {
     /// What in a backup has a name that contains `text`, ignoring the case of
     /// ASCII letters: at most `max` entries.
     async fn find(&self, project: ProjectId, backup: &str, text: &str, max: usize) -> Result<Entries>;
+
+    /// What is different at `now`, a directory in which nothing changes
+    /// meanwhile, from a backup, in and below `directory`: at most `max` changes,
+    /// in the order of their paths (component by component, by bytes), of those
+    /// after `after`. What the backup left out by its patterns is left out. A file
+    /// with the same size and time of modification is taken for the same.
+    /// [`NotFound`](Error::NotFound) if there is no such backup, or the directory
+    /// is neither in it nor there.
+    async fn diff(
+        &self,
+        project: ProjectId,
+        backup: &str,
+        now: &Path,
+        directory: &TreePath,
+        after: Option<&TreePath>,
+        max: usize,
+    ) -> Result<Changes>;
 
     /// Restores a backup into `target`, an empty directory, or one path of it
     /// to `target/<its name>`. Everything is read back and compared, and

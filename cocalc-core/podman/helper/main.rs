@@ -7,6 +7,7 @@
 //! alone, linked statically, and runs in any image; without a PID namespace of
 //! its own it serves the process runner as supervisor.
 
+mod services;
 mod session;
 mod sys;
 mod users;
@@ -32,6 +33,7 @@ const LISTENER: i32 = 3;
 pub(crate) struct Registry {
     waiting: Mutex<BTreeMap<i32, SyncSender<i32>>>,
     ending: AtomicBool,
+    pub(crate) services: Arc<services::Services>,
 }
 
 impl Registry {
@@ -61,6 +63,7 @@ fn main() {
         sys::new_session();
     } else {
         name_myself();
+        give_secrets();
     }
     let listener = UnixListener::from(sys::inherited(LISTENER));
     let registry = Arc::new(Registry::default());
@@ -99,6 +102,12 @@ fn main() {
             }
         }
     }
+}
+
+/// Gives the memory for secrets to the ordinary user, and to nobody else.
+fn give_secrets() {
+    // Made by root, because podman cannot say whose it is to be.
+    let _ = std::os::unix::fs::chown("/run/secrets", Some(users::ORDINARY), Some(users::ORDINARY));
 }
 
 /// Makes the project's host name resolve, for sudo and others that ask.

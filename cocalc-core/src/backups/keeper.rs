@@ -20,7 +20,7 @@ use tokio::{
 pub use self::numbers::Numbers;
 use self::numbers::{Counters, add};
 use super::{
-    Backup, BackupKind, BackupSource, Backups, Last, Policy, Status, StatusStore, Step, Work, Works,
+    Backup, BackupKind, BackupSource, Backups, Last, Policy, Query, Status, StatusStore, Step, Work, Works,
     backup_error, works::cancelled,
 };
 use crate::{
@@ -132,8 +132,6 @@ struct State {
     running: BTreeMap<ProjectId, Running>,
     /// One backup of a project after the other.
     gates: BTreeMap<ProjectId, Arc<tokio::sync::Mutex<()>>>,
-    /// Projects that stopped since their last backup.
-    stopped: std::collections::BTreeSet<ProjectId>,
 }
 
 /// A backup that goes on.
@@ -275,7 +273,10 @@ impl Keeper {
             }
             BackupsCommand::Ask { query } => {
                 self.0.parts.ledger.permit(project, epoch)?;
-                let answer = super::answer(&*self.0.parts.backups, project, &query).await;
+                let answer = match &query {
+                    Query::Diff { .. } => return self.compare(project, epoch, &query).await,
+                    _ => super::answer(&*self.0.parts.backups, project, &query).await,
+                };
                 Ok(BackupsReply::Answered { answer: answer.map_err(|error| backup_error(&error))? })
             }
             BackupsCommand::Gone { backups } => {
@@ -288,6 +289,31 @@ impl Keeper {
                 Ok(BackupsReply::Status { status: self.status(project) })
             }
         }
+    }
+
+    /// Compares a backup with a snapshot of the project's present state, which
+    /// stays only if automatic snapshots do.
+    async fn compare(
+        &self,
+        project: ProjectId,
+        epoch: Epoch,
+        query: &Query,
+    ) -> Result<BackupsReply, CommandError> {
+        let Some(held) = self.hold(project, Some(epoch), TURN_LIMIT_ASKED).await? else {
+            let message = "the project is not here any more".to_owned();
+            return Err(CommandError { code: ErrorCode::NotFound, message });
+        };
+        let answer = super::compare(&*self.0.parts.backups, project, query, &held.path).await;
+        let Held { snapshot, only_for_this, _hold: hold, .. } = held;
+        drop(hold);
+        if only_for_this
+            && let Err(error) = self.0.parts.storage.delete_snapshot(project, &snapshot.name).await
+        {
+            // A backup that began meanwhile reads it, and deletes it afterwards.
+            tracing::debug!(%project, snapshot = %snapshot.name, error = %crate::chain(&error),
+                "the snapshot of a comparison stays");
+        }
+        Ok(BackupsReply::Answered { answer: answer.map_err(|error| backup_error(&error))? })
     }
 
     async fn work(
@@ -368,11 +394,12 @@ impl Keeper {
         }
         // At least it is known, and kept, that there is something to back up.
         if self.has_changed(entry.project, epoch).await.unwrap_or(true) {
-            self.note_pending(entry.project, epoch).await;
+            let status = self.status_of(entry.project, epoch);
+            let now = self.0.parts.clock.wall();
+            let pending_since = status.pending_since.or(Some(now));
+            self.keep(Status { pending_since, stopped: true, ..status }).await;
             let now = self.0.parts.clock.boot();
-            let mut state = self.state();
-            state.stopped.insert(entry.project);
-            state.schedule.at_once(entry.project, now);
+            self.state().schedule.at_once(entry.project, now);
         }
     }
 
@@ -428,7 +455,6 @@ impl Keeper {
             let mut state = self.state();
             state.schedule.forget(project);
             state.statuses.remove(&project);
-            state.stopped.remove(&project);
         }
         if let Err(error) = self.0.parts.statuses.remove(project).await {
             tracing::warn!(%project, error = %crate::chain(&*error), "cannot forget how its backups stood");
@@ -475,13 +501,13 @@ impl Keeper {
     /// Hears from the ledger which projects there are.
     async fn look(&self) {
         let now = self.0.parts.clock.boot();
-        {
+        let first = {
             let mut state = self.state();
             if state.looked.is_some_and(|at| now < at + LOOK) {
                 return;
             }
-            state.looked = Some(now);
-        }
+            state.looked.replace(now).is_none()
+        };
         let entries = self.0.parts.ledger.entries();
         let mut gone = Vec::new();
         {
@@ -497,7 +523,10 @@ impl Keeper {
                         let epoch = entry.may_run();
                         let known = state.statuses.get(&entry.project);
                         let undone = match known.filter(|status| Some(status.epoch) == epoch) {
-                            Some(status) => status.pending_since.is_some() && status.failure.is_none(),
+                            // What fails here has its own time.
+                            Some(status) => {
+                                status.pending_since.is_some() && (first || status.failure.is_none())
+                            }
                             None => epoch > Some(Epoch::FIRST),
                         };
                         if undone && !state.running.contains_key(&entry.project) {
@@ -569,7 +598,7 @@ impl Keeper {
             }
             match asked {
                 Some(_) => BackupKind::Manual,
-                None if self.state().stopped.remove(&project) => BackupKind::Stop,
+                None if self.status_of(project, epoch).stopped => BackupKind::Stop,
                 None => BackupKind::Scheduled,
             }
         };
@@ -703,7 +732,8 @@ impl Keeper {
             millis,
         };
         let former = status.last.replace(last);
-        (status.pending_since, status.failure, status.rewritten) = (None, None, false);
+        (status.pending_since, status.failure) = (None, None);
+        (status.rewritten, status.stopped) = (false, false);
         self.keep(status).await;
         let former = former.filter(|last| last.only_for_this && last.snapshot != held.snapshot.name);
         if let Some(last) = former
@@ -770,10 +800,9 @@ impl Keeper {
     }
 
     async fn note_unchanged(&self, project: ProjectId, epoch: Epoch) {
-        self.state().stopped.remove(&project);
         let status = self.status_of(project, epoch);
         if status.pending_since.is_some() || status.failure.is_some() {
-            self.keep(Status { pending_since: None, failure: None, ..status }).await;
+            self.keep(Status { pending_since: None, failure: None, stopped: false, ..status }).await;
         }
     }
 

@@ -1,10 +1,12 @@
 //! Questions about a project's backups, and their answers, which fit a frame.
 
+use std::path::Path;
+
 use cocalc_ids::{ProjectId, TreePath};
 use serde::{Deserialize, Serialize};
 
-use super::{Backup, Backups, Entries, Result};
-use crate::control::FRAME_BYTES_MAX;
+use super::{Backup, Backups, Entries, Error, Result};
+use crate::{control::FRAME_BYTES_MAX, storage::Changes};
 
 /// What an answer may take, so that it fits a frame with what goes around it.
 const BYTES_MAX: usize = FRAME_BYTES_MAX / 4 * 3;
@@ -37,6 +39,18 @@ pub enum Query {
         /// At most so many; there may be fewer.
         max: usize,
     },
+    /// What is different now from one. Only the host that has the project's
+    /// files can tell.
+    Diff {
+        /// Which backup.
+        backup: String,
+        /// In and below which directory.
+        directory: TreePath,
+        /// Only what comes after this path.
+        after: Option<TreePath>,
+        /// At most so many; there may be fewer.
+        max: usize,
+    },
 }
 
 /// An answer.
@@ -52,13 +66,15 @@ pub enum Answer {
     },
     /// To [`Query::Ls`] and [`Query::Find`].
     Entries(Entries),
+    /// To [`Query::Diff`].
+    Changes(Changes),
 }
 
-/// Answers a question.
+/// Answers a question that needs no files of the project.
 ///
 /// # Errors
 ///
-/// As of the backend.
+/// As of the backend. [`Error::Invalid`] to [`Query::Diff`].
 pub async fn answer(backups: &dyn Backups, project: ProjectId, query: &Query) -> Result<Answer> {
     Ok(match query {
         Query::List => {
@@ -79,7 +95,33 @@ pub async fn answer(backups: &dyn Backups, project: ProjectId, query: &Query) ->
             let max = (*max).clamp(1, ENTRIES_MAX);
             Answer::Entries(fitted(backups.find(project, backup, text, max).await?))
         }
+        Query::Diff { .. } => {
+            let reason = "only the host that has the project's files can compare them; try again when it is \
+                          connected";
+            return Err(Error::Invalid { project, reason: reason.into() });
+        }
     })
+}
+
+/// Answers any question, by the files of the project at `now` if it is about
+/// them.
+pub(crate) async fn compare(
+    backups: &dyn Backups,
+    project: ProjectId,
+    query: &Query,
+    now: &Path,
+) -> Result<Answer> {
+    let Query::Diff { backup, directory, after, max } = query else {
+        return answer(backups, project, query).await;
+    };
+    let max = (*max).clamp(1, ENTRIES_MAX);
+    let mut changes = backups.diff(project, backup, now, directory, after.as_ref(), max).await?;
+    let fits = fitting(&changes.changes, BYTES_MAX);
+    if fits < changes.changes.len() {
+        changes.changes.truncate(fits);
+        changes.more = true;
+    }
+    Ok(Answer::Changes(changes))
 }
 
 fn fitted(mut entries: Entries) -> Entries {

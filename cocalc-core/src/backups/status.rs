@@ -31,6 +31,9 @@ pub struct Status {
     /// their change times say nothing then.
     #[serde(default)]
     pub rewritten: bool,
+    /// Whether the project has stopped since the last backup, with changes.
+    #[serde(default)]
+    pub stopped: bool,
 }
 
 /// A backup that was made.
@@ -66,7 +69,15 @@ pub struct Failure {
 impl Status {
     /// Of a project of which nothing is known.
     pub fn new(project: ProjectId, epoch: Epoch) -> Self {
-        Self { project, epoch, last: None, pending_since: None, failure: None, rewritten: false }
+        Self {
+            project,
+            epoch,
+            last: None,
+            pending_since: None,
+            failure: None,
+            rewritten: false,
+            stopped: false,
+        }
     }
 
     /// What the project's owner should know; `None` if all is well.

@@ -7,10 +7,11 @@ use cocalc_ids::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{BackupsCommand, BackupsReply};
+use super::{BackupsCommand, BackupsReply, InsideCommand, InsideReply};
 use crate::{
+    activity::{IdleReport, IdleSettings},
     router::HostAddress,
-    runner::{Limits, Status},
+    runner::{Applied, Isolation, Limits, Status},
     snapshots::Policy,
     storage::{Changes, Copied, CopyOptions, Footprint, Place, Snapshot, Usage},
 };
@@ -186,6 +187,20 @@ pub enum HostCommand {
         /// Whether its files are counted, too, which takes long.
         count: bool,
     },
+    /// Say who uses it, why it runs, and until when.
+    Why {
+        /// Which project.
+        project: ProjectId,
+    },
+    /// Look inside it, while it runs.
+    Inside {
+        /// Which project.
+        project: ProjectId,
+        /// Under which grant.
+        epoch: Epoch,
+        /// For what.
+        what: InsideCommand,
+    },
     /// Something about its backups.
     Backups {
         /// Which project.
@@ -226,6 +241,8 @@ impl HostCommand {
             | Self::Clone { project, .. }
             | Self::Configure { project, .. }
             | Self::Usage { project, .. }
+            | Self::Why { project }
+            | Self::Inside { project, .. }
             | Self::Backups { project, .. }
             | Self::Move { project, .. } => *project,
         }
@@ -392,6 +409,27 @@ pub struct ProjectConfig {
     /// Extra environment variables.
     #[serde(default)]
     pub env: BTreeMap<String, String>,
+    /// When it is stopped for being idle, as its plan and its owner say.
+    #[serde(default)]
+    pub idle: IdleSettings,
+    /// What its owner may ask for at most, as the operator says. What the owner
+    /// leaves open is this as well.
+    #[serde(default)]
+    pub limits_max: Limits,
+    /// How it is kept apart.
+    #[serde(default)]
+    pub isolation: Isolation,
+    /// Whether that is the operator's to change, and not the owner's.
+    #[serde(default)]
+    pub isolation_fixed: bool,
+}
+
+impl ProjectConfig {
+    /// What the project may use: what was asked for, and where nothing was, what
+    /// its owner may ask for.
+    pub fn effective_limits(&self) -> Limits {
+        self.limits.or(&self.limits_max)
+    }
 }
 
 /// What a host answers to a command.
@@ -428,8 +466,24 @@ pub enum HostReply {
         /// How much.
         copied: Copied,
     },
+    /// What it may use now, while it runs.
+    Limits {
+        /// Which project.
+        project: ProjectId,
+        /// What has changed.
+        applied: Applied,
+    },
     /// What it is charged.
     Usage(UsageReport),
+    /// Who uses it.
+    Why(IdleReport),
+    /// What was found inside.
+    Inside {
+        /// In which project.
+        project: ProjectId,
+        /// What.
+        answer: InsideReply,
+    },
     /// About its backups.
     Backups {
         /// Of which project.

@@ -5,7 +5,7 @@ use cocalc_ids::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{BackupAccess, ProjectReport};
+use super::{BackupAccess, ImageReport, ProjectReport};
 use crate::{
     backups::{Policy, Status},
     router::HostAddress,
@@ -62,12 +62,33 @@ pub enum PeerRequest {
         /// How many a second, lately.
         bytes_per_sec: u64,
     },
+    /// The images that are here now, the default first. Hosts, after each
+    /// registration and when something has changed.
+    Images {
+        /// All of them.
+        images: Vec<ImageReport>,
+    },
     /// A place and key for a job at a repository of backups. Hosts.
     BackupAccess(BackupAccess),
     /// How a project stands with its backups has changed. Hosts.
     BackupStatus(Box<Status>),
     /// Somebody asked for a stopped project. Hosts.
     Wake {
+        /// Which project.
+        project: ProjectId,
+        /// Under which grant.
+        epoch: Epoch,
+    },
+    /// A project has been idle for too long, and its users were warned: stop it.
+    /// Hosts.
+    Idle {
+        /// Which project.
+        project: ProjectId,
+        /// Under which grant.
+        epoch: Epoch,
+    },
+    /// The secrets of a project that this host runs. Hosts.
+    Secrets {
         /// Which project.
         project: ProjectId,
         /// Under which grant.
@@ -115,6 +136,11 @@ pub enum PeerReply {
         version: u64,
         /// For how long they are good from now.
         life_secs: u64,
+    },
+    /// To `Secrets`: a map of names and values, sealed to the host.
+    Secrets {
+        /// In the text form of `cocalc-auth-sealed`.
+        sealed: String,
     },
     /// It was refused.
     Error {

@@ -28,6 +28,7 @@ pub async fn backups(backups: &dyn Backups, scratch: &Path) {
     promises::moved(&subject).await;
     promises::wrong_clocks(&subject).await;
     promises::excludes(&subject).await;
+    comparing(backups, scratch).await;
     promises::isolation(&subject).await;
     promises::refusals(&subject).await;
     promises::together(&subject).await;
@@ -45,4 +46,9 @@ pub async fn essentials(backups: &dyn Backups, scratch: &Path) {
     promises::together(&subject).await;
     promises::forgetting(&subject).await;
     promises::erased(&subject).await;
+}
+
+/// Checks that what is different now from a backup is told.
+pub async fn comparing(backups: &dyn Backups, scratch: &Path) {
+    promises::comparing(&Subject::new(backups, scratch)).await;
 }

@@ -25,7 +25,7 @@ use cocalc_core::{
     ids::{Epoch, HostId, MoveId, OperationId, ProjectId, Timestamp, TreePath},
     memory::{clock::ManualClock, runner::MemoryRunner, storage::MemoryStorage},
     snapshots::{self, KeeperSettings},
-    storage::{Storage, VolumeOptions},
+    storage::{Change, ChangeKind, Changes, NodeKind, Storage, VolumeOptions},
 };
 use cocalc_testkit::faults::FaultyStorage;
 use tokio::sync::Notify;
@@ -112,6 +112,20 @@ impl Backups for Vault {
 
     async fn find(&self, _: ProjectId, _: &str, _: &str, _: usize) -> backups::Result<Entries> {
         Ok(Entries::default())
+    }
+
+    async fn diff(
+        &self,
+        _: ProjectId,
+        backup: &str,
+        now: &Path,
+        _: &TreePath,
+        _: Option<&TreePath>,
+        _: usize,
+    ) -> backups::Result<Changes> {
+        let path = format!("{backup} {}", now.file_name().unwrap().to_str().unwrap()).parse().unwrap();
+        let change = Change { path, kind: ChangeKind::Added, node: NodeKind::File, bytes: 1 };
+        Ok(Changes { changes: vec![change], more: false })
     }
 
     async fn restore(

@@ -13,6 +13,7 @@ use cocalc_core::{
         Restored,
     },
     ids::{ProjectId, TreePath},
+    storage::Changes,
 };
 use serde::{Deserialize, Serialize};
 
@@ -70,6 +71,7 @@ pub enum Task {
     List,
     Ls { backup: String, directory: TreePath, after: Option<TreePath>, max: usize },
     Find { backup: String, text: String, max: usize },
+    Diff { backup: String, now: PathBuf, directory: TreePath, after: Option<TreePath>, max: usize },
     Restore { backup: String, path: TreePath, target: PathBuf },
     Forget { backups: Vec<String> },
     Prune(PruneOptions),
@@ -91,6 +93,7 @@ pub enum Event {
     BackedUp(Backup),
     Listed(Vec<Backup>),
     Entries(Entries),
+    Changes(Changes),
     Restored(Restored),
     Forgotten,
     Pruned(Pruned),

@@ -13,6 +13,7 @@ use cocalc_core::{
         PruneOptions, Pruned, Restored, Result,
     },
     ids::{ProjectId, TreePath},
+    storage::Changes,
 };
 use serde::{Deserialize, Serialize};
 
@@ -220,6 +221,28 @@ impl Backups for Rustic {
         match self.run("search a backup of", project, Access::Read, task, &|_| ()).await? {
             Event::Entries(entries) => Ok(entries),
             _ => Err(unexpected("search a backup of", project)),
+        }
+    }
+
+    async fn diff(
+        &self,
+        project: ProjectId,
+        backup: &str,
+        now: &Path,
+        directory: &TreePath,
+        after: Option<&TreePath>,
+        max: usize,
+    ) -> Result<Changes> {
+        let task = Task::Diff {
+            backup: backup.into(),
+            now: now.into(),
+            directory: directory.clone(),
+            after: after.cloned(),
+            max,
+        };
+        match self.run("compare a backup of", project, Access::Read, task, &|_| ()).await? {
+            Event::Changes(changes) => Ok(changes),
+            _ => Err(unexpected("compare a backup of", project)),
         }
     }
 

@@ -33,7 +33,7 @@ use cocalc_core::{
 };
 
 pub use guard::{Refused, StreamGuard};
-pub use images::ImageError;
+pub use images::{ImageError, ImageHeader, ImageLimits, ImageRecord, ImageStream, Scratch};
 pub use open::{BtrfsBuilder, OpenError, Probe, probe};
 pub use quota::QuotaKind;
 pub use trash::Trash;
@@ -61,7 +61,7 @@ const NOBODY: ProjectId = ProjectId::from_bytes([0; 16]);
 /// |---|---|
 /// | `projects/<id>` | the live volume: `home/`, which is the user's, and `system/` |
 /// | `snapshots/<id>/<name>` | read-only snapshots |
-/// | `images/<digest>` | read-only root file systems |
+/// | `images/<digest>` | read-only root file systems, with `<digest>.json` beside them: what is noted of each |
 /// | `staging/` | what is being made; emptied when the store opens |
 /// | `trash/` | what was deleted and is not gone yet, see [`Trash`] |
 ///
@@ -99,6 +99,8 @@ struct Store {
     locks: Locks,
     holds: Holds,
     trash: Arc<trash::Signals>,
+    /// Held by whoever changes images or what is noted of them.
+    images: std::sync::Mutex<()>,
     /// Holds the lock that keeps a second process out.
     _marker: std::fs::File,
 }

@@ -5,6 +5,7 @@
 mod auth;
 mod backup;
 mod federation;
+mod hogs;
 mod http;
 mod moves;
 mod ssh;
@@ -65,6 +66,8 @@ enum Part {
     Ssh,
     /// A project with 1 GB of files to another host.
     Moves,
+    /// Apps beside projects that take all they can get.
+    Hogs,
     /// Snapshots, clones and streams of the storage alone, and volumes with
     /// thousands of projects.
     Storage,
@@ -91,6 +94,8 @@ struct Effort {
     stream_files: u32,
     /// On the volume with many of them.
     projects: u32,
+    /// Beside hogs.
+    neighbours: u32,
 }
 
 fn main() -> ExitCode {
@@ -135,6 +140,7 @@ fn fill(arguments: &Arguments, table: &mut Table) -> Result<()> {
             stream_mib: 16,
             stream_files: 400,
             projects: 100,
+            neighbours: 4,
         }
     } else {
         Effort {
@@ -147,6 +153,7 @@ fn fill(arguments: &Arguments, table: &mut Table) -> Result<()> {
             stream_mib: 1024,
             stream_files: 20_000,
             projects: 5_000,
+            neighbours: 20,
         }
     };
     let wanted = |part| arguments.only.is_empty() || arguments.only.contains(&part);
@@ -175,6 +182,7 @@ fn fill(arguments: &Arguments, table: &mut Table) -> Result<()> {
         (Part::Http, http::measure),
         (Part::Ssh, ssh::measure),
         (Part::Moves, moves::measure),
+        (Part::Hogs, hogs::measure),
     ] {
         if !wanted(part) {
             continue;

@@ -3,10 +3,10 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use cocalc_backup::Bounds;
-use cocalc_core::{ids::HostName, snapshots::Policy};
+use cocalc_core::{activity::IdlePolicy, ids::HostName, runner::Network, snapshots::Policy};
 use serde::Deserialize;
 
-use crate::limits::HostLimits;
+use crate::{images::ImageSettings, limits::HostLimits};
 
 /// What a host is told. Every key is also `COCALC_HOST_<KEY>`.
 #[derive(Clone, Debug, Deserialize)]
@@ -64,9 +64,23 @@ pub struct Config {
     /// snapshots; 1 to 1000.
     #[serde(default = "visits_per_sec")]
     pub snapshot_visits_per_sec: u16,
+    /// What to do with a project that asks for a limit which this machine can't
+    /// enforce: `refuse` it, or `accept` it without that limit. `doctor` says
+    /// which those are. Default: refuse.
+    #[serde(default)]
+    pub unenforceable_limits: UnenforceableLimits,
+    /// What bounds the networks of its projects, whatever their own policies say.
+    #[serde(default)]
+    pub project_network: ProjectNetwork,
+    /// When idle projects are stopped, and what counts as use.
+    #[serde(default)]
+    pub idle: IdlePolicy,
     /// How much one user, one address and all of them may ask.
     #[serde(default)]
     pub limits: HostLimits,
+    /// How this host comes by images, and when they go.
+    #[serde(default)]
+    pub images: ImageSettings,
     /// How backups are made here. Where they go, and when they are made, the
     /// master says.
     #[serde(default)]
@@ -158,6 +172,50 @@ fn day() -> u64 {
     24
 }
 
+/// What to do with limits that this machine can't enforce.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq)]
+#[serde(rename_all = "snake_case")]
+pub enum UnenforceableLimits {
+    /// The project does not start.
+    #[default]
+    Refuse,
+    /// It starts without them.
+    Accept,
+}
+
+/// What bounds the networks of projects. IPv4 networks as `10.1.0.0/16`; only
+/// IPv4 leaves a project.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
+#[serde(deny_unknown_fields)]
+pub struct ProjectNetwork {
+    /// Private networks that projects may reach. Default: none. Link-local
+    /// addresses, and the host's own, they never reach.
+    #[serde(default)]
+    pub allow: Vec<Networks>,
+    /// What else they may not reach. Default: nothing.
+    #[serde(default)]
+    pub deny: Vec<Networks>,
+}
+
+/// A network, as text.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
+#[serde(try_from = "String")]
+pub struct Networks(pub Network);
+
+impl TryFrom<String> for Networks {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let network: Network =
+            text.parse().map_err(|error: cocalc_core::runner::ParseDestinationError| error.to_string())?;
+        if network.address().is_ipv4() {
+            Ok(Self(network))
+        } else {
+            Err(format!("{text}: only IPv4 leaves a project"))
+        }
+    }
+}
+
 /// What keeps the projects' files.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
 #[serde(rename_all = "snake_case")]
@@ -207,6 +265,8 @@ impl Config {
             return Err("snapshot_visits_per_sec: 1 to 1000".into());
         }
         self.backups.validate()?;
+        self.idle.validate().map_err(|error| format!("idle.{error}"))?;
+        self.images.validate()?;
         self.limits.validate()
     }
 }
@@ -233,6 +293,7 @@ mod tests {
             ("name='alpha'", "name='Alpha'", "name"),
             ("data_dir='/a'", "data_dir='/v/a'", "data_dir"),
             ("data_dir='/a'", "data_dir='/a'\nundo_hours=9000", "undo_hours"),
+            ("runner='podman'", "runner='podman'\n[idle]\nsample_secs=0", "idle.sample_secs"),
         ] {
             let error = parse(&GOOD.replace(from, to)).unwrap_err();
             assert!(error.contains(key), "{error}");
@@ -257,6 +318,29 @@ mod tests {
         }
         let error = cocalc_daemon::config::parse::<Config>("host", GOOD, [variable("SAUCE")]).unwrap_err();
         assert!(error.to_string().contains("sauce"), "{error}");
+    }
+
+    #[test]
+    fn limits_and_networks_of_projects_are_configured() {
+        let config = parse(GOOD).unwrap();
+        assert_eq!(config.unenforceable_limits, UnenforceableLimits::Refuse);
+        assert_eq!(config.project_network, ProjectNetwork::default());
+        let text = format!(
+            "{GOOD}unenforceable_limits = 'accept'\n[project_network]\nallow = ['10.1.0.0/16']\ndeny = ['192.0.2.1']\n"
+        );
+        let config = parse(&text).unwrap();
+        assert_eq!(config.unenforceable_limits, UnenforceableLimits::Accept);
+        assert_eq!(config.project_network.allow[0].0.to_string(), "10.1.0.0/16");
+        for (line, key) in [
+            ("unenforceable_limits = 'ignore'", "unenforceable_limits"),
+            ("[project_network]\nallow = ['10.1.0.1/16']", "10.1.0.1/16"),
+            ("[project_network]\nallow = ['fd00::/8']", "fd00::/8"),
+            ("[project_network]\nallow = ['10.0.0.0/8 }; flush ruleset']", "allow"),
+            ("[project_network]\nopen = true", "open"),
+        ] {
+            let error = parse(&format!("{GOOD}{line}\n")).unwrap_err();
+            assert!(error.contains(key), "{error}");
+        }
     }
 
     #[test]

@@ -13,7 +13,7 @@ use cocalc_http::{Body, Client, Endpoints};
 use http::{Request, Response, StatusCode, header};
 use tokio::sync::watch;
 
-use crate::backends::Backends;
+use crate::{backends::Backends, lifecycle::Lifecycle};
 
 /// How long the probe of a part may take.
 const PROBE_LIMIT: Duration = Duration::from_secs(5);
@@ -26,6 +26,7 @@ pub(crate) struct HostEndpoints {
     pub(crate) keeper: Keeper,
     pub(crate) backups: Option<backups::Keeper>,
     pub(crate) metrics: Metrics,
+    pub(crate) lifecycle: Lifecycle,
     pub(crate) audit: AuditLog,
 }
 
@@ -91,6 +92,15 @@ impl HostEndpoints {
             let help = "Bytes that deleted projects are still charged for.";
             gauge("cocalc_host_trash_bytes", help, trash.bytes.unwrap_or(0));
         }
+        let (starting, waiting) = self.lifecycle.gate().numbers();
+        let number = |count: usize| u64::try_from(count).unwrap_or(u64::MAX);
+        gauge("cocalc_host_starts_going_count", "Projects that are being started.", number(starting));
+        let help = "Projects that wait for others to be started first.";
+        gauge("cocalc_host_starts_waiting_count", help, number(waiting));
+        let help = "Time from when a project was to be started until it ran.";
+        self.metrics.times("cocalc_host_start_seconds", help, self.lifecycle.starts());
+        let images = self.backends.images.digests().len();
+        gauge("cocalc_host_images_count", "Images on this host.", number(images));
         let kept = self.keeper.numbers();
         let overdue = "How long the longest overdue automatic snapshot has been due.";
         gauge("cocalc_host_snapshots_overdue_secs", overdue, kept.overdue.as_secs());

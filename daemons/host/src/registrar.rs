@@ -35,6 +35,8 @@ pub(crate) struct Registrar {
 #[async_trait]
 impl PeerHandler for Registrar {
     async fn register(&self) -> Register {
+        // What the master was told before may be forgotten there.
+        self.backends.images.tell_again();
         Register {
             name: self.name.clone(),
             session: self.session,
@@ -44,7 +46,7 @@ impl PeerHandler for Registrar {
             capabilities: Some(Capabilities {
                 storage: self.backends.storage.capabilities(),
                 runner: self.backends.runner.capabilities(),
-                images: self.backends.images.iter().map(|(digest, _)| *digest).collect(),
+                images: self.backends.images.digests(),
                 free_bytes: (self.backends.free_bytes)(),
                 sealing_key: Some(self.sealing_key.to_string()),
             }),
@@ -71,7 +73,8 @@ impl PeerHandler for Registrar {
     }
 }
 
-fn boot_id() -> String {
+/// The kernel's boot id.
+pub(crate) fn boot_id() -> String {
     std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
         .map(|id| id.trim().to_owned())
         .unwrap_or_default()

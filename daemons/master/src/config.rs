@@ -6,7 +6,7 @@ use std::{
 };
 
 use cocalc_auth::token::Algorithm;
-use cocalc_core::control::Settings;
+use cocalc_core::{control::Settings, runner::Limits};
 use serde::Deserialize;
 
 use crate::{
@@ -52,6 +52,12 @@ pub struct Config {
     /// `EdDSA`.
     #[serde(default)]
     pub token_algorithm: Algorithm,
+    /// What owners may ask for at most in the projects that are made from now on:
+    /// `memory_bytes`, `swap_bytes`, `cpu_millis`, `cpu_weight`, `pids`, `nofile`,
+    /// `io_weight`, `tmp_bytes`, `shm_bytes`, `log_bytes`. Administrators may change
+    /// it for each. Default: as much as the host has.
+    #[serde(default)]
+    pub limits_max: Limits,
     /// OpenID providers with which people may log in. Default: none.
     #[serde(default)]
     pub oidc: Vec<OidcConfig>,
@@ -89,6 +95,7 @@ impl Config {
             trusted_proxies: Vec::new(),
             connections_per_address_max: connections_per_address_max(),
             token_algorithm: Algorithm::default(),
+            limits_max: Limits::default(),
             oidc: Vec::new(),
             backups: None,
         }

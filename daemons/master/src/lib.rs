@@ -27,6 +27,7 @@ pub mod accounts;
 mod admin;
 mod api;
 mod backups;
+mod images;
 mod bus;
 mod config;
 mod limits;
@@ -35,6 +36,7 @@ mod operations;
 pub mod placement;
 mod receipts;
 mod secret;
+mod secrets;
 mod server;
 mod shared;
 mod signing;
@@ -60,6 +62,7 @@ use self::{
     oidc::Oidc,
     operations::Operations,
     receipts::Receipts,
+    secrets::SecretsKey,
     shared::Shared,
     signing::Signing,
     ssh_ca::SshCa,
@@ -151,6 +154,7 @@ impl Master {
         let signing = Signing::open(config.data_dir.join("signing-keys"), config.token_algorithm, now)
             .map_err(unusable)?;
         let ssh_ca = SshCa::open(config.data_dir.join("ssh-ca-keys"), now).map_err(unusable)?;
+        let secrets = SecretsKey::open(&config.data_dir.join("project-secrets-key")).map_err(unusable)?;
         admin::ensure(&store, &config.data_dir.join("admin-token"), now).map_err(unusable)?;
         let folder = config.data_dir.join("audit");
         admin::make_directory(&folder).map_err(|error| unusable(error.into()))?;
@@ -184,10 +188,14 @@ impl Master {
             receipts: Receipts::default(),
             broker: broker.clone(),
             limits: Limits::new(config.trusted_proxies.clone()),
+            limits_max: config.limits_max.clone(),
             audit,
             accounts,
             oidc,
+            images: images::Images::default(),
             backups,
+            secrets,
+            untold: std::sync::Mutex::default(),
             settings: config.settings(),
             store,
             issuer,

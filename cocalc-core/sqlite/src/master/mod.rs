@@ -19,6 +19,7 @@ mod peer;
 mod project;
 mod receipt;
 mod recovery;
+mod secret;
 mod ssh_key;
 mod token;
 
@@ -42,6 +43,7 @@ pub use self::{
     project::{NewProject, Project, ProjectState},
     receipt::{Settled, StoredHolder, StoredReceipt},
     recovery::{RecoveredProject, Recovery, RecoveryOutcome},
+    secret::StoredSecret,
     ssh_key::StoredSshKey,
     token::{ApiToken, Bearer, JoinKind, KeyLimits, Verb},
 };
@@ -57,6 +59,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("schema_audit.sql"),
     include_str!("schema_ssh.sql"),
     include_str!("schema_backups.sql"),
+    include_str!("schema_secrets.sql"),
     include_str!("schema_fences.sql"),
 ];
 

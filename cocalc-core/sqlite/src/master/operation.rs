@@ -1,7 +1,9 @@
 //! Long-running operations, each of which is the fence of its project.
 
 use cocalc_core::{control::ProjectReport, storage::Place};
-use cocalc_ids::{AccountId, Epoch, HostId, OperationId, ProjectId, SnapshotName, Timestamp, TreePath};
+use cocalc_ids::{
+    AccountId, Epoch, HostId, ImageDigest, OperationId, ProjectId, SnapshotName, Timestamp, TreePath,
+};
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -84,6 +86,13 @@ pub enum Job {
         /// Which.
         backup: String,
     },
+    /// Gives it another image.
+    SetImage {
+        /// Which.
+        image: ImageDigest,
+        /// Whether it is stopped and started for that if it runs.
+        restart: bool,
+    },
     /// Moves it to another host.
     Move {
         /// Where to.
@@ -163,6 +172,7 @@ impl Job {
             Self::Clone { .. } => "clone",
             Self::RestoreBackup { .. } => "restore_backup",
             Self::FromBackup { .. } => "create_from_backup",
+            Self::SetImage { .. } => "set_image",
             Self::Move { .. } => "move",
             Self::Recover { .. } => "recover",
             Self::BackUp => "back_up",
@@ -187,6 +197,7 @@ impl Job {
             | Self::RestorePath { .. }
             | Self::Copy { .. }
             | Self::RestoreBackup { .. }
+            | Self::SetImage { .. }
             | Self::BackUp
             | Self::ForgetBackups { .. }
             | Self::PruneBackups

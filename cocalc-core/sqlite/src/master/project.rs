@@ -287,6 +287,32 @@ impl Store {
         })
     }
 
+    /// The same, on behalf of the operation that is under way.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotFound`], [`Error::Busy`] with another operation, or the
+    /// database failed.
+    pub fn configure_within(
+        &self,
+        operation: OperationId,
+        id: ProjectId,
+        change: impl FnOnce(&mut ProjectConfig) + Send,
+    ) -> Result<Project> {
+        self.database.write("configure a project", |db| {
+            let mut project = find(db, id)?;
+            match project.fence {
+                Some(fence) if fence == operation => {}
+                Some(operation) => return Err(Fault::Refused(Error::Busy { operation })),
+                None => return Err(Fault::Refused(Error::WrongState { state: project.state })),
+            }
+            change(&mut project.config);
+            let config = serde_json::to_string(&project.config)?;
+            db.execute("UPDATE projects SET config = ?2 WHERE id = ?1", params![id.to_string(), config])?;
+            Ok(project)
+        })
+    }
+
     /// The projects of which `account` is a member, or all with `None`, in the
     /// order of their ids, at most `limit` after `after`.
     ///

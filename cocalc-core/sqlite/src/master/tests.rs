@@ -426,6 +426,7 @@ fn free_space_is_what_the_host_said_last() {
             isolation: true,
             limits: true,
             weaknesses: vec![],
+            unenforced: vec![],
         },
         images: vec![],
         sealing_key: None,

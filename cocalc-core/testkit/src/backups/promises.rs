@@ -14,6 +14,7 @@ use std::{
 use cocalc_core::backups::{
     Backup, BackupKind, BackupSource, Backups, CheckOptions, Erased, Error, Phase, Progress, PruneOptions,
 };
+use cocalc_core::storage::{Change, ChangeKind, Changes, NodeKind};
 use cocalc_ids::{Epoch, HostId, ProjectId, Timestamp, TreePath};
 use futures_util::future::join_all;
 use tempfile::TempDir;
@@ -298,10 +299,92 @@ pub(super) async fn excludes(subject: &Subject<'_>) {
     let mut as_was = facts(tree.path());
     as_was.retain(|name, _| !name.starts_with(b"home/many") && !name.ends_with(b".bin"));
     subject.assert_restores(&backup, &as_was).await;
+    // From the root, as in a `.gitignore` there.
+    let excludes = ["home/many", "/system", "many/7"].map(str::to_owned).to_vec();
+    let source = BackupSource { excludes, ..subject.source(project, tree.path(), None) };
+    let backup = subject.back_up(&source).await;
+    let left = subject.restored(&backup).await;
+    assert!(left.contains_key(&b"home/large.bin"[..]) && !left.contains_key(&b"home/many"[..]));
+    assert!(!left.contains_key(&b"system"[..]), "a pattern from the root leaves out");
     let excludes = vec!["!home".to_owned()];
     let source = BackupSource { excludes, ..subject.source(project, tree.path(), None) };
     let refused = subject.backups.back_up(&source, &|_| ()).await;
     assert!(matches!(refused, Err(Error::Invalid { .. })), "{refused:?}");
+}
+
+/// What is different now from a backup: all kinds of changes, and no others.
+pub(super) async fn comparing(subject: &Subject<'_>) {
+    let (project, tree) = (ProjectId::random(), subject.planted(15));
+    let (home, now) = (tree.path().join("home"), tree.path());
+    fs::create_dir(home.join("left out")).unwrap();
+    // Two that change places have not only the same size.
+    let long_ago = std::time::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
+    fs::File::options().write(true).open(home.join("many/6")).unwrap().set_modified(long_ago).unwrap();
+    let excludes = vec!["home/left out".to_owned(), "*.tmp".to_owned()];
+    let source = BackupSource { excludes, ..subject.source(project, now, None) };
+    let backup = subject.back_up(&source).await;
+    let root = TreePath::root();
+    let diff = async |directory: &TreePath, after: Option<&TreePath>, max| {
+        subject.backups.diff(project, &backup.id, now, directory, after, max).await
+    };
+    assert_eq!(diff(&root, None, 10).await.unwrap(), Changes::default(), "nothing has changed");
+
+    fs::write(home.join("left out/more"), "more").unwrap();
+    fs::write(home.join("a.tmp"), "not backed up").unwrap();
+    edit(now, 16);
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+    fs::set_permissions(home.join(".hidden"), mode).unwrap();
+    rustix::fs::lsetxattr(home.join("many/1"), "user.x", b"1", rustix::fs::XattrFlags::empty()).unwrap();
+    fs::remove_file(home.join("link")).unwrap();
+    std::os::unix::fs::symlink("elsewhere", home.join("link")).unwrap();
+    use ChangeKind::{Added, Metadata, Modified, Removed};
+    let expected = [
+        ("home/.hidden", Metadata),
+        ("home/deep", Removed),
+        ("home/large.bin", Modified),
+        ("home/link", Modified),
+        ("home/many/1", Metadata),
+        ("home/many/5", Removed),
+        ("home/many/6", Modified),
+        ("home/many/7", Modified),
+        ("home/many/8", Modified),
+        ("home/many/9", Metadata),
+        ("home/new", Added),
+        ("home/notes.txt", Modified),
+        ("system/linked", Modified),
+        ("system/moved", Added),
+    ];
+    let told = |changes: &[Change]| -> Vec<(String, ChangeKind)> {
+        changes.iter().map(|change| (change.path.to_string(), change.kind)).collect()
+    };
+    let whole = diff(&root, None, 1000).await.unwrap();
+    let wanted: Vec<_> = expected.iter().map(|(path, kind)| ((*path).to_owned(), *kind)).collect();
+    assert_eq!(told(&whole.changes), wanted, "what was changed is told");
+    assert!(!whole.more);
+    let new = whole.changes.iter().find(|change| change.path == path("home/new")).unwrap();
+    assert_eq!((new.node, new.bytes), (NodeKind::File, 100_000));
+
+    // Pages make the whole, whatever their size; a directory shows its own.
+    for size in [1, 3, 13, 14] {
+        let mut paged: Vec<Change> = Vec::new();
+        loop {
+            let page = diff(&root, paged.last().map(|change| &change.path), size).await.unwrap();
+            assert!(page.changes.len() <= size && (!page.more || page.changes.len() == size));
+            paged.extend(page.changes);
+            if !page.more {
+                break;
+            }
+        }
+        assert_eq!(paged, whole.changes, "pages of {size} make the whole");
+    }
+    let many = diff(&path("home/many"), None, 100).await.unwrap();
+    assert_eq!(told(&many.changes), wanted[4..10]);
+    let gone = diff(&path("home/deep"), None, 2).await.unwrap();
+    assert!(gone.changes.iter().all(|change| change.kind == Removed) && !gone.changes.is_empty());
+    let missing = diff(&path("home/nowhere"), None, 2).await;
+    assert!(matches!(missing, Err(Error::NotFound { .. })), "{missing:?}");
+    let missing = subject.backups.diff(project, &"ab".repeat(32), now, &root, None, 2).await;
+    assert!(matches!(missing, Err(Error::NotFound { .. })), "{missing:?}");
 }
 
 pub(super) async fn isolation(subject: &Subject<'_>) {

@@ -305,7 +305,13 @@ impl LedgerStore for Site {
 #[async_trait]
 impl Runner for Site {
     fn capabilities(&self) -> runner::Capabilities {
-        runner::Capabilities { backend: "sim".into(), isolation: true, limits: true, weaknesses: Vec::new() }
+        runner::Capabilities {
+            backend: "sim".into(),
+            isolation: true,
+            limits: true,
+            weaknesses: Vec::new(),
+            unenforced: Vec::new(),
+        }
     }
 
     async fn prepare(&self, _spec: &runner::ProjectSpec) -> runner::Result<()> {
@@ -366,6 +372,14 @@ impl Runner for Site {
     }
 
     async fn stats(&self, project: ProjectId) -> runner::Result<runner::Stats> {
+        Err(runner::Error::NotRunning { project })
+    }
+
+    async fn set_limits(
+        &self,
+        project: ProjectId,
+        _limits: &runner::Limits,
+    ) -> runner::Result<runner::Applied> {
         Err(runner::Error::NotRunning { project })
     }
 

@@ -9,7 +9,7 @@ use rustic_core::{BackupOptions, Excludes, ParentOptions, PathList, SnapshotOpti
 
 use crate::{
     backend::Backend,
-    fail,
+    excludes, fail,
     failure::Failed,
     repository::{self, ROOT},
     root::Root,
@@ -27,7 +27,10 @@ pub(crate) fn back_up(job: &Job, backend: &Arc<Backend>, source: &BackupSource) 
     let path = source.path.to_str().ok_or_else(|| invalid("the path of the snapshot is not UTF-8".into()))?;
     let opened = repository::open_or_create(job, backend, Phase::Storing)?;
     let root = Root::of(&source.path)
-        .and_then(|root| Ok(serde_json::to_string(&root)?))
+        .and_then(|mut root| {
+            root.excludes.clone_from(&source.excludes);
+            Ok(serde_json::to_string(&root)?)
+        })
         .map_err(|error| invalid(format!("cannot read {path}: {error}")))?;
     let snapshot = snapshot(source)?.description(root).to_snapshot()?;
 
@@ -47,7 +50,7 @@ pub(crate) fn back_up(job: &Job, backend: &Arc<Backend>, source: &BackupSource) 
     let options = BackupOptions::default()
         .as_path(std::path::PathBuf::from(ROOT))
         .parent_opts(parent)
-        .excludes(excludes(&source.excludes)?);
+        .excludes(Excludes::default().globs(excludes::globs(&source.path, &source.excludes)?));
 
     fail::point("backup.opened");
     backend.hold_snapshots();
@@ -89,19 +92,4 @@ fn snapshot(source: &BackupSource) -> Result<SnapshotOptions, Failed> {
         .add_tags(&format!("epoch={}", source.epoch))?
         .add_tags(&format!("kind={kind}"))?
         .add_tags(&format!("snapshot={}", source.snapshot))?)
-}
-
-/// Patterns of what is left out, in rustic's sense, where a pattern says what
-/// is in, unless `!` is before it.
-fn excludes(patterns: &[String]) -> Result<Excludes, Failed> {
-    let globs = patterns.iter().map(|pattern| {
-        if pattern.is_empty() || pattern.starts_with('!') || pattern.contains(['\n', '\0']) {
-            return Err(Failed::new(
-                FailureKind::Invalid,
-                format!("{pattern:?} is not a pattern to leave out"),
-            ));
-        }
-        Ok(format!("!{pattern}"))
-    });
-    Ok(Excludes::default().globs(globs.collect::<Result<Vec<_>, _>>()?))
 }

@@ -8,6 +8,8 @@ mod backend;
 mod backup;
 mod browse;
 mod check;
+mod diff;
+mod excludes;
 mod fail;
 mod failure;
 mod mint;
@@ -138,6 +140,7 @@ fn is_harmless(task: &Task) -> bool {
         | Task::List
         | Task::Ls { .. }
         | Task::Find { .. }
+        | Task::Diff { .. }
         | Task::Restore { .. }
         | Task::Forget { .. } => true,
         Task::Check(options) => !options.repair,
@@ -154,6 +157,10 @@ fn attempt(job: &Job, backend: &Arc<Backend>, mirror: Option<&Arc<Backend>>) -> 
         }
         Task::Find { backup, text, max } => {
             browse::find(job, backend, backup, text, *max).map(Event::Entries)
+        }
+        Task::Diff { backup, now, directory, after, max } => {
+            let asked = diff::Question { backup, now, directory, after: after.as_ref(), max: *max };
+            diff::diff(job, backend, &asked).map(Event::Changes)
         }
         Task::Restore { backup, path, target } => {
             catch_unwind(AssertUnwindSafe(|| restore::restore(job, backend, backup, path, target)))

@@ -50,11 +50,7 @@ pub(crate) fn restore(
     fail::point("restore.planned");
     opened.restore(plan, &options, stream(), &destination)?;
     if path.is_root() {
-        let root: Root = snapshot
-            .description
-            .as_deref()
-            .and_then(|text| serde_json::from_str(text).ok())
-            .ok_or_else(|| Failed::new(FailureKind::Damaged, "the attributes of the root are missing"))?;
+        let root = Root::from_description(snapshot.description.as_deref())?;
         root.set(target).map_err(|error| {
             Failed::new(
                 crate::failure::local(&error.to_string()).unwrap_or(FailureKind::Other),
@@ -173,9 +169,6 @@ fn differences(target: &Path, nodes: &Nodes) -> Vec<String> {
             NodeType::Dev { device } | NodeType::Chardev { device } => there.rdev() == *device,
             _ => true,
         };
-        let seconds = |time: jiff::Timestamp| {
-            (time.as_nanosecond().div_euclid(1_000_000_000), time.as_nanosecond().rem_euclid(1_000_000_000))
-        };
         let is_link = there.file_type().is_symlink();
         let same = same_kind
             && meta.uid.is_none_or(|uid| uid == there.uid())
@@ -191,8 +184,13 @@ fn differences(target: &Path, nodes: &Nodes) -> Vec<String> {
     differences
 }
 
+/// Seconds and nanoseconds of a time, as the kernel counts them.
+pub(crate) fn seconds(time: jiff::Timestamp) -> (i128, i128) {
+    (time.as_nanosecond().div_euclid(1_000_000_000), time.as_nanosecond().rem_euclid(1_000_000_000))
+}
+
 /// The bits of a mode as restic stores it: those of Go.
-fn unix_mode(go: u32) -> u32 {
+pub(crate) fn unix_mode(go: u32) -> u32 {
     let bit = |from: u32, to: u32| if go & (1 << from) == 0 { 0 } else { to };
     (go & 0o777) | bit(23, 0o4000) | bit(22, 0o2000) | bit(20, 0o1000)
 }

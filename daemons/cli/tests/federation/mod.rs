@@ -29,6 +29,11 @@ pub(crate) struct Federation {
 impl Federation {
     /// Starts one with its own ports, and waits until its project runs.
     pub(crate) fn up(base_port: u16, arguments: &[&str]) -> Self {
+        Self::up_with(base_port, arguments, &[])
+    }
+
+    /// The same, with more in the environment of its daemons.
+    pub(crate) fn up_with(base_port: u16, arguments: &[&str], environment: &[(&str, &str)]) -> Self {
         require_daemons();
         let dir = tempfile::Builder::new().prefix("cocalc-test-").tempdir().unwrap();
         let log = std::fs::File::create(dir.path().join("up.log")).unwrap();
@@ -36,6 +41,7 @@ impl Federation {
             .args(["up", "--base-port", &base_port.to_string(), "--dir"])
             .arg(dir.path().join("data"))
             .args(arguments)
+            .envs(environment.iter().copied())
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log)

@@ -17,7 +17,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
     caller::Caller,
-    files::configure,
+    files::{ChangesView, configure},
     hosts,
     input::{Asked, Body, Id, Ids},
     problem::{Answer, Problem},
@@ -43,6 +43,7 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Shared>> {
         .routes(routes!(forget))
         .routes(routes!(ls))
         .routes(routes!(find))
+        .routes(routes!(diff))
         .routes(routes!(overview))
         .routes(routes!(drill))
         .routes(routes!(rotate))
@@ -335,7 +336,34 @@ async fn find(
 async fn entries(shared: &Shared, project: &Project, query: Query) -> Answer<Json<EntriesView>> {
     match shared.ask_backups(project, query).await.map_err(refused)?.0 {
         Answered::Entries(entries) => Ok(Json(entries.into())),
-        Answered::Backups { .. } => Err(nonsense()),
+        Answered::Backups { .. } | Answered::Changes(_) => Err(nonsense()),
+    }
+}
+
+/// Says what is different in a project now from a backup: what was added, what
+/// is gone, what has changed since. A file with the same size and time of
+/// modification is taken for the same; what backups leave out is left out.
+#[utoipa::path(get, path = "/projects/{id}/backups/{backup}/diff", tag = "backups",
+    operation_id = "backup_diff",
+    params(("id" = String, Path), ("backup" = String, Path), Directory),
+    responses((status = 200, body = ChangesView), (status = "default", body = Problem)))]
+async fn diff(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    Ids(id, backup): Ids<ProjectId, String>,
+    Asked(asked): Asked<Directory>,
+) -> Answer<Json<ChangesView>> {
+    let project = caller.project(&shared, id, Some(Action::Use(Scope::Files))).await?;
+    backups(&shared)?;
+    let query = Query::Diff {
+        backup: checked(backup)?,
+        directory: path("path", asked.path)?.unwrap_or_else(TreePath::root),
+        after: path("after", asked.after)?,
+        max: asked.limit.unwrap_or(ENTRIES).clamp(1, ENTRIES_MAX),
+    };
+    match shared.ask_backups(&project, query).await.map_err(refused)?.0 {
+        Answered::Changes(changes) => Ok(Json(changes.into())),
+        _ => Err(nonsense()),
     }
 }
 

@@ -7,7 +7,7 @@ use axum::{Json, extract::State};
 use cocalc_core::{
     control::{CommandError, ErrorCode, HostCommand, HostReply, ProjectConfig, UsageReport},
     snapshots::{Policy, PolicyFields},
-    storage::{Change, Place},
+    storage::{Change, Changes, Place},
 };
 use cocalc_ids::{Action, OperationId, ProjectId, Scope, SnapshotName, TreePath};
 use cocalc_sqlite::master::{Job, Project};
@@ -42,7 +42,7 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Shared>> {
 }
 
 /// Asks the project's host.
-async fn ask(shared: &Shared, project: &Project, command: &HostCommand) -> Answer<HostReply> {
+pub(super) async fn ask(shared: &Shared, project: &Project, command: &HostCommand) -> Answer<HostReply> {
     match shared.command(project.host, command, LIMIT).await {
         Ok(HostReply::Error(error)) => Err(refused(error)),
         Ok(reply) => Ok(reply),
@@ -63,7 +63,7 @@ fn refused(error: CommandError) -> Problem {
     }
 }
 
-fn nonsense() -> Problem {
+pub(super) fn nonsense() -> Problem {
     Problem::unavailable("host_failed", "the host's answer makes no sense")
 }
 
@@ -108,11 +108,19 @@ impl From<Change> for ChangeView {
 }
 
 #[derive(Serialize, ToSchema)]
-struct ChangesView {
+pub(super) struct ChangesView {
     /// In the order of their paths.
     changes: Vec<ChangeView>,
     /// The path after which to ask on; null at the end.
     next: Option<String>,
+}
+
+impl From<Changes> for ChangesView {
+    fn from(changes: Changes) -> Self {
+        let last = changes.changes.last().map(|change| change.path.to_string());
+        let next = last.filter(|_| changes.more);
+        Self { changes: changes.changes.into_iter().map(Into::into).collect(), next }
+    }
 }
 
 /// Says what is different from a snapshot.
@@ -135,11 +143,7 @@ async fn diff(
     let max = compared.limit.unwrap_or(CHANGES).clamp(1, CHANGES_MAX);
     let command = HostCommand::Diff { project: id, epoch: project.epoch, from, to, after, max };
     match ask(&shared, &project, &command).await? {
-        HostReply::Changes { project, changes } if project == id => {
-            let last = changes.changes.last().map(|change| change.path.to_string());
-            let next = last.filter(|_| changes.more);
-            Ok(Json(ChangesView { changes: changes.changes.into_iter().map(Into::into).collect(), next }))
-        }
+        HostReply::Changes { project, changes } if project == id => Ok(Json(changes.into())),
         _ => Err(nonsense()),
     }
 }
@@ -385,19 +389,10 @@ pub(super) async fn configure(
     shared: &Shared,
     id: ProjectId,
     change: impl FnOnce(&mut ProjectConfig) + Send + 'static,
-) -> Answer<()> {
+) -> Answer<Project> {
     let project = shared.db(move |store| store.configure(id, change)).await?;
     if project.made {
-        let (epoch, config) = (project.epoch, project.config.clone());
-        let command = HostCommand::Configure { project: id, epoch, config };
-        // A host that is away hears of it with the next start.
-        match shared.command(project.host, &command, Duration::from_secs(5)).await {
-            Ok(HostReply::Error(error)) => {
-                tracing::warn!(project = %id, error = %error.message, "the host does not take the policy");
-            }
-            Ok(_) => {}
-            Err(_) => tracing::info!(project = %id, "the host hears of the policy with the next start"),
-        }
+        shared.configure_at_host(&project).await;
     }
-    Ok(())
+    Ok(project)
 }

@@ -27,6 +27,9 @@ use crate::{operations, shared::Shared};
 /// Even without news the database is looked at so often.
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
 
+/// One on an image, which is in memory, is looked at so often.
+const LOOK_SOON: Duration = Duration::from_millis(250);
+
 /// How long a call waits for what is found before its operation does anything.
 const CHECK_LIMIT: Duration = Duration::from_secs(10);
 
@@ -91,9 +94,21 @@ async fn find(shared: &Shared, caller: &Caller, id: OperationId) -> Answer<Opera
     if seen { Ok(operation) } else { Err(Problem::not_found("operation")) }
 }
 
-/// The operation as it is shown, if the caller may see it: on a project, or of a
-/// host's recovery, for administrators.
+/// The operation as it is shown, if the caller may see it: on a project, on an
+/// image, or of a host's recovery, for administrators.
 async fn view(shared: &Shared, caller: &Caller, id: OperationId) -> Answer<(OperationView, OperationState)> {
+    if let Some(job) = shared.image_job(id) {
+        if !caller.admin && job.account != caller.id {
+            return Err(Problem::not_found("operation"));
+        }
+        let state = match job.state {
+            "running" => OperationState::Running,
+            "failed" => OperationState::Failed,
+            "cancelled" => OperationState::Cancelled,
+            _ => OperationState::Done,
+        };
+        return Ok((job.into(), state));
+    }
     match find(shared, caller, id).await {
         Ok(operation) => {
             let state = operation.state;
@@ -143,6 +158,10 @@ async fn wait(
         let now = tokio::time::Instant::now();
         if state != OperationState::Running || now >= deadline {
             return Ok(Json(operation));
+        }
+        if shared.image_job(id).is_some() {
+            tokio::time::sleep_until(deadline.min(now + LOOK_SOON)).await;
+            continue;
         }
         let until = deadline.min(now + LOOK_AGAIN);
         changed(&mut changes, id, until).await;
@@ -288,6 +307,16 @@ async fn cancel(
     Id(id): Id<OperationId>,
     Body(Nothing {}): Body<Nothing>,
 ) -> Answer<(http::StatusCode, Json<OperationView>)> {
+    if let Some(job) = shared.image_job(id) {
+        if !caller.admin && job.account != caller.id {
+            return Err(Problem::not_found("operation"));
+        }
+        if job.state != "running" {
+            return Err(Problem::conflict("operation_ended", format!("the operation is {}", job.state)));
+        }
+        let job = shared.cancel_image_job(id).unwrap_or(job);
+        return Ok((http::StatusCode::ACCEPTED, Json(job.into())));
+    }
     let operation = match find(&shared, &caller, id).await {
         Err(problem) if problem.status() == http::StatusCode::NOT_FOUND && caller.admin => {
             shared.db(move |store| store.recovery(id)).await?;

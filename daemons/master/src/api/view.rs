@@ -10,6 +10,7 @@ use serde_json::Value;
 use utoipa::ToSchema;
 
 use super::backups::BackupStateView;
+use crate::images::ImageJob;
 
 /// A time in RFC 3339.
 pub(crate) fn time(at: Timestamp) -> String {
@@ -181,7 +182,7 @@ impl From<Fence> for FenceView {
 pub(crate) struct OperationView {
     id: String,
     kind: &'static str,
-    /// The project that it is about; of `restore_all`, none.
+    /// The project that it is about; of `restore_all` and of work on images, none.
     project_id: Option<String>,
     /// The host that it is about, of `restore_all`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -249,6 +250,26 @@ impl OperationView {
             cancelling: recovery.cancel,
             created: time(recovery.created),
             updated: time(recovery.updated),
+            millis: u64::try_from(millis).unwrap_or(u64::MAX),
+        }
+    }
+}
+
+impl From<ImageJob> for OperationView {
+    fn from(job: ImageJob) -> Self {
+        let millis = job.updated.since(job.created).as_millis();
+        Self {
+            id: job.id.to_string(),
+            kind: job.kind,
+            project_id: None,
+            host_id: None,
+            state: job.state,
+            phase: job.phase,
+            progress: job.progress,
+            error: job.error,
+            cancelling: job.cancelling,
+            created: time(job.created),
+            updated: time(job.updated),
             millis: u64::try_from(millis).unwrap_or(u64::MAX),
         }
     }

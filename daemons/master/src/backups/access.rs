@@ -97,7 +97,7 @@ impl Shared {
         });
         Ok(running
             .await?
-            .is_some_and(|operation| matches!(operation.job, Job::Recover { to, .. } if to == host)))
+            .is_some_and(|operation| matches!(operation.job, store::Job::Recover { to, .. } if to == host)))
     }
 
     /// Whether backups of `source` are being restored into `project`.

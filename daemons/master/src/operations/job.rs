@@ -8,7 +8,7 @@ use cocalc_core::{
     runner::State,
     storage::CopyOptions,
 };
-use cocalc_ids::{Epoch, HostId, ProjectId, SessionId, SnapshotName};
+use cocalc_ids::{Epoch, HostId, ImageDigest, ProjectId, SessionId, SnapshotName};
 use cocalc_sqlite::master::{self as store, Ended, Job, Operation, Outcome, Project, ProjectState};
 
 use tokio::sync::watch;
@@ -24,6 +24,9 @@ const BUSY_RETRIES: u32 = 5;
 /// After how long a command that is not answered is sent again for the first
 /// time. A host takes repeated commands one after the other.
 const REPEAT_AFTER: Duration = Duration::from_secs(5);
+/// How long a project's processes may take to end when it is stopped only to be
+/// started again.
+const RESTART_GRACE_MS: u64 = 10_000;
 /// The phase of an operation of which no host knows.
 pub(crate) const QUEUED: &str = "queued";
 /// The phase in which it turns out whether the operation makes sense, before
@@ -56,6 +59,10 @@ pub(super) async fn run(shared: &Arc<Shared>, operation: &Operation, mut cancel:
         shared.backups_of_deleted(project.id).await;
         if let Err(error) = shared.tell_of_project(project.host, project.id).await {
             tracing::warn!(project = %project.id, error = %cocalc_core::chain(&error), "cannot announce a deletion");
+        }
+        let id = project.id;
+        if let Err(error) = shared.db(move |store| store.remove_secrets(id)).await {
+            tracing::warn!(project = %id, error = %cocalc_core::chain(&error), "its secrets are not removed");
         }
         if let Err(error) = shared.forget_project(project.id).await {
             tracing::warn!(project = %project.id, error = %cocalc_core::chain(&error), "cannot tidy after a deletion");
@@ -150,6 +157,7 @@ async fn act(
             done(ProjectState::from(report.status.state), Some(report))
         }
         Job::Start => {
+            call.ensure_image(project.config.image).await?;
             // A creation that failed is made good; files that were there once
             // are never replaced by an empty volume.
             if !project.made {
@@ -225,6 +233,36 @@ async fn act(
             call.keep("copying", command, project).await?
         }
         Job::RestoreBackup { backup, to } => restoring::restore(&call, project, backup, to, cancel).await?,
+        Job::SetImage { image, restart } => {
+            call.ensure_image(Some(*image)).await?;
+            let was_running = project.state == ProjectState::Running;
+            if was_running && *restart {
+                let command = HostCommand::Stop { project: id, epoch, grace_ms: RESTART_GRACE_MS };
+                call.report("stopping", command, Duration::from_secs(120), epoch).await?;
+            }
+            let (within, image) = (operation.id, *image);
+            let changed = shared
+                .db(move |store| store.configure_within(within, id, |config| config.image = Some(image)));
+            let config = changed.await?.config;
+            if project.made {
+                let command = HostCommand::Configure { project: id, epoch, config: config.clone() };
+                call.report("changing the image", command, Duration::from_secs(120), epoch).await?;
+            }
+            if !was_running {
+                return Ok(Ended {
+                    outcome: Outcome::Done,
+                    project: project.state,
+                    reason: project.reason.clone(),
+                    report: None,
+                });
+            }
+            let command = HostCommand::Start { project: id, epoch, config };
+            match call.report("starting", command, Duration::from_secs(300), epoch).await {
+                Ok(report) => done(ProjectState::from(report.status.state), Some(report)),
+                // It has been stopped, and does not keep its state.
+                Err(failure) => failure.ended(&Job::Start, project),
+            }
+        }
         // Driven elsewhere.
         Job::Move { .. }
         | Job::Recover { .. }
@@ -247,6 +285,7 @@ async fn create(
     project: &Project,
     cancel: &mut watch::Receiver<bool>,
 ) -> Result<ProjectReport, Failure> {
+    call.ensure_image(project.config.image).await?;
     // The host knows who may use it before it exists.
     call.shared.tell_of_project(project.host, project.id).await?;
     let (id, epoch, config) = (project.id, project.epoch, project.config.clone());
@@ -296,6 +335,36 @@ async fn original(shared: &Shared, id: ProjectId, to: &Project) -> Result<Projec
     }
 }
 
+/// Has a host fetch an image, if another one has it and this one has not, and
+/// shows people how far that is.
+pub(super) async fn ensure_image(
+    shared: &Shared,
+    operation: &Operation,
+    host: HostId,
+    image: ImageDigest,
+) -> Result<(), CommandError> {
+    let (told, mut news) = tokio::sync::watch::channel(None);
+    let (_never, mut cancel) = tokio::sync::watch::channel(false);
+    let mut tell = move |phase: &str, bytes: u64, expected: Option<u64>| {
+        told.send_replace(Some((phase.to_owned(), bytes, expected)));
+    };
+    let fetch = shared.ensure_image(host, image, operation.id, &mut cancel, &mut tell);
+    let mut fetch = std::pin::pin!(fetch);
+    loop {
+        tokio::select! {
+            done = &mut fetch => return done,
+            Ok(()) = news.changed() => {
+                let Some((phase, bytes, expected)) = news.borrow_and_update().clone() else { continue };
+                let mut progress = serde_json::json!({ "bytes": bytes });
+                if let Some(expected) = expected {
+                    progress["bytes_expected"] = expected.into();
+                }
+                shared.note(operation.id, &format!("image: {phase}"), progress).await;
+            }
+        }
+    }
+}
+
 /// Calls of one operation to its host.
 pub(super) struct Call<'a> {
     pub(super) shared: &'a Shared,
@@ -304,6 +373,12 @@ pub(super) struct Call<'a> {
 }
 
 impl Call<'_> {
+    /// Has the host fetch the image, if another one has it and this one has not.
+    async fn ensure_image(&self, image: Option<ImageDigest>) -> Result<(), Failure> {
+        let Some(image) = image else { return Ok(()) };
+        ensure_image(self.shared, self.operation, self.host, image).await.map_err(Failure::Refused)
+    }
+
     /// A command whose receipt is the project's state, in that epoch.
     pub(super) async fn report(
         &self,

@@ -6,6 +6,7 @@ mod access;
 mod document;
 mod fences;
 mod files;
+mod limits;
 mod login;
 mod moves;
 mod promises;

@@ -351,6 +351,7 @@ impl Host {
                     isolation: true,
                     limits: true,
                     weaknesses: vec![],
+                    unenforced: vec![],
                 },
                 images: vec![],
                 sealing_key: None,
