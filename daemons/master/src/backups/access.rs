@@ -6,7 +6,7 @@ use cocalc_auth_sealed::{Announced, Purpose, SealingKey};
 use cocalc_backup::{Access, Repositories as _};
 use cocalc_core::control::{BackupAccess, PeerReply};
 use cocalc_ids::{HostId, ProjectId};
-use cocalc_sqlite::master::{self as store, Job};
+use cocalc_sqlite::master as store;
 use zeroize::Zeroizing;
 
 use crate::{operations, shared::Shared};
