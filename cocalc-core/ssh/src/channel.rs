@@ -76,7 +76,7 @@ pub(crate) async fn session(
     };
     let ended = tokio::select! {
         ended = run => ended,
-        () = overflow.cancelled() => Err("the command does not read its input, and other channels wait".into()),
+        () = overflow.cancelled() => Err("the command does not read its input, and the server has no room for more of it".into()),
     };
     match ended {
         Ok(Some(exit)) => outward.finish(exit).await,

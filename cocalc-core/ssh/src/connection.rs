@@ -31,7 +31,7 @@ use crate::{
     drive::Control,
     environment,
     host_keys::key_text,
-    input::{CONNECTION_BYTES_MAX, Credit, InputSender, REST, input},
+    input::{Budget, CONNECTION_BYTES_MAX, Credit, InputSender, input},
     line::Grip,
     project_of_user,
 };
@@ -58,6 +58,7 @@ pub(crate) struct Connection {
     /// Ends everything of this connection.
     over: CancellationToken,
     channels_max: usize,
+    budget: Arc<Budget>,
     refusal: Option<Refusal>,
     login: Option<Arc<Login>>,
     announce: Option<oneshot::Sender<Arc<Login>>>,
@@ -88,6 +89,7 @@ impl Connection {
         grip: Grip,
         over: CancellationToken,
         channels_max: usize,
+        budget: Arc<Budget>,
     ) -> (Self, oneshot::Receiver<Arc<Login>>) {
         let (announce, announced) = oneshot::channel();
         let connection = Self {
@@ -96,6 +98,7 @@ impl Connection {
             grip,
             over,
             channels_max,
+            budget,
             refusal: None,
             login: None,
             announce: Some(announce),
@@ -192,9 +195,9 @@ impl Connection {
         let pty = if command == Command::Sftp { None } else { pty };
         let request = ExecRequest { command, env, pty, user: None };
         let has_pty = request.pty.is_some();
-        let (sender, receiver) = input();
-        let (controls, steered) = mpsc::channel(16);
         let overflow = CancellationToken::new();
+        let (sender, receiver) = input(&self.budget, project(&login), &overflow);
+        let (controls, steered) = mpsc::channel(16);
         let outward = Outward { write, handle: session.handle() };
         let run = channel::session(outward, login, request, receiver, steered, overflow.clone());
         self.channels.insert(id, State::Running { input: Some(sender), controls, overflow, pty: has_pty });
@@ -222,13 +225,14 @@ impl Connection {
     }
 
     /// Takes what a client sent on a channel.
-    fn receive(&mut self, id: ChannelId, data: &[u8]) {
+    fn receive(&mut self, id: ChannelId, data: &[u8], left: u32) {
         let Some(State::Running { input: Some(input), overflow, .. }) = self.channels.get(&id) else {
             return;
         };
         let fits = input.push(data);
         let queued = input.queued();
         self.credit.note(id.number(), queued);
+        self.credit.came(id.number(), left, Instant::now());
         let total = || self.channels.values().map(State::queued).sum::<usize>();
         if !fits || (self.credit.is_stalled(id.number()) && total() > CONNECTION_BYTES_MAX) {
             tracing::info!(
@@ -240,10 +244,10 @@ impl Connection {
             if let Some(State::Running { input, .. }) = self.channels.get_mut(&id) {
                 *input = None;
             }
-            self.credit.note(id.number(), 0);
+            self.credit.forget(id.number());
         }
-        if self.granted.take().is_some_and(|granted| self.credit.rests(granted)) {
-            self.grip.rest(REST);
+        if let Some(rest) = self.granted.take().and_then(|granted| self.credit.rest(granted)) {
+            self.grip.rest(rest);
         }
     }
 }
@@ -273,6 +277,13 @@ fn window_size(cols: u32, rows: u32) -> WindowSize {
         Err(_) => u16::MAX,
     };
     WindowSize { cols: clamp(cols, 80), rows: clamp(rows, 24) }
+}
+
+fn project(login: &Login) -> ProjectId {
+    match login {
+        Login::Open(access) => access.project,
+        Login::Moved(moved) => moved.project,
+    }
 }
 
 /// Whether a name means the project itself.
@@ -391,9 +402,9 @@ impl Handler for Connection {
         }
         let id = channel.id();
         let (_, write) = channel.split();
-        let (sender, receiver) = input();
-        let (controls, _) = mpsc::channel(1);
         let overflow = CancellationToken::new();
+        let (sender, receiver) = input(&self.budget, project(&login), &overflow);
+        let (controls, _) = mpsc::channel(1);
         let outward = Outward { write, handle: session.handle() };
         let run = channel::forward(outward, reply, login, port, receiver, overflow.clone());
         self.channels.insert(id, State::Running { input: Some(sender), controls, overflow, pty: false });
@@ -406,7 +417,7 @@ impl Handler for Connection {
             // Its task ends, and with it the process.
             overflow.cancel();
         }
-        self.credit.note(channel.number(), 0);
+        self.credit.forget(channel.number());
         self.reap();
         Ok(())
     }
@@ -422,9 +433,9 @@ impl Handler for Connection {
         &mut self,
         channel: ChannelId,
         data: &[u8],
-        _session: &mut Session,
+        session: &mut Session,
     ) -> Result<(), Self::Error> {
-        self.receive(channel, data);
+        self.receive(channel, data, session.window_size(&channel));
         Ok(())
     }
 

@@ -25,7 +25,7 @@ use crate::{
     Gate, HostCertificateError, HostKeys, Login,
     algorithms::preferred,
     connection::{Connection, METHODS},
-    input::WINDOW_BYTES,
+    input::{Budget, WINDOW_BYTES},
     line::{Grip, Line},
 };
 
@@ -49,6 +49,7 @@ struct Inner {
     keepalive: Duration,
     limits: Limits,
     counts: Mutex<Counts>,
+    budget: Arc<Budget>,
 }
 
 #[derive(Clone, Debug)]
@@ -60,6 +61,7 @@ struct Limits {
     /// `None`: a quarter of `logins_max`.
     logins_per_address_max: Option<usize>,
     channels_max: usize,
+    input_bytes_max: usize,
 }
 
 /// Connections now; and of these, those that have not logged in.
@@ -106,6 +108,7 @@ impl SshIngress {
                 logins_max: 200,
                 logins_per_address_max: None,
                 channels_max: 128,
+                input_bytes_max: 256 * 1024 * 1024,
             },
             keepalive: Duration::from_secs(30),
         }
@@ -233,6 +236,14 @@ impl SshIngressBuilder {
         self
     }
 
+    /// What all connections together keep of what their users have sent and
+    /// their processes have not read yet. When it is used up, channels whose
+    /// processes do not read are closed. Default: 256 MiB.
+    pub fn input_bytes_max(mut self, limit: usize) -> Self {
+        self.limits.input_bytes_max = limit;
+        self
+    }
+
     /// Asks a silent client after this long whether it is alive; after four
     /// without an answer its connection ends. Default: 30 seconds.
     pub fn keepalive(mut self, interval: Duration) -> Self {
@@ -249,6 +260,7 @@ impl SshIngressBuilder {
                 config: Mutex::new(Arc::new(config)),
                 keys: self.keys,
                 keepalive: self.keepalive,
+                budget: Budget::new(self.limits.input_bytes_max),
                 limits: self.limits,
                 counts: Mutex::default(),
             }),
@@ -302,6 +314,7 @@ impl Inner {
             grip.clone(),
             over.clone(),
             self.limits.channels_max,
+            self.budget.clone(),
         );
         let line = Line::new(stream, grip.clone());
         let config = self.config.lock().unwrap_or_else(PoisonError::into_inner).clone();
