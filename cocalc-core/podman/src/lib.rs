@@ -76,6 +76,7 @@ mod probe;
 mod process;
 mod signals;
 
+pub use agent::HELPER;
 pub use cgroup::CgroupKind;
 pub use net::Outbound;
 pub use podman::{

@@ -4,7 +4,7 @@ use std::{io, sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use cocalc_core::{
-    runner::{Error, ExecRequest, Exit, Process},
+    runner::{Error, ExecRequest, Exit, Process, Tool},
     stream::{BoxStream, BoxWrite},
     wake::Awake,
 };
@@ -13,7 +13,7 @@ use russh::{
     server::{ChannelOpenHandle, Handle, Msg},
 };
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, split},
+    io::{AsyncRead, AsyncReadExt, AsyncWriteExt, split},
     sync::mpsc,
     time::{Instant, sleep, timeout},
 };
@@ -23,19 +23,22 @@ use crate::{
     Access, Login,
     drive::{Control, Ended, Sink, drive},
     input::InputReceiver,
+    reverse::{self, Connected, Kind, Reverse},
 };
 
 /// How long a session waits for a stopped project to start.
-const WAKE_MAX: Duration = Duration::from_secs(180);
+pub(crate) const WAKE_MAX: Duration = Duration::from_secs(180);
 /// How often it asks.
 const WAKE_EVERY: Duration = Duration::from_millis(300);
 /// How long starting a process or opening a port may take.
-const OPEN_MAX: Duration = Duration::from_secs(60);
+pub(crate) const OPEN_MAX: Duration = Duration::from_secs(60);
 /// How long a message of ours waits for the client to take it.
 const SAY_MAX: Duration = Duration::from_secs(1);
 /// How long what was lost waits for the word that the access itself has ended:
 /// at a proxy both come from the host, on connections of their own.
 const LAST_WORD_MAX: Duration = Duration::from_secs(1);
+/// How long what a client sent before it closed a channel may take to be read.
+pub(crate) const DELIVER_MAX: Duration = Duration::from_secs(60);
 /// What OpenSSH returns when it, and not the remote command, failed.
 const OUR_FAILURE: u32 = 255;
 const STDERR: u32 = 1;
@@ -52,17 +55,32 @@ pub(crate) struct Outward {
 pub(crate) async fn session(
     outward: Outward,
     login: Arc<Login>,
-    request: ExecRequest,
+    mut request: ExecRequest,
+    wishes: Wishes,
     input: InputReceiver,
     controls: mpsc::Receiver<Control>,
     overflow: CancellationToken,
 ) {
     let pty = request.pty.is_some();
+    // They listen for as long as the session lasts.
+    let mut listeners = Vec::new();
     let run = async {
         let access = match &*login {
             Login::Open(access) => access,
             Login::Moved(moved) => return Err(moved.to_string()),
         };
+        if !wishes.is_empty() {
+            wake(access, Instant::now() + WAKE_MAX, Some((&outward, pty))).await?;
+            for (variable, kind, what) in wishes.kinds {
+                match wishes.reverse.listen(kind).await {
+                    Ok(listener) => {
+                        request.env.insert(variable.to_owned(), listener.place.clone());
+                        listeners.push(listener);
+                    }
+                    Err(reason) => outward.say(&format!("{what} is not forwarded: {reason}"), pty).await,
+                }
+            }
+        }
         let process = start(access, request, &outward).await?;
         match drive(process, pty, |stdin| feed(input, stdin, pty), &outward, controls).await {
             Ended::Exit(exit) => Ok(Some(exit)),
@@ -90,29 +108,97 @@ pub(crate) async fn session(
     }
 }
 
-/// Connects the channel to a port of the project, once that port has accepted.
+/// What else a session asks for: variables whose values are places inside the
+/// project that lead to its user.
+pub(crate) struct Wishes {
+    pub(crate) reverse: Reverse,
+    pub(crate) kinds: Vec<(&'static str, Kind, &'static str)>,
+}
+
+impl Wishes {
+    fn is_empty(&self) -> bool {
+        self.kinds.is_empty()
+    }
+}
+
+/// Where a channel leads.
+#[derive(Clone, Debug)]
+pub(crate) enum Target {
+    /// A port on the project's loopback addresses.
+    Port(u16),
+    /// Whatever the project itself can reach by this name.
+    Beyond { host: String, port: u16 },
+    /// A Unix socket of the project.
+    Socket(String),
+}
+
+/// Connects the channel to `target`, once that has accepted.
 pub(crate) async fn forward(
     outward: Outward,
     reply: ChannelOpenHandle,
     login: Arc<Login>,
-    port: u16,
+    target: Target,
     input: InputReceiver,
-    overflow: CancellationToken,
+    ends: Ends,
 ) {
     let Login::Open(access) = &*login else {
         return reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await;
     };
-    let stream = match dial(access, port).await {
-        Ok(stream) => stream,
+    let connected = match &target {
+        Target::Port(port) => dial(access, *port).await.map(Way::Stream),
+        Target::Beyond { host, port } => {
+            reach(access, Tool::ConnectTcp { host: host.clone(), port: *port }).await
+        }
+        Target::Socket(path) => reach(access, Tool::ConnectUnix { path: path.clone() }).await,
+    };
+    let way = match connected {
+        Ok(way) => way,
         Err(reason) => {
-            tracing::debug!(project = %access.project, port, reason, "a port was not forwarded");
+            tracing::debug!(project = %access.project, ?target, reason, "a connection was not forwarded");
             return reply.reject(ChannelOpenFailure::ConnectFailed).await;
         }
     };
     // Only now: what the server says first must find an open channel.
     reply.accept().await;
-    let (mut from, to) = split(stream);
-    let inward = feed(input, Box::pin(to), false);
+    match way {
+        Way::Stream(stream) => {
+            let (from, to) = split(stream);
+            pump(&outward, input, from, Box::pin(to), &ends).await;
+        }
+        Way::Tool(connected) => connected.carry(&outward, input, &ends).await,
+    }
+    let _ = outward.write.close().await;
+}
+
+/// What ends a connection that is carried, beside its own ends.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Ends {
+    /// At once.
+    pub(crate) overflow: CancellationToken,
+    /// The client has closed the channel: it takes nothing more, but what it
+    /// has sent still goes where it should.
+    pub(crate) closed: CancellationToken,
+}
+
+enum Way {
+    Stream(BoxStream),
+    Tool(Connected),
+}
+
+async fn reach(access: &Access, tool: Tool) -> Result<Way, String> {
+    wake(access, Instant::now() + WAKE_MAX, None).await?;
+    reverse::connect(access, tool).await.map(Way::Tool)
+}
+
+/// Carries bytes in both directions until both have ended.
+pub(crate) async fn pump(
+    outward: &Outward,
+    input: InputReceiver,
+    mut from: impl AsyncRead + Send + Unpin,
+    to: BoxWrite,
+    ends: &Ends,
+) {
+    let inward = feed(input, to, false);
     let outwards = async {
         let mut buffer = BytesMut::new();
         loop {
@@ -126,10 +212,10 @@ pub(crate) async fn forward(
         let _ = outward.write.eof().await;
     };
     tokio::select! {
-        _ = async { tokio::join!(inward, outwards) } => {}
-        () = overflow.cancelled() => {}
+        _ = async { tokio::join!(inward, ends.closed.run_until_cancelled(outwards)) } => {}
+        () = ends.overflow.cancelled() => {}
+        () = async { ends.closed.cancelled().await; sleep(DELIVER_MAX).await } => {}
     }
-    let _ = outward.write.close().await;
 }
 
 /// Writes what the user sends, until the user or the process ends it.
@@ -196,7 +282,11 @@ async fn dial(access: &Access, port: u16) -> Result<BoxStream, String> {
 }
 
 /// Waits until the project runs, and tells `watcher` how far it is.
-async fn wake(access: &Access, deadline: Instant, watcher: Option<(&Outward, bool)>) -> Result<(), String> {
+pub(crate) async fn wake(
+    access: &Access,
+    deadline: Instant,
+    watcher: Option<(&Outward, bool)>,
+) -> Result<(), String> {
     let mut said = String::new();
     loop {
         match timeout(OPEN_MAX, access.sessions.wake(access.project)).await {

@@ -10,7 +10,7 @@ use std::{
 
 use cocalc_core::{
     auth::{Credential, Secret},
-    ids::ProjectId,
+    ids::{Ports, ProjectId, Restrictions},
     runner::{Command, ExecRequest, Pty, WindowSize},
 };
 use russh::{
@@ -27,13 +27,14 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     Attempt, Gate, Login, Refusal,
-    channel::{self, Outward, signal_name},
+    channel::{self, Ends, Outward, Target, Wishes, signal_name},
     drive::Control,
     environment,
     host_keys::key_text,
     input::{Budget, CONNECTION_BYTES_MAX, Credit, InputSender, input},
     line::Grip,
     project_of_user,
+    reverse::{Arrival, Arrivals, Kind, Listener, Reverse},
 };
 
 /// The longest credential that is looked at; connect tokens are shorter.
@@ -46,6 +47,13 @@ const COMMAND_BYTES_MAX: usize = 64 * 1024;
 /// for as long as the connection lives. A client that has used so many opens
 /// another connection.
 const CHANNELS_EVER_MAX: usize = 10_000;
+/// What one connection may have listen inside the project.
+const LISTENERS_MAX: usize = 32;
+/// How long a client waits until something listens: nothing else happens in
+/// its connection meanwhile.
+const LISTEN_MAX: std::time::Duration = std::time::Duration::from_secs(60);
+/// The longest path of a socket: what the kernel takes.
+const SOCKET_BYTES_MAX: usize = 107;
 /// How long a gate may think.
 const LOGIN_MAX: std::time::Duration = std::time::Duration::from_secs(60);
 
@@ -67,17 +75,28 @@ pub(crate) struct Connection {
     tasks: JoinSet<ChannelId>,
     credit: Credit,
     granted: Option<u32>,
+    arrivals: Arc<Arrivals>,
+    /// By the address or path and the port that the client named.
+    listeners: BTreeMap<(String, u32), Listener>,
 }
 
 enum State {
     /// Opened, and told about its session to be.
-    Waiting { write: ChannelWriteHalf<Msg>, env: BTreeMap<String, String>, pty: Option<Pty> },
+    Waiting {
+        write: ChannelWriteHalf<Msg>,
+        env: BTreeMap<String, String>,
+        pty: Option<Pty>,
+        agent: bool,
+        x11: Option<Kind>,
+    },
     /// Something runs in it.
     Running {
         input: Option<InputSender>,
         controls: mpsc::Sender<Control>,
-        overflow: CancellationToken,
+        ends: Ends,
         pty: bool,
+        /// Whether a process runs in it, which ends with it.
+        process: bool,
     },
 }
 
@@ -107,6 +126,8 @@ impl Connection {
             tasks: JoinSet::new(),
             credit: Credit::default(),
             granted: None,
+            arrivals: Arc::default(),
+            listeners: BTreeMap::new(),
         };
         (connection, announced)
     }
@@ -159,8 +180,70 @@ impl Connection {
         }
     }
 
+    /// Whether whoever logged in may have something that needs `permitted`.
+    fn permits(&self, permitted: impl FnOnce(&Restrictions) -> bool) -> bool {
+        match self.login.as_deref() {
+            Some(Login::Open(access)) => permitted(&access.restrictions),
+            _ => false,
+        }
+    }
+
+    fn reverse(&self, session: &Session) -> Option<Reverse> {
+        Some(Reverse {
+            login: self.login.clone()?,
+            handle: session.handle(),
+            arrivals: self.arrivals.clone(),
+            over: self.over.clone(),
+        })
+    }
+
+    /// Listens inside the project for as long as the connection lasts, and
+    /// returns where. The client waits for the answer before it goes on.
+    async fn listen(&mut self, kind: Kind, session: &mut Session) -> Result<String, String> {
+        if self.listeners.len() >= LISTENERS_MAX {
+            return Err(format!("one connection may listen on {LISTENERS_MAX} places"));
+        }
+        let reverse = self.reverse(session).ok_or("nobody has logged in")?;
+        let name = match &kind {
+            Kind::Tcp { address, .. } => address.clone(),
+            Kind::Unix(path) => path.clone(),
+            _ => return Err("not for the whole connection".into()),
+        };
+        let listening = reverse.listen(kind.clone());
+        let listener =
+            timeout(LISTEN_MAX, listening).await.map_err(|_| "the project does not answer".to_owned())??;
+        let place = listener.place.clone();
+        let port = if matches!(kind, Kind::Tcp { .. }) { place.parse().unwrap_or(0) } else { 0 };
+        self.listeners.insert((name, port), listener);
+        Ok(place)
+    }
+
+    /// Starts what a channel to `target` needs.
+    fn connect(
+        &mut self,
+        channel: russh::Channel<Msg>,
+        target: Target,
+        login: Arc<Login>,
+        reply: ChannelOpenHandle,
+        session: &Session,
+    ) {
+        let id = channel.id();
+        let (_, write) = channel.split();
+        let ends = Ends::default();
+        let (sender, receiver) = input(&self.budget, project(&login), &ends.overflow);
+        let (controls, _) = mpsc::channel(1);
+        let outward = Outward { write, handle: session.handle() };
+        let run = channel::forward(outward, reply, login, target, receiver, ends.clone());
+        let state = State::Running { input: Some(sender), controls, ends, pty: false, process: false };
+        self.channels.insert(id, state);
+        self.spawn(id, run);
+    }
+
     /// Forgets channels whose tasks have ended.
     fn reap(&mut self) {
+        for id in self.arrivals.ended() {
+            self.channels.remove(&id);
+        }
         while let Some(ended) = self.tasks.try_join_next() {
             match ended {
                 Ok(id) => drop(self.channels.remove(&id)),
@@ -183,8 +266,9 @@ impl Connection {
     /// Starts what a session was opened for; `false` if it cannot be.
     fn start(&mut self, id: ChannelId, command: Command, session: &Session) -> bool {
         let Some(login) = self.login.clone() else { return false };
-        let (write, env, pty) = match self.channels.remove(&id) {
-            Some(State::Waiting { write, env, pty }) => (write, env, pty),
+        let Some(reverse) = self.reverse(session) else { return false };
+        let (write, env, pty, agent, x11) = match self.channels.remove(&id) {
+            Some(State::Waiting { write, env, pty, agent, x11 }) => (write, env, pty, agent, x11),
             Some(running) => {
                 self.channels.insert(id, running);
                 return false;
@@ -195,12 +279,16 @@ impl Connection {
         let pty = if command == Command::Sftp { None } else { pty };
         let request = ExecRequest { command, env, pty, user: None };
         let has_pty = request.pty.is_some();
-        let overflow = CancellationToken::new();
-        let (sender, receiver) = input(&self.budget, project(&login), &overflow);
+        let ends = Ends::default();
+        let (sender, receiver) = input(&self.budget, project(&login), &ends.overflow);
         let (controls, steered) = mpsc::channel(16);
         let outward = Outward { write, handle: session.handle() };
-        let run = channel::session(outward, login, request, receiver, steered, overflow.clone());
-        self.channels.insert(id, State::Running { input: Some(sender), controls, overflow, pty: has_pty });
+        let agent = agent.then_some(("SSH_AUTH_SOCK", Kind::Agent, "your agent"));
+        let x11 = x11.map(|kind| ("DISPLAY", kind, "your X display"));
+        let wishes = Wishes { reverse, kinds: agent.into_iter().chain(x11).collect() };
+        let run = channel::session(outward, login, request, wishes, receiver, steered, ends.overflow.clone());
+        let state = State::Running { input: Some(sender), controls, ends, pty: has_pty, process: true };
+        self.channels.insert(id, state);
         self.spawn(id, run);
         true
     }
@@ -226,7 +314,7 @@ impl Connection {
 
     /// Takes what a client sent on a channel.
     fn receive(&mut self, id: ChannelId, data: &[u8], left: u32) {
-        let Some(State::Running { input: Some(input), overflow, .. }) = self.channels.get(&id) else {
+        let Some(State::Running { input: Some(input), ends, .. }) = self.channels.get(&id) else {
             return;
         };
         let fits = input.push(data);
@@ -240,7 +328,7 @@ impl Connection {
                 queued,
                 "a channel that does not read its input was closed"
             );
-            overflow.cancel();
+            ends.overflow.cancel();
             if let Some(State::Running { input, .. }) = self.channels.get_mut(&id) {
                 *input = None;
             }
@@ -284,6 +372,20 @@ fn project(login: &Login) -> ProjectId {
         Login::Open(access) => access.project,
         Login::Moved(moved) => moved.project,
     }
+}
+
+/// The longest name of a host.
+const HOST_BYTES_MAX: usize = 255;
+
+/// Whether a name can be one of a host.
+fn is_host(host: &str) -> bool {
+    (1..=HOST_BYTES_MAX).contains(&host.len())
+        && host.bytes().all(|b| b.is_ascii_alphanumeric() || b".-_:%".contains(&b))
+}
+
+/// Whether a path can be one of a socket.
+fn is_socket(path: &str) -> bool {
+    path.len() <= SOCKET_BYTES_MAX && path.starts_with('/') && !path.contains(['\0', '\n'])
 }
 
 /// Whether a name means the project itself.
@@ -376,7 +478,8 @@ impl Handler for Connection {
         // Without the read half the library passes data to `data` below, and
         // never waits for a reader.
         let (_, write) = channel.split();
-        self.channels.insert(id, State::Waiting { write, env: BTreeMap::new(), pty: None });
+        let state = State::Waiting { write, env: BTreeMap::new(), pty: None, agent: false, x11: None };
+        self.channels.insert(id, state);
         reply.accept().await;
         Ok(())
     }
@@ -392,32 +495,137 @@ impl Handler for Connection {
         session: &mut Session,
     ) -> Result<(), Self::Error> {
         let port = u16::try_from(port_to_connect).ok().filter(|port| *port != 0);
-        let (Some(login), Some(port), true) = (self.login.clone(), port, is_loopback(host_to_connect)) else {
+        let (Some(login), Some(port)) = (self.login.clone(), port) else {
             reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await;
             return Ok(());
         };
-        if !self.has_room() {
-            reply.reject(ChannelOpenFailure::ResourceShortage).await;
+        let target = if is_loopback(host_to_connect) {
+            Target::Port(port)
+        } else if is_host(host_to_connect) && self.permits(|permits| permits.ports == Ports::All) {
+            Target::Beyond { host: host_to_connect.to_owned(), port }
+        } else {
+            reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await;
             return Ok(());
+        };
+        if self.has_room() {
+            self.connect(channel, target, login, reply, session);
+        } else {
+            reply.reject(ChannelOpenFailure::ResourceShortage).await;
         }
-        let id = channel.id();
-        let (_, write) = channel.split();
-        let overflow = CancellationToken::new();
-        let (sender, receiver) = input(&self.budget, project(&login), &overflow);
-        let (controls, _) = mpsc::channel(1);
-        let outward = Outward { write, handle: session.handle() };
-        let run = channel::forward(outward, reply, login, port, receiver, overflow.clone());
-        self.channels.insert(id, State::Running { input: Some(sender), controls, overflow, pty: false });
-        self.spawn(id, run);
         Ok(())
     }
 
+    async fn channel_open_direct_streamlocal(
+        &mut self,
+        channel: russh::Channel<Msg>,
+        socket_path: &str,
+        reply: ChannelOpenHandle,
+        session: &mut Session,
+    ) -> Result<(), Self::Error> {
+        let permitted = is_socket(socket_path) && self.permits(|permits| permits.ports == Ports::All);
+        let (Some(login), true) = (self.login.clone(), permitted) else {
+            reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await;
+            return Ok(());
+        };
+        if self.has_room() {
+            self.connect(channel, Target::Socket(socket_path.to_owned()), login, reply, session);
+        } else {
+            reply.reject(ChannelOpenFailure::ResourceShortage).await;
+        }
+        Ok(())
+    }
+
+    async fn channel_open_confirmation(
+        &mut self,
+        id: ChannelId,
+        _max_packet_size: u32,
+        _window_size: u32,
+        session: &mut Session,
+    ) -> Result<(), Self::Error> {
+        let Some(login) = self.login.clone().filter(|_| self.has_room()) else { return session.close(id) };
+        let ends = Ends::default();
+        let (sender, input) = input(&self.budget, project(&login), &ends.overflow);
+        let (controls, _) = mpsc::channel(1);
+        let state =
+            State::Running { input: Some(sender), controls, ends: ends.clone(), pty: false, process: false };
+        self.channels.insert(id, state);
+        self.arrivals.put(id, Arrival { input, ends });
+        Ok(())
+    }
+
+    async fn tcpip_forward(
+        &mut self,
+        address: &str,
+        port: &mut u32,
+        session: &mut Session,
+    ) -> Result<bool, Self::Error> {
+        let wanted = u16::try_from(*port).unwrap_or(0);
+        let permitted = self.permits(|permits| match wanted {
+            0 => permits.listen == Ports::All,
+            port => permits.listen.contain(port),
+        });
+        if !permitted || address.len() > HOST_BYTES_MAX || u32::from(wanted) != *port {
+            refuse(session, "this key or certificate does not permit to listen on that port")?;
+            return Ok(false);
+        }
+        let kind = Kind::Tcp { address: address.to_owned(), port: *port };
+        match self.listen(kind, session).await {
+            Ok(place) => {
+                *port = place.parse().unwrap_or(*port);
+                Ok(true)
+            }
+            Err(reason) => {
+                refuse(session, &format!("cannot listen on port {port} of the project: {reason}"))?;
+                Ok(false)
+            }
+        }
+    }
+
+    async fn cancel_tcpip_forward(
+        &mut self,
+        address: &str,
+        port: u32,
+        _session: &mut Session,
+    ) -> Result<bool, Self::Error> {
+        Ok(self.listeners.remove(&(address.to_owned(), port)).is_some())
+    }
+
+    async fn streamlocal_forward(
+        &mut self,
+        socket_path: &str,
+        session: &mut Session,
+    ) -> Result<bool, Self::Error> {
+        if !is_socket(socket_path) || !self.permits(|permits| permits.listen == Ports::All) {
+            refuse(session, "this key or certificate does not permit to listen on a socket")?;
+            return Ok(false);
+        }
+        match self.listen(Kind::Unix(socket_path.to_owned()), session).await {
+            Ok(_) => Ok(true),
+            Err(reason) => {
+                refuse(session, &format!("cannot listen at {socket_path} in the project: {reason}"))?;
+                Ok(false)
+            }
+        }
+    }
+
+    async fn cancel_streamlocal_forward(
+        &mut self,
+        socket_path: &str,
+        _session: &mut Session,
+    ) -> Result<bool, Self::Error> {
+        Ok(self.listeners.remove(&(socket_path.to_owned(), 0)).is_some())
+    }
+
     async fn channel_close(&mut self, channel: ChannelId, _session: &mut Session) -> Result<(), Self::Error> {
-        if let Some(State::Running { overflow, .. }) = self.channels.remove(&channel) {
+        match self.channels.remove(&channel) {
             // Its task ends, and with it the process.
-            overflow.cancel();
+            Some(State::Running { ends, process: true, .. }) => ends.overflow.cancel(),
+            // What was sent before still arrives.
+            Some(State::Running { ends, .. }) => ends.closed.cancel(),
+            _ => {}
         }
         self.credit.forget(channel.number());
+        self.arrivals.forget(channel);
         self.reap();
         Ok(())
     }
@@ -554,22 +762,49 @@ impl Handler for Connection {
         &mut self,
         channel: ChannelId,
         _single_connection: bool,
-        _x11_auth_protocol: &str,
-        _x11_auth_cookie: &str,
-        _x11_screen_number: u32,
+        x11_auth_protocol: &str,
+        x11_auth_cookie: &str,
+        x11_screen_number: u32,
         session: &mut Session,
     ) -> Result<(), Self::Error> {
-        session.channel_failure(channel)
+        let word = |text: &str| {
+            (1..=256).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+        };
+        let permitted =
+            word(x11_auth_protocol) && word(x11_auth_cookie) && self.permits(|permits| permits.x11);
+        let taken = match self.channels.get_mut(&channel) {
+            Some(State::Waiting { x11, .. }) if permitted => {
+                *x11 = Some(Kind::X11 {
+                    protocol: x11_auth_protocol.to_owned(),
+                    cookie: x11_auth_cookie.to_owned(),
+                    screen: x11_screen_number,
+                });
+                true
+            }
+            _ => false,
+        };
+        reply(taken, channel, session)
     }
 
     async fn agent_request(
         &mut self,
         channel: ChannelId,
-        session: &mut Session,
+        _session: &mut Session,
     ) -> Result<bool, Self::Error> {
-        session.channel_failure(channel)?;
-        Ok(false)
+        let permitted = self.permits(|permits| permits.agent);
+        match self.channels.get_mut(&channel) {
+            Some(State::Waiting { agent, .. }) if permitted => {
+                *agent = true;
+                Ok(true)
+            }
+            _ => Ok(false),
+        }
     }
+}
+
+/// Tells the client why, in the only way that the protocol has for this.
+fn refuse(session: &mut Session, why: &str) -> Result<(), russh::Error> {
+    session.debug(true, &format!("cocalc: {why}"), "")
 }
 
 fn reply(done: bool, channel: ChannelId, session: &mut Session) -> Result<(), russh::Error> {

@@ -13,8 +13,9 @@
 //!
 //! What it is not: it runs nothing itself (that is a
 //! [`Runner`](cocalc_core::runner::Runner)) and knows no rights (that is an
-//! [`Auth`](cocalc_core::auth::Auth)). Agent, X11 and remote forwarding are
-//! refused.
+//! [`Auth`](cocalc_core::auth::Auth)). What has to listen or connect inside a
+//! project is a process there ([`Tool`](cocalc_core::runner::Tool)): remote
+//! forwarding, Unix sockets, agent and X11.
 //!
 //! ```no_run
 //! use std::{path::Path, sync::Arc};
@@ -73,6 +74,7 @@ mod input;
 mod line;
 mod peers;
 mod remote;
+mod reverse;
 mod sessions;
 mod user;
 mod wire;

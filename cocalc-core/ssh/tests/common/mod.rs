@@ -193,6 +193,29 @@ pub struct Shells {
     pub home: PathBuf,
     /// How often `wake` says that the project is still starting.
     pub starting: AtomicUsize,
+    /// The helper that projects have.
+    pub helper: PathBuf,
+    /// Whether there is no sftp server but the helper's.
+    pub bare: AtomicBool,
+}
+
+impl Shells {
+    fn new(directory: &Path) -> Arc<Self> {
+        use std::os::unix::fs::PermissionsExt;
+        let helper = directory.join("helper");
+        std::fs::write(&helper, cocalc_podman::HELPER).unwrap();
+        std::fs::set_permissions(&helper, std::fs::Permissions::from_mode(0o755)).unwrap();
+        Arc::new(Self {
+            home: directory.join("home"),
+            starting: AtomicUsize::new(0),
+            helper,
+            bare: AtomicBool::new(false),
+        })
+    }
+
+    fn tool(&self, args: Vec<String>) -> Vec<String> {
+        std::iter::once(self.helper.display().to_string()).chain(args).collect()
+    }
 }
 
 #[async_trait]
@@ -215,7 +238,11 @@ impl Sessions for Shells {
             Command::Shell => vec!["/bin/bash".into(), "--norc".into(), "-i".into()],
             Command::Line(line) => vec!["/bin/bash".into(), "-c".into(), line],
             Command::Argv(argv) => argv,
+            Command::Sftp if self.bare.load(Ordering::SeqCst) => {
+                self.tool(vec!["tool".into(), "sftp".into()])
+            }
             Command::Sftp => vec!["/usr/lib/openssh/sftp-server".into()],
+            Command::Tool(tool) => self.tool(tool.args()),
             _ => return Err(Error::Invalid { project, reason: "unknown".into() }),
         };
         let mut command = tokio::process::Command::new("setsid");
@@ -412,7 +439,7 @@ impl World {
         };
         let (rights, beta_rights) = (rights(), rights());
         let beta = HostId::random();
-        let shells = Arc::new(Shells { home: directory.path().join("home"), starting: AtomicUsize::new(0) });
+        let shells = Shells::new(directory.path());
         let router = OneRoute::new(project, host, Reach::Local);
         let gate = Arc::new(LocalGate::new(rights.clone(), router.clone(), Arc::new(Shared(shells.clone()))));
         let peers = Arc::new(SshPeers::new(gate.clone()));
