@@ -1,9 +1,10 @@
 //! One channel of a user's connection: a process, or a connection to a port.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{io, net::IpAddr, sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use cocalc_core::{
+    ids::ProjectId,
     runner::{Error, ExecRequest, Exit, Process, Tool},
     stream::{BoxStream, BoxWrite},
     wake::Awake,
@@ -24,6 +25,7 @@ use crate::{
     drive::{Control, Ended, Sink, drive},
     input::InputReceiver,
     reverse::{self, Connected, Kind, Reverse},
+    witness::Meter,
 };
 
 /// How long a session waits for a stopped project to start.
@@ -37,6 +39,8 @@ const SAY_MAX: Duration = Duration::from_secs(1);
 /// How long what was lost waits for the word that the access itself has ended:
 /// at a proxy both come from the host, on connections of their own.
 const LAST_WORD_MAX: Duration = Duration::from_secs(1);
+/// What a shell at a passage says.
+const NO_PROJECT: &str = "this is a way to projects, and none itself: ssh -J jump@this-server ID@ID";
 /// How long what a client sent before it closed a channel may take to be read.
 pub(crate) const DELIVER_MAX: Duration = Duration::from_secs(60);
 /// What OpenSSH returns when it, and not the remote command, failed.
@@ -47,6 +51,7 @@ const STDERR: u32 = 1;
 pub(crate) struct Outward {
     pub(crate) write: ChannelWriteHalf<Msg>,
     pub(crate) handle: Handle,
+    pub(crate) meter: Option<Arc<Meter>>,
 }
 
 /// Runs `request` in the project, from its start to the channel's end.
@@ -68,6 +73,7 @@ pub(crate) async fn session(
         let access = match &*login {
             Login::Open(access) => access,
             Login::Moved(moved) => return Err(moved.to_string()),
+            Login::Passage(_) => return Err(NO_PROJECT.into()),
         };
         if !wishes.is_empty() {
             wake(access, Instant::now() + WAKE_MAX, Some((&outward, pty))).await?;
@@ -130,6 +136,8 @@ pub(crate) enum Target {
     Beyond { host: String, port: u16 },
     /// A Unix socket of the project.
     Socket(String),
+    /// The SSH server of this project's host, for a user from there.
+    Project(ProjectId, Option<IpAddr>),
 }
 
 /// Connects the channel to `target`, once that has accepted.
@@ -141,10 +149,24 @@ pub(crate) async fn forward(
     input: InputReceiver,
     ends: Ends,
 ) {
-    let Login::Open(access) = &*login else {
-        return reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await;
+    let access = match (&*login, &target) {
+        (Login::Open(access), _) => access,
+        (Login::Passage(passage), Target::Project(project, source)) => {
+            match timeout(OPEN_MAX, passage.pass(*project, *source)).await {
+                Ok(Ok(stream)) => {
+                    reply.accept().await;
+                    let (from, to) = split(stream);
+                    pump(&outward, input, from, Box::pin(to), &ends).await;
+                    let _ = outward.write.close().await;
+                }
+                _ => reply.reject(ChannelOpenFailure::ConnectFailed).await,
+            }
+            return;
+        }
+        _ => return reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await,
     };
     let connected = match &target {
+        Target::Project(..) => Err("that is for a passage".into()),
         Target::Port(port) => dial(access, *port).await.map(Way::Stream),
         Target::Beyond { host, port } => {
             reach(access, Tool::ConnectTcp { host: host.clone(), port: *port }).await
@@ -205,8 +227,12 @@ pub(crate) async fn pump(
             buffer.reserve(32 * 1024);
             match (&mut from).take(32 * 1024).read_buf(&mut buffer).await {
                 Ok(0) | Err(_) => break,
-                Ok(_) if outward.write.data_bytes(buffer.split().freeze()).await.is_err() => return,
-                Ok(_) => {}
+                Ok(count) => {
+                    if outward.write.data_bytes(buffer.split().freeze()).await.is_err() {
+                        return;
+                    }
+                    outward.count(count);
+                }
             }
         }
         let _ = outward.write.eof().await;
@@ -308,6 +334,12 @@ pub(crate) async fn wake(
 }
 
 impl Outward {
+    fn count(&self, bytes: usize) {
+        if let Some(meter) = &self.meter {
+            meter.outward(bytes);
+        }
+    }
+
     /// Tells the user something, beside the output of their command.
     async fn say(&self, text: &str, pty: bool) {
         let line_end = if pty { "\r\n" } else { "\n" };
@@ -343,10 +375,12 @@ impl Outward {
 
 impl Sink for Outward {
     async fn stdout(&self, data: Bytes) -> io::Result<()> {
+        self.count(data.len());
         self.write.data_bytes(data).await.map_err(io::Error::other)
     }
 
     async fn stderr(&self, data: Bytes) -> io::Result<()> {
+        self.count(data.len());
         self.write.extended_data_bytes(STDERR, data).await.map_err(io::Error::other)
     }
 

@@ -4,7 +4,10 @@ use std::{
     borrow::Cow,
     collections::{BTreeMap, HashMap},
     net::IpAddr,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Instant,
 };
 
@@ -26,7 +29,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    Attempt, Gate, Login, Refusal,
+    Attempt, Gate, Login, Passage, Refusal, Witness,
     channel::{self, Ends, Outward, Target, Wishes, signal_name},
     drive::Control,
     environment,
@@ -35,6 +38,7 @@ use crate::{
     line::Grip,
     project_of_user,
     reverse::{Arrival, Arrivals, Kind, Listener, Reverse},
+    witness::Meter,
 };
 
 /// The longest credential that is looked at; connect tokens are shorter.
@@ -57,6 +61,27 @@ const SOCKET_BYTES_MAX: usize = 107;
 /// How long a gate may think.
 const LOGIN_MAX: std::time::Duration = std::time::Duration::from_secs(60);
 
+/// What all connections of a server share.
+#[derive(Clone)]
+pub(crate) struct Surroundings {
+    pub(crate) gate: Arc<dyn Gate>,
+    pub(crate) channels_max: usize,
+    pub(crate) budget: Arc<Budget>,
+    pub(crate) passage: Option<Arc<dyn Passage>>,
+    pub(crate) witness: Option<Arc<dyn Witness>>,
+}
+
+/// Somebody who has logged in.
+pub(crate) struct Admitted {
+    pub(crate) login: Arc<Login>,
+    pub(crate) meter: Option<Arc<Meter>>,
+}
+
+/// Who wants a way on, and no project.
+const JUMP: &str = "jump";
+/// The smallest RSA key, in bits.
+const RSA_BITS_MIN: u32 = 2048;
+
 /// The protocol library's handler of one connection. It never waits for a
 /// process or a port: whatever can wait is done in a task per channel.
 pub(crate) struct Connection {
@@ -67,9 +92,15 @@ pub(crate) struct Connection {
     over: CancellationToken,
     channels_max: usize,
     budget: Arc<Budget>,
+    /// Where `jump` leads.
+    passage: Option<Arc<dyn Passage>>,
+    witness: Option<Arc<dyn Witness>>,
+    meter: Option<Arc<Meter>>,
+    /// Whether a credential was refused.
+    refused: Arc<AtomicBool>,
     refusal: Option<Refusal>,
     login: Option<Arc<Login>>,
-    announce: Option<oneshot::Sender<Arc<Login>>>,
+    announce: Option<oneshot::Sender<Admitted>>,
     channels: HashMap<ChannelId, State>,
     channels_ever: usize,
     tasks: JoinSet<ChannelId>,
@@ -103,13 +134,13 @@ enum State {
 impl Connection {
     /// A handler that sends the login to the returned receiver.
     pub(crate) fn new(
-        gate: Arc<dyn Gate>,
+        surroundings: Surroundings,
         source: Option<IpAddr>,
         grip: Grip,
         over: CancellationToken,
-        channels_max: usize,
-        budget: Arc<Budget>,
-    ) -> (Self, oneshot::Receiver<Arc<Login>>) {
+        refused: Arc<AtomicBool>,
+    ) -> (Self, oneshot::Receiver<Admitted>) {
+        let Surroundings { gate, channels_max, budget, passage, witness } = surroundings;
         let (announce, announced) = oneshot::channel();
         let connection = Self {
             gate,
@@ -118,6 +149,10 @@ impl Connection {
             over,
             channels_max,
             budget,
+            passage,
+            witness,
+            meter: None,
+            refused,
             refusal: None,
             login: None,
             announce: Some(announce),
@@ -138,18 +173,26 @@ impl Connection {
             None => Refusal::access_denied(),
             Some(project) => match self.ask_gate(project, credential).await {
                 Ok(login) => {
-                    let login = Arc::new(login);
-                    self.login = Some(login.clone());
-                    if let Some(announce) = self.announce.take() {
-                        let _ = announce.send(login);
-                    }
+                    self.admit(login);
                     return Auth::Accept;
                 }
                 Err(refusal) => refusal,
             },
         };
         self.refusal = Some(refusal);
+        self.refused.store(true, Ordering::Release);
         reject(&METHODS)
+    }
+
+    fn admit(&mut self, login: Login) {
+        let login = Arc::new(login);
+        if let Login::Open(access) = &*login {
+            self.meter = Some(Meter::begin(self.witness.take(), access, self.source));
+        }
+        self.login = Some(login.clone());
+        if let Some(announce) = self.announce.take() {
+            let _ = announce.send(Admitted { login, meter: self.meter.clone() });
+        }
     }
 
     async fn ask_gate(&self, project: ProjectId, credential: Credential) -> Result<Login, Refusal> {
@@ -194,6 +237,7 @@ impl Connection {
             handle: session.handle(),
             arrivals: self.arrivals.clone(),
             over: self.over.clone(),
+            meter: self.meter.clone(),
         })
     }
 
@@ -232,7 +276,7 @@ impl Connection {
         let ends = Ends::default();
         let (sender, receiver) = input(&self.budget, project(&login), &ends.overflow);
         let (controls, _) = mpsc::channel(1);
-        let outward = Outward { write, handle: session.handle() };
+        let outward = Outward { write, handle: session.handle(), meter: self.meter.clone() };
         let run = channel::forward(outward, reply, login, target, receiver, ends.clone());
         let state = State::Running { input: Some(sender), controls, ends, pty: false, process: false };
         self.channels.insert(id, state);
@@ -282,7 +326,7 @@ impl Connection {
         let ends = Ends::default();
         let (sender, receiver) = input(&self.budget, project(&login), &ends.overflow);
         let (controls, steered) = mpsc::channel(16);
-        let outward = Outward { write, handle: session.handle() };
+        let outward = Outward { write, handle: session.handle(), meter: self.meter.clone() };
         let agent = agent.then_some(("SSH_AUTH_SOCK", Kind::Agent, "your agent"));
         let x11 = x11.map(|kind| ("DISPLAY", kind, "your X display"));
         let wishes = Wishes { reverse, kinds: agent.into_iter().chain(x11).collect() };
@@ -318,6 +362,9 @@ impl Connection {
             return;
         };
         let fits = input.push(data);
+        if let Some(meter) = &self.meter {
+            meter.inward(data.len());
+        }
         let queued = input.queued();
         self.credit.note(id.number(), queued);
         self.credit.came(id.number(), left, Instant::now());
@@ -369,6 +416,8 @@ fn window_size(cols: u32, rows: u32) -> WindowSize {
 
 fn project(login: &Login) -> ProjectId {
     match login {
+        // All that pass count as one.
+        Login::Passage(_) => ProjectId::from_bytes([0; 16]),
         Login::Open(access) => access.project,
         Login::Moved(moved) => moved.project,
     }
@@ -397,6 +446,19 @@ fn is_loopback(host: &str) -> bool {
 impl Handler for Connection {
     type Error = russh::Error;
 
+    async fn auth_none(&mut self, user: &str) -> Result<Auth, Self::Error> {
+        match self.passage.take() {
+            Some(passage) if user == JUMP => {
+                self.admit(Login::Passage(passage));
+                Ok(Auth::Accept)
+            }
+            passage => {
+                self.passage = passage;
+                Ok(reject(&METHODS))
+            }
+        }
+    }
+
     async fn auth_publickey_offered(
         &mut self,
         _user: &str,
@@ -412,6 +474,14 @@ impl Handler for Connection {
 
     async fn auth_publickey(&mut self, user: &str, key: VerifiedPublicKey<'_>) -> Result<Auth, Self::Error> {
         let sha1 = matches!(key.algorithm, Algorithm::Rsa { hash: None });
+        if key.public_key.key_data().rsa().is_some_and(|key| key.key_size() < RSA_BITS_MIN) {
+            self.refusal = Some(Refusal {
+                code: "access_denied".into(),
+                message: format!("RSA keys of less than {RSA_BITS_MIN} bits are not accepted."),
+                elsewhere: None,
+            });
+            return Ok(reject(&METHODS));
+        }
         match key_text(key.public_key) {
             Some(text) if !sha1 && text.len() <= CREDENTIAL_BYTES_MAX => {
                 Ok(self.attempt(user, Credential::SshKey(text)).await)
@@ -499,7 +569,13 @@ impl Handler for Connection {
             reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await;
             return Ok(());
         };
-        let target = if is_loopback(host_to_connect) {
+        let target = if let Login::Passage(_) = &*login {
+            let Some(project) = project_of_user(host_to_connect) else {
+                reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await;
+                return Ok(());
+            };
+            Target::Project(project, self.source)
+        } else if is_loopback(host_to_connect) {
             Target::Port(port)
         } else if is_host(host_to_connect) && self.permits(|permits| permits.ports == Ports::All) {
             Target::Beyond { host: host_to_connect.to_owned(), port }

@@ -27,6 +27,7 @@ use crate::{
     Access, Login,
     channel::{self, Ends, OPEN_MAX, Outward},
     input::InputReceiver,
+    witness::Meter,
 };
 
 /// How long a listener may take to say that it listens, and a user's client to
@@ -129,6 +130,7 @@ pub(crate) struct Reverse {
     pub(crate) handle: Handle,
     pub(crate) arrivals: Arc<Arrivals>,
     pub(crate) over: CancellationToken,
+    pub(crate) meter: Option<Arc<Meter>>,
 }
 
 /// Something that listens inside the project. Dropping it ends that, but not
@@ -223,7 +225,7 @@ impl Reverse {
         let id = opened.id();
         let _ended = Ended { arrivals: &self.arrivals, id };
         let (_, write) = opened.split();
-        let outward = Outward { write, handle: self.handle.clone() };
+        let outward = Outward { write, handle: self.handle.clone(), meter: self.meter.clone() };
         if let Some(Arrival { input, ends }) = self.arrivals.take(id).await {
             let tool = Tool::Take { ticket: ticket.to_owned(), number };
             if let Ok(connected) = connect(access, tool).await {
