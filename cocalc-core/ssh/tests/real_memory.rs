@@ -58,3 +58,27 @@ print(total)
         assert!(grown < 48, "the server grew by {grown} MiB");
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_does_not_read_costs_no_memory() {
+    let world = World::new().await;
+    for port in [world.direct, world.proxied] {
+        let before = memory();
+        let mut clients = Vec::new();
+        for _ in 0..4 {
+            let mut ssh = world.ssh(port, &["127.0.0.1", "exec cat /dev/zero"]);
+            clients.push(ssh.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap());
+        }
+        // Nobody takes what they print; their windows close.
+        let mut most = before;
+        for _ in 0..100 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            most = most.max(memory());
+        }
+        let grown = most.saturating_sub(before) >> 20;
+        assert!(grown < 32, "the server grew by {grown} MiB");
+        for mut client in clients {
+            client.kill().await.unwrap();
+        }
+    }
+}

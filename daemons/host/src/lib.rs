@@ -29,6 +29,7 @@ mod limits;
 mod peers;
 mod registrar;
 mod startup;
+mod visits;
 mod wake;
 mod watch;
 
