@@ -2,7 +2,7 @@
 # Prints the performance table: a federation of release programs on this
 # machine, each number beside a peer's from the same run. As root.
 #
-#   .ci/bench.sh [--quick] [--only start,tokens,auth,http,ssh,moves,storage] [--runs N] [--json]
+#   .ci/bench.sh [--quick] [--only start,tokens,auth,http,ssh,moves,storage,backup] [--runs N] [--json]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -23,6 +23,7 @@ clean_up() {
   timeout 60 podman rm --force --ignore --time 0 cocalc-bench >/dev/null 2>&1 || true
   timeout 60 podman rmi --force localhost/cocalc-bench >/dev/null 2>&1 || true
   [ "$status" -eq 0 ] || tail -n 5 "$dir"/data/log/*.log "$dir"/nginx/error.log 2>/dev/null >&2 || true
+  if mountpoint -q "$dir/bench-source"; then umount "$dir/bench-source" || status=1; fi
   for volume in "$dir"/bench-*/; do
     if mountpoint -q "$volume"; then umount "$volume" || status=1; fi
   done

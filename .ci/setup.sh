@@ -17,10 +17,10 @@ packages=(
 case $goal in
   demo) ;;
   test) packages+=(
-          attr curl dropbear-bin openssh-server python3-cryptography python3-jwt python3-venv
-          restic rsync sshfs xauth
+          attr busybox-static curl docker-registry dropbear-bin faketime openssh-server openssl
+          python3-cryptography python3-jwt python3-venv restic rsync sshfs xauth
         ) ;;
-  bench) packages+=(curl nginx-light openssh-server rsync wrk) ;;
+  bench) packages+=(curl nginx-light openssh-server restic rsync time wrk) ;;
   *) echo "setup.sh: unknown goal $goal" >&2; exit 2 ;;
 esac
 # A newer Node.js than Debian's may be there already.

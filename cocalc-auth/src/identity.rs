@@ -3,6 +3,7 @@
 use std::{fmt, path::Path};
 
 use ed25519_dalek::{Signer, SigningKey, pkcs8::EncodePrivateKey};
+use sha2::{Digest as _, Sha256};
 use zeroize::Zeroizing;
 
 use crate::{
@@ -83,6 +84,17 @@ impl Identity {
     /// Signs `message`.
     pub fn sign(&self, message: &[u8]) -> [u8; 64] {
         self.0.sign(message).to_bytes()
+    }
+
+    /// A secret for another use, which says nothing about this key or about
+    /// secrets of other names. The same for the same name each time.
+    pub fn derive(&self, name: &str) -> Zeroizing<[u8; 32]> {
+        let mut hash = Sha256::new();
+        // The length keeps names apart from what follows them.
+        hash.update((name.len() as u64).to_be_bytes());
+        hash.update(name.as_bytes());
+        hash.update(self.0.as_bytes());
+        Zeroizing::new(hash.finalize().into())
     }
 
     pub(crate) fn secret(&self) -> &SigningKey {

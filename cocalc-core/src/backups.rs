@@ -1,7 +1,23 @@
-//! Backups of projects: the contract. Backends come with `cocalc-backup`.
+//! Backups of projects.
+//!
+//! | part | where | what it is |
+//! |---|---|---|
+//! | [`Backups`] | trait | the contract; backends come with `cocalc-backup` |
+//! | [`Policy`] | pure | what a project's owner wants |
+//! | [`superfluous`] | pure | which backups go |
+//! | [`Status`] | pure | how a project stands, as its host keeps it |
+//! | [`Query`], [`answer`] | | questions, and answers that fit a frame |
+//! | [`Keeper`] | driver | backs up what is due, over `Storage`, `Backups` and the ledger |
 
 mod error;
+mod fetched;
+mod keeper;
+mod policy;
+mod query;
+mod retention;
+mod status;
 mod types;
+mod works;
 
 use std::{fmt, path::Path};
 
@@ -9,10 +25,17 @@ use async_trait::async_trait;
 use cocalc_ids::{ProjectId, TreePath};
 
 pub use error::Error;
+pub use fetched::{fetched_name, is_fetched};
+pub use keeper::{Keeper, KeeperParts, Numbers, Trial};
+pub use policy::{Policy, PolicyError, PolicyFields};
+pub use query::{Answer, Query, answer};
+pub use retention::superfluous;
+pub use status::{Failure, Last, Status, StatusStore, backup_error};
 pub use types::{
-    Backup, BackupKind, BackupSource, CheckOptions, Checked, Entries, Entry, Erased, Phase, Progress,
-    ProgressSink, PruneOptions, Pruned, Restored,
+    Access, Backup, BackupKind, BackupSource, CheckOptions, Checked, Entries, Entry, Erased, Lost, Phase,
+    Progress, ProgressSink, PruneOptions, Pruned, Restored,
 };
+pub use works::{Step, Work, Works};
 
 /// The result of a backup call.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -27,7 +50,9 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 ///   times of modification, extended attributes, links and hard links, holes,
 ///   special files (a socket, which only its process could use, may be left
 ///   out), and the root directory itself.
-/// - A call on one project neither reads nor changes the backups of another.
+/// - A call on one project changes no backup of another, and reads none.
+/// - Where projects share a repository, a prune or a repair tidies all of it;
+///   every backup that is listed stays whole.
 /// - Several backups, and a prune, may run at once on one project.
 /// - Dropping a call ends the work. It leaves no backup listed, and what was
 ///   restored so far is below the target. Repeating it is harmless; a backup
@@ -81,7 +106,8 @@ pub trait Backups: fmt::Debug + Send + Sync + 'static {
     async fn check(&self, project: ProjectId, options: &CheckOptions) -> Result<Checked>;
 
     /// Deletes every backup of a project, and the repository if it is the
-    /// project's own. No other call on the project may run. Erasing nothing is
-    /// harmless.
+    /// project's own; of a shared one, its data are marked, and go with the
+    /// prunes that come after their grace. No other call on the project may run.
+    /// Erasing nothing is harmless.
     async fn erase(&self, project: ProjectId) -> Result<Erased>;
 }

@@ -38,6 +38,8 @@ pub enum Service {
     Ssh,
     /// Streams of snapshots. Hosts.
     Transfer,
+    /// Streams of images. Hosts.
+    Images,
 }
 
 /// Who is at the far end of an authenticated peer connection.

@@ -13,9 +13,14 @@
 //! | [`control`] | the messages between master, hosts and proxies |
 //! | [`grant`] | what a host may run: epochs, grants, freezes |
 //! | [`moves`] | the move of a project as a pure state machine, and its driver |
+//! | [`apps`] | the apps of a project: what it declares, and their supervision |
+//! | [`activity`] | who uses a project, when it is idle, why it runs or was stopped |
 //! | [`snapshots`] | automatic snapshots: schedule, retention, and the keeper that does it |
 //! | [`memory`] | strict in-memory backends, for tests and for embedders' tests |
 
+pub mod activity;
+pub mod admission;
+pub mod apps;
 pub mod auth;
 pub mod backups;
 pub mod bus;
@@ -24,6 +29,7 @@ pub mod connector;
 pub mod control;
 pub mod error;
 pub mod grant;
+pub mod images;
 pub mod memory;
 pub mod moves;
 pub mod router;

@@ -1,5 +1,8 @@
 //! Running projects on one host.
 
+mod isolation;
+mod limits;
+
 use std::{collections::BTreeMap, fmt, path::PathBuf, time::Duration};
 
 use async_trait::async_trait;
@@ -10,6 +13,11 @@ use crate::{
     BoxError,
     stream::{BoxRead, BoxStream, BoxWrite},
 };
+
+pub use isolation::{
+    Destination, Destinations, Isolation, Network, NetworkPolicy, ParseDestinationError, Place,
+};
+pub use limits::{Applied, LimitKind, Limits};
 
 /// The result of a runner call.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -38,6 +46,13 @@ pub trait Runner: fmt::Debug + Send + Sync + 'static {
     /// that runs under another epoch is [`Busy`](Error::Busy).
     async fn start(&self, spec: &ProjectSpec) -> Result<Status>;
 
+    /// How long the steps of the project's last start took, in milliseconds, in
+    /// their order: its receipt. Empty if this backend does not say, or it was
+    /// not started since the daemon is up.
+    fn start_phases(&self, _project: ProjectId) -> Vec<(String, u64)> {
+        Vec::new()
+    }
+
     /// Asks the project's processes to end, kills them after `grace`, and
     /// returns when none is left. Unknown projects are `Stopped`.
     async fn stop(&self, project: ProjectId, grace: Duration) -> Result<Status>;
@@ -61,6 +76,13 @@ pub trait Runner: fmt::Debug + Send + Sync + 'static {
     /// What the project uses now.
     async fn stats(&self, project: ProjectId) -> Result<Stats>;
 
+    /// Changes what the running project may use; its processes go on. What
+    /// `limits` does not say becomes the backend's default again. The same
+    /// limits in the next start's [`ProjectSpec`] make them last.
+    /// [`Invalid`](Error::Invalid) for limits that the backend can't keep or
+    /// that are below what the project uses now; then nothing is changed.
+    async fn set_limits(&self, project: ProjectId, limits: &Limits) -> Result<Applied>;
+
     /// The last `lines` lines that the project's first process wrote.
     async fn logs(&self, project: ProjectId, lines: usize) -> Result<String>;
 }
@@ -76,6 +98,10 @@ pub struct Capabilities {
     pub limits: bool,
     /// What is weaker than in the best backend, for people; empty if nothing.
     pub weaknesses: Vec<String>,
+    /// The limits that this machine can't enforce. The runner refuses a project
+    /// that asks for one of them, unless it was told to accept that.
+    #[serde(default)]
+    pub unenforced: Vec<LimitKind>,
 }
 
 /// Everything a runner needs to know of a project.
@@ -98,19 +124,9 @@ pub struct ProjectSpec {
     pub limits: Limits,
     /// Environment variables of every process in the project.
     pub env: BTreeMap<String, String>,
-}
-
-/// What a project may use. `None` is the backend's default.
-#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
-pub struct Limits {
-    /// Memory in bytes, swap included.
-    pub memory_bytes: Option<u64>,
-    /// CPU in thousandths of a core.
-    pub cpu_millis: Option<u32>,
-    /// Processes and threads.
-    pub pids: Option<u32>,
-    /// Open files per process.
-    pub nofile: Option<u32>,
+    /// How it is kept apart.
+    #[serde(default)]
+    pub isolation: Isolation,
 }
 
 /// What a project is doing.
@@ -187,7 +203,7 @@ pub enum Tool {
     /// for each connection, which a [`Take`](Self::Take) carries.
     Listen {
         /// Where.
-        place: Place,
+        place: ListenAt,
         /// A name that nobody else uses, of letters and digits.
         ticket: String,
     },
@@ -218,7 +234,7 @@ pub enum Tool {
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
-pub enum Place {
+pub enum ListenAt {
     /// On this port of the loopback addresses; 0 is any, which is then said.
     Tcp(u16),
     /// At this path, which must not exist.
@@ -235,10 +251,10 @@ impl Tool {
     /// What the helper is started with.
     pub fn args(&self) -> Vec<String> {
         let words: &[&str] = match self {
-            Self::Listen { place: Place::Tcp(port), ticket } => &["listen-tcp", ticket, &port.to_string()],
-            Self::Listen { place: Place::Unix(path), ticket } => &["listen-unix", ticket, path],
-            Self::Listen { place: Place::Agent, ticket } => &["listen-agent", ticket],
-            Self::Listen { place: Place::X11, ticket } => &["listen-x11", ticket],
+            Self::Listen { place: ListenAt::Tcp(port), ticket } => &["listen-tcp", ticket, &port.to_string()],
+            Self::Listen { place: ListenAt::Unix(path), ticket } => &["listen-unix", ticket, path],
+            Self::Listen { place: ListenAt::Agent, ticket } => &["listen-agent", ticket],
+            Self::Listen { place: ListenAt::X11, ticket } => &["listen-x11", ticket],
             Self::Take { ticket, number } => &["take", ticket, &number.to_string()],
             Self::ConnectTcp { host, port } => &["connect-tcp", host, &port.to_string()],
             Self::ConnectUnix { path } => &["connect-unix", path],
@@ -315,6 +331,25 @@ pub struct Stats {
     pub cpu_micros: u64,
     /// Processes and threads.
     pub pids: u64,
+    /// The most memory that it may have, in bytes; `None` without a limit.
+    #[serde(default)]
+    pub memory_limit_bytes: Option<u64>,
+    /// What it read from disks since the start, in bytes.
+    #[serde(default)]
+    pub read_bytes: u64,
+    /// What it wrote to disks, in bytes.
+    #[serde(default)]
+    pub written_bytes: u64,
+    /// What came from elsewhere over its own network, in bytes. What its users
+    /// send it through the host is not in it.
+    #[serde(default)]
+    pub received_bytes: u64,
+    /// What it sent elsewhere, in bytes.
+    #[serde(default)]
+    pub sent_bytes: u64,
+    /// How many of its processes were killed because its memory was used up.
+    #[serde(default)]
+    pub oom_kills: u64,
 }
 
 /// Why a runner call failed.

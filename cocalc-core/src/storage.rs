@@ -4,6 +4,7 @@ mod error;
 mod files;
 mod hold;
 mod sending;
+mod staged;
 
 use std::{fmt, path::PathBuf};
 
@@ -15,6 +16,7 @@ pub use error::Error;
 pub use files::{Change, ChangeKind, Changes, Copied, CopyOptions, Footprint, NodeKind, Place};
 pub use hold::{Hold, Holds};
 pub use sending::{SendHeader, SendOptions, SendStream};
+pub use staged::Staged;
 
 use crate::stream::BoxRead;
 
@@ -70,6 +72,11 @@ pub trait Storage: fmt::Debug + Send + Sync + 'static {
     /// The snapshots of `project`, oldest first; empty if it has none or is
     /// unknown.
     async fn snapshots(&self, project: ProjectId) -> Result<Vec<Snapshot>>;
+
+    /// Where the files of snapshot `name` are on this host, for who reads them
+    /// while they are [held](Self::hold); `None` for a backend without files.
+    /// [`NoSnapshot`](Error::NoSnapshot) if it is not there.
+    async fn snapshot_path(&self, project: ProjectId, name: &SnapshotName) -> Result<Option<PathBuf>>;
 
     /// Deletes one snapshot. Deleting what is not there is harmless.
     /// [`InUse`](Error::InUse) while it is held.
@@ -162,6 +169,13 @@ pub trait Storage: fmt::Debug + Send + Sync + 'static {
     /// the same one (by [`Snapshot::origin`]) is returned without reading the
     /// stream; any other is [`AlreadyExists`](Error::AlreadyExists).
     async fn receive(&self, header: &SendHeader, stream: BoxRead) -> Result<Snapshot>;
+
+    /// Makes an empty place for files that come from elsewhere, and will be
+    /// snapshot `name` of `project`, which need not have a live volume. What is
+    /// written there is charged to the project.
+    /// [`AlreadyExists`](Error::AlreadyExists) if there is a snapshot of that
+    /// name, [`Unsupported`](Error::Unsupported) from a backend without files.
+    async fn stage(&self, project: ProjectId, name: &SnapshotName) -> Result<Box<dyn Staged>>;
 }
 
 /// What a [`Storage`] backend can do. The contract suite chooses its cases by

@@ -34,6 +34,8 @@ pub const NAMES: &[&str] = &[
     "copy.synced",
     "copy.in-place",
     "copy.committed",
+    "stage.prepared",
+    "stage.published",
 ];
 
 /// Whether this build has them.

@@ -40,5 +40,8 @@ pub mod loopback;
 mod tree;
 mod walk;
 
-pub use btrfs::{Btrfs, BtrfsBuilder, ImageError, OpenError, Probe, QuotaKind, StreamGuard, Trash, probe};
+pub use btrfs::{
+    Btrfs, BtrfsBuilder, ImageError, ImageHeader, ImageLimits, ImageRecord, ImageStream, OpenError, Probe, QuotaKind,
+    Scratch, StreamGuard, Trash, probe,
+};
 pub use directory::{Directory, DirectoryError};

@@ -200,6 +200,14 @@ async fn script(orders: &Orders) {
                 }
                 store.delete(doomed).await.unwrap();
             }
+            13 => {
+                if store.snapshots(q).await.unwrap().iter().all(|snapshot| snapshot.name != name("staged")) {
+                    let place = store.stage(q, &name("staged")).await.unwrap();
+                    fs::create_dir(place.path().join("home")).unwrap();
+                    fs::write(place.path().join("home/restored"), vec![4; 70_000]).unwrap();
+                    place.publish().await.unwrap();
+                }
+            }
             _ => assert!(store.wait_trash_empty(PATIENCE).await.unwrap(), "the trash is emptied"),
         }
         // The reaper's places are in a thread of its own, which may end the
@@ -210,7 +218,7 @@ async fn script(orders: &Orders) {
     }
 }
 
-const STEPS: usize = 14;
+const STEPS: usize = 15;
 
 /// Not a test of its own: what the next one runs as another process, in which
 /// it dies.
@@ -266,7 +274,7 @@ async fn killed_anywhere_it_goes_on_to_the_same_end() {
     assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
     let store = Btrfs::open(here.path()).await.unwrap();
     let expected = seen(&store, &first.projects).await;
-    assert_eq!(expected.len(), 9, "{expected:?}");
+    assert_eq!(expected.len(), 10, "{expected:?}");
     drop(store);
 
     let times = if full() { 4 } else { 1 };

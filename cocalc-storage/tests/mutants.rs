@@ -20,7 +20,8 @@ use cocalc_core::{
     ids::{ProjectId, SnapshotName, TreePath, VolumeUuid},
     storage::{
         Capabilities, ChangeKind, Changes, CloneOptions, Copied, CopyOptions, Error, Footprint, Hold, Holds,
-        Place, Result, SendHeader, SendOptions, SendStream, Snapshot, Storage, Usage, Volume, VolumeOptions,
+        Place, Result, SendHeader, SendOptions, SendStream, Snapshot, Staged, Storage, Usage, Volume,
+        VolumeOptions,
     },
     stream::BoxRead,
 };
@@ -78,6 +79,7 @@ enum Mutant {
     CopyFollowsLinks,
     CopyReadsNamesAgain,
     StreamsSpooledOutside,
+    StagedReplaces,
     AcknowledgedBeforeDurable,
 }
 
@@ -136,6 +138,7 @@ const ON_FILES: &[Mutant] = &[
     M::CopyFollowsLinks,
     M::CopyReadsNamesAgain,
     M::StreamsSpooledOutside,
+    M::StagedReplaces,
 ];
 
 /// On a store whose power is cut.
@@ -222,6 +225,10 @@ impl Storage for Mutated {
             _ => {}
         }
         Ok(snapshots)
+    }
+
+    async fn snapshot_path(&self, project: ProjectId, name: &SnapshotName) -> Result<Option<PathBuf>> {
+        self.inner.snapshot_path(project, name).await
     }
 
     async fn delete_snapshot(&self, project: ProjectId, name: &SnapshotName) -> Result<()> {
@@ -406,6 +413,13 @@ impl Storage for Mutated {
             sent.reader = Box::pin(std::io::Cursor::new(bytes));
         }
         Ok(sent)
+    }
+
+    async fn stage(&self, project: ProjectId, name: &SnapshotName) -> Result<Box<dyn Staged>> {
+        if self.mutant == Mutant::StagedReplaces {
+            self.inner.delete_snapshot(project, name).await?;
+        }
+        self.inner.stage(project, name).await
     }
 
     async fn receive(&self, header: &SendHeader, mut stream: BoxRead) -> Result<Snapshot> {

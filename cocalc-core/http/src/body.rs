@@ -10,7 +10,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use cocalc_core::{BoxError, auth::Denial};
+use cocalc_core::{BoxError, activity::Tap, auth::Denial};
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use tokio::time::{Instant, Sleep};
 
@@ -36,6 +36,7 @@ struct Watch {
     stall: Option<(Duration, Pin<Box<Sleep>>)>,
     lease: Option<Lease>,
     activity: Option<Arc<Activity>>,
+    tap: Option<Tap>,
 }
 
 /// Why a body ended before its end.
@@ -118,6 +119,14 @@ impl Body {
         self
     }
 
+    /// Notes on `tap` whenever something moves.
+    pub(crate) fn metered(mut self, tap: Option<Tap>) -> Self {
+        if let (Some(tap), false) = (tap, matches!(self.kind, Kind::Empty)) {
+            self.watch().tap = Some(tap);
+        }
+        self
+    }
+
     /// Gives the connection back when the body has been read to its end.
     pub(crate) fn returning(mut self, lease: Lease) -> Self {
         if HttpBody::is_end_stream(&self) {
@@ -194,6 +203,9 @@ impl HttpBody for Body {
                         }
                         if let Some(activity) = &watch.activity {
                             activity.moved();
+                        }
+                        if let Some(tap) = &watch.tap {
+                            tap.moved();
                         }
                         if ended && let Some(lease) = watch.lease.take() {
                             lease.give_back();

@@ -66,6 +66,7 @@ mod body;
 mod cookies;
 mod credential;
 mod failures;
+mod files;
 mod framing;
 #[doc(hidden)]
 pub mod fuzzing;
@@ -82,6 +83,7 @@ mod websocket;
 mod wire;
 
 pub use body::{Body, BodyError};
+pub use files::ProjectFiles;
 pub use host::{BusEndpoint, Endpoints, HostIngress, HostIngressBuilder, Opening, Stats};
 pub use limits::Limits;
 pub use path::{Served, ServedError};

@@ -541,7 +541,7 @@ impl Inner {
             let upstream = hyper::upgrade::on(&mut response);
             let upstream = async move { Ok(upstream::boxed(upstream.await?)) };
             // The host ends it when the right to it is withdrawn.
-            upstream::join(&connection, &self.limits, client, upstream, pending());
+            upstream::join(&connection, &self.limits, client, upstream, pending(), None);
             self.websockets.fetch_add(1, Ordering::Relaxed);
             let (mut parts, _) = response.into_parts();
             headers::remove_hop_by_hop(&mut parts.headers);

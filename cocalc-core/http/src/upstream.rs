@@ -2,7 +2,7 @@
 
 use std::{future::Future, sync::Arc, time::Duration};
 
-use cocalc_core::{BoxError, stream::BoxStream};
+use cocalc_core::{BoxError, activity::Meter, stream::BoxStream};
 use http::{HeaderMap, Method, Request, Response, StatusCode, Uri};
 use hyper::{body::Incoming, upgrade::OnUpgrade};
 use hyper_util::rt::TokioIo;
@@ -216,6 +216,7 @@ pub(crate) fn join(
     client: OnUpgrade,
     upstream: impl Future<Output = Result<BoxStream, BoxError>> + Send + 'static,
     revoked: impl Future<Output = ()> + Send + 'static,
+    meter: Option<Meter>,
 ) {
     let (idle, switch) = (limits.websocket_idle, limits.connect_timeout);
     let (draining, closing) = (connection.draining.clone(), connection.closing.clone());
@@ -238,7 +239,7 @@ pub(crate) fn join(
                 () = draining.cancelled() => Stop::Draining,
             }
         };
-        websocket::splice(client, upstream, idle, stop).await;
+        websocket::splice(client, upstream, idle, meter, stop).await;
     });
 }
 

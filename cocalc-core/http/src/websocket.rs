@@ -1,13 +1,22 @@
 //! WebSocket handshakes, and the bytes that follow them.
 
-use std::{future::Future, io, time::Duration};
+use std::{
+    future::Future,
+    io,
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
 
 use base64::Engine;
-use cocalc_core::stream::BoxStream;
+use cocalc_core::{
+    activity::{Meter, Source, Tap, Use},
+    stream::BoxStream,
+};
 use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, header, request::Parts};
 use sha1::{Digest, Sha1};
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
     time::timeout,
 };
 
@@ -119,12 +128,15 @@ pub(crate) async fn splice(
     client: BoxStream,
     upstream: BoxStream,
     idle: Duration,
+    meter: Option<Meter>,
     stop: impl Future<Output = Stop>,
 ) {
     let (mut client_read, mut client_write) = tokio::io::split(client);
     let (mut upstream_read, mut upstream_write) = tokio::io::split(upstream);
-    let mut down = Frames::default();
-    let mut up = Frames::default();
+    // What an app shows is seen by nobody, perhaps.
+    let tap = |kind| meter.as_ref().map(|meter| meter.tap(Source::WebSocket, kind));
+    let mut down = Frames { tap: tap(Use::Presence), ..Frames::default() };
+    let mut up = Frames { tap: tap(Use::Work), ..Frames::default() };
     let clock = Activity::new();
     let stopped = {
         let upwards = copy(&mut client_read, &mut upstream_write, &mut up, &clock);
@@ -182,17 +194,65 @@ async fn copy(
     }
 }
 
-/// Follows WebSocket frames only so far as to know where one ends.
+/// A WebSocket that somebody else speaks, with the data that its user sends
+/// noted on `tap`.
+pub(crate) fn tapped(stream: BoxStream, tap: Option<Tap>) -> BoxStream {
+    match tap {
+        Some(tap) => {
+            Box::pin(Tapped { inner: stream, frames: Frames { tap: Some(tap), ..Frames::default() } })
+        }
+        None => stream,
+    }
+}
+
+struct Tapped {
+    inner: BoxStream,
+    frames: Frames,
+}
+
+impl AsyncRead for Tapped {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        let read = ready!(self.inner.as_mut().poll_read(cx, buffer));
+        self.frames.feed(&buffer.filled()[before..]);
+        Poll::Ready(read)
+    }
+}
+
+impl AsyncWrite for Tapped {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.inner.as_mut().poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.inner.as_mut().poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.inner.as_mut().poll_shutdown(cx)
+    }
+}
+
+/// Follows WebSocket frames only so far as to know where one ends, and whether
+/// it carries anything: pings and the like are sent by what nobody touches, too.
 #[derive(Debug, Default)]
 struct Frames {
     header: Vec<u8>,
     payload: u64,
+    control: bool,
+    tap: Option<Tap>,
 }
 
 impl Frames {
     fn feed(&mut self, mut bytes: &[u8]) {
+        let mut data = false;
         while !bytes.is_empty() {
             if self.payload > 0 {
+                data |= !self.control;
                 let skip = usize::try_from(self.payload).map_or(bytes.len(), |left| left.min(bytes.len()));
                 self.payload -= skip as u64;
                 bytes = &bytes[skip..];
@@ -202,8 +262,12 @@ impl Frames {
             bytes = &bytes[1..];
             if let Some(payload) = payload(&self.header) {
                 self.payload = payload;
+                self.control = self.header.first().is_some_and(|first| first & 0x08 != 0);
                 self.header.clear();
             }
+        }
+        if let (true, Some(tap)) = (data, &self.tap) {
+            tap.moved();
         }
     }
 
@@ -271,6 +335,27 @@ mod tests {
                 prop_assert_eq!(frames.at_boundary(), ends.contains(&seen));
             }
         }
+    }
+
+    #[test]
+    fn data_of_frames_is_use_and_pings_are_none() {
+        use std::sync::Arc;
+
+        use cocalc_core::{activity::Meters, clock::SystemClock, ids::ProjectId};
+        let (meters, project) = (Meters::new(Arc::new(SystemClock)), ProjectId::random());
+        let tap = meters.meter(project).tap(Source::WebSocket, Use::Work);
+        let mut frames = Frames { tap: Some(tap), ..Frames::default() };
+        let mut ping = frame(4, true);
+        ping[0] = 0x89;
+        frames.feed(&ping);
+        frames.feed(&ping);
+        assert!(meters.take(project).work.is_empty());
+        for byte in frame(3, true) {
+            frames.feed(&[byte]);
+        }
+        assert_eq!(meters.take(project).work.len(), 1);
+        frames.feed(&ping);
+        assert!(meters.take(project).work.is_empty());
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! alone, linked statically, and runs in any image; without a PID namespace of
 //! its own it serves the process runner as supervisor.
 
+mod services;
 mod session;
 mod sftp;
 mod sys;
@@ -35,6 +36,7 @@ const LISTENER: i32 = 3;
 pub(crate) struct Registry {
     waiting: Mutex<BTreeMap<i32, SyncSender<i32>>>,
     ending: AtomicBool,
+    pub(crate) services: Arc<services::Services>,
 }
 
 impl Registry {
@@ -68,6 +70,7 @@ fn main() {
         sys::new_session();
     } else {
         name_myself();
+        give_secrets();
     }
     let listener = UnixListener::from(sys::inherited(LISTENER));
     let registry = Arc::new(Registry::default());
@@ -106,6 +109,12 @@ fn main() {
             }
         }
     }
+}
+
+/// Gives the memory for secrets to the ordinary user, and to nobody else.
+fn give_secrets() {
+    // Made by root, because podman cannot say whose it is to be.
+    let _ = std::os::unix::fs::chown("/run/secrets", Some(users::ORDINARY), Some(users::ORDINARY));
 }
 
 /// Makes the project's host name resolve, for sudo and others that ask.

@@ -47,6 +47,32 @@ fn attempt(stream: &UnixStream, registry: &Arc<Registry>, supervisor: bool) -> i
     let frame = sys::read_frame(&mut &*stream, REQUEST_BYTES_MAX)?;
     match kind {
         b'X' => execute(stream, registry, supervisor, &frame, fds),
+        b'A' => {
+            let mut input = Input(&frame);
+            let name = input.text()?;
+            let mut asked = Asked::read(&mut input, supervisor)?;
+            let directories = asked.directories()?;
+            sys::on_spawn(&mut asked.command, asked.user.map(|user| user.identity), false, directories);
+            registry.services.start(name, &mut asked.command, registry)?;
+            write_frame(&mut &*stream, b"S")
+        }
+        b'L' => {
+            let mut input = Input(&frame);
+            let (generation, limit) = (input.u64()?, input.u32()?);
+            let answer = registry.services.list(generation, Duration::from_millis(limit.into()));
+            write_frame(&mut &*stream, &answer)
+        }
+        b'O' => {
+            let mut input = Input(&frame);
+            let (name, offset) = (input.text()?, input.u64()?);
+            write_frame(&mut &*stream, &registry.services.output(&name, offset))
+        }
+        b'K' => {
+            let mut input = Input(&frame);
+            let (name, grace) = (input.text()?, input.u32()?);
+            registry.services.stop(&name, Duration::from_millis(grace.into()), registry);
+            write_frame(&mut &*stream, b"K")
+        }
         b'T' => {
             let grace = Input(&frame).u32()?;
             end_all(registry, supervisor, Some(Duration::from_millis(grace.into())));
@@ -58,6 +84,81 @@ fn attempt(stream: &UnixStream, registry: &Arc<Registry>, supervisor: bool) -> i
     }
 }
 
+/// A process that the host asks for.
+struct Asked {
+    command: Command,
+    user: Option<users::User>,
+    home: String,
+    pty: bool,
+    cols: u16,
+    rows: u16,
+}
+
+impl Asked {
+    fn read(input: &mut Input<'_>, supervisor: bool) -> io::Result<Self> {
+        let pty = input.u8()? == 1;
+        let (cols, rows) = (input.u16()?, input.u16()?);
+        let user = input.text()?;
+        let home = input.text()?;
+        let kind = input.u8()?;
+        let args = input.texts()?;
+        let env = input.texts()?;
+
+        let user = if supervisor {
+            // Nobody to become: everything runs as whoever started it.
+            None
+        } else {
+            let found = users::find((!user.is_empty()).then_some(user.as_str()));
+            Some(found.ok_or_else(|| io::Error::other(format!("no user {user:?} in the project")))?)
+        };
+        let home = user.as_ref().map_or(home, |user| user.home.clone());
+        let shell = user.as_ref().map_or("/bin/bash", |user| user.shell.as_str());
+        let shell = if std::path::Path::new(shell).exists() { shell } else { "/bin/sh" };
+
+        let mut command = match kind {
+            0 => {
+                let mut command = Command::new(shell);
+                let name = shell.rsplit('/').next().unwrap_or("sh");
+                command.arg0(format!("-{name}"));
+                command
+            }
+            1 => {
+                let mut command = Command::new(shell);
+                command.arg("-c").args(&args);
+                command
+            }
+            2 => {
+                let (program, args) = args.split_first().ok_or_else(|| io::Error::other("no program"))?;
+                let mut command = Command::new(program);
+                command.args(args);
+                command
+            }
+            3 => match SFTP_SERVERS.iter().find(|server| std::path::Path::new(server).exists()) {
+                Some(server) => Command::new(server),
+                None => myself(&["tool".into(), "sftp".into()]),
+            },
+            4 => myself(&args),
+            _ => return Err(io::Error::other("unknown command")),
+        };
+        command.env_clear().env("PATH", SEARCH_PATH).env("HOME", &home).env("SHELL", shell);
+        if let Some(user) = &user {
+            command.env("USER", &user.name).env("LOGNAME", &user.name);
+        }
+        command.env("LANG", "C.UTF-8");
+        for pair in &env {
+            if let Some((name, value)) = pair.split_once('=') {
+                command.env(name, value);
+            }
+        }
+        Ok(Self { command, user, home, pty, cols, rows })
+    }
+
+    /// Where it may begin.
+    fn directories(&self) -> io::Result<Vec<CString>> {
+        Ok(vec![CString::new(self.home.clone()).map_err(io::Error::other)?, c"/".into()])
+    }
+}
+
 fn execute(
     stream: &UnixStream,
     registry: &Arc<Registry>,
@@ -65,61 +166,9 @@ fn execute(
     frame: &[u8],
     fds: Vec<OwnedFd>,
 ) -> io::Result<()> {
-    let mut input = Input(frame);
-    let pty = input.u8()? == 1;
-    let (cols, rows) = (input.u16()?, input.u16()?);
-    let user = input.text()?;
-    let home = input.text()?;
-    let kind = input.u8()?;
-    let args = input.texts()?;
-    let env = input.texts()?;
-
-    let user = if supervisor {
-        // Nobody to become: everything runs as whoever started it.
-        None
-    } else {
-        let found = users::find((!user.is_empty()).then_some(user.as_str()));
-        Some(found.ok_or_else(|| io::Error::other(format!("no user {user:?} in the project")))?)
-    };
-    let home = user.as_ref().map_or(home, |user| user.home.clone());
-    let shell = user.as_ref().map_or("/bin/bash", |user| user.shell.as_str());
-    let shell = if std::path::Path::new(shell).exists() { shell } else { "/bin/sh" };
-
-    let mut command = match kind {
-        0 => {
-            let mut command = Command::new(shell);
-            let name = shell.rsplit('/').next().unwrap_or("sh");
-            command.arg0(format!("-{name}"));
-            command
-        }
-        1 => {
-            let mut command = Command::new(shell);
-            command.arg("-c").args(&args);
-            command
-        }
-        2 => {
-            let (program, args) = args.split_first().ok_or_else(|| io::Error::other("no program"))?;
-            let mut command = Command::new(program);
-            command.args(args);
-            command
-        }
-        3 => match SFTP_SERVERS.iter().find(|server| std::path::Path::new(server).exists()) {
-            Some(server) => Command::new(server),
-            None => myself(&["tool".into(), "sftp".into()]),
-        },
-        4 => myself(&args),
-        _ => return Err(io::Error::other("unknown command")),
-    };
-    command.env_clear().env("PATH", SEARCH_PATH).env("HOME", &home).env("SHELL", shell);
-    if let Some(user) = &user {
-        command.env("USER", &user.name).env("LOGNAME", &user.name);
-    }
-    command.env("LANG", "C.UTF-8");
-    for pair in &env {
-        if let Some((name, value)) = pair.split_once('=') {
-            command.env(name, value);
-        }
-    }
+    let asked = Asked::read(&mut Input(frame), supervisor)?;
+    let directories = asked.directories()?;
+    let Asked { mut command, user, home: _, pty, cols, rows } = asked;
 
     let mut fds = fds.into_iter();
     let mut next = || fds.next().ok_or_else(|| io::Error::other("a descriptor is missing"));
@@ -135,8 +184,6 @@ fn execute(
         command.stdin(Stdio::from(next()?)).stdout(Stdio::from(next()?)).stderr(Stdio::from(next()?));
         None
     };
-    let mut directories = vec![CString::new(home).map_err(io::Error::other)?];
-    directories.push(c"/".into());
     sys::on_spawn(&mut command, user.map(|user| user.identity), pty, directories);
 
     let (sender, ended) = mpsc::sync_channel(1);
@@ -213,7 +260,7 @@ fn steer(mut control: UnixStream, pid: i32, master: Option<&File>, registry: &Re
 }
 
 /// Signals the process group of `pid`, unless it was reaped already.
-fn signal(registry: &Registry, pid: i32, signal: i32) {
+pub(crate) fn signal(registry: &Registry, pid: i32, signal: i32) {
     let waiting = registry.lock();
     if waiting.contains_key(&pid) && !sys::send_signal(-pid, signal) {
         sys::send_signal(pid, signal);
@@ -362,6 +409,10 @@ impl Input<'_> {
 
     fn u32(&mut self) -> io::Result<u32> {
         self.bytes().map(u32::from_be_bytes)
+    }
+
+    fn u64(&mut self) -> io::Result<u64> {
+        self.bytes().map(u64::from_be_bytes)
     }
 
     fn text(&mut self) -> io::Result<String> {

@@ -38,7 +38,10 @@ const SCM_RIGHTS: c_int = 1;
 const MSG_CMSG_CLOEXEC: c_int = 0x4000_0000;
 const SO_PEERCRED: c_int = 17;
 const SHUT_WR: c_int = 1;
+const SIGNALS: c_int = 64;
 const POLLIN: i16 = 1;
+const F_SETFD: c_int = 2;
+const FD_CLOEXEC: c_int = 1;
 
 /// The most descriptors one message carries.
 const FDS_MAX: usize = 3;
@@ -140,6 +143,8 @@ unsafe extern "C" {
     fn pthread_sigmask(how: c_int, set: *const SigSet, old: *mut SigSet) -> c_int;
     fn sigwait(set: *const SigSet, signal: *mut c_int) -> c_int;
     fn getpid() -> c_int;
+    fn signal(number: c_int, handler: usize) -> usize;
+    fn fcntl(fd: c_int, command: c_int, ...) -> c_int;
 }
 
 /// Whether this process is the first of its PID namespace.
@@ -256,6 +261,10 @@ pub(crate) fn on_spawn(
         // SAFETY: only calls that are safe between fork and exec, on memory
         // that was allocated before.
         unsafe {
+            // What whoever started the host had ignored is no wish of the project.
+            for number in 1..=SIGNALS {
+                signal(number, 0);
+            }
             pthread_sigmask(SIG_SETMASK, &empty, std::ptr::null_mut());
             if setsid() < 0 {
                 return Err(io::Error::last_os_error());
@@ -282,10 +291,14 @@ pub(crate) fn on_spawn(
     unsafe { command.pre_exec(become_it) };
 }
 
-/// Takes over a descriptor that was inherited by number.
+/// Takes over a descriptor that was inherited by number. It is not inherited
+/// any further: who has the socket is asked to start the project's processes.
 pub(crate) fn inherited(fd: RawFd) -> OwnedFd {
     // SAFETY: whoever started this process passed it, and it is taken once.
-    unsafe { OwnedFd::from_raw_fd(fd) }
+    unsafe {
+        fcntl(fd, F_SETFD, FD_CLOEXEC);
+        OwnedFd::from_raw_fd(fd)
+    }
 }
 
 /// Receives one byte and the descriptors that came with it.

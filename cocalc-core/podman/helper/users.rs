@@ -12,7 +12,7 @@ pub(crate) struct User {
 }
 
 /// The ordinary user's id.
-const ORDINARY: u32 = 1000;
+pub(crate) const ORDINARY: u32 = 1000;
 
 /// Finds `name`; without one the ordinary user, who is known by number even where
 /// the tenant removed the files or the line.

@@ -1,17 +1,23 @@
 //! The kernel calls that no safe crate offers yet.
 
-#![allow(unsafe_code, reason = "mount_setattr, setfsuid and unshare have no safe wrapper")]
+#![allow(
+    unsafe_code,
+    reason = "mount_setattr, setfsuid, unshare, signal and landlock_restrict_self have no safe wrapper"
+)]
 
 use std::{
     io,
     os::{
-        fd::{AsRawFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::process::CommandExt,
     },
     process::{Command, Stdio},
 };
 
-use rustix::thread::{CapabilitiesSecureBits, UnshareFlags};
+use rustix::{
+    process::{Resource, Rlimit},
+    thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets, UnshareFlags},
+};
 
 /// How many ids each project has.
 pub(crate) const IDS_PER_PROJECT: u32 = 65_536;
@@ -95,10 +101,68 @@ pub(crate) fn act_on_files_as(id: u32) -> io::Result<()> {
     Ok(())
 }
 
+/// Has the child of `command` begin in a network namespace.
+pub(crate) fn spawn_in_network(command: &mut tokio::process::Command, network: OwnedFd) {
+    let enter = move || {
+        let kind = rustix::thread::LinkNameSpaceType::Network;
+        Ok(rustix::thread::move_into_link_name_space(network.as_fd(), Some(kind))?)
+    };
+    // SAFETY: the closure makes one system call and allocates nothing.
+    unsafe { command.pre_exec(enter) };
+}
+
 /// Puts this thread into a new network namespace. For a thread that ends soon.
 pub(crate) fn unshare_network() -> io::Result<()> {
     // SAFETY: only this thread's view of the network changes; no descriptor
     // table or file system state is unshared.
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET)? };
     Ok(())
+}
+
+/// Makes the child of `command` start with the signals as they are by default
+/// (who starts a daemon with `nohup` or in the background may have it ignore
+/// some), without capabilities or a way to gain them, with so many open files at
+/// most, and within `ruleset` of Landlock.
+pub(crate) fn confine(command: &mut Command, ruleset: Option<OwnedFd>, nofile: Option<u32>) {
+    let root = rustix::process::geteuid().is_root();
+    let confined = move || {
+        default_signals();
+        if let Some(nofile) = nofile {
+            let most = rustix::process::getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX);
+            let limit = Some(u64::from(nofile).min(most));
+            rustix::process::setrlimit(Resource::Nofile, Rlimit { current: limit, maximum: limit })?;
+        }
+        rustix::thread::set_no_new_privs(true)?;
+        if root {
+            // Out of the bounding set first: root gets the others back by exec.
+            for capability in CapabilitySet::all().iter() {
+                match rustix::thread::remove_capability_from_bounding_set(capability) {
+                    // One that this kernel or this process does not have.
+                    Ok(()) | Err(rustix::io::Errno::INVAL | rustix::io::Errno::PERM) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            let none = CapabilitySet::empty();
+            let sets = CapabilitySets { effective: none, permitted: none, inheritable: none };
+            rustix::thread::set_capabilities(None, sets)?;
+        }
+        if let Some(ruleset) = &ruleset {
+            // SAFETY: a descriptor that is open, and no memory.
+            let done = unsafe { libc::syscall(libc::SYS_landlock_restrict_self, ruleset.as_raw_fd(), 0) };
+            if done != 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    };
+    // SAFETY: the closure makes system calls and allocates nothing.
+    unsafe { command.pre_exec(confined) };
+}
+
+/// Puts every signal back to what it does by default.
+fn default_signals() {
+    for signal in 1..=libc::SIGRTMAX() {
+        // SAFETY: takes no memory; the few that can't be set are refused.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
 }

@@ -16,7 +16,7 @@
 //!
 //! use cocalc_core::{
 //!     ids::{Epoch, HostId, ImageDigest, ProjectId},
-//!     runner::{ExecRequest, Limits, ProjectSpec, Runner},
+//!     runner::{ExecRequest, Isolation, Limits, ProjectSpec, Runner},
 //! };
 //! use cocalc_podman::Podman;
 //!
@@ -34,6 +34,7 @@
 //!     slot: 0,
 //!     limits: Limits { memory_bytes: Some(2 << 30), ..Limits::default() },
 //!     env: BTreeMap::new(),
+//!     isolation: Isolation::default(),
 //! };
 //! podman.start(&spec).await?;
 //! let shell = podman.exec(project, ExecRequest::default()).await?;
@@ -48,13 +49,17 @@
 //!   the host's users.
 //! - Twelve capabilities over its own files and processes, and limits of
 //!   processes, memory, CPU and open files. It sees no control groups.
-//! - podman's default seccomp filter, which also refuses making Btrfs subvolumes,
-//!   sockets to the hypervisor, and with those `socketcall`: 32-bit programs that
-//!   need it have no network.
-//! - A network namespace with one address. It reaches what is outside, but no
-//!   address of the host, no other project and nothing link-local ([`Outbound`]).
-//!   The kernel's IPv4 forwarding is turned on for this. A firewall of the host
-//!   that drops what is forwarded drops it here too.
+//! - podman's default seccomp filter, which also refuses mounts, keyrings, the
+//!   kernel's log, namespaces of its own (so no containers in it, and no sandboxes
+//!   that need them), making Btrfs subvolumes, unusual families of sockets, and
+//!   with those `socketcall`: 32-bit programs that need it have no network.
+//! - Of `/sys` the processors and the pages.
+//! - A network namespace with one address. It reaches what its policy allows
+//!   ([`NetworkPolicy`](cocalc_core::runner::NetworkPolicy)), but no address of the
+//!   host, no other project, nothing link-local and no private network unless the
+//!   host allows it ([`Fences`]). Names are resolved at 127.0.0.11, by the servers
+//!   that the host itself asks. The kernel's IPv4 forwarding is turned on for this.
+//!   A firewall of the host that drops what is forwarded drops it here too.
 //! - A first process of ours, which starts all others: what runs through
 //!   [`exec`](cocalc_core::runner::Runner::exec) is its child and has its
 //!   limits, filter and capabilities.
@@ -78,10 +83,10 @@ mod signals;
 
 pub use agent::HELPER;
 pub use cgroup::CgroupKind;
-pub use net::Outbound;
+pub use net::Fences;
 pub use podman::{
-    BuildError, Images, ParseTimeError, Podman, PodmanBuilder, SLOTS, UID_BASE, cleanup_instance, leftovers,
-    parse_time,
+    BuildError, Images, ParseTimeError, Podman, PodmanBuilder, SLOTS, UID_BASE, Unenforceable,
+    cleanup_instance, leftovers, parse_time,
 };
 pub use probe::{Lack, RunnerProbe, probe};
 pub use process::ProcessRunner;

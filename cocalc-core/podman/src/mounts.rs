@@ -8,7 +8,7 @@
 
 use std::{
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -146,10 +146,10 @@ impl ProjectDirs {
 /// The project's home, and the layer of this image, made if they are missing.
 pub(crate) fn tenant_dirs(volume: &OwnedFd, digest: &str) -> io::Result<(OwnedFd, OwnedFd)> {
     let home = enter(volume, "home", 0o700, Some(USER_ID))?;
-    let system = enter(volume, "system", 0o700, None)?;
-    let layer = enter(&system, digest, 0o700, None)?;
-    enter(&layer, "upper", 0o755, None)?;
-    enter(&layer, "work", 0o700, None)?;
+    let system = enter(volume, "system", 0o700, Some(0))?;
+    let layer = enter(&system, digest, 0o700, Some(0))?;
+    enter(&layer, "upper", 0o755, Some(0))?;
+    enter(&layer, "work", 0o700, Some(0))?;
     Ok((home, layer))
 }
 
@@ -180,16 +180,15 @@ pub(crate) fn enter(parent: &OwnedFd, name: &str, mode: u32, owner: Option<u32>)
     )
     .map_err(|error| context(error.into(), &format!("enter {name}")))?;
     if made {
-        let owner = owner.unwrap_or(0);
-        rustix::fs::chownat(
-            &opened,
-            "",
-            Some(Uid::from_raw(owner)),
-            Some(Gid::from_raw(owner)),
-            AtFlags::EMPTY_PATH,
-        )?;
-        // The umask must not decide who can use a project's root.
-        rustix::fs::chmodat(parent, name, Mode::from_raw_mode(mode), AtFlags::empty())?;
+        // Otherwise it is whose process this is.
+        if let Some(owner) = owner {
+            let (uid, gid) = (Uid::from_raw(owner), Gid::from_raw(owner));
+            rustix::fs::chownat(&opened, "", Some(uid), Some(gid), AtFlags::EMPTY_PATH)?;
+        }
+        // The umask must not decide who can use a project's root. By the
+        // descriptor: the name may be a link by now.
+        let itself = format!("/proc/self/fd/{}", opened.as_raw_fd());
+        rustix::fs::chmod(itself, Mode::from_raw_mode(mode))?;
     }
     Ok(opened)
 }

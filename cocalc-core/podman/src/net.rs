@@ -2,11 +2,14 @@
 //!
 //! Each project has one address, on its own cable (a veth pair) to the host.
 //! What arrives from a cable and is meant for the host itself, for another
-//! project of any runner on this machine, or for a denied network is dropped by
-//! an nftables table of this runner; the rest is masqueraded and goes out.
+//! project of any runner on this machine, for a link-local or private network,
+//! or for what the project's policy does not allow is dropped by an nftables
+//! table of this runner; the rest is masqueraded and goes out. Only IPv4 does.
 //! Ports of a project are reached by sockets made inside its namespace, never
-//! over the cable.
+//! over the cable; so is its resolver.
 
+mod dns;
+mod rules;
 mod sockets;
 
 use std::{
@@ -16,33 +19,29 @@ use std::{
     process::Command,
 };
 
-use cocalc_core::ids::ProjectId;
+use cocalc_core::{ids::ProjectId, runner::NetworkPolicy};
+use serde::{Deserialize, Serialize};
 
+use self::rules::Rules;
 use crate::{
     command::{CommandError, run_blocking},
     kernel, mounts,
 };
 
+pub(crate) use dns::{ADDRESS as RESOLVER, Resolver, Servers};
 pub(crate) use sockets::Sockets;
 
 /// The beginning of every cable's name on the host, whichever runner made it.
 const CABLE: &str = "cc";
-/// What no project may reach: link-local addresses, with the metadata services
-/// of clouds among them.
-const DENIED: &str = "169.254.0.0/16";
-
-/// Whether projects reach the network outside.
-#[derive(Clone, Debug, Eq, PartialEq)]
-#[non_exhaustive]
-pub enum Outbound {
-    /// Everything but the host, other projects, link-local addresses, and these
-    /// IPv4 networks (`10.0.0.0/8`).
-    Open {
-        /// What else is out of reach.
-        deny: Vec<String>,
-    },
-    /// Nothing but itself.
-    Off,
+/// What bounds every project of a runner, whatever its own policy says.
+/// Networks of IPv6 are of no use: only IPv4 leaves a project.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Fences {
+    /// Private networks that projects may reach all the same. Link-local ones
+    /// (`169.254.0.0/16`) never.
+    pub allow: Vec<cocalc_core::runner::Network>,
+    /// What else no project may reach.
+    pub deny: Vec<cocalc_core::runner::Network>,
 }
 
 /// Why a network could not be made.
@@ -61,7 +60,7 @@ pub(crate) enum NetError {
 pub(crate) struct Network {
     /// Six hexadecimal digits that tell this runner's cables and table apart.
     tag: String,
-    outbound: Outbound,
+    fences: Fences,
     /// The gateway's address; projects have the following ones.
     first: Ipv4Addr,
     slots: u32,
@@ -69,29 +68,43 @@ pub(crate) struct Network {
 }
 
 impl Network {
-    pub(crate) fn new(
-        tag: String,
-        outbound: Outbound,
-        first: Ipv4Addr,
-        slots: u32,
-        directory: PathBuf,
-    ) -> Self {
-        Self { tag, outbound, first, slots, directory }
+    pub(crate) fn new(tag: String, fences: Fences, first: Ipv4Addr, slots: u32, directory: PathBuf) -> Self {
+        Self { tag, fences, first, slots, directory }
     }
 
-    /// Makes the table of rules, replacing a former one. Blocks.
+    /// Makes the table of rules, replacing a former one, with the policies of the
+    /// projects that are there. Blocks.
     pub(crate) fn open(&self) -> Result<(), NetError> {
-        let Outbound::Open { deny } = &self.outbound else { return Ok(()) };
         fs::write("/proc/sys/net/ipv4/ip_forward", "1")
             .map_err(|source| NetError::Io { what: "turn on forwarding", source })?;
-        let mut denied = vec![DENIED.to_owned()];
-        denied.extend(deny.iter().cloned());
-        let pool = format!("{}-{}", self.first, self.address(self.slots.saturating_sub(1)));
-        let rules = rules(&self.tag, &pool, &denied.join(", "));
-        let mut nft = Command::new("nft");
-        nft.args(["-f", "-"]);
-        run_blocking(nft, &rules).map_err(|source| NetError::Tool { what: "set the firewall", source })?;
-        Ok(())
+        let listing =
+            fs::read_dir(&self.directory).map_err(|source| NetError::Io { what: "list networks", source })?;
+        let kept: Vec<Kept> = listing
+            .filter_map(|entry| entry.ok()?.path().to_str()?.strip_suffix(POLICY).map(PathBuf::from))
+            .filter_map(|path| self.kept(&path))
+            .collect();
+        let policies = kept.iter().map(|kept| (kept.slot, &kept.policy));
+        nft(&self.rules().table(policies), "set the firewall")
+    }
+
+    fn rules(&self) -> Rules<'_> {
+        let pool = (self.first, self.address(self.slots.saturating_sub(1)));
+        Rules { tag: &self.tag, pool, fences: &self.fences }
+    }
+
+    /// What tells this runner's cables and table apart.
+    pub(crate) fn tag(&self) -> &str {
+        &self.tag
+    }
+
+    /// The policy that is in force for a project.
+    pub(crate) fn policy(&self, project: ProjectId) -> NetworkPolicy {
+        self.kept(&self.path(project)).map_or(NetworkPolicy::Full, |kept| kept.policy)
+    }
+
+    /// The policy that is in force for the namespace held at `path`.
+    fn kept(&self, path: &Path) -> Option<Kept> {
+        serde_json::from_slice(&fs::read(policy_file(path)).ok()?).ok()
     }
 
     /// Where the namespace of a project is held.
@@ -99,15 +112,22 @@ impl Network {
         self.directory.join(project.to_string())
     }
 
-    /// Makes the namespace and the cable of a project, unless they are there.
-    /// Blocks.
-    pub(crate) fn create(&self, project: ProjectId, slot: u32) -> Result<(), NetError> {
+    /// Makes the namespace, the cable and the rules of a project, unless they are
+    /// there. Blocks.
+    pub(crate) fn create(
+        &self,
+        project: ProjectId,
+        slot: u32,
+        policy: &NetworkPolicy,
+    ) -> Result<(), NetError> {
         let io = |what| move |source| NetError::Io { what, source };
         if slot >= self.slots {
             return Err(NetError::Slot { slot, slots: self.slots });
         }
         let path = self.path(project);
-        if is_namespace(&path) && (self.outbound == Outbound::Off || self.cable_exists(slot)) {
+        let connected = *policy != NetworkPolicy::None;
+        let same = self.policy(project) == *policy;
+        if is_namespace(&path) && connected == self.cable_exists(slot) && same {
             return Ok(());
         }
         self.remove(project, Some(slot))?;
@@ -115,20 +135,35 @@ impl Network {
         let made = std::thread::scope(|scope| {
             std::thread::Builder::new()
                 .name("netns".into())
-                .spawn_scoped(scope, || self.create_here(&path, slot))
+                .spawn_scoped(scope, || self.create_here(&path, slot, connected))
                 .map_err(io("start a thread"))?
                 .join()
                 .unwrap_or_else(|_| Err(io("run a thread")(io::Error::other("it failed"))))
         })
-        .and_then(|()| self.connect_host(slot));
+        // Its rules are there before anything comes over its cable.
+        .and_then(|()| self.enforce(&path, slot, policy))
+        .and_then(|()| if connected { self.connect_host(slot) } else { Ok(()) });
         if made.is_err() {
             let _ = self.remove(project, Some(slot));
         }
         made
     }
 
+    fn enforce(&self, path: &Path, slot: u32, policy: &NetworkPolicy) -> Result<(), NetError> {
+        let kept = Kept { slot, policy: policy.clone() };
+        let io = |source| NetError::Io { what: "keep a network policy", source };
+        let text = serde_json::to_vec(&kept).map_err(|error| io(error.into()))?;
+        // Kept first: who opens the table anew must know of it.
+        fs::write(policy_file(path), text).map_err(io)?;
+        let rules = self.rules();
+        match rules.policy(slot, policy) {
+            text if text.is_empty() => Ok(()),
+            text => nft(&format!("{}{text}", rules.no_policy(slot)), "set a project's firewall"),
+        }
+    }
+
     /// The project's side; leaves the thread in the new namespace.
-    fn create_here(&self, path: &Path, slot: u32) -> Result<(), NetError> {
+    fn create_here(&self, path: &Path, slot: u32, connected: bool) -> Result<(), NetError> {
         let io = |what| move |source| NetError::Io { what, source };
         kernel::unshare_network().map_err(io("make a network namespace"))?;
         rustix::mount::mount_bind("/proc/thread-self/ns/net", path)
@@ -140,7 +175,7 @@ impl Network {
                 .map_err(io("open low ports to the project"))?;
         }
         let mut batch = String::from("link set lo up\n");
-        if self.outbound != Outbound::Off {
+        if connected {
             let (cable, address, gateway) = (self.cable(slot), self.address(slot), self.first);
             let mtu = outside_mtu();
             // The child inherits this thread's namespace, and names the
@@ -162,9 +197,6 @@ impl Network {
 
     /// The host's side of the cable.
     fn connect_host(&self, slot: u32) -> Result<(), NetError> {
-        if self.outbound == Outbound::Off {
-            return Ok(());
-        }
         let (cable, address, gateway) = (self.cable(slot), self.address(slot), self.first);
         // Kernels without IPv6 have no such file.
         let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{cable}/disable_ipv6"), "1");
@@ -180,23 +212,42 @@ impl Network {
         )
     }
 
-    /// Removes the namespace and the cable; harmless if they are not there.
-    /// Where the slot is forgotten, the cable goes with its namespace. Blocks.
+    /// Removes the namespace, the cable and the rules; harmless if they are not
+    /// there. Blocks.
     pub(crate) fn remove(&self, project: ProjectId, slot: Option<u32>) -> Result<(), NetError> {
         let path = self.path(project);
         let io = |what| move |source| NetError::Io { what, source };
+        let kept = self.kept(&path);
+        let slot = slot.or(kept.as_ref().map(|kept| kept.slot));
         if let Some(slot) = slot.filter(|slot| self.cable_exists(*slot)) {
             // At once: a namespace takes its cables along only when the kernel
             // gets to it.
             let _ = ip(&format!("link del {}\n", self.cable(slot)), "remove a cable");
         }
         mounts::unmount(&path).map_err(io("let go of a network namespace"))?;
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(io("let go of a network namespace")(error))
-            }
-            _ => Ok(()),
+        if let Some(kept) = kept
+            && matches!(kept.policy, NetworkPolicy::Only { .. })
+        {
+            nft(&self.rules().no_policy(kept.slot), "remove a project's firewall")?;
         }
+        for path in [path.clone(), policy_file(&path)] {
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(io("let go of a network namespace")(error));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// What a project has received and sent over its cable, in bytes; `None`
+    /// without one.
+    pub(crate) fn traffic(&self, slot: u32) -> Option<(u64, u64)> {
+        let counters = Path::new("/sys/class/net").join(self.cable(slot)).join("statistics");
+        let count = |name: &str| fs::read_to_string(counters.join(name)).ok()?.trim().parse().ok();
+        // The host's end sends what the project receives.
+        Some((count("tx_bytes")?, count("rx_bytes")?))
     }
 
     fn cable(&self, slot: u32) -> String {
@@ -253,31 +304,27 @@ fn ip(batch: &str, what: &'static str) -> Result<(), NetError> {
     run_blocking(command, batch).map(drop).map_err(|source| NetError::Tool { what, source })
 }
 
-/// The rules of a runner. Cables of all runners are fenced off from each other.
-fn rules(tag: &str, pool: &str, denied: &str) -> String {
-    format!(
-        r#"table inet cocalc_{tag} {{}}
-delete table inet cocalc_{tag}
-table inet cocalc_{tag} {{
-    chain input {{
-        type filter hook input priority filter - 5; policy accept;
-        iifname "{CABLE}{tag}*" counter drop
-    }}
-    chain forward {{
-        type filter hook forward priority filter - 5; policy accept;
-        iifname "{CABLE}{tag}*" oifname "{CABLE}*" counter drop
-        iifname "{CABLE}{tag}*" meta nfproto != ipv4 counter drop
-        iifname "{CABLE}{tag}*" ip daddr {{ {denied} }} counter drop
-        oifname "{CABLE}{tag}*" ct state established,related accept
-        oifname "{CABLE}{tag}*" counter drop
-    }}
-    chain postrouting {{
-        type nat hook postrouting priority srcnat; policy accept;
-        ip saddr {pool} oifname != "{CABLE}*" masquerade
-    }}
-}}
-"#
-    )
+/// Changes the firewall, all or nothing. Blocks.
+fn nft(batch: &str, what: &'static str) -> Result<(), NetError> {
+    let mut command = Command::new("nft");
+    command.args(["-f", "-"]);
+    run_blocking(command, batch).map(drop).map_err(|source| NetError::Tool { what, source })
+}
+
+/// A policy that is in force, as the file beside the namespace says.
+#[derive(Debug, Deserialize, Serialize)]
+struct Kept {
+    slot: u32,
+    policy: NetworkPolicy,
+}
+
+/// How that file's name ends.
+const POLICY: &str = ".policy";
+
+fn policy_file(namespace: &Path) -> PathBuf {
+    let mut path = namespace.as_os_str().to_owned();
+    path.push(POLICY);
+    path.into()
 }
 
 /// Whether a namespace is mounted at `path`, and not only an empty file there.

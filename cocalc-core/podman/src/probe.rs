@@ -2,6 +2,8 @@
 
 use std::{path::Path, process::Command};
 
+use cocalc_core::runner::LimitKind;
+
 use crate::{
     cgroup::{self, CgroupKind},
     command::run_blocking,
@@ -20,6 +22,10 @@ pub struct RunnerProbe {
     pub cgroups: CgroupKind,
     /// The hard limit of open files, which no project's can exceed.
     pub nofile_hard: Option<u64>,
+    /// The limits that this machine can't enforce.
+    pub unenforced: Vec<LimitKind>,
+    /// Whether the kernel has Landlock, which confines plain processes.
+    pub landlock: bool,
     /// Whether this process is root.
     pub root: bool,
     /// What is missing; empty if everything is there.
@@ -78,8 +84,10 @@ pub fn probe() -> RunnerProbe {
     if limit.trim() == "0" {
         lack("user namespaces are turned off", "sysctl -w user.max_user_namespaces=65536", false);
     }
-    if limits_missing() {
-        lack("control groups for memory, cpu and pids: limits are not enforced", "", true);
+    let unenforced = cgroup::unenforced();
+    for kind in &unenforced {
+        let (why, mend) = unenforced_because(*kind);
+        lack(&format!("limits of {kind} are not enforced: {why}"), mend, true);
     }
     let nofile_hard = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum;
     if nofile_hard.is_some_and(|limit| limit < 8192) {
@@ -90,6 +98,8 @@ pub fn probe() -> RunnerProbe {
         runtime: runtime.as_deref().map(runtime_version),
         cgroups: cgroup::kind(),
         nofile_hard,
+        unenforced,
+        landlock: crate::process::landlock(),
         root,
         lacks,
     }
@@ -109,20 +119,16 @@ pub(crate) fn runtime_version(runtime: &str) -> String {
     version.map_or_else(|| runtime.to_owned(), |version| format!("{runtime} {version}"))
 }
 
-/// Whether projects can't be limited here.
-pub(crate) fn limits_missing() -> bool {
-    let has = |controller: &str| match cgroup::kind() {
-        CgroupKind::Unified => std::fs::read_to_string("/sys/fs/cgroup/cgroup.controllers")
-            .is_ok_and(|all| all.split_whitespace().any(|one| one == controller)),
-        _ => Path::new("/sys/fs/cgroup").join(controller).exists(),
-    };
-    !["memory", "cpu", "pids"].iter().all(|controller| has(controller))
-}
-
-/// Whether swap can be limited: without swap accounting podman refuses.
-pub(crate) fn swap_limit() -> bool {
-    cgroup::kind() == CgroupKind::Unified
-        || Path::new("/sys/fs/cgroup/memory/memory.memsw.limit_in_bytes").exists()
+/// Why a limit can't be enforced, and what mends it.
+pub(crate) fn unenforced_because(kind: LimitKind) -> (&'static str, &'static str) {
+    match kind {
+        LimitKind::IoWeight => (
+            "no disk's scheduler shares its time by weight",
+            "echo bfq > /sys/block/<disk>/queue/scheduler",
+        ),
+        LimitKind::Swap => ("the kernel does not account swap (swapaccount=1)", ""),
+        _ => ("the kernel has no control group for it", ""),
+    }
 }
 
 /// The version that a program prints, as its first word that looks like one.

@@ -13,11 +13,11 @@ use std::{
 
 use cocalc_core::{
     ids::{Epoch, ProjectId},
-    runner::{Command, ExecRequest, Limits, ProjectSpec, Runner, State},
+    runner::{Command, ExecRequest, Exit, Isolation, Limits, ProjectSpec, Runner, State},
 };
-use cocalc_podman::ProcessRunner;
+use cocalc_podman::{ProcessRunner, Unenforceable};
 use cocalc_testkit::runner::{Harness, contract};
-use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 
 /// Echoes on a port of its choice, which it prints.
 const ECHO: &str = r#"exec python3 -u -c '
@@ -43,7 +43,7 @@ struct Processes {
 impl Processes {
     async fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let runner = ProcessRunner::open(dir.path().join("state")).await.unwrap();
+        let runner = ProcessRunner::open(dir.path().join("state"), Unenforceable::Refuse).await.unwrap();
         Self { dir, runner, slot: AtomicU32::new(0) }
     }
 }
@@ -55,7 +55,7 @@ impl Harness for Processes {
     }
 
     async fn reopen(&self) -> Arc<dyn Runner> {
-        Arc::new(ProcessRunner::open(self.dir.path().join("state")).await.unwrap())
+        Arc::new(ProcessRunner::open(self.dir.path().join("state"), Unenforceable::Refuse).await.unwrap())
     }
 
     async fn spec(&self) -> ProjectSpec {
@@ -70,6 +70,7 @@ impl Harness for Processes {
             slot: self.slot.fetch_add(1, Ordering::Relaxed),
             limits: Limits::default(),
             env: [("FROM_SPEC".to_owned(), "yes".to_owned())].into(),
+            isolation: Isolation::default(),
         }
     }
 
@@ -119,10 +120,144 @@ async fn what_lost_its_supervisor_ends_with_the_project() {
     assert!(!is_alive(&orphan), "found by its mark, and killed");
 
     world.runner.start(&spec).await.unwrap();
-    let again = ProcessRunner::open(world.dir.path().join("state")).await.unwrap();
+    let again = ProcessRunner::open(world.dir.path().join("state"), Unenforceable::Refuse).await.unwrap();
     again.cleanup().await.unwrap();
     assert!(again.list().await.unwrap().is_empty());
     assert_eq!(world.runner.status(spec.project).await.unwrap().state, State::Stopped);
+}
+
+/// Runs a line to its end: its status, and what it printed.
+async fn run(world: &Processes, project: ProjectId, line: &str) -> (Exit, String) {
+    let line = format!("{{ {line}; }} 2>&1");
+    let request = ExecRequest { command: Command::Line(line), ..ExecRequest::default() };
+    let mut process = world.runner.exec(project, request).await.unwrap();
+    drop(process.stdin);
+    let mut said = String::new();
+    process.stdout.read_to_string(&mut said).await.unwrap();
+    (process.handle.wait().await.unwrap(), said)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_project_is_confined_as_far_as_the_kernel_has_it() {
+    let world = Processes::new().await;
+    let (one, other) = (world.spec().await, world.spec().await);
+    world.runner.start(&one).await.unwrap();
+    world.runner.start(&other).await.unwrap();
+    let weaknesses = world.runner.capabilities().weaknesses;
+    assert!(!weaknesses.iter().any(|weakness| weakness.contains("no Landlock")), "this test needs Landlock");
+    let outside = tempfile::tempdir().unwrap();
+    std::fs::write(outside.path().join("secret"), "of the host").unwrap();
+    run(&world, other.project, "echo of-the-other > ~/secret").await;
+    let name = format!("cocalc-process-{}", std::process::id());
+    let _listener = {
+        use std::os::{linux::net::SocketAddrExt, unix::net};
+        let address = net::SocketAddr::from_abstract_name(&name).unwrap();
+        net::UnixListener::bind_addr(&address).unwrap()
+    };
+    let home = other.volume.join("home");
+    let state = world.dir.path().join("state");
+    let me = std::process::id();
+    for line in [
+        format!("cat {}/secret", home.display()),
+        format!("ls {}", home.display()),
+        format!("echo x > {}/made", home.display()),
+        format!("cat {}/projects/*", state.display()),
+        format!("ls {}/sockets", state.display()),
+        format!("cat {}/secret", outside.path().display()),
+        "echo x > /etc/cocalc-made".into(),
+        "ls /root /home".into(),
+        format!("kill -0 {me}"),
+        format!("cat /proc/{me}/environ"),
+        format!("ls /proc/{me}/root/"),
+        format!("python3 -c 'import socket; s = socket.socket(socket.AF_UNIX); s.connect(\"\\0{name}\")'"),
+        "mount -t tmpfs x /mnt".into(),
+    ] {
+        let (exit, said) = run(&world, one.project, &line).await;
+        assert_ne!(exit, Exit::Code(0), "{line}: {said}");
+    }
+    // It has what it needs.
+    let (exit, said) = run(
+        &world,
+        one.project,
+        "set -e; echo mine > ~/mine; cat ~/mine; python3 -c 'import tempfile; tempfile.mkstemp()'; \
+         sleep 9 & kill -TERM $!; echo x > /dev/null; ls /usr/bin/env",
+    )
+    .await;
+    assert_eq!((exit, said.as_str()), (Exit::Code(0), "mine\n/usr/bin/env\n"));
+    let (_, status) = run(&world, one.project, "cat /proc/self/status").await;
+    for line in ["CapEff:\t0000000000000000", "CapPrm:\t0000000000000000", "NoNewPrivs:\t1"] {
+        assert!(status.contains(line), "{line}: {status}");
+    }
+
+    // Of limits there is that of open files; others are refused by name.
+    let mut limited = world.spec().await;
+    limited.limits.nofile = Some(300);
+    world.runner.start(&limited).await.unwrap();
+    assert_eq!(run(&world, limited.project, "ulimit -n").await.1, "300\n");
+    let mut refused = world.spec().await;
+    refused.limits.memory_bytes = Some(1 << 30);
+    let error = world.runner.start(&refused).await.unwrap_err();
+    assert!(error.to_string().contains("memory"), "{error}");
+    let state = world.dir.path().join("other-state");
+    let accepting = ProcessRunner::open(state, Unenforceable::Accept).await.unwrap();
+    accepting.start(&refused).await.unwrap();
+    accepting.cleanup().await.unwrap();
+    world.runner.cleanup().await.unwrap();
+}
+
+/// This test alone, in another process that was started by this line of a shell.
+fn again(test: &str, line: &str) {
+    let dir = tempfile::tempdir().unwrap();
+    let program = dir.path().join("process");
+    std::fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+    std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
+    let output = std::process::Command::new("/bin/sh")
+        .args(["-c", line, "sh"])
+        .arg(&program)
+        .args(["--exact", test, "--nocapture"])
+        .env("AGAIN", "1")
+        .env("TMPDIR", dir.path())
+        .current_dir(dir.path())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success() && said.contains("1 passed"),
+        "{said}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn signals_that_the_host_ignores_are_the_projects_own() {
+    if std::env::var_os("AGAIN").is_none() {
+        again("signals_that_the_host_ignores_are_the_projects_own", "trap '' INT HUP QUIT; exec \"$@\"");
+        return;
+    }
+    let ignored = std::fs::read_to_string("/proc/self/status").unwrap();
+    let mask = |status: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix("SigIgn:\t")).unwrap();
+        u64::from_str_radix(line, 16).unwrap()
+    };
+    assert_eq!(mask(&ignored) & 7, 7, "this process ignores HUP, INT and QUIT");
+    let world = Processes::new().await;
+    let spec = world.spec().await;
+    world.runner.start(&spec).await.unwrap();
+    let (_, status) = run(&world, spec.project, "cat /proc/self/status").await;
+    // The C library keeps 32 and 33 to itself.
+    assert_eq!(mask(&status) & 0x7fff_ffff, 0, "{status}");
+    world.runner.cleanup().await.unwrap();
+}
+
+#[test]
+fn the_contract_is_kept_for_an_ordinary_user_too() {
+    if !rustix::process::geteuid().is_root() {
+        // Then the test above was for one.
+        return;
+    }
+    let line = "exec setpriv --reuid=65534 --regid=65534 --clear-groups \"$@\"";
+    again("processes_keep_the_contract", line);
+    again("a_project_is_confined_as_far_as_the_kernel_has_it", line);
 }
 
 fn is_alive(process: &Path) -> bool {

@@ -18,7 +18,6 @@ use cocalc_core::{
     ids::ProjectId,
     runner::{Command, Error, ExecRequest, Exit, Limits, ProjectSpec, Runner, State},
 };
-use cocalc_podman::Outbound;
 use cocalc_testkit::runner::{Harness, contract};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use world::World;
@@ -141,7 +140,9 @@ async fn root_inside_is_nobody_outside() {
         "echo x > /proc/sysrq-trigger",
         "ip link set lo down || python3 -c 'import socket; socket.socket(socket.AF_PACKET, socket.SOCK_RAW)'",
         "python3 -c 'import socket; socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)'",
-        "echo 0 > $(ls -d /sys/fs/cgroup/pids /sys/fs/cgroup 2>/dev/null | head -1)/pids.max",
+        "ls /sys/fs/cgroup",
+        "ls /sys/class/net",
+        "touch /sys/x",
         "touch /dev/cocalc-init",
         "unshare --net true",
     ] {
@@ -200,8 +201,13 @@ async fn projects_reach_neither_the_host_nor_each_other() {
 async fn limits_hold_and_the_host_goes_on() {
     let world = World::new().await;
     let mut spec = world.project(9);
-    spec.limits =
-        Limits { memory_bytes: Some(128 << 20), cpu_millis: Some(500), pids: Some(100), nofile: Some(512) };
+    spec.limits = Limits {
+        memory_bytes: Some(128 << 20),
+        cpu_millis: Some(500),
+        pids: Some(100),
+        nofile: Some(512),
+        ..Limits::default()
+    };
     world.podman.start(&spec).await.unwrap();
     let project = spec.project;
     assert_eq!(world.run(project, "ulimit -n").await, "512\n");
@@ -229,6 +235,89 @@ async fn limits_hold_and_the_host_goes_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn limits_change_while_it_runs_and_are_kept_by_the_kernel() {
+    let world = World::new().await;
+    let mut spec = world.project(10);
+    spec.limits = Limits {
+        memory_bytes: Some(128 << 20),
+        tmp_bytes: Some(8 << 20),
+        shm_bytes: Some(8 << 20),
+        log_bytes: Some(128 << 10),
+        ..Limits::default()
+    };
+    world.podman.start(&spec).await.unwrap();
+    let project = spec.project;
+    let memory = || world.limit(project, "memory/memory.limit_in_bytes", "memory.max");
+    let pids = || world.limit(project, "pids/pids.max", "pids.max");
+    assert_eq!((memory(), pids()), (128 << 20, 4096));
+    // What is in memory counts as memory, and has a size of its own.
+    for place in ["/tmp", "/dev/shm"] {
+        let fill = format!("head -c 20M /dev/zero > {place}/fill");
+        let (exit, said) = world.run_as(project, None, &fill).await;
+        assert!(exit != Exit::Code(0) && said.contains("No space left"), "{place}: {said}");
+        world.run(project, &format!("rm {place}/fill; cp /bin/true {place}/t; {place}/t 2>&1 || true")).await;
+    }
+
+    let hold = "exec python3 -c 'x = bytearray(70 << 20); print(1, flush=True); input()'";
+    let request = ExecRequest { command: Command::Line(hold.into()), ..ExecRequest::default() };
+    let mut holder = world.podman.exec(project, request).await.unwrap();
+    BufReader::new(&mut holder.stdout).read_line(&mut String::new()).await.unwrap();
+    // Less than it uses: refused, and nothing is killed or changed.
+    let less = Limits { memory_bytes: Some(64 << 20), pids: Some(200), ..spec.limits.clone() };
+    let Err(Error::Invalid { reason, .. }) = world.podman.set_limits(project, &less).await else {
+        panic!("less memory than is used")
+    };
+    assert!(reason.contains("use"), "{reason}");
+    assert_eq!((memory(), pids()), (128 << 20, 4096));
+
+    let more = Limits {
+        memory_bytes: Some(256 << 20),
+        cpu_millis: Some(250),
+        cpu_weight: Some(50),
+        pids: Some(64),
+        nofile: Some(300),
+        tmp_bytes: Some(32 << 20),
+        shm_bytes: Some(32 << 20),
+        log_bytes: Some(256 << 10),
+        ..Limits::default()
+    };
+    let applied = world.podman.set_limits(project, &more).await.unwrap();
+    assert_eq!(applied.later, [cocalc_core::runner::LimitKind::Log]);
+    assert_eq!((memory(), pids()), (256 << 20, 64));
+    assert!(world.limit(project, "cpu/cpu.shares", "cpu.weight") < 1000);
+    assert_eq!(world.run(project, "ulimit -n").await, "300\n");
+    for place in ["/tmp", "/dev/shm"] {
+        world.run(project, &format!("head -c 20M /dev/zero > {place}/fill")).await;
+        let (exit, _) = world.run_as(project, None, &format!("head -c 40M /dev/zero > {place}/fill")).await;
+        assert_ne!(exit, Exit::Code(0), "{place}");
+        world.run(project, &format!("rm {place}/fill")).await;
+    }
+    holder.stdin.write_all(b"\n").await.unwrap();
+    assert_eq!(holder.handle.wait().await.unwrap(), Exit::Code(0), "it was never disturbed");
+
+    // A daemon that finds it knows, and a limit that this machine can't keep is
+    // refused by name or, where it was told so, let be.
+    let found = world::builder(world.instance, world.state.path(), world.index, &world.volume);
+    let found = found.unenforceable(cocalc_podman::Unenforceable::Accept).build().await.unwrap();
+    let weighted = Limits { io_weight: Some(10), ..more.clone() };
+    assert_eq!(found.set_limits(project, &weighted).await.unwrap().limits.io_weight, Some(10));
+    let refused = world.podman.set_limits(project, &weighted).await;
+    let can = world.podman.capabilities();
+    if can.unenforced.contains(&cocalc_core::runner::LimitKind::IoWeight) {
+        assert!(
+            matches!(&refused, Err(Error::Invalid { reason, .. }) if reason.contains("I/O weight")),
+            "{refused:?}"
+        );
+        assert!(can.weaknesses.iter().any(|weakness| weakness.contains("I/O weight")));
+    } else {
+        refused.unwrap();
+    }
+    world.podman.stop(project, Duration::ZERO).await.unwrap();
+    let stopped = world.podman.set_limits(project, &more).await;
+    assert!(matches!(stopped, Err(Error::NotRunning { .. })), "{stopped:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn limits_have_defaults_a_minimum_and_the_machine_as_maximum() {
     let world = World::new().await;
     let mut spec = world.project(14);
@@ -248,34 +337,14 @@ async fn limits_have_defaults_a_minimum_and_the_machine_as_maximum() {
     spec.limits = Limits::default();
     world.podman.start(&spec).await.unwrap();
     assert_eq!(world.run(spec.project, "ulimit -n").await, "8192\n");
-    let pids = limit(&world, spec.project, "pids/pids.max", "pids.max");
+    let pids = world.limit(spec.project, "pids/pids.max", "pids.max");
     assert_eq!(pids, 4096);
-    let memory = limit(&world, spec.project, "memory/memory.limit_in_bytes", "memory.max");
+    let memory = world.limit(spec.project, "memory/memory.limit_in_bytes", "memory.max");
     let about = std::fs::read_to_string("/proc/meminfo").unwrap();
     let total: u64 = about.split_whitespace().nth(1).unwrap().parse().unwrap();
     let quarter = (total * 1024 / 4).max(512 << 20);
     // In whole pages.
     assert!(memory <= quarter && memory + 65_536 > quarter, "{memory} of {quarter}");
-}
-
-/// A limit of a project's control group, by its name in either version.
-fn limit(world: &World, project: ProjectId, v1: &str, v2: &str) -> u64 {
-    let pid = first_process(world, project);
-    let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
-    let (controller, name) = v1.split_once('/').unwrap();
-    let find = |key: &str| groups.lines().find_map(|line| line.split_once(':')?.1.strip_prefix(key));
-    let path = match find(&format!("{controller}:")) {
-        Some(group) => format!("/sys/fs/cgroup/{controller}{group}/{name}"),
-        None => format!("/sys/fs/cgroup{}/{v2}", find(":").unwrap()),
-    };
-    std::fs::read_to_string(path).unwrap().trim().parse().unwrap()
-}
-
-/// The host's number of a project's first process.
-fn first_process(world: &World, project: ProjectId) -> String {
-    let container = format!("cocalc-{}-{project}", world.instance);
-    let mut podman = std::process::Command::new("podman");
-    world::must(podman.args(["inspect", "--format", "{{.State.Pid}}", &container])).trim().to_owned()
 }
 
 /// Tries the calls that are refused and their neighbours that are not, and
@@ -354,7 +423,13 @@ async fn subvolumes_and_sockets_to_the_hypervisor_are_refused() {
 async fn a_project_sees_no_other_control_groups() {
     let world = World::new().await;
     let (one, _other) = (world.started(16).await, world.started(17).await);
-    assert_eq!(world.root(one.project, "find /sys/fs/cgroup").await, "/sys/fs/cgroup\n");
+    // Nothing of the host's devices and file systems, but what programs look for.
+    assert_eq!(
+        world.root(one.project, "cd /sys; echo * */*").await,
+        "devices kernel devices/system kernel/mm\n"
+    );
+    let cores = world.run(one.project, "ls -d /sys/devices/system/cpu/cpu0; nproc").await;
+    assert!(cores.starts_with("/sys/devices/system/cpu/cpu0\n"), "{cores}");
     let named = world.root(one.project, "cat /proc/self/cgroup /proc/1/cgroup").await;
     assert!(named.lines().all(|line| line.ends_with(":/")), "{named}");
 }
@@ -456,7 +531,7 @@ async fn links_planted_in_a_volume_lead_nowhere() {
 async fn a_killed_project_says_why_and_cleanup_leaves_nothing() {
     let world = World::new().await;
     let spec = world.started(20).await;
-    let pid = first_process(&world, spec.project);
+    let pid = world.first_process(spec.project);
     world::must(std::process::Command::new("kill").args(["-9", &pid]));
     world::until("its end is noticed", async || {
         world.podman.status(spec.project).await.unwrap().state == State::Stopped
@@ -509,70 +584,6 @@ async fn a_full_volume_stops_the_write_and_nothing_else() {
     assert_eq!(world.run(spec.project, "echo still here; rm ~/big").await, "still here\n");
     world.podman.remove(spec.project).await.unwrap();
     world::must(std::process::Command::new("umount").arg(&mount));
-}
-
-/// A stand-in for the internet: a network namespace behind a cable of its own,
-/// which a test of this machine reaches only by forwarding.
-struct Outside {
-    name: String,
-}
-
-impl Outside {
-    fn new() -> Self {
-        let outside = Self { name: format!("ct{}", std::process::id()) };
-        let name = &outside.name;
-        let run = |line: String| world::must(std::process::Command::new("sh").args(["-ec", &line]));
-        run(format!("ip netns add {name}"));
-        run(format!(
-            "ip link add {name} type veth peer name eth0 netns {name}
-             ip addr add 198.51.100.1/30 dev {name}; ip link set {name} up
-             ip -n {name} addr add 198.51.100.2/30 dev eth0; ip -n {name} link set eth0 up
-             ip -n {name} link set lo up"
-        ));
-        outside
-    }
-}
-
-impl Drop for Outside {
-    fn drop(&mut self) {
-        let _ = std::process::Command::new("ip").args(["link", "del", &self.name]).status();
-        let _ = std::process::Command::new("ip").args(["netns", "del", &self.name]).status();
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn projects_reach_the_outside_unless_denied() {
-    let world = World::new().await;
-    let outside = Outside::new();
-    let serve = "import socket\nlistener = socket.create_server(('198.51.100.2', 80))\nwhile True:\n connection, peer = listener.accept()\n connection.sendall(peer[0].encode())\n connection.close()";
-    let _server = world::Guarded::spawn(std::process::Command::new("ip").args([
-        "netns",
-        "exec",
-        &outside.name,
-        "python3",
-        "-c",
-        serve,
-    ]));
-    let spec = world.started(2).await;
-    let ask = "python3 -c 'import socket; s = socket.create_connection((\"198.51.100.2\", 80), 2); print(s.recv(99).decode())'";
-    world::until("the outside answers", async || {
-        world.run_as(spec.project, None, ask).await.0 == Exit::Code(0)
-    })
-    .await;
-    assert_eq!(world.run(spec.project, ask).await, "198.51.100.1\n", "it sees the host's address");
-
-    // A runner that denies that network.
-    let mut closed = World::new().await;
-    let deny = Outbound::Open { deny: vec!["198.51.100.0/24".into()] };
-    closed.podman = world::builder(closed.instance, closed.state.path(), closed.index, &closed.volume)
-        .outbound(deny)
-        .build()
-        .await
-        .unwrap();
-    let denied = closed.started(2).await;
-    let (exit, _) = closed.run_as(denied.project, None, ask).await;
-    assert_ne!(exit, Exit::Code(0));
-    assert_eq!(world.run(spec.project, ask).await, "198.51.100.1\n", "the other still does");
 }
 
 #[tokio::test(flavor = "multi_thread")]

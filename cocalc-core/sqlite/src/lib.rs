@@ -25,10 +25,12 @@
 mod database;
 mod error;
 mod host_acl;
+mod host_backups;
 mod host_ledger;
 pub mod master;
 
 pub use database::{Database, Durability};
 pub use error::Error;
 pub use host_acl::HostAcl;
+pub use host_backups::HostBackups;
 pub use host_ledger::HostLedger;

@@ -37,6 +37,20 @@ pub struct BackupSource {
     pub excludes: Vec<String>,
 }
 
+/// What a call will do with a repository, so that it gets no more rights. Each
+/// includes those before it.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Access {
+    /// List, browse and restore.
+    Read,
+    /// Add backups. What is there can neither be changed nor deleted, where the
+    /// place can tell the difference.
+    Append,
+    /// Forget, prune, repair and erase. Never for a host that runs projects.
+    Delete,
+}
+
 /// Why a backup was made.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -166,10 +180,12 @@ pub struct Pruned {
 pub struct CheckOptions {
     /// Reads and verifies all data, not only what leads to it.
     pub read_data: bool,
-    /// First makes the index agree with the data that are there: a lost index
-    /// is rebuilt, and data that are lost are backed up again by the next
-    /// backup that has them. Nothing else may run on the project meanwhile.
-    pub repair_index: bool,
+    /// First puts right what can be: data that are damaged are taken from the
+    /// mirror, if there is one; then the index is made to agree with the data
+    /// that are there, so that a lost index is rebuilt, and data that are lost
+    /// are stored again by the next backup without a parent that has them.
+    /// Nothing else may run on the repository meanwhile.
+    pub repair: bool,
 }
 
 /// What a check found.
@@ -180,6 +196,22 @@ pub struct Checked {
     pub damage: Vec<String>,
     /// The backups that the damage affects, by id.
     pub affected: Vec<String>,
+    /// What in them cannot be restored, the first few of each: a file, or a
+    /// directory with all that is below it.
+    #[serde(default)]
+    pub lost: Vec<Lost>,
+    /// How many damaged files of the repository were put right from the mirror.
+    #[serde(default)]
+    pub repaired: u64,
+}
+
+/// A path that cannot be restored from a backup.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Lost {
+    /// Which backup.
+    pub backup: String,
+    /// Which file or directory of it.
+    pub path: TreePath,
 }
 
 impl Checked {
@@ -196,4 +228,8 @@ pub struct Erased {
     pub objects: u64,
     /// Their bytes.
     pub freed_bytes: u64,
+    /// In a repository that others share: bytes that nobody else needs, and that
+    /// go with the first prune after its grace.
+    #[serde(default)]
+    pub marked_bytes: u64,
 }

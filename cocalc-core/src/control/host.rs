@@ -7,9 +7,11 @@ use cocalc_ids::{
 };
 use serde::{Deserialize, Serialize};
 
+use super::{BackupsCommand, BackupsReply, InsideCommand, InsideReply};
 use crate::{
+    activity::{IdleReport, IdleSettings},
     router::HostAddress,
-    runner::{Limits, Status},
+    runner::{Applied, Isolation, Limits, Status},
     snapshots::Policy,
     storage::{Changes, Copied, CopyOptions, Footprint, Place, Snapshot, Usage},
 };
@@ -185,6 +187,29 @@ pub enum HostCommand {
         /// Whether its files are counted, too, which takes long.
         count: bool,
     },
+    /// Say who uses it, why it runs, and until when.
+    Why {
+        /// Which project.
+        project: ProjectId,
+    },
+    /// Look inside it, while it runs.
+    Inside {
+        /// Which project.
+        project: ProjectId,
+        /// Under which grant.
+        epoch: Epoch,
+        /// For what.
+        what: InsideCommand,
+    },
+    /// Something about its backups.
+    Backups {
+        /// Which project.
+        project: ProjectId,
+        /// Under which grant.
+        epoch: Epoch,
+        /// What.
+        what: BackupsCommand,
+    },
     /// A step of a move.
     Move {
         /// Which move; the project's fence.
@@ -216,6 +241,9 @@ impl HostCommand {
             | Self::Clone { project, .. }
             | Self::Configure { project, .. }
             | Self::Usage { project, .. }
+            | Self::Why { project }
+            | Self::Inside { project, .. }
+            | Self::Backups { project, .. }
             | Self::Move { project, .. } => *project,
         }
     }
@@ -374,9 +402,34 @@ pub struct ProjectConfig {
     /// its host does.
     #[serde(default)]
     pub snapshots: Option<Policy>,
+    /// When it is backed up, and which backups are kept; `None` for what the
+    /// master's configuration says.
+    #[serde(default)]
+    pub backups: Option<crate::backups::Policy>,
     /// Extra environment variables.
     #[serde(default)]
     pub env: BTreeMap<String, String>,
+    /// When it is stopped for being idle, as its plan and its owner say.
+    #[serde(default)]
+    pub idle: IdleSettings,
+    /// What its owner may ask for at most, as the operator says. What the owner
+    /// leaves open is this as well.
+    #[serde(default)]
+    pub limits_max: Limits,
+    /// How it is kept apart.
+    #[serde(default)]
+    pub isolation: Isolation,
+    /// Whether that is the operator's to change, and not the owner's.
+    #[serde(default)]
+    pub isolation_fixed: bool,
+}
+
+impl ProjectConfig {
+    /// What the project may use: what was asked for, and where nothing was, what
+    /// its owner may ask for.
+    pub fn effective_limits(&self) -> Limits {
+        self.limits.or(&self.limits_max)
+    }
 }
 
 /// What a host answers to a command.
@@ -413,8 +466,31 @@ pub enum HostReply {
         /// How much.
         copied: Copied,
     },
+    /// What it may use now, while it runs.
+    Limits {
+        /// Which project.
+        project: ProjectId,
+        /// What has changed.
+        applied: Applied,
+    },
     /// What it is charged.
     Usage(UsageReport),
+    /// Who uses it.
+    Why(IdleReport),
+    /// What was found inside.
+    Inside {
+        /// In which project.
+        project: ProjectId,
+        /// What.
+        answer: InsideReply,
+    },
+    /// About its backups.
+    Backups {
+        /// Of which project.
+        project: ProjectId,
+        /// What.
+        answer: BackupsReply,
+    },
     /// The receipt of a step of a move.
     Move {
         /// Which move.
@@ -564,6 +640,14 @@ pub enum ErrorCode {
     Invalid,
     /// It may work later.
     Unavailable,
+    /// The repository of backups cannot be reached.
+    RepositoryUnavailable,
+    /// The repository does not open with the key, or refuses the credentials.
+    RepositoryDenied,
+    /// The repository is damaged.
+    RepositoryDamaged,
+    /// Somebody ended it.
+    Cancelled,
     /// The backend failed.
     Failed,
 }

@@ -6,6 +6,7 @@
 //! | subject | who publishes | what |
 //! |---|---|---|
 //! | `host.<id>.inbox` | master, as a request | [`HostCommand`] → [`HostReply`] |
+//! | `host.<id>.images` | master, as a request | [`ImageRequest`] → [`ImageReply`] |
 //! | `host.<id>.stream`, `proxy.<id>.stream` | master | frames of the ordered stream (`cocalc-auth`) |
 //! | `master.host.<id>.api`, `master.proxy.<id>.api` | that peer, as a request | [`PeerRequest`] → [`PeerReply`] |
 //! | `master.host.<id>.keepalive`, `master.proxy.<id>.keepalive` | that peer, as a request, on a connection of its own | [`Keepalive`] → [`KeepaliveReply`] |
@@ -14,13 +15,21 @@
 //! may arrive twice. A reply that reports an effect is a receipt: it names the
 //! exact input.
 
+mod backups;
 mod host;
+mod images;
+mod inside;
 mod peer;
 
+pub use backups::{
+    BackupAccess, BackupsCommand, BackupsOutcome, BackupsReply, BackupsWork, DrillAgainst, DrillReport,
+};
 pub use host::{
     Carried, CommandError, ErrorCode, HostCommand, HostReply, MoveCommand, MoveReply, ProjectConfig,
     ProjectReport, UsageReport,
 };
+pub use images::{ImageReply, ImageReport, ImageRequest, ImageTask};
+pub use inside::{InsideCommand, InsideReply};
 pub use peer::{
     Capabilities, HeldProject, Keepalive, KeepaliveReply, PeerReply, PeerRequest, Register, Registered,
     Settings,
@@ -30,12 +39,27 @@ use cocalc_ids::{HostId, ProxyId};
 
 use crate::connector::Peer;
 
+/// What the secrets of a project are sealed for.
+pub const SECRETS_PURPOSE: &str = "project secrets";
+
+/// Whether a text can be the name of a secret, which becomes that of a file: 1 to
+/// 64 of `A-Z a-z 0-9 _ . -`, and a letter, digit or `_` first.
+pub fn is_secret_name(name: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte);
+    (1..=64).contains(&name.len()) && name.bytes().all(plain) && !name.starts_with(['.', '-'])
+}
+
 /// The largest control frame, in bytes.
 pub const FRAME_BYTES_MAX: usize = 256 * 1024;
 
 /// Where the master sends commands to a host.
 pub fn inbox_subject(host: HostId) -> String {
     format!("host.{host}.inbox")
+}
+
+/// Where the master asks a host about its images.
+pub fn images_subject(host: HostId) -> String {
+    format!("host.{host}.images")
 }
 
 /// Where a peer receives its ordered stream.

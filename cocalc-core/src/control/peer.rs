@@ -5,8 +5,11 @@ use cocalc_ids::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::ProjectReport;
-use crate::router::HostAddress;
+use super::{BackupAccess, ImageReport, ProjectReport};
+use crate::{
+    backups::{Policy, Status},
+    router::HostAddress,
+};
 
 /// What a host or proxy asks of the master.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
@@ -59,8 +62,33 @@ pub enum PeerRequest {
         /// How many a second, lately.
         bytes_per_sec: u64,
     },
+    /// The images that are here now, the default first. Hosts, after each
+    /// registration and when something has changed.
+    Images {
+        /// All of them.
+        images: Vec<ImageReport>,
+    },
+    /// A place and key for a job at a repository of backups. Hosts.
+    BackupAccess(BackupAccess),
+    /// How a project stands with its backups has changed. Hosts.
+    BackupStatus(Box<Status>),
     /// Somebody asked for a stopped project. Hosts.
     Wake {
+        /// Which project.
+        project: ProjectId,
+        /// Under which grant.
+        epoch: Epoch,
+    },
+    /// A project has been idle for too long, and its users were warned: stop it.
+    /// Hosts.
+    Idle {
+        /// Which project.
+        project: ProjectId,
+        /// Under which grant.
+        epoch: Epoch,
+    },
+    /// The secrets of a project that this host runs. Hosts.
+    Secrets {
         /// Which project.
         project: ProjectId,
         /// Under which grant.
@@ -94,6 +122,12 @@ pub enum PeerReply {
         /// Where it is.
         route: Option<crate::router::Route>,
     },
+    /// To `BackupAccess`.
+    BackupAccess {
+        /// The repository, with credentials and key, sealed to the key that the
+        /// host registered.
+        sealed: String,
+    },
     /// To `CertifySshHostKeys`.
     SshCertificates {
         /// One for each key, as OpenSSH text.
@@ -102,6 +136,11 @@ pub enum PeerReply {
         version: u64,
         /// For how long they are good from now.
         life_secs: u64,
+    },
+    /// To `Secrets`: a map of names and values, sealed to the host.
+    Secrets {
+        /// In the text form of `cocalc-auth-sealed`.
+        sealed: String,
     },
     /// It was refused.
     Error {
@@ -140,6 +179,10 @@ pub struct Capabilities {
     pub images: Vec<ImageDigest>,
     /// Free bytes on the volume.
     pub free_bytes: u64,
+    /// The key to which secrets for it are sealed, with its signature, as
+    /// `cocalc-auth-sealed` writes it. `None` from a host that cannot open any.
+    #[serde(default)]
+    pub sealing_key: Option<String>,
 }
 
 /// A project of which a host holds something.
@@ -163,6 +206,10 @@ pub struct Registered {
     pub owners: Vec<(ProjectId, HostId, Epoch)>,
     /// Master time.
     pub now: Timestamp,
+    /// How projects are backed up whose owners have said nothing; `None` if
+    /// the federation has no backups.
+    #[serde(default)]
+    pub backups: Option<Policy>,
 }
 
 /// Timing that the master decides.

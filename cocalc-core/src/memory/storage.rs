@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
     io::Cursor,
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -17,8 +18,8 @@ use tokio::io::AsyncReadExt as _;
 use crate::{
     storage::{
         Capabilities, Change, ChangeKind, Changes, CloneOptions, Copied, CopyOptions, Error, Footprint, Hold,
-        Holds, NodeKind, Place, Result, SendHeader, SendOptions, SendStream, Snapshot, Storage, Usage,
-        UsageSource, Volume, VolumeOptions,
+        Holds, NodeKind, Place, Result, SendHeader, SendOptions, SendStream, Snapshot, Staged, Storage,
+        Usage, UsageSource, Volume, VolumeOptions,
     },
     stream::BoxRead,
 };
@@ -393,6 +394,11 @@ impl Storage for MemoryStorage {
         Ok(snapshots.unwrap_or_default().iter().map(|(snapshot, _)| snapshot.clone()).collect())
     }
 
+    async fn snapshot_path(&self, project: ProjectId, name: &SnapshotName) -> Result<Option<PathBuf>> {
+        let known = self.snapshots(project).await?.iter().any(|snapshot| snapshot.name == *name);
+        if known { Ok(None) } else { Err(Error::NoSnapshot { project, name: name.clone() }) }
+    }
+
     async fn delete_snapshot(&self, project: ProjectId, name: &SnapshotName) -> Result<()> {
         let mut projects = self.lock();
         self.holds.refuse_held(project, name)?;
@@ -668,6 +674,10 @@ impl Storage for MemoryStorage {
             left_out: Vec::new(),
         };
         Ok(SendStream { header, reader: Hold::during(Box::pin(Cursor::new(stream)), holds) })
+    }
+
+    async fn stage(&self, _project: ProjectId, _name: &SnapshotName) -> Result<Box<dyn Staged>> {
+        Err(Error::Unsupported { backend: BACKEND, operation: "take files: it has none" })
     }
 
     async fn receive(&self, header: &SendHeader, mut stream: BoxRead) -> Result<Snapshot> {

@@ -351,8 +351,9 @@ impl MoveHost {
             volume: volume.path.unwrap_or_else(PathBuf::new),
             image: entry.config.image,
             slot,
-            limits: entry.config.limits.clone(),
+            limits: entry.config.effective_limits(),
             env: BTreeMap::clone(&entry.config.env),
+            isolation: entry.config.isolation.clone(),
         })
     }
 

@@ -15,7 +15,7 @@ mod keeper;
 mod name;
 mod policy;
 mod relief;
-mod retention;
+pub(crate) mod retention;
 mod schedule;
 
 pub use keeper::{Keeper, KeeperSettings, Numbers};

@@ -62,7 +62,7 @@ type Dated<'a> = Vec<(Timestamp, &'a SnapshotName)>;
 
 /// By so much a snapshot may be of a time to come and count as of now: a name
 /// that is taken is passed over for the next second's.
-const SLACK: Duration = Duration::from_secs(60);
+pub(crate) const SLACK: Duration = Duration::from_secs(60);
 
 /// The automatic ones, each with its time, oldest first: those up to `now`, and
 /// those of times to come.
@@ -80,19 +80,31 @@ fn sorted<'a>(names: impl IntoIterator<Item = &'a SnapshotName>, now: Timestamp)
 fn keep(policy: &Policy, dated: &Dated<'_>) -> BTreeSet<Timestamp> {
     let fields = policy.fields();
     let interval = i64::from(fields.interval_secs);
-    let periods: [(u16, &dyn Fn(Timestamp) -> i64); 5] = [
-        (fields.frequent, &|at| at.secs().div_euclid(interval)),
-        (fields.hourly, &|at| at.secs().div_euclid(3_600)),
-        (fields.daily, &|at| at.secs().div_euclid(DAY)),
-        (fields.weekly, &week),
-        (fields.monthly, &month),
-    ];
-    let mut kept: BTreeSet<Timestamp> = dated.last().map(|(at, _)| *at).into_iter().collect();
+    let times: Vec<Timestamp> = dated.iter().map(|(at, _)| *at).collect();
+    kept_times(
+        &times,
+        &[
+            (fields.frequent, &|at| at.secs().div_euclid(interval)),
+            (fields.hourly, &hour),
+            (fields.daily, &day),
+            (fields.weekly, &week),
+            (fields.monthly, &month),
+        ],
+    )
+}
+
+/// Gives a time the number of the period in which it is.
+pub(crate) type Period<'a> = &'a dyn Fn(Timestamp) -> i64;
+
+/// Of `times`, oldest first, those that are kept: the newest, and of the newest
+/// so many of each kind of period that have one, the newest one.
+pub(crate) fn kept_times(times: &[Timestamp], periods: &[(u16, Period<'_>)]) -> BTreeSet<Timestamp> {
+    let mut kept: BTreeSet<Timestamp> = times.last().copied().into_iter().collect();
     for (keep, period) in periods {
         let mut seen = BTreeSet::new();
-        for (at, _) in dated.iter().rev() {
+        for at in times.iter().rev() {
             let new = seen.insert(period(*at));
-            if seen.len() > usize::from(keep) {
+            if seen.len() > usize::from(*keep) {
                 break;
             }
             if new {
@@ -105,12 +117,20 @@ fn keep(policy: &Policy, dated: &Dated<'_>) -> BTreeSet<Timestamp> {
 
 const DAY: i64 = 86_400;
 
-fn week(at: Timestamp) -> i64 {
+pub(crate) fn hour(at: Timestamp) -> i64 {
+    at.secs().div_euclid(3_600)
+}
+
+pub(crate) fn day(at: Timestamp) -> i64 {
+    at.secs().div_euclid(DAY)
+}
+
+pub(crate) fn week(at: Timestamp) -> i64 {
     // 1970-01-01 was a Thursday, three days after a Monday.
     (at.secs().div_euclid(DAY) + 3).div_euclid(7)
 }
 
-fn month(at: Timestamp) -> i64 {
+pub(crate) fn month(at: Timestamp) -> i64 {
     let at = jiff::Timestamp::from_second(at.secs()).unwrap_or_default();
     let date = at.to_zoned(jiff::tz::TimeZone::UTC).date();
     i64::from(date.year()) * 12 + i64::from(date.month())

@@ -9,8 +9,10 @@ use std::{
 use cocalc_ids::ProjectId;
 
 /// How long until a failed look is repeated, at first; each time twice as
-/// long, up to the project's interval.
+/// long, up to the project's interval, and to [`AGAIN_MAX`].
 const AGAIN_MIN: Duration = Duration::from_secs(30);
+/// And how long at most: what was out of reach may be back.
+const AGAIN_MAX: Duration = Duration::from_secs(900);
 
 /// When each project is due.
 ///
@@ -32,6 +34,8 @@ struct Slot {
     /// Whether it stays after the next look that ends well.
     running: bool,
     failures: u32,
+    /// Whether somebody asked for a look while it was being looked at.
+    again: bool,
 }
 
 /// How a look ended.
@@ -55,7 +59,7 @@ impl Schedule {
             }
         }
         let due = next(project, interval, now);
-        self.put(project, Slot { interval, due, running: true, failures: 0 });
+        self.put(project, Slot { interval, due, running: true, failures: 0, again: false });
     }
 
     /// Expects no further changes: a last look, then none.
@@ -65,8 +69,20 @@ impl Schedule {
             None => {
                 let interval = interval.max(Duration::from_secs(1));
                 let due = next(project, interval, now);
-                self.put(project, Slot { interval, due, running: false, failures: 0 });
+                self.put(project, Slot { interval, due, running: false, failures: 0, again: false });
             }
+        }
+    }
+
+    /// Looks at a project that it knows as soon as it can; and once more if it
+    /// is being looked at right now.
+    pub fn at_once(&mut self, project: ProjectId, now: Duration) {
+        let Some(mut slot) = self.projects.get(&project).copied() else { return };
+        if self.queue.contains(&(slot.due, project)) {
+            slot.due = slot.due.min(now);
+            self.put(project, slot);
+        } else if let Some(slot) = self.projects.get_mut(&project) {
+            slot.again = true;
         }
     }
 
@@ -96,6 +112,7 @@ impl Schedule {
     pub fn done(&mut self, project: ProjectId, outcome: Outcome, now: Duration) {
         let Some(mut slot) = self.projects.get(&project).copied() else { return };
         match outcome {
+            Outcome::Done if std::mem::take(&mut slot.again) => (slot.due, slot.failures) = (now, 0),
             Outcome::Done if !slot.running => {
                 self.forget(project);
                 return;
@@ -105,7 +122,8 @@ impl Schedule {
                 (slot.due, slot.failures) = (next(project, slot.interval, now + slot.interval / 2), 0);
             }
             Outcome::Failed => {
-                slot.due = now + AGAIN_MIN.saturating_mul(1 << slot.failures.min(16)).min(slot.interval);
+                let pause = AGAIN_MIN.saturating_mul(1 << slot.failures.min(16));
+                slot.due = now + pause.min(slot.interval).min(AGAIN_MAX);
                 slot.failures = slot.failures.saturating_add(1);
             }
         }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use cocalc_core::{
-    runner::{Command, ExecRequest, Place, Process, ProcessHandle, Tool},
+    runner::{Command, ExecRequest, ListenAt, Process, ProcessHandle, Tool},
     stream::{BoxRead, BoxWrite},
 };
 use russh::{
@@ -148,11 +148,11 @@ impl Reverse {
         let Login::Open(access) = &*self.login else { return Err("the project has moved".into()) };
         let place = match &kind {
             Kind::Tcp { port, .. } => {
-                Place::Tcp(u16::try_from(*port).map_err(|_| format!("there is no port {port}"))?)
+                ListenAt::Tcp(u16::try_from(*port).map_err(|_| format!("there is no port {port}"))?)
             }
-            Kind::Unix(path) => Place::Unix(path.clone()),
-            Kind::Agent => Place::Agent,
-            Kind::X11 { .. } => Place::X11,
+            Kind::Unix(path) => ListenAt::Unix(path.clone()),
+            Kind::Agent => ListenAt::Agent,
+            Kind::X11 { .. } => ListenAt::X11,
         };
         let ticket = ticket()?;
         let tool = Tool::Listen { place, ticket: ticket.clone() };

@@ -21,10 +21,12 @@ pub use zoo::{Facts, differences, edit, facts, plant};
 pub async fn backups(backups: &dyn Backups, scratch: &Path) {
     let subject = Subject::new(backups, scratch);
     promises::identity(&subject).await;
+    promises::what_volumes_hold(&subject).await;
     promises::one_path(&subject).await;
     promises::browsing(&subject).await;
     promises::incremental_is_full(&subject).await;
     promises::moved(&subject).await;
+    promises::wrong_clocks(&subject).await;
     promises::excludes(&subject).await;
     promises::isolation(&subject).await;
     promises::refusals(&subject).await;

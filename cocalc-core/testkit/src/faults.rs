@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    path::PathBuf,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll},
@@ -12,7 +13,7 @@ use cocalc_core::{
     ids::{ProjectId, SnapshotName, TreePath},
     storage::{
         Capabilities, Changes, CloneOptions, Copied, CopyOptions, Error, Footprint, Hold, Place, Result,
-        SendHeader, SendOptions, SendStream, Snapshot, Storage, Usage, Volume, VolumeOptions,
+        SendHeader, SendOptions, SendStream, Snapshot, Staged, Storage, Usage, Volume, VolumeOptions,
     },
     stream::BoxRead,
 };
@@ -28,6 +29,7 @@ pub enum Call {
     Delete,
     Snapshot,
     Snapshots,
+    SnapshotPath,
     DeleteSnapshot,
     Hold,
     ChangedSince,
@@ -41,6 +43,7 @@ pub enum Call {
     Copy,
     Send,
     Receive,
+    Stage,
 }
 
 /// What goes wrong with a call.
@@ -60,6 +63,8 @@ pub enum Fault {
 pub struct FaultyStorage {
     inner: Arc<dyn Storage>,
     plan: Arc<Mutex<Plan>>,
+    /// Where it says that snapshots are, if the inner one has no files.
+    paths: Option<PathBuf>,
 }
 
 #[derive(Debug, Default)]
@@ -71,7 +76,14 @@ struct Plan {
 impl FaultyStorage {
     /// Wraps a storage; nothing is ordered yet.
     pub fn new(inner: Arc<dyn Storage>) -> Self {
-        Self { inner, plan: Arc::default() }
+        Self { inner, plan: Arc::default(), paths: None }
+    }
+
+    /// Says that snapshots are below `root`, whether there is anything or not,
+    /// for a storage that has no files.
+    #[must_use]
+    pub fn with_paths(self, root: impl Into<PathBuf>) -> Self {
+        Self { paths: Some(root.into()), ..self }
     }
 
     /// Orders a fault for the next `call`; more than one come in order.
@@ -180,6 +192,12 @@ impl Storage for FaultyStorage {
         self.pass(Call::Snapshots, project, self.inner.snapshots(project)).await
     }
 
+    async fn snapshot_path(&self, project: ProjectId, name: &SnapshotName) -> Result<Option<PathBuf>> {
+        let path = self.pass(Call::SnapshotPath, project, self.inner.snapshot_path(project, name)).await?;
+        let told = || self.paths.as_ref().map(|root| root.join(project.to_string()).join(name.as_str()));
+        Ok(path.or_else(told))
+    }
+
     async fn delete_snapshot(&self, project: ProjectId, name: &SnapshotName) -> Result<()> {
         self.pass(Call::DeleteSnapshot, project, self.inner.delete_snapshot(project, name)).await
     }
@@ -256,6 +274,10 @@ impl Storage for FaultyStorage {
             }
             None => self.inner.send(project, name, options).await,
         }
+    }
+
+    async fn stage(&self, project: ProjectId, name: &SnapshotName) -> Result<Box<dyn Staged>> {
+        self.pass(Call::Stage, project, self.inner.stage(project, name)).await
     }
 
     async fn receive(&self, header: &SendHeader, stream: BoxRead) -> Result<Snapshot> {

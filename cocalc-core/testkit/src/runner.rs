@@ -7,7 +7,10 @@ use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use cocalc_core::{
     ids::{Epoch, ProjectId},
-    runner::{Command, Error, ExecRequest, Exit, Process, ProjectSpec, Pty, Runner, State, WindowSize},
+    runner::{
+        Command, Error, ExecRequest, Exit, LimitKind, Limits, Process, ProjectSpec, Pty, Runner, State,
+        WindowSize,
+    },
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -41,7 +44,7 @@ pub trait Harness: Send + Sync {
 /// With the promise that was broken.
 pub async fn contract(harness: &dyn Harness) {
     type Check<'a> = Pin<Box<dyn Future<Output = ()> + 'a>>;
-    let checks: [(&str, Check<'_>); 10] = [
+    let checks: [(&str, Check<'_>); 11] = [
         ("what is unknown is stopped", Box::pin(unknown(harness))),
         ("a start is idempotent, and of one epoch", Box::pin(starting(harness))),
         ("a process has its streams, its environment and its status", Box::pin(processes(harness))),
@@ -52,6 +55,7 @@ pub async fn contract(harness: &dyn Harness) {
         ("nothing is left after a stop", Box::pin(stopping(harness))),
         ("a start that was dropped can be gone on from", Box::pin(dropped(harness))),
         ("projects are apart from each other", Box::pin(apart(harness))),
+        ("limits change while it runs", Box::pin(limits(harness))),
     ];
     for (promise, check) in checks {
         assert!(tokio::time::timeout(LIMIT * 2, check).await.is_ok(), "took too long: {promise}");
@@ -371,11 +375,62 @@ async fn apart(harness: &dyn Harness) {
     runner.remove(other.project).await.unwrap();
 }
 
+async fn limits(harness: &dyn Harness) {
+    let runner = harness.runner();
+    let none = Limits::default();
+    let unknown = runner.set_limits(ProjectId::random(), &none).await;
+    assert!(matches!(unknown, Err(Error::NotRunning { .. })), "{unknown:?}");
+    let spec = harness.spec().await;
+    let before = runner.start(&spec).await.unwrap();
+    let mut process = exec(&*runner, spec.project, "cat").await;
+
+    let can = runner.capabilities();
+    let asked = Limits { pids: Some(500), nofile: Some(400), cpu_weight: Some(200), ..none.clone() };
+    let changed = runner.set_limits(spec.project, &asked).await;
+    let kept: Vec<_> = asked.asked().filter(|kind| !can.unenforced.contains(kind)).collect();
+    match &changed {
+        Ok(applied) => {
+            let held: Vec<_> = asked.asked().map(|kind| (kind, applied.limits.of(kind))).collect();
+            let wanted: Vec<_> = asked.asked().map(|kind| (kind, asked.of(kind))).collect();
+            assert_eq!(held, wanted, "what was asked for");
+        }
+        Err(Error::Invalid { reason, .. }) if kept.len() < asked.asked().count() => {
+            let named = can.unenforced.iter().any(|kind| reason.contains(&kind.to_string()));
+            assert!(named, "it says which limit can't be enforced: {reason}");
+        }
+        Err(error) => panic!("{error}"),
+    }
+    if can.limits {
+        let applied = changed.unwrap();
+        assert!(!applied.later.contains(&LimitKind::Pids), "counted at once");
+        for (wrong, what) in [
+            (Limits { pids: Some(1), ..none.clone() }, "processes"),
+            (Limits { memory_bytes: Some(1), ..none.clone() }, "memory"),
+        ] {
+            let refused = runner.set_limits(spec.project, &wrong).await;
+            let Err(Error::Invalid { reason, .. }) = refused else { panic!("{wrong:?}: {refused:?}") };
+            assert!(reason.contains(what), "{reason}");
+        }
+    }
+    runner.set_limits(spec.project, &none).await.expect("the defaults are always kept");
+    assert_eq!(runner.status(spec.project).await.unwrap(), before, "it goes on");
+    process.stdin.write_all(b"still here").await.unwrap();
+    assert_eq!(finish(process).await.1, "still here", "and so do its processes");
+    runner.stop(spec.project, GRACE).await.unwrap();
+    let stopped = runner.set_limits(spec.project, &none).await;
+    assert!(matches!(stopped, Err(Error::NotRunning { .. })), "{stopped:?}");
+    runner.remove(spec.project).await.unwrap();
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicU32, Ordering};
 
-    use cocalc_core::{clock::SystemClock, memory::runner::MemoryRunner, runner::Limits};
+    use cocalc_core::{
+        clock::SystemClock,
+        memory::runner::MemoryRunner,
+        runner::{Isolation, Limits},
+    };
 
     use super::*;
 
@@ -403,6 +458,7 @@ mod tests {
                 slot: self.slot.fetch_add(1, Ordering::Relaxed),
                 limits: Limits::default(),
                 env: [("FROM_SPEC".to_owned(), "yes".to_owned())].into(),
+                isolation: Isolation::default(),
             }
         }
 

@@ -71,7 +71,12 @@ pub(crate) enum Answer {
     Refused(CommandError),
 }
 
-pub(crate) async fn write<T: Serialize + Sync>(
+/// Writes a small message in JSON, with its length before it.
+///
+/// # Errors
+///
+/// A message of more than 64 KiB; those of writing.
+pub async fn write<T: Serialize + Sync>(
     to: &mut (impl AsyncWrite + Unpin),
     message: &T,
 ) -> io::Result<()> {
@@ -82,8 +87,16 @@ pub(crate) async fn write<T: Serialize + Sync>(
     to.flush().await
 }
 
-/// Reads one message. Not cancel safe: what was read of it is lost.
-pub(crate) async fn read<T: DeserializeOwned>(from: &mut (impl AsyncRead + Unpin)) -> io::Result<T> {
+/// Reads one message that [`write_message`](crate::write_message) wrote.
+///
+/// # Errors
+///
+/// One that is too long or makes no sense; those of reading.
+///
+/// # Cancel safety
+///
+/// What was read of it is lost.
+pub async fn read<T: DeserializeOwned>(from: &mut (impl AsyncRead + Unpin)) -> io::Result<T> {
     let length = from.read_u32().await?;
     if length > MESSAGE_BYTES_MAX {
         return Err(invalid("the message is too long"));

@@ -72,6 +72,7 @@ mod throttle;
 mod tls;
 
 pub use connector::{AddressBook, DirectConnector};
+pub use frame::{read as read_message, write as write_message};
 pub use listener::{Incoming, PeerDirectory, PeerHandler, PeerListener, PeerListenerBuilder};
 pub use receive::{SnapshotReceiver, SnapshotReceiverBuilder};
 pub use send::PeerTransfer;

@@ -245,7 +245,7 @@ async fn welcome(
 /// Hosts send snapshots; proxies carry users. Neither has use for the other's.
 fn permitted(peer: Peer, service: Service) -> bool {
     match service {
-        Service::Transfer => matches!(peer, Peer::Host(_)),
+        Service::Transfer | Service::Images => matches!(peer, Peer::Host(_)),
         Service::Http | Service::Ssh => matches!(peer, Peer::Proxy(_)),
         _ => false,
     }

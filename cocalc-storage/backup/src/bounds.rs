@@ -17,9 +17,17 @@ pub struct Bounds {
     /// Bytes per second to and from the repository, in each direction. Default:
     /// no limit.
     pub bytes_per_sec_max: Option<u64>,
-    /// A control group that the worker joins before it opens anything. It must
-    /// exist; what it limits is the operator's choice. Default: none.
+    /// Below which control group each worker gets one of its own, relative to
+    /// the root of the tree, or of each tree in version 1. It is made if it is
+    /// missing. Where that cannot be, niceness and the limit on memory remain.
+    /// `None` for no group. Default: `cocalc-backup`.
     pub control_group: Option<PathBuf>,
+    /// Its part of the processor where it is short, 1 to 10,000, where others
+    /// have 100. Needs a control group. Default: 20.
+    pub cpu_weight: u16,
+    /// Its part of the disk, likewise, where the disk's scheduler has parts.
+    /// Default: 20.
+    pub io_weight: u16,
     /// How long a call may take. Must be less than the grace of a prune, since
     /// a backup may count on data that a prune has marked. Default: 12 hours.
     pub time_max: Duration,
@@ -37,7 +45,9 @@ impl Default for Bounds {
             nice: 10,
             memory_bytes_max: 1 << 30,
             bytes_per_sec_max: None,
-            control_group: None,
+            control_group: Some(PathBuf::from("cocalc-backup")),
+            cpu_weight: 20,
+            io_weight: 20,
             time_max: Duration::from_hours(12),
             retry_max: Duration::from_mins(2),
             request_max: Duration::from_mins(1),

@@ -7,11 +7,13 @@ use aes_gcm::{
     aead::{Aead as _, Payload},
 };
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use cocalc_core::ids::ProjectId;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
-use crate::location::{Location, Secret};
+use crate::{
+    location::{Location, Secret},
+    name::RepositoryName,
+};
 
 /// What opens a repository: the key that encrypts its data, and a password
 /// that opens it with the stock programs.
@@ -44,13 +46,28 @@ impl RepositoryKey {
         Ok(Self { password: Secret::new(password), data: Secret::new(data) })
     }
 
-    /// The escrow file of the repository of `project`: with it, and access to
+    /// The same data key under a new password: what was stored stays readable,
+    /// and stock programs need the new password once
+    /// [`Rustic::keep_password`](crate::Rustic::keep_password) was called.
+    ///
+    /// # Errors
+    ///
+    /// If the system has no randomness.
+    pub fn with_new_password(&self) -> Result<Self, KeyError> {
+        Ok(Self { password: Secret::new(hex(&*random::<32>()?)), data: self.data.clone() })
+    }
+
+    /// The escrow file of the repository called `name`: with it, and access to
     /// where the repository is, stock restic or rustic restores everything. A
     /// shell reads it: `set -a; . FILE; restic restore latest --target DIR`.
-    pub fn escrow(&self, project: ProjectId, location: &Location) -> Secret {
+    pub fn escrow(&self, name: impl Into<RepositoryName>, location: &Location) -> Secret {
+        let of = match name.into() {
+            RepositoryName::Project(project) => format!("of project {project}"),
+            name @ RepositoryName::Shard(_) => format!("in {name}, of many projects,"),
+        };
         let quoted = |text: &str| format!("'{}'", text.replace('\'', r"'\''"));
         let mut text = format!(
-            "# Restores the backups of project {project} without CoCalc. Keep it secret.\n\
+            "# Restores the backups {of} without CoCalc. Keep it secret.\n\
              # set -a; . THIS_FILE; restic snapshots; restic restore latest --target DIR\n\
              # rustic reads the same variables, named RUSTIC_.\n\
              # Never run `restic prune` here: it does not see what CoCalc has marked.\n"
@@ -98,7 +115,7 @@ impl WrappingKey {
     }
 }
 
-/// The key of a repository as it is stored: encrypted and bound to its project.
+/// The key of a repository as it is stored: encrypted and bound to its name.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct WrappedKey {
@@ -137,16 +154,21 @@ impl WrappingKeys {
         }
     }
 
-    /// Wraps the key of the repository of `project`.
+    /// The key that wraps now, by its id.
+    pub fn current(&self) -> &str {
+        &self.current
+    }
+
+    /// Wraps the key of the repository called `name`, a project's id or a shard's.
     ///
     /// # Errors
     ///
     /// If the system has no randomness.
-    pub fn wrap(&self, project: ProjectId, key: &RepositoryKey) -> Result<WrappedKey, KeyError> {
+    pub fn wrap(&self, name: impl Into<RepositoryName>, key: &RepositoryKey) -> Result<WrappedKey, KeyError> {
         let wrapping = self.keys.get(&self.current).ok_or_else(|| KeyError::Unknown(self.current.clone()))?;
         let nonce = random::<12>()?;
         let text = Zeroizing::new(serde_json::to_vec(key).map_err(|_| KeyError::Malformed)?);
-        let bound = bound_to(project, &wrapping.id);
+        let bound = bound_to(name.into(), &wrapping.id);
         let sealed = wrapping
             .cipher()
             .encrypt((&*nonce).into(), Payload { msg: &text, aad: &bound })
@@ -158,13 +180,17 @@ impl WrappingKeys {
         })
     }
 
-    /// Opens what [`wrap`](Self::wrap) made for the same project.
+    /// Opens what [`wrap`](Self::wrap) made for the same name.
     ///
     /// # Errors
     ///
-    /// If the wrapping key is unknown, or it was made for another project or
+    /// If the wrapping key is unknown, or it was made for another repository or
     /// changed since.
-    pub fn unwrap(&self, project: ProjectId, wrapped: &WrappedKey) -> Result<RepositoryKey, KeyError> {
+    pub fn unwrap(
+        &self,
+        name: impl Into<RepositoryName>,
+        wrapped: &WrappedKey,
+    ) -> Result<RepositoryKey, KeyError> {
         let wrapping = self
             .keys
             .get(&wrapped.wrapped_by)
@@ -175,7 +201,7 @@ impl WrappingKeys {
             .and_then(|nonce| nonce.try_into().ok())
             .ok_or(KeyError::Malformed)?;
         let sealed = STANDARD.decode(&wrapped.sealed).map_err(|_| KeyError::Malformed)?;
-        let bound = bound_to(project, &wrapping.id);
+        let bound = bound_to(name.into(), &wrapping.id);
         let text = wrapping
             .cipher()
             .decrypt((&nonce).into(), Payload { msg: &sealed, aad: &bound })
@@ -191,8 +217,8 @@ pub enum KeyError {
     /// The wrapping key is not here.
     #[error("wrapping key {0} is not known here")]
     Unknown(String),
-    /// It was made for another project, or changed.
-    #[error("the wrapped key is not authentic: it belongs to another project or was changed")]
+    /// It was made for another repository, or changed.
+    #[error("the wrapped key is not authentic: it belongs to another repository or was changed")]
     NotAuthentic,
     /// It is not a wrapped key at all.
     #[error("not a wrapped key")]
@@ -202,9 +228,9 @@ pub enum KeyError {
     Random,
 }
 
-/// A wrapped key opens only for the project it was made for.
-fn bound_to(project: ProjectId, id: &str) -> Vec<u8> {
-    format!("cocalc repository key v1\n{project}\n{id}").into_bytes()
+/// A wrapped key opens only for the repository it was made for.
+fn bound_to(name: RepositoryName, id: &str) -> Vec<u8> {
+    format!("cocalc repository key v1\n{name}\n{id}").into_bytes()
 }
 
 fn random<const N: usize>() -> Result<Zeroizing<[u8; N]>, KeyError> {
@@ -222,7 +248,10 @@ fn hex(bytes: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use cocalc_core::ids::ProjectId;
+
     use super::*;
+    use crate::name::ShardId;
 
     #[test]
     fn a_wrapped_key_opens_for_its_project_only_and_outlives_a_rotation() {
@@ -232,6 +261,7 @@ mod tests {
         let wrapped = keys.wrap(project, &key).unwrap();
         assert!(!serde_json::to_string(&wrapped).unwrap().contains(key.password.expose()));
         assert_eq!(keys.unwrap(other, &wrapped), Err(KeyError::NotAuthentic));
+        assert_eq!(keys.unwrap(ShardId(0), &wrapped), Err(KeyError::NotAuthentic));
         keys.rotate(WrappingKey::generate("two").unwrap());
         assert_eq!(keys.unwrap(project, &wrapped).unwrap(), key);
         let again = keys.wrap(project, &key).unwrap();
@@ -249,5 +279,7 @@ mod tests {
         let shown = format!("{key:?} {:?}", WrappingKeys::new(WrappingKey::generate("one").unwrap()));
         assert!(!shown.contains(key.password.expose()) && !shown.contains(key.data.expose()), "{shown}");
         assert_ne!(RepositoryKey::generate().unwrap(), key);
+        let next = key.with_new_password().unwrap();
+        assert!(next.data == key.data && next.password != key.password);
     }
 }

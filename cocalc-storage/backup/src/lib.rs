@@ -29,13 +29,28 @@
 pub mod protocol;
 
 mod bounds;
+mod group;
 mod key;
+mod key_files;
 mod location;
+mod mint;
+mod name;
+mod place;
 mod repositories;
 mod rustic;
+mod shards;
+mod shared;
+mod worker;
 
 pub use bounds::Bounds;
 pub use key::{KeyError, RepositoryKey, WrappedKey, WrappingKey, WrappingKeys};
+pub use key_files::KeyStoreError;
 pub use location::{Gcs, GcsCredentials, Location, Repository, S3, Secret};
-pub use repositories::{Access, KeyStoreError, OnePerProject, Repositories};
-pub use rustic::{BuildError, Rustic, RusticBuilder};
+pub use mint::{MintError, Minted, Minter, Places};
+pub use name::{ParseRepositoryNameError, RepositoryName, ShardId};
+pub use place::{GcsAccess, GcsPlace, Given, Mint, Place, S3Access, S3Keys, S3Place, Scope};
+pub use repositories::{Access, OnePerProject, Repositories};
+pub use rustic::{Mirrored, Rustic, RusticBuilder};
+pub use shards::{Shards, ShardsError};
+pub use shared::{SharedShards, SharedShardsError};
+pub use worker::BuildError;

@@ -118,4 +118,18 @@ pub struct Repository {
     pub location: Location,
     /// What encrypts it.
     pub key: RepositoryKey,
+    /// Whether other projects have backups in it, too.
+    #[serde(default)]
+    pub shared: bool,
+    /// A second place, which [`Rustic::mirror`](crate::Rustic::mirror) fills and
+    /// from which a repair takes what is damaged.
+    #[serde(default)]
+    pub mirror: Option<Location>,
+}
+
+impl Repository {
+    /// A project's own, without a mirror.
+    pub fn new(location: Location, key: RepositoryKey) -> Self {
+        Self { location, key, shared: false, mirror: None }
+    }
 }

@@ -1,37 +1,27 @@
 //! Which repository holds the backups of a project, and who may open it.
 
-use std::{
-    fmt, io,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{fmt, path::PathBuf, sync::Arc};
 
 use async_trait::async_trait;
+pub use cocalc_core::backups::Access;
 use cocalc_core::{BoxError, ids::ProjectId};
-use tokio::{fs, io::AsyncWriteExt as _};
 
 use crate::{
-    key::{KeyError, RepositoryKey, WrappedKey, WrappingKeys},
-    location::{Location, Repository, Secret},
+    key::WrappingKeys,
+    key_files::{KeyFiles, KeyStoreError},
+    location::{Repository, Secret},
+    mint::Places,
+    name::RepositoryName,
+    place::{Given, Place},
+    rustic::Rustic,
 };
-
-/// What a call will do with a repository, so that it gets no more rights.
-#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
-pub enum Access {
-    /// List, browse and restore.
-    Read,
-    /// Add backups.
-    Append,
-    /// Forget, prune and erase.
-    Delete,
-}
 
 /// Knows the repositories.
 ///
 /// A host implements it by asking its master, which hands out credentials for
 /// the repositories of that host's projects only, short-lived where the cloud
-/// offers it. Each call asks anew, so that a call that failed because
-/// credentials ran out succeeds when it is repeated.
+/// offers it. Each call asks anew, and asks again when the credentials run out
+/// in its middle; then it goes on with what it gets.
 #[async_trait]
 pub trait Repositories: fmt::Debug + Send + Sync + 'static {
     /// The repository of `project`, with credentials for `access`. The same
@@ -50,10 +40,9 @@ pub trait Repositories: fmt::Debug + Send + Sync + 'static {
 /// keys it opens everything: keep it where the master keeps its database.
 #[derive(Clone)]
 pub struct OnePerProject {
-    keys: PathBuf,
-    wrapping: WrappingKeys,
-    place: Arc<dyn Fn(ProjectId) -> Location + Send + Sync>,
-    one_at_a_time: Arc<tokio::sync::Mutex<()>>,
+    keys: KeyFiles,
+    places: Arc<dyn Places>,
+    mirror: Option<Arc<dyn Places>>,
 }
 
 impl fmt::Debug for OnePerProject {
@@ -64,120 +53,80 @@ impl fmt::Debug for OnePerProject {
 
 impl OnePerProject {
     /// Keeps wrapped keys in `keys`, a directory that exists, and repositories
-    /// where `place` says, which must name another place for each project.
-    pub fn new(
-        keys: impl Into<PathBuf>,
-        wrapping: WrappingKeys,
-        place: impl Fn(ProjectId) -> Location + Send + Sync + 'static,
-    ) -> Self {
-        Self { keys: keys.into(), wrapping, place: Arc::new(place), one_at_a_time: Arc::default() }
+    /// where `places` says, which must name another place for each name: a
+    /// [`Minter`](crate::Minter), or a function.
+    pub fn new(keys: impl Into<PathBuf>, wrapping: WrappingKeys, places: impl Places) -> Self {
+        Self { keys: KeyFiles::new(keys, wrapping), places: Arc::new(places), mirror: None }
     }
 
     /// Keeps repositories as directories of `root`, which must exist.
     pub fn in_directory(keys: impl Into<PathBuf>, wrapping: WrappingKeys, root: impl Into<PathBuf>) -> Self {
-        let root = root.into();
-        Self::new(keys, wrapping, move |project| Location::Directory { path: root.join(project.to_string()) })
+        Self::new(keys, wrapping, in_directory(root))
+    }
+
+    /// Keeps copies where `places` says. Default: none.
+    #[must_use]
+    pub fn mirrored(self, places: impl Places) -> Self {
+        Self { mirror: Some(Arc::new(places)), ..self }
     }
 
     /// The escrow file of a project: what stock restic needs.
     ///
     /// # Errors
     ///
-    /// If its key cannot be read or opened.
-    pub async fn escrow(&self, project: ProjectId) -> Result<Secret, KeyStoreError> {
-        Ok(self.key(project).await?.escrow(project, &(self.place)(project)))
+    /// If its key cannot be read or opened, or its place is not known.
+    pub async fn escrow(&self, project: ProjectId) -> Result<Secret, BoxError> {
+        let location = self.places.location(project.into(), Access::Read).await?;
+        Ok(self.keys.key(project.into()).await?.escrow(project, &location))
     }
 
-    /// Wraps the key of a project with the current wrapping key, if another
-    /// wrapped it, so that the former can be retired.
+    /// Wraps the key of a project with the current wrapping key, so that a
+    /// former one can be retired.
     ///
     /// # Errors
     ///
     /// If its key cannot be read, opened or written. The former file is whole
     /// then.
     pub async fn rewrap(&self, project: ProjectId) -> Result<(), KeyStoreError> {
-        let _one = self.one_at_a_time.lock().await;
-        if let Some(key) = self.stored(project).await? {
-            self.store(project, &key).await?;
-        }
-        Ok(())
+        self.keys.rewrap(project.into()).await
     }
 
-    fn file(&self, project: ProjectId) -> PathBuf {
-        self.keys.join(format!("{project}.json"))
-    }
-
-    async fn key(&self, project: ProjectId) -> Result<RepositoryKey, KeyStoreError> {
-        let _one = self.one_at_a_time.lock().await;
-        if let Some(key) = self.stored(project).await? {
-            return Ok(key);
-        }
-        // The key is durable before anything is encrypted with it.
-        let key = RepositoryKey::generate()?;
-        self.store(project, &key).await?;
-        Ok(key)
-    }
-
-    async fn stored(&self, project: ProjectId) -> Result<Option<RepositoryKey>, KeyStoreError> {
-        let path = self.file(project);
-        match fs::read(&path).await {
-            Ok(text) => {
-                let wrapped: WrappedKey = serde_json::from_slice(&text).map_err(|_| KeyError::Malformed)?;
-                Ok(Some(self.wrapping.unwrap(project, &wrapped)?))
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(source) => Err(KeyStoreError::File { path, source }),
-        }
-    }
-
-    async fn store(&self, project: ProjectId, key: &RepositoryKey) -> Result<(), KeyStoreError> {
-        let path = self.file(project);
-        let wrapped = self.wrapping.wrap(project, key)?;
-        let text = serde_json::to_vec_pretty(&wrapped).map_err(|_| KeyError::Malformed)?;
-        write_durably(&self.keys, &path, &text).await.map_err(|source| KeyStoreError::File { path, source })
+    /// Gives the project's repository a new password: only the escrow file that
+    /// is made afterwards opens it. If this fails or is cut off, the former
+    /// escrow file or the new one opens it; then repeat it.
+    ///
+    /// # Errors
+    ///
+    /// If the key cannot be read or written, or the repository not changed.
+    pub async fn rotate_password(&self, project: ProjectId, backups: &Rustic) -> Result<(), BoxError> {
+        self.keys.rotate_password(project.into(), project, backups).await
     }
 }
 
-/// The key of a repository cannot be had.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum KeyStoreError {
-    /// It does not open.
-    #[error("the key of the repository does not open")]
-    Key(#[from] KeyError),
-    /// Its file cannot be read or written.
-    #[error("cannot read or write {}", path.display())]
-    File {
-        /// Which file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+/// A directory of `root` for each repository.
+pub(crate) fn in_directory(root: impl Into<PathBuf>) -> impl Places {
+    let place = Place::Directory { path: root.into() };
+    move |name: RepositoryName, access: Access| match place.give(name, access) {
+        Given::Location(location) => location,
+        Given::Mint(_) => place.shown(name),
+    }
 }
 
 #[async_trait]
 impl Repositories for OnePerProject {
-    async fn repository(&self, project: ProjectId, _: Access) -> Result<Repository, BoxError> {
-        Ok(Repository { location: (self.place)(project), key: self.key(project).await? })
+    async fn repository(&self, project: ProjectId, access: Access) -> Result<Repository, BoxError> {
+        let name = project.into();
+        let mirror = match &self.mirror {
+            Some(places) => Some(places.location(name, access).await?),
+            None => None,
+        };
+        let location = self.places.location(name, access).await?;
+        Ok(Repository { mirror, ..Repository::new(location, self.keys.key(name).await?) })
     }
 
     async fn erased(&self, project: ProjectId) -> Result<(), BoxError> {
-        let _one = self.one_at_a_time.lock().await;
-        match fs::remove_file(self.file(project)).await {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error.into()),
-            _ => Ok(fs::File::open(&self.keys).await?.sync_all().await?),
-        }
+        Ok(self.keys.forget(project.into()).await?)
     }
-}
-
-async fn write_durably(directory: &Path, path: &Path, text: &[u8]) -> io::Result<()> {
-    let staged = path.with_extension("new");
-    let mut options = fs::OpenOptions::new();
-    let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&staged).await?;
-    file.write_all(text).await?;
-    file.sync_all().await?;
-    fs::rename(&staged, path).await?;
-    fs::File::open(directory).await?.sync_all().await
 }
 
 #[cfg(test)]

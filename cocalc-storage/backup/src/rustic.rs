@@ -1,11 +1,8 @@
 //! The parent's side: one worker process per call.
 
 use std::{
-    ffi::OsString,
     path::{Path, PathBuf},
-    process::Stdio,
     sync::Arc,
-    time::Duration,
 };
 
 use async_trait::async_trait;
@@ -17,34 +14,26 @@ use cocalc_core::{
     },
     ids::{ProjectId, TreePath},
 };
-use tokio::{
-    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
-    process::{Child, ChildStderr, Command},
-};
-use zeroize::Zeroizing;
+use serde::{Deserialize, Serialize};
 
 use crate::{
     bounds::Bounds,
-    protocol::{Event, Failure, FailureKind, Job, LINE_BYTES_MAX, Task},
+    location::Secret,
+    protocol::{Event, Failure, FailureKind, Job, Task, Work},
     repositories::{Access, Repositories},
+    worker::{BuildError, Lost, Source, Worker},
 };
-
-/// How much of what a worker says for people is kept.
-const WORDS_MAX: usize = 2000;
-
-/// How long a worker may take to end after its outcome.
-const END_MAX: Duration = Duration::from_secs(10);
 
 /// Backups in rustic's, which is restic's, repository format.
 ///
 /// Each call runs in a process of its own, `cocalc-backup-worker`: it can be
 /// killed, its memory is bounded, it steps back for others on processor and
-/// disk, and nothing blocks the async runtime.
+/// disk, in a control group of its own where there are such, and nothing blocks
+/// the async runtime.
 #[derive(Clone, Debug)]
 pub struct Rustic {
     repositories: Arc<dyn Repositories>,
-    worker: PathBuf,
-    bounds: Bounds,
+    worker: Worker,
 }
 
 /// Makes a [`Rustic`].
@@ -77,31 +66,73 @@ impl RusticBuilder {
     ///
     /// If the worker's program is not there.
     pub fn build(self) -> Result<Rustic, BuildError> {
-        let worker = match self.worker {
-            Some(worker) => worker,
-            None => std::env::current_exe()
-                .map_err(|source| BuildError { program: PathBuf::from("cocalc-backup-worker"), source })?
-                .with_file_name("cocalc-backup-worker"),
-        };
-        if let Err(source) = std::fs::metadata(&worker) {
-            return Err(BuildError { program: worker, source });
-        }
-        Ok(Rustic { repositories: self.repositories, worker, bounds: self.bounds })
+        Ok(Rustic { repositories: self.repositories, worker: Worker::new(self.worker, self.bounds)? })
     }
 }
 
-/// The worker's program is not there.
-#[derive(Debug, thiserror::Error)]
-#[error("the backup worker {} is not there", program.display())]
-pub struct BuildError {
-    program: PathBuf,
-    source: std::io::Error,
+/// What a mirror got that it did not have.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Mirrored {
+    /// How many files.
+    pub files: u64,
+    /// Their bytes.
+    pub bytes: u64,
 }
 
 impl Rustic {
     /// Backups in `repositories`.
     pub fn builder(repositories: Arc<dyn Repositories>) -> RusticBuilder {
         RusticBuilder { repositories, worker: None, bounds: Bounds::default() }
+    }
+
+    /// The same worker and bounds, with other repositories.
+    #[must_use]
+    pub fn with_repositories(&self, repositories: Arc<dyn Repositories>) -> Self {
+        Self { repositories, ..self.clone() }
+    }
+
+    /// Copies to the mirror of the project's repository what it does not have
+    /// yet. Nothing is ever deleted or changed there, so that it outlives what
+    /// happens to the repository; a repair takes from it what is damaged.
+    ///
+    /// # Errors
+    ///
+    /// [`Invalid`](Error::Invalid) if the repository has no mirror; otherwise as
+    /// the calls of [`Backups`].
+    pub async fn mirror(&self, project: ProjectId, progress: ProgressSink<'_>) -> Result<Mirrored> {
+        match self.run("mirror backups of", project, Access::Append, Task::Mirror, progress).await? {
+            Event::Mirrored(mirrored) => Ok(mirrored),
+            _ => Err(unexpected("mirror backups of", project)),
+        }
+    }
+
+    /// Lets `password` open the repository with stock programs, too: the first
+    /// step of a rotation. Keep the new key, then call
+    /// [`keep_password`](Self::keep_password).
+    ///
+    /// # Errors
+    ///
+    /// As the calls of [`Backups`].
+    pub async fn add_password(&self, project: ProjectId, password: &Secret) -> Result<()> {
+        let task = Task::AddPassword { password: password.clone() };
+        match self.run("set the password of", project, Access::Append, task, &|_| ()).await? {
+            Event::PasswordSet => Ok(()),
+            _ => Err(unexpected("set the password of", project)),
+        }
+    }
+
+    /// Lets only the password of the repository's key open it with stock
+    /// programs: former passwords, and the escrow files that hold them, open
+    /// nothing any more. May be repeated.
+    ///
+    /// # Errors
+    ///
+    /// As the calls of [`Backups`].
+    pub async fn keep_password(&self, project: ProjectId) -> Result<()> {
+        match self.run("set the password of", project, Access::Delete, Task::KeepPassword, &|_| ()).await? {
+            Event::PasswordSet => Ok(()),
+            _ => Err(unexpected("set the password of", project)),
+        }
     }
 
     /// Runs one job to its outcome. The worker is killed when this is dropped.
@@ -116,99 +147,18 @@ impl Rustic {
     ) -> Result<Event> {
         let failed = |source: BoxError| Error::Backend { operation, project, source };
         let repository = self.repositories.repository(project, access).await.map_err(failed)?;
-        let job = Job { project, repository, bounds: self.bounds.clone(), task };
-        let mut line = Zeroizing::new(serde_json::to_vec(&job).map_err(|error| failed(error.into()))?);
-        line.push(b'\n');
-
-        let mut worker = self.spawn().map_err(|error| failed(error.into()))?;
-        let words = worker.stderr.take().map(|stderr| tokio::spawn(last_words(stderr)));
-        let within = self.bounds.time_max;
-        let outcome = tokio::time::timeout(within, converse(&mut worker, &line, progress)).await;
-        // Standard input ends with the worker's last use of it.
-        drop(worker.stdin.take());
-        let ended = match tokio::time::timeout(END_MAX, worker.wait()).await {
-            Ok(Ok(status)) => status.to_string(),
-            _ => {
-                let _ = worker.kill().await;
-                "it did not end by itself".to_owned()
-            }
-        };
-        match outcome {
-            Ok(Ok(Event::Failed(failure))) => Err(public(operation, project, failure)),
-            Ok(Ok(event)) => Ok(event),
-            Ok(Err(error)) => {
-                let words = match words {
-                    Some(words) => words.await.unwrap_or_default(),
-                    None => String::new(),
-                };
-                Err(failed(format!("the worker ended without an outcome ({ended}): {error}: {words}").into()))
-            }
-            Err(_) => Err(Error::Unavailable {
+        let job = Box::new(Job { project, repository, access, task });
+        let source = Source { repositories: &*self.repositories, project, access };
+        match self.worker.run(Work::Job(job), Some(source), progress).await {
+            Ok(Event::Failed(failure)) => Err(public(operation, project, failure)),
+            Ok(event) => Ok(event),
+            Err(Lost::Ended(error)) => Err(failed(error)),
+            Err(Lost::Late(within)) => Err(Error::Unavailable {
                 project,
                 source: format!("it took longer than {} s", within.as_secs()).into(),
             }),
         }
     }
-
-    fn spawn(&self) -> std::io::Result<Child> {
-        // util-linux and coreutils set what a process has for its life; each
-        // becomes the next, so a kill reaches the worker. Memory for data is
-        // bounded before the first line of it runs.
-        let mut arguments: Vec<OsString> = vec![
-            format!("--data={}", self.bounds.memory_bytes_max).into(),
-            "nice".into(),
-            "-n".into(),
-            self.bounds.nice.clamp(0, 19).to_string().into(),
-            "ionice".into(),
-            "-c2".into(),
-            "-n7".into(),
-        ];
-        arguments.push(self.worker.clone().into());
-        Command::new("prlimit")
-            .args(arguments)
-            .env_clear()
-            .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-            .env("LC_ALL", "C.UTF-8")
-            .current_dir("/")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn()
-    }
-}
-
-/// Tells the worker its job and hears it to the end.
-async fn converse(worker: &mut Child, line: &[u8], progress: ProgressSink<'_>) -> Result<Event, BoxError> {
-    let stdin = worker.stdin.as_mut().ok_or("no standard input")?;
-    stdin.write_all(line).await?;
-    stdin.flush().await?;
-    let stdout = worker.stdout.take().ok_or("no standard output")?;
-    let mut lines = BufReader::new(stdout);
-    let mut line = Vec::new();
-    loop {
-        line.clear();
-        let read = (&mut lines).take(LINE_BYTES_MAX as u64).read_until(b'\n', &mut line).await?;
-        if read == 0 {
-            return Err("no outcome".into());
-        }
-        match serde_json::from_slice(&line)? {
-            Event::Progress(state) => progress(state),
-            event => return Ok(event),
-        }
-    }
-}
-
-/// Reads what a worker says for people, and keeps the end of it.
-async fn last_words(mut stderr: ChildStderr) -> String {
-    let mut kept = Vec::new();
-    let mut buffer = [0; 4096];
-    while let Ok(read @ 1..) = stderr.read(&mut buffer).await {
-        kept.extend_from_slice(&buffer[..read]);
-        let surplus = kept.len().saturating_sub(WORDS_MAX);
-        kept.drain(..surplus);
-    }
-    String::from_utf8_lossy(&kept).trim().to_owned()
 }
 
 fn public(operation: &'static str, project: ProjectId, failure: Failure) -> Error {
@@ -304,7 +254,7 @@ impl Backups for Rustic {
     }
 
     async fn check(&self, project: ProjectId, options: &CheckOptions) -> Result<Checked> {
-        let access = if options.repair_index { Access::Delete } else { Access::Read };
+        let access = if options.repair { Access::Delete } else { Access::Read };
         match self.run("check", project, access, Task::Check(*options), &|_| ()).await? {
             Event::Checked(checked) => Ok(checked),
             _ => Err(unexpected("check", project)),

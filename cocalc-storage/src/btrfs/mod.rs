@@ -14,6 +14,7 @@ mod quota;
 mod receive;
 mod recover;
 mod send;
+mod staged;
 mod sys;
 mod trash;
 mod volumes;
@@ -25,14 +26,14 @@ use cocalc_core::{
     ids::{ProjectId, SnapshotName, TreePath},
     storage::{
         Capabilities, Changes, CloneOptions, Copied, CopyOptions, Error, Footprint, Hold, Holds, Place,
-        Result, SendHeader, SendOptions, SendStream, Snapshot, Storage, Usage, UsageSource, Volume,
+        Result, SendHeader, SendOptions, SendStream, Snapshot, Staged, Storage, Usage, UsageSource, Volume,
         VolumeOptions,
     },
     stream::BoxRead,
 };
 
 pub use guard::{Refused, StreamGuard};
-pub use images::ImageError;
+pub use images::{ImageError, ImageHeader, ImageLimits, ImageRecord, ImageStream, Scratch};
 pub use open::{BtrfsBuilder, OpenError, Probe, probe};
 pub use quota::QuotaKind;
 pub use trash::Trash;
@@ -60,7 +61,7 @@ const NOBODY: ProjectId = ProjectId::from_bytes([0; 16]);
 /// |---|---|
 /// | `projects/<id>` | the live volume: `home/`, which is the user's, and `system/` |
 /// | `snapshots/<id>/<name>` | read-only snapshots |
-/// | `images/<digest>` | read-only root file systems |
+/// | `images/<digest>` | read-only root file systems, with `<digest>.json` beside them: what is noted of each |
 /// | `staging/` | what is being made; emptied when the store opens |
 /// | `trash/` | what was deleted and is not gone yet, see [`Trash`] |
 ///
@@ -98,6 +99,8 @@ struct Store {
     locks: Locks,
     holds: Holds,
     trash: Arc<trash::Signals>,
+    /// Held by whoever changes images or what is noted of them.
+    images: std::sync::Mutex<()>,
     /// Holds the lock that keeps a second process out.
     _marker: std::fs::File,
 }
@@ -213,6 +216,10 @@ impl Storage for Btrfs {
             .await
     }
 
+    async fn snapshot_path(&self, project: ProjectId, name: &SnapshotName) -> Result<Option<PathBuf>> {
+        Self::snapshot_path(self, project, name).await.map(Some)
+    }
+
     async fn delete_snapshot(&self, project: ProjectId, name: &SnapshotName) -> Result<()> {
         let name = name.clone();
         self.exclusive(project, "delete a snapshot of", move |store| store.delete_snapshot(project, &name))
@@ -323,6 +330,10 @@ impl Storage for Btrfs {
 
     async fn receive(&self, header: &SendHeader, stream: BoxRead) -> Result<Snapshot> {
         self.receive_stream(header, stream).await
+    }
+
+    async fn stage(&self, project: ProjectId, name: &SnapshotName) -> Result<Box<dyn Staged>> {
+        Ok(Box::new(self.stage_files(project, name).await?))
     }
 }
 

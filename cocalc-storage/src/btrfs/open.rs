@@ -204,6 +204,7 @@ impl BtrfsBuilder {
             locks: Locks::default(),
             holds: Holds::default(),
             trash: Arc::default(),
+            images: std::sync::Mutex::default(),
             _marker: marker,
         };
         store.recover().map_err(|failure: Failure| failed(path, failure))?;

@@ -265,7 +265,7 @@ impl Store {
     /// the base, or an empty one. It is in the project's quota group.
     /// Returns the group, the subvolume, and what may be cloned from, by origin.
     #[allow(clippy::type_complexity, reason = "three things, told above")]
-    fn prepare(
+    pub(super) fn prepare(
         &self,
         project: ProjectId,
         staging: &str,
@@ -337,20 +337,20 @@ impl Store {
 }
 
 /// Who waits for a receive. Dropping it ends that.
-struct Caller {
+pub(super) struct Caller {
     flag: Arc<AtomicBool>,
     _told: oneshot::Sender<()>,
 }
 
 /// How a receive hears that nobody waits for it: it is told, where it waits, and
 /// looks, where it works.
-struct Gone {
-    flag: Arc<AtomicBool>,
-    told: oneshot::Receiver<()>,
+pub(super) struct Gone {
+    pub(super) flag: Arc<AtomicBool>,
+    pub(super) told: oneshot::Receiver<()>,
 }
 
 impl Caller {
-    fn new() -> (Self, Gone) {
+    pub(super) fn new() -> (Self, Gone) {
         let (sender, told) = oneshot::channel();
         let flag = Arc::new(AtomicBool::new(false));
         (Self { flag: Arc::clone(&flag), _told: sender }, Gone { flag, told })
@@ -375,7 +375,7 @@ async fn written_out(mut applier: Applier) -> Result<Applier, Failure> {
 
 /// Applies what the guard lets through of `stream`. Nothing is being applied
 /// any more when this returns.
-async fn pump(
+pub(super) async fn pump(
     project: ProjectId,
     mut applier: Applier,
     mut guard: StreamGuard,

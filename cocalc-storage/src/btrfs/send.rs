@@ -50,12 +50,20 @@ pub(super) struct Extra {
 }
 
 /// What is opened and held for a stream.
-struct Opened {
+pub(super) struct Opened {
     snapshot: File,
     info: sys::SubvolInfo,
     base: Option<(SnapshotName, sys::SubvolInfo)>,
     sources: Vec<sys::SubvolInfo>,
     _holds: Vec<Hold>,
+}
+
+impl Opened {
+    /// A subvolume that is no snapshot of a project, whole.
+    pub(super) fn alone(subvolume: layout::Subvolume) -> Self {
+        let layout::Subvolume { fd: snapshot, info } = subvolume;
+        Self { snapshot, info, base: None, sources: Vec::new(), _holds: Vec::new() }
+    }
 }
 
 impl Btrfs {
@@ -126,7 +134,7 @@ fn describe(project: ProjectId, name: SnapshotName, opened: &Opened) -> Result<S
 
 /// The output of a sender, which ends well only if the sender did. Dropping it
 /// ends the sender.
-struct Sending {
+pub(super) struct Sending {
     /// `None` only while it is dropped.
     pipe: Option<pipe::Receiver>,
     sent: oneshot::Receiver<io::Result<()>>,
@@ -154,7 +162,7 @@ impl Ending {
 }
 
 impl Sending {
-    fn start(opened: Opened, version: u32) -> io::Result<Self> {
+    pub(super) fn start(opened: Opened, version: u32) -> io::Result<Self> {
         let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
         // Slower without, where the user has too many pipes.
         let _ = fcntl_setpipe_size(&reader, PIPE_BYTES);

@@ -244,7 +244,7 @@ impl Store {
         serde_json::from_slice(&fs::read(self.layout.snapshots(project).join(RESTORED)).ok()?).ok()
     }
 
-    fn refuse_snapshot(&self, project: ProjectId, name: &SnapshotName) -> Result<(), Failure> {
+    pub(super) fn refuse_snapshot(&self, project: ProjectId, name: &SnapshotName) -> Result<(), Failure> {
         match self.layout.find(project, name)? {
             Some(_) => Err(Error::AlreadyExists { project, what: format!("a snapshot {name}") }.into()),
             None => Ok(()),

@@ -1,6 +1,7 @@
 //! Project volumes as plain directories: works everywhere, as any user.
 
 mod pipe;
+mod staged;
 mod store;
 mod stream;
 
@@ -15,7 +16,8 @@ use cocalc_core::{
     ids::{ProjectId, SnapshotName, TreePath, VolumeUuid},
     storage::{
         Capabilities, Changes, CloneOptions, Copied, CopyOptions, Error, Footprint, Hold, Place, Result,
-        SendHeader, SendOptions, SendStream, Snapshot, Storage, Usage, UsageSource, Volume, VolumeOptions,
+        SendHeader, SendOptions, SendStream, Snapshot, Staged, Storage, Usage, UsageSource, Volume,
+        VolumeOptions,
     },
     stream::BoxRead,
 };
@@ -187,6 +189,10 @@ impl Storage for Directory {
 
     async fn snapshots(&self, project: ProjectId) -> Result<Vec<Snapshot>> {
         self.blocking(project, "list the snapshots of", move |store| store.snapshots(project)).await
+    }
+
+    async fn snapshot_path(&self, project: ProjectId, name: &SnapshotName) -> Result<Option<PathBuf>> {
+        Self::snapshot_path(self, project, name).await.map(Some)
     }
 
     async fn delete_snapshot(&self, project: ProjectId, name: &SnapshotName) -> Result<()> {
@@ -386,5 +392,9 @@ impl Storage for Directory {
             Some(error) => Err(bad(format!("it broke off: {error}"))),
             None => built,
         }
+    }
+
+    async fn stage(&self, project: ProjectId, name: &SnapshotName) -> Result<Box<dyn Staged>> {
+        Ok(Box::new(self.stage_files(project, name).await?))
     }
 }

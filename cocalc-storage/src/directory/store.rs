@@ -488,6 +488,40 @@ impl Store {
         })
     }
 
+    /// Makes an empty place for the files of a snapshot, and returns its root.
+    pub(super) fn stage_files(
+        &self,
+        staging: VolumeUuid,
+        project: ProjectId,
+        name: &SnapshotName,
+    ) -> Result<PathBuf, Failure> {
+        self.refuse_snapshot(project, name)?;
+        let place = self.staging_dir(staging);
+        make(&place).doing("make a place in staging")?;
+        make(&place.join("tree")).doing("make a place in staging")?;
+        Ok(place.join("tree"))
+    }
+
+    /// Makes what was written there a snapshot, or removes it.
+    pub(super) fn publish_files(
+        &self,
+        staging: VolumeUuid,
+        project: ProjectId,
+        name: &SnapshotName,
+    ) -> Result<Snapshot, Failure> {
+        let about = About::new(self.next_number(project)?, None);
+        let staged = self
+            .refuse_snapshot(project, name)
+            .and_then(|()| write_about(&self.staging_dir(staging), &about));
+        self.place(staging, staged, &self.snapshot_dir(project, name))?;
+        Ok(snapshot(project, name, &about))
+    }
+
+    /// Removes a place that nobody wants any more.
+    pub(super) fn remove_files(&self, staging: VolumeUuid) -> Result<(), Failure> {
+        tree::remove(&self.staging_dir(staging)).doing("empty staging")
+    }
+
     /// Makes what was built a snapshot, or removes it.
     pub(super) fn publish(
         &self,

@@ -72,6 +72,11 @@ pub(crate) fn open_root(path: &std::path::Path) -> io::Result<OwnedFd> {
     Ok(rustix::fs::open(path, flags, Mode::empty())?)
 }
 
+/// Opens the directory at `path` below `root`, without following any link.
+pub(crate) fn open_directory_in(root: impl AsFd, path: &[u8]) -> io::Result<OwnedFd> {
+    open(root, path, OFlags::DIRECTORY)
+}
+
 /// Visits every name below `root` and the root itself, directories before
 /// what is in them, with the open file where it is a regular one. What is
 /// removed meanwhile is left out, and so is what `skip` names by device and

@@ -6,6 +6,7 @@
 mod changed;
 mod faults;
 mod footprint;
+mod images;
 mod opening;
 mod quota;
 mod stores;

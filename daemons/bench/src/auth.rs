@@ -229,6 +229,7 @@ impl World {
                         settings: settings(),
                         owners: Vec::new(),
                         now: Timestamp::now(),
+                        backups: None,
                     })),
                     Ok(PeerRequest::Sync { .. }) => {
                         for (seq, entry) in (1..).zip(state.clone()) {

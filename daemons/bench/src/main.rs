@@ -3,7 +3,9 @@
 //! what counts is the ratio of the medians.
 
 mod auth;
+mod backup;
 mod federation;
+mod hogs;
 mod http;
 mod moves;
 mod ssh;
@@ -64,9 +66,13 @@ enum Part {
     Ssh,
     /// A project with 1 GB of files to another host.
     Moves,
+    /// Apps beside projects that take all they can get.
+    Hogs,
     /// Snapshots, clones and streams of the storage alone, and volumes with
     /// thousands of projects.
     Storage,
+    /// Backups and restores, against restic.
+    Backup,
 }
 
 /// How much to measure.
@@ -88,6 +94,8 @@ struct Effort {
     stream_files: u32,
     /// On the volume with many of them.
     projects: u32,
+    /// Beside hogs.
+    neighbours: u32,
 }
 
 fn main() -> ExitCode {
@@ -132,6 +140,7 @@ fn fill(arguments: &Arguments, table: &mut Table) -> Result<()> {
             stream_mib: 16,
             stream_files: 400,
             projects: 100,
+            neighbours: 4,
         }
     } else {
         Effort {
@@ -144,6 +153,7 @@ fn fill(arguments: &Arguments, table: &mut Table) -> Result<()> {
             stream_mib: 1024,
             stream_files: 20_000,
             projects: 5_000,
+            neighbours: 20,
         }
     };
     let wanted = |part| arguments.only.is_empty() || arguments.only.contains(&part);
@@ -156,7 +166,10 @@ fn fill(arguments: &Arguments, table: &mut Table) -> Result<()> {
     if wanted(Part::Storage) {
         storage::measure(&arguments.dir, effort, table)?;
     }
-    let alone = [Part::Tokens, Part::Auth, Part::Storage];
+    if wanted(Part::Backup) {
+        backup::measure(&arguments.dir, effort, table)?;
+    }
+    let alone = [Part::Tokens, Part::Auth, Part::Storage, Part::Backup];
     if !arguments.only.is_empty() && arguments.only.iter().all(|part| alone.contains(part)) {
         return Ok(());
     }
@@ -169,6 +182,7 @@ fn fill(arguments: &Arguments, table: &mut Table) -> Result<()> {
         (Part::Http, http::measure),
         (Part::Ssh, ssh::measure),
         (Part::Moves, moves::measure),
+        (Part::Hogs, hogs::measure),
     ] {
         if !wanted(part) {
             continue;

@@ -62,6 +62,9 @@ pub(crate) enum Command {
     /// Snapshots of a project.
     #[command(subcommand)]
     Snapshot(Snapshot),
+    /// Images: the root file systems that projects are made from.
+    #[command(subcommand)]
+    Image(Image),
     /// Project-hosts.
     #[command(subcommand)]
     Host(Host),
@@ -188,7 +191,7 @@ pub(crate) enum Project {
         /// On this host; otherwise the master chooses.
         #[arg(long)]
         host: Option<String>,
-        /// With this image, by digest; otherwise the host's default.
+        /// With this image, by name or digest; otherwise the host's default.
         #[arg(long)]
         image: Option<String>,
         /// Start it, too.
@@ -278,8 +281,55 @@ pub(crate) enum Project {
         #[arg(long)]
         to: String,
     },
-    /// Say why it runs, or why not.
+    /// Say why it runs, or why not, and when it will be stopped.
     Why { id: String },
+    /// List the apps that it declares in ~/.cocalc/apps.toml, or end one so that
+    /// it is started anew.
+    Apps {
+        id: String,
+        /// Start this one anew.
+        #[arg(long)]
+        restart: Option<String>,
+    },
+    /// Print what its first process, or one of its apps, has written.
+    Logs {
+        id: String,
+        /// Of this app.
+        #[arg(long)]
+        app: Option<String>,
+        /// Go on until interrupted.
+        #[arg(long)]
+        follow: bool,
+        /// At most so many of the last lines; not of an app.
+        #[arg(long, default_value_t = 1000)]
+        lines: u32,
+    },
+    /// Say what it uses: processor, memory, disks and network.
+    Stats { id: String },
+    /// Environment variables of its processes, which every member reads.
+    #[command(subcommand)]
+    Env(Variable),
+    /// Secrets: files in memory at /run/secrets, whose values nobody is shown.
+    #[command(subcommand)]
+    Secret(Variable),
+    /// Have it run on, whether it is used or not.
+    Keep {
+        id: String,
+        /// For how long from now, for instance 90m, 2h or 1d; 0 takes it back.
+        #[arg(long = "for", default_value = "2h", value_name = "TIME")]
+        time: String,
+    },
+    /// Show or change when it is stopped for being idle.
+    Idle {
+        id: String,
+        /// After how long without use, for instance 30m; `never`, or `default`
+        /// for what its plan or host does.
+        #[arg(long)]
+        timeout: Option<String>,
+        /// The longest that its plan permits; for administrators.
+        #[arg(long)]
+        plan: Option<String>,
+    },
     /// Show or change how it may be reached.
     Access {
         id: String,
@@ -300,6 +350,10 @@ pub(crate) enum Project {
         #[command(flatten)]
         wait: WaitOptions,
     },
+    /// Show or change what it may use; a running project has it at once.
+    Limits(crate::verbs::Limits),
+    /// Show or change how it is kept apart: sudo, and what it reaches outside.
+    Isolation(crate::verbs::Isolation),
     /// Copy a file or directory from one project to another on the same host.
     Copy {
         /// ID:PATH, the path as `snapshot diff` writes it, for instance
@@ -324,12 +378,124 @@ pub(crate) enum Project {
         #[arg(long)]
         snapshot: Option<String>,
     },
+    /// Show its image, or give it another. Its home stays; what was installed
+    /// on the former image is there again when it goes back to that.
+    Image {
+        id: String,
+        /// The image, by name or digest.
+        #[arg(long)]
+        set: Option<String>,
+        /// Stop and start it for that if it runs.
+        #[arg(long, requires = "set")]
+        restart: bool,
+    },
     /// Say what it takes, and what it may.
     Usage {
         id: String,
         /// Count its files, too: what is its own, and what is shared.
         #[arg(long)]
         du: bool,
+    },
+}
+
+/// A named value of a project.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Variable {
+    /// Set one.
+    Set {
+        id: String,
+        name: String,
+        /// Its value; otherwise it is read from standard input, and is not seen
+        /// by others on this machine.
+        value: Option<String>,
+    },
+    /// Remove one.
+    Unset { id: String, name: String },
+    /// List them.
+    List { id: String },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Image {
+    /// List them, and on how many hosts they are.
+    List,
+    /// Have a host pull one from a registry.
+    Pull {
+        /// With its registry, for instance docker.io/library/debian:12.
+        reference: String,
+        /// What it is called here.
+        #[arg(long)]
+        name: Option<String>,
+        /// On this host; otherwise the master chooses.
+        #[arg(long)]
+        host: Option<String>,
+    },
+    /// Have a host build one from Debian packages.
+    Build {
+        /// The recipe: TOML with suite, packages, mirror and run.
+        recipe: PathBuf,
+        /// What it is called here.
+        #[arg(long)]
+        name: Option<String>,
+        /// On this host; otherwise the master chooses.
+        #[arg(long)]
+        host: Option<String>,
+    },
+    /// Have a host import an archive from its directory for images.
+    Import {
+        /// The file's name there: a root file system as tar, or what
+        /// `podman save` or `docker save` wrote.
+        file: String,
+        /// What it is called here.
+        #[arg(long)]
+        name: Option<String>,
+        /// The host; otherwise the master chooses.
+        #[arg(long)]
+        host: Option<String>,
+    },
+    /// Have a host fetch one from another host now, rather than when a project
+    /// needs it.
+    Fetch {
+        /// By name or digest.
+        image: String,
+        /// Which host.
+        #[arg(long)]
+        host: String,
+    },
+    /// Keep one, used or not.
+    Pin {
+        /// By name or digest.
+        image: String,
+        /// On this host only.
+        #[arg(long)]
+        host: Option<String>,
+    },
+    /// Keep one no longer than it is used.
+    Unpin {
+        /// By name or digest.
+        image: String,
+        /// On this host only.
+        #[arg(long)]
+        host: Option<String>,
+    },
+    /// Give one a name, which another loses.
+    Name {
+        /// By name or digest.
+        image: String,
+        /// The name.
+        name: String,
+    },
+    /// Delete those that nobody uses and nobody has pinned.
+    Prune {
+        /// For how many days nobody has used them; otherwise 30.
+        #[arg(long)]
+        unused_days: Option<u32>,
+        /// Only say which would go.
+        #[arg(long)]
+        dry_run: bool,
+        /// On this host only.
+        #[arg(long)]
+        host: Option<String>,
     },
 }
 

@@ -62,6 +62,11 @@ fn look(options: &DirOption) -> Vec<Finding> {
         ),
     }
     add("cgroups", "ok", format!("{:?}", probe.cgroups).to_lowercase(), "");
+    if probe.landlock {
+        add("plain processes", "ok", "confined by Landlock".into(), "");
+    } else {
+        add("plain processes", "weaker", "not confined: the kernel has no Landlock".into(), "");
+    }
     match probe.nofile_hard {
         Some(limit) => add("open files", if limit < 8192 { "weaker" } else { "ok" }, limit.to_string(), ""),
         None => add("open files", "ok", "unlimited".into(), ""),

@@ -1,18 +1,20 @@
 //! What keeps and runs the projects, opened as configured.
 
-use std::{collections::BTreeMap, fmt, path::PathBuf, sync::Arc};
+use std::{fmt, path::PathBuf, sync::Arc};
 
 use cocalc_core::{
+    apps::Services,
     ids::{HostId, ImageDigest},
     runner::Runner,
     storage::Storage,
 };
 use cocalc_daemon::start::Error;
-use cocalc_podman::{Podman, ProcessRunner};
+use cocalc_podman::{Fences, Podman, ProcessRunner, Unenforceable};
 use cocalc_storage::{Btrfs, Directory};
 
 use crate::{
-    config::{Config, RunnerKind, StorageKind},
+    config::{Config, RunnerKind, StorageKind, UnenforceableLimits},
+    images::Images,
     startup::Startup,
 };
 
@@ -23,10 +25,14 @@ pub struct Backends {
     pub storage: Arc<dyn Storage>,
     /// Runs the projects.
     pub runner: Arc<dyn Runner>,
-    /// The images that are here, with the directory of each; the default first.
-    pub images: Arc<Vec<(ImageDigest, PathBuf)>>,
+    /// The images that are here.
+    pub images: Images,
     /// Free bytes where the projects' files are.
     pub free_bytes: Arc<dyn Fn() -> u64 + Send + Sync>,
+    /// Runs the projects' apps, if the runner can.
+    pub services: Option<Arc<dyn Services>>,
+    /// The wrapper around the runner that runs start-up programs, if it is ours.
+    pub startup: Option<Arc<Startup>>,
     /// The volume whose trash the metrics tell of, if it is ours.
     pub volume: Option<Btrfs>,
 }
@@ -52,56 +58,62 @@ impl Backends {
             StorageKind::Btrfs => open_btrfs(config).await?,
             StorageKind::Directory => open_directory(config).await?,
         };
-        let paths: BTreeMap<ImageDigest, PathBuf> = images.iter().cloned().collect();
-        let runner: Arc<dyn Runner> = match config.runner {
+        let unenforceable = match config.unenforceable_limits {
+            UnenforceableLimits::Refuse => Unenforceable::Refuse,
+            UnenforceableLimits::Accept => Unenforceable::Accept,
+        };
+        let (runner, services): (Arc<dyn Runner>, Arc<dyn Services>) = match config.runner {
             RunnerKind::Podman => {
-                let find = move |digest: ImageDigest| paths.get(&digest).cloned();
+                let here = images.clone();
+                let find = move |digest: ImageDigest| here.path(digest);
                 let runner = Podman::builder(id, config.data_dir.join("runner"), Arc::new(find))
                     .machine_index(config.machine_slot)
+                    .unenforceable(unenforceable)
+                    .fences(Fences {
+                        allow: config.project_network.allow.iter().map(|network| network.0).collect(),
+                        deny: config.project_network.deny.iter().map(|network| network.0).collect(),
+                    })
                     .build()
                     .await
                     .map_err(|error| Error::open("podman runner")(error.into()))?;
-                Arc::new(runner)
+                let runner = Arc::new(runner);
+                (runner.clone(), runner)
             }
             RunnerKind::Process => {
-                let runner = ProcessRunner::open(config.data_dir.join("runner"))
+                let runner = ProcessRunner::open(config.data_dir.join("runner"), unenforceable)
                     .await
                     .map_err(|error| Error::open("process runner")(error.into()))?;
-                Arc::new(runner)
+                let runner = Arc::new(runner);
+                (runner.clone(), runner)
             }
         };
-        let runner = Arc::new(Startup::new(runner));
-        Ok(Self { storage, runner, images: Arc::new(images), free_bytes, volume })
+        let startup = Arc::new(Startup::new(runner));
+        let runner: Arc<dyn Runner> = startup.clone();
+        let (services, startup) = (Some(services), Some(startup));
+        Ok(Self { storage, runner, images, free_bytes, services, startup, volume })
     }
 
     /// The directory of an image.
     pub fn image(&self, digest: ImageDigest) -> Option<PathBuf> {
-        self.images.iter().find(|(known, _)| *known == digest).map(|(_, path)| path.clone())
+        self.images.path(digest)
     }
 }
 
-type Opened =
-    (Arc<dyn Storage>, Vec<(ImageDigest, PathBuf)>, Arc<dyn Fn() -> u64 + Send + Sync>, Option<Btrfs>);
+type Opened = (Arc<dyn Storage>, Images, Arc<dyn Fn() -> u64 + Send + Sync>, Option<Btrfs>);
 
 async fn open_btrfs(config: &Config) -> Result<Opened, Error> {
     let failed = || Error::open("volume");
     let store = Btrfs::open(&config.volume).await.map_err(|error| failed()(error.into()))?;
-    let mut images = Vec::new();
-    let mut add = async |digest: ImageDigest| {
-        let path = store.image_path(&digest).await.map_err(|error| Error::open("image")(error.into()))?;
-        if !images.iter().any(|(known, _)| *known == digest) {
-            images.push((digest, path));
+    let default = match &config.default_image_tar {
+        Some(tar) => {
+            let imported = store.import_image_file(tar, &config.images.limits()).await;
+            Some(imported.map_err(|error| Error::open("default image")(error.into()))?)
         }
-        Ok::<_, Error>(())
+        None => None,
     };
-    if let Some(tar) = &config.default_image_tar {
-        let digest =
-            store.import_image_file(tar).await.map_err(|error| Error::open("default image")(error.into()))?;
-        add(digest).await?;
-    }
-    for digest in store.images().await.map_err(|error| Error::open("images")(error.into()))? {
-        add(digest).await?;
-    }
+    let images = Images::open(store.clone(), config.images.clone(), default)
+        .await
+        .map_err(|error| Error::open("images")(error.into()))?;
     let (space, volume) = (store.clone(), store.clone());
     Ok((Arc::new(store), images, Arc::new(move || space.free_bytes().unwrap_or(0)), Some(volume)))
 }
@@ -110,5 +122,5 @@ async fn open_directory(config: &Config) -> Result<Opened, Error> {
     let store =
         Directory::open(&config.volume).await.map_err(|error| Error::open("directory")(error.into()))?;
     let space = store.clone();
-    Ok((Arc::new(store), Vec::new(), Arc::new(move || space.free_bytes().unwrap_or(0)), None))
+    Ok((Arc::new(store), Images::fixed([]), Arc::new(move || space.free_bytes().unwrap_or(0)), None))
 }

@@ -2,10 +2,11 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
-use cocalc_core::{ids::HostName, snapshots::Policy};
+use cocalc_backup::Bounds;
+use cocalc_core::{activity::IdlePolicy, ids::HostName, runner::Network, snapshots::Policy};
 use serde::Deserialize;
 
-use crate::limits::HostLimits;
+use crate::{images::ImageSettings, limits::HostLimits};
 
 /// What a host is told. Every key is also `COCALC_HOST_<KEY>`.
 #[derive(Clone, Debug, Deserialize)]
@@ -63,9 +64,101 @@ pub struct Config {
     /// snapshots; 1 to 1000.
     #[serde(default = "visits_per_sec")]
     pub snapshot_visits_per_sec: u16,
+    /// What to do with a project that asks for a limit which this machine can't
+    /// enforce: `refuse` it, or `accept` it without that limit. `doctor` says
+    /// which those are. Default: refuse.
+    #[serde(default)]
+    pub unenforceable_limits: UnenforceableLimits,
+    /// What bounds the networks of its projects, whatever their own policies say.
+    #[serde(default)]
+    pub project_network: ProjectNetwork,
+    /// When idle projects are stopped, and what counts as use.
+    #[serde(default)]
+    pub idle: IdlePolicy,
     /// How much one user, one address and all of them may ask.
     #[serde(default)]
     pub limits: HostLimits,
+    /// How this host comes by images, and when they go.
+    #[serde(default)]
+    pub images: ImageSettings,
+    /// How backups are made here. Where they go, and when they are made, the
+    /// master says.
+    #[serde(default)]
+    pub backups: BackupSettings,
+}
+
+/// How backups are made on a host.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq)]
+#[serde(default, deny_unknown_fields)]
+pub struct BackupSettings {
+    /// The program `cocalc-backup-worker`. Default: beside this program.
+    pub worker: Option<PathBuf>,
+    /// How many backups are made at once; 1 to 64. Default: 2.
+    pub jobs_max: u8,
+    /// How fast each reads from and writes to its repository, in bytes per
+    /// second. Default: 0, as fast as it goes.
+    pub bytes_per_sec: u64,
+    /// Most memory of one of them, in bytes; beyond it, it fails. Default: 1
+    /// GiB.
+    pub memory_bytes_max: u64,
+    /// Below which control group each gets one of its own, relative to the root
+    /// of the tree; none if empty. Default: `cocalc-backup`.
+    pub control_group: PathBuf,
+    /// The part of the processor that each gets where it is short, 1 to 10000,
+    /// where others have 100. Default: 20.
+    pub cpu_weight: u16,
+    /// The part of the disk, likewise. Default: 20.
+    pub io_weight: u16,
+}
+
+impl Default for BackupSettings {
+    fn default() -> Self {
+        let bounds = Bounds::default();
+        Self {
+            worker: None,
+            jobs_max: 2,
+            bytes_per_sec: 0,
+            memory_bytes_max: bounds.memory_bytes_max,
+            control_group: bounds.control_group.unwrap_or_default(),
+            cpu_weight: bounds.cpu_weight,
+            io_weight: bounds.io_weight,
+        }
+    }
+}
+
+impl BackupSettings {
+    pub(crate) fn bounds(&self) -> Bounds {
+        Bounds {
+            bytes_per_sec_max: (self.bytes_per_sec > 0).then_some(self.bytes_per_sec),
+            memory_bytes_max: self.memory_bytes_max,
+            control_group: Some(self.control_group.clone()).filter(|group| *group != PathBuf::new()),
+            cpu_weight: self.cpu_weight,
+            io_weight: self.io_weight,
+            ..Bounds::default()
+        }
+    }
+
+    fn validate(&self) -> Result<(), String> {
+        if !(1..=64).contains(&self.jobs_max) {
+            return Err("backups.jobs_max: 1 to 64".into());
+        }
+        if self.memory_bytes_max < 256 << 20 {
+            return Err("backups.memory_bytes_max: at least 268435456, 256 MiB".into());
+        }
+        if self.worker.as_ref().is_some_and(|path| !path.is_absolute()) {
+            return Err("backups.worker: an absolute path".into());
+        }
+        let plain = |part| matches!(part, std::path::Component::Normal(_));
+        if !self.control_group.components().all(plain) {
+            return Err("backups.control_group: relative to the root of the tree, without ..".into());
+        }
+        for (key, weight) in [("cpu_weight", self.cpu_weight), ("io_weight", self.io_weight)] {
+            if !(1..=10_000).contains(&weight) {
+                return Err(format!("backups.{key}: 1 to 10000"));
+            }
+        }
+        Ok(())
+    }
 }
 
 fn visits_per_sec() -> u16 {
@@ -77,6 +170,50 @@ const UNDO_HOURS_MAX: u64 = 8760;
 
 fn day() -> u64 {
     24
+}
+
+/// What to do with limits that this machine can't enforce.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq)]
+#[serde(rename_all = "snake_case")]
+pub enum UnenforceableLimits {
+    /// The project does not start.
+    #[default]
+    Refuse,
+    /// It starts without them.
+    Accept,
+}
+
+/// What bounds the networks of projects. IPv4 networks as `10.1.0.0/16`; only
+/// IPv4 leaves a project.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
+#[serde(deny_unknown_fields)]
+pub struct ProjectNetwork {
+    /// Private networks that projects may reach. Default: none. Link-local
+    /// addresses, and the host's own, they never reach.
+    #[serde(default)]
+    pub allow: Vec<Networks>,
+    /// What else they may not reach. Default: nothing.
+    #[serde(default)]
+    pub deny: Vec<Networks>,
+}
+
+/// A network, as text.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
+#[serde(try_from = "String")]
+pub struct Networks(pub Network);
+
+impl TryFrom<String> for Networks {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let network: Network =
+            text.parse().map_err(|error: cocalc_core::runner::ParseDestinationError| error.to_string())?;
+        if network.address().is_ipv4() {
+            Ok(Self(network))
+        } else {
+            Err(format!("{text}: only IPv4 leaves a project"))
+        }
+    }
 }
 
 /// What keeps the projects' files.
@@ -127,6 +264,9 @@ impl Config {
         if !(1..=1000).contains(&self.snapshot_visits_per_sec) {
             return Err("snapshot_visits_per_sec: 1 to 1000".into());
         }
+        self.backups.validate()?;
+        self.idle.validate().map_err(|error| format!("idle.{error}"))?;
+        self.images.validate()?;
         self.limits.validate()
     }
 }
@@ -153,6 +293,7 @@ mod tests {
             ("name='alpha'", "name='Alpha'", "name"),
             ("data_dir='/a'", "data_dir='/v/a'", "data_dir"),
             ("data_dir='/a'", "data_dir='/a'\nundo_hours=9000", "undo_hours"),
+            ("runner='podman'", "runner='podman'\n[idle]\nsample_secs=0", "idle.sample_secs"),
         ] {
             let error = parse(&GOOD.replace(from, to)).unwrap_err();
             assert!(error.contains(key), "{error}");
@@ -177,6 +318,29 @@ mod tests {
         }
         let error = cocalc_daemon::config::parse::<Config>("host", GOOD, [variable("SAUCE")]).unwrap_err();
         assert!(error.to_string().contains("sauce"), "{error}");
+    }
+
+    #[test]
+    fn limits_and_networks_of_projects_are_configured() {
+        let config = parse(GOOD).unwrap();
+        assert_eq!(config.unenforceable_limits, UnenforceableLimits::Refuse);
+        assert_eq!(config.project_network, ProjectNetwork::default());
+        let text = format!(
+            "{GOOD}unenforceable_limits = 'accept'\n[project_network]\nallow = ['10.1.0.0/16']\ndeny = ['192.0.2.1']\n"
+        );
+        let config = parse(&text).unwrap();
+        assert_eq!(config.unenforceable_limits, UnenforceableLimits::Accept);
+        assert_eq!(config.project_network.allow[0].0.to_string(), "10.1.0.0/16");
+        for (line, key) in [
+            ("unenforceable_limits = 'ignore'", "unenforceable_limits"),
+            ("[project_network]\nallow = ['10.1.0.1/16']", "10.1.0.1/16"),
+            ("[project_network]\nallow = ['fd00::/8']", "fd00::/8"),
+            ("[project_network]\nallow = ['10.0.0.0/8 }; flush ruleset']", "allow"),
+            ("[project_network]\nopen = true", "open"),
+        ] {
+            let error = parse(&format!("{GOOD}{line}\n")).unwrap_err();
+            assert!(error.contains(key), "{error}");
+        }
     }
 
     #[test]

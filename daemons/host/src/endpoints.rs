@@ -7,13 +7,13 @@ use std::{
 
 use async_trait::async_trait;
 use cocalc_auth_live::{AuditLog, Knowledge};
-use cocalc_core::{auth::Tier, ids::ProjectId, snapshots::Keeper};
+use cocalc_core::{auth::Tier, backups, ids::ProjectId, snapshots::Keeper};
 use cocalc_daemon::probe::Metrics;
 use cocalc_http::{Body, Client, Endpoints};
 use http::{Request, Response, StatusCode, header};
 use tokio::sync::watch;
 
-use crate::{backends::Backends, visits::Visits};
+use crate::{backends::Backends, lifecycle::Lifecycle, visits::Visits};
 
 /// How long the probe of a part may take.
 const PROBE_LIMIT: Duration = Duration::from_secs(5);
@@ -24,7 +24,9 @@ pub(crate) struct HostEndpoints {
     pub(crate) knowledge: Arc<Knowledge>,
     pub(crate) connected: watch::Receiver<bool>,
     pub(crate) keeper: Keeper,
+    pub(crate) backups: Option<backups::Keeper>,
     pub(crate) metrics: Metrics,
+    pub(crate) lifecycle: Lifecycle,
     pub(crate) audit: AuditLog,
     pub(crate) visits: Arc<Visits>,
 }
@@ -95,6 +97,15 @@ impl HostEndpoints {
             let help = "Bytes that deleted projects are still charged for.";
             gauge("cocalc_host_trash_bytes", help, trash.bytes.unwrap_or(0));
         }
+        let (starting, waiting) = self.lifecycle.gate().numbers();
+        let number = |count: usize| u64::try_from(count).unwrap_or(u64::MAX);
+        gauge("cocalc_host_starts_going_count", "Projects that are being started.", number(starting));
+        let help = "Projects that wait for others to be started first.";
+        gauge("cocalc_host_starts_waiting_count", help, number(waiting));
+        let help = "Time from when a project was to be started until it ran.";
+        self.metrics.times("cocalc_host_start_seconds", help, self.lifecycle.starts());
+        let images = self.backends.images.digests().len();
+        gauge("cocalc_host_images_count", "Images on this host.", number(images));
         let kept = self.keeper.numbers();
         let overdue = "How long the longest overdue automatic snapshot has been due.";
         gauge("cocalc_host_snapshots_overdue_secs", overdue, kept.overdue.as_secs());
@@ -102,6 +113,24 @@ impl HostEndpoints {
         counter("cocalc_host_snapshots_deleted_total", "Automatic snapshots deleted.", kept.deleted);
         let failed = "Looks at a project's automatic snapshots that failed.";
         counter("cocalc_host_snapshots_failures_total", failed, kept.failed);
+        let made = self.backups.as_ref().map(backups::Keeper::numbers).unwrap_or_default();
+        let help = "How long the oldest change that no backup has has been waiting for one.";
+        gauge("cocalc_host_backups_oldest_secs", help, made.oldest.as_secs());
+        let help = "How long the longest overdue look at a project's backups has been due.";
+        gauge("cocalc_host_backups_overdue_secs", help, made.overdue.as_secs());
+        gauge("cocalc_host_backups_running_count", "Backups that go on now.", made.running);
+        let help = "Projects with changes that no backup has.";
+        gauge("cocalc_host_backups_pending_count", help, made.pending);
+        let help = "Of these, projects whose last backup failed.";
+        gauge("cocalc_host_backups_failing_count", help, made.failing);
+        counter("cocalc_host_backups_made_total", "Backups made.", made.made);
+        counter("cocalc_host_backups_failures_total", "Backups that failed.", made.failed);
+        let help = "Backups that were broken off, because the project left or somebody asked.";
+        counter("cocalc_host_backups_cancelled_total", help, made.cancelled);
+        counter("cocalc_host_backups_bytes_total", "Bytes in the backups made.", made.bytes);
+        let help = "Bytes that the backups made added to repositories.";
+        counter("cocalc_host_backups_added_bytes_total", help, made.added_bytes);
+        counter("cocalc_host_backups_millis_total", "Milliseconds that the backups made took.", made.millis);
         let (lines, _) = self.audit.head();
         counter("cocalc_host_audit_events_total", "Lines of the audit log.", lines);
         let help = "Audit events that were dropped: the disk was full or slow. Nothing administrative is decided then.";

@@ -7,17 +7,21 @@ use cocalc_auth::identity::Identity;
 use cocalc_auth_live::{
     AuditLog, AuditReport, DriverConfig, Knowledge, LimitedAuth, StreamDriver, TokenAuth,
 };
+use cocalc_auth_sealed::Opener;
 use cocalc_core::{
+    activity::{Metered, Meters, Source},
+    admission::{Gate, Urgency, WaveSettings},
     auth::Auth,
     bus::Bus,
     clock::SystemClock,
-    connector::{Peer, Service},
+    connector::{Connector, Peer, Service},
     control::{CommandError, ErrorCode, ProjectConfig},
     grant::Ledger,
     ids::{HostId, ProjectId, SessionId},
     memory::router::LocalRouter,
     moves::host::MoveHost,
     router::{HostAddress, Router},
+    runner::{Runner, State},
     snapshots::{Keeper, KeeperSettings},
     wake::Wake,
 };
@@ -28,23 +32,31 @@ use cocalc_daemon::{
 };
 use cocalc_http::{HostIngress, Served};
 use cocalc_sqlite::{HostAcl, HostLedger};
-use cocalc_ssh::{Gate, HostKeys, LocalGate, SshIngress, SshPeers};
-use cocalc_transfer::{Incoming, PeerHandler, PeerListener, PeerTransfer, SnapshotReceiver};
+use cocalc_ssh::{Gate as SshGate, HostKeys, LocalGate, SshIngress, SshPeers};
+use cocalc_transfer::{DirectConnector, Incoming, PeerHandler, PeerListener, PeerTransfer, SnapshotReceiver};
 use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    apps::Apps,
     backends::Backends,
+    backups::{self, FromMaster},
     config::Config,
+    drill::Drill,
     endpoints::HostEndpoints,
+    files::VolumeFiles,
+    idle::{self, Idle},
+    images::{self, Images},
     inbox,
     inside_keys::VolumeKeys,
+    lifecycle::Inside,
     lifecycle::Lifecycle,
     peers::Peers,
     registrar::Registrar,
+    secrets::Secrets,
     visits::Visits,
     wake::{HostWake, Starts},
-    watch,
+    watch, wave,
 };
 
 /// What is kept free on the volume beside a project that arrives.
@@ -109,7 +121,7 @@ impl Host {
         .admission(admission(backends.clone()))
         .on_progress(move |stream| hear.hear(stream))
         .build();
-        let images = backends.clone();
+        let here = backends.clone();
         let keeper = Keeper::new(
             ledger.clone(),
             Arc::clone(&backends.storage),
@@ -117,14 +129,60 @@ impl Host {
             Arc::new(SystemClock),
             KeeperSettings { policy: config.snapshots, round_max: config.snapshot_visits_per_sec.into() },
         );
+        let opener = Opener::of(&identity);
+        let sealing_key = opener.announce(&identity);
+        let peer = Peer::Host(id);
+        let connect =
+            || cocalc_daemon::bus::connect(&config.master_url, &issuer, peer, Arc::clone(&identity));
+        let bus: Arc<dyn Bus> = Arc::new(connect().map_err(open("bus"))?);
+        let news = backups::News::default();
+        let from_master = FromMaster { host: id, bus: Arc::clone(&bus), ledger: ledger.clone(), opener };
+        let backups = backups::open(
+            &config,
+            ledger.clone(),
+            Arc::clone(&backends.storage),
+            keeper.clone(),
+            Arc::new(from_master),
+            Drill::open(id, Arc::clone(&backends.storage), Arc::clone(&backends.free_bytes)).await,
+            &news,
+            Arc::clone(&backends.free_bytes),
+        )
+        .await?;
         let lifecycle = Lifecycle::new(
             ledger.clone(),
             Arc::clone(&backends.storage),
             Arc::clone(&backends.runner),
             moves.clone(),
             keeper.clone(),
-            Arc::new(move |digest| images.image(digest)),
+            Arc::new(move |digest| here.image(digest)),
+        )
+        .with_backups(backups.clone());
+        let meters = Meters::new(Arc::new(SystemClock));
+        let idle = Idle::new(idle::Parts {
+            policy: config.idle,
+            clock: Arc::new(SystemClock),
+            meters: meters.clone(),
+            ledger: ledger.clone(),
+            runner: Arc::clone(&backends.runner),
+            storage: Arc::clone(&backends.storage),
+            directory: make_dir(&data.join("activity"))?,
+        });
+        let secrets = Secrets::new(
+            id,
+            Opener::of(&identity),
+            Arc::clone(&bus),
+            ledger.clone(),
+            Arc::clone(&backends.runner),
         );
+        if let Some(startup) = &backends.startup {
+            startup.before(Arc::new(secrets.clone()));
+        }
+        let apps = backends.services.clone().map(|services| {
+            let (runner, storage) = (Arc::clone(&backends.runner), Arc::clone(&backends.storage));
+            Apps::new(Arc::new(SystemClock), runner, services, storage)
+        });
+        let inside = Inside { apps: apps.clone(), secrets: Some(secrets) };
+        let lifecycle = lifecycle.idle(idle.clone()).inside(inside);
         // Before anybody can ask for anything: what a crash cut off is ended.
         moves.recover().await;
 
@@ -141,10 +199,6 @@ impl Host {
         let auth: Arc<dyn Auth> =
             Arc::new(LimitedAuth::new(Arc::new(decides), Arc::new(SystemClock), config.limits.auth()));
 
-        let peer = Peer::Host(id);
-        let connect =
-            || cocalc_daemon::bus::connect(&config.master_url, &issuer, peer, Arc::clone(&identity));
-        let bus: Arc<dyn Bus> = Arc::new(connect().map_err(open("bus"))?);
         let keepalive: Arc<dyn Bus> = Arc::new(connect().map_err(open("bus"))?);
 
         let router: Arc<dyn Router> = Arc::new(LocalRouter::new(ledger.clone()));
@@ -165,6 +219,8 @@ impl Host {
             session: SessionId::random(),
             address: address.clone(),
             ssh_host_keys: ssh_keys.public(),
+            sealing_key,
+            backups: backups.clone(),
             backends: backends.clone(),
             lifecycle: lifecycle.clone(),
             moves: moves.clone(),
@@ -194,19 +250,27 @@ impl Host {
             knowledge: Arc::clone(&knowledge),
             connected: driver.connected(),
             keeper: keeper.clone(),
+            backups: backups.clone(),
             metrics: Metrics::default(),
+            lifecycle: lifecycle.clone(),
             audit: audit.clone(),
         };
+        let files = VolumeFiles { storage: Arc::clone(&backends.storage), ledger: ledger.clone() };
         let http =
             HostIngress::builder(id, Arc::clone(&auth), Arc::clone(&router), Arc::clone(&backends.runner))
                 .wake(Arc::clone(&wake))
+                .meters(meters.clone())
                 .endpoints(Arc::new(endpoints))
+                .files(Arc::new(files))
                 .served(served)
                 .https(address.url.starts_with("https://"))
                 .limits(config.limits.http())
                 .build();
-        let gate: Arc<dyn Gate> =
-            Arc::new(LocalGate::new(auth, router, Arc::new(Arc::clone(&backends.runner))).wake(wake));
+        let metered: Arc<dyn Runner> =
+            Arc::new(Metered::new(Arc::clone(&backends.runner), meters, Source::Ssh));
+        let gate: Arc<dyn SshGate> =
+            Arc::new(LocalGate::new(auth, router, Arc::new(metered)).wake(wake));
+        let starts = lifecycle.gate().clone();
         let at_most = |limit: u32| usize::try_from(limit).unwrap_or(usize::MAX);
         let ssh = SshIngress::builder(Arc::clone(&gate), ssh_keys)
             .connections_max(at_most(config.limits.ssh_connections))
@@ -224,8 +288,13 @@ impl Host {
             http: http.clone(),
             ssh: SshPeers::new(gate).ingress(ssh.clone()).witness(visits),
             moves: SnapshotReceiver::new(Arc::new(moves.clone())),
+            images: backends.images.clone(),
             peers: Arc::clone(&peers),
         };
+        let book = Arc::clone(&peers);
+        let dialer = DirectConnector::new(&identity, Arc::new(move |host| book.address(host)))
+            .map_err(|e| open("peer channel")(e.into()))?;
+        let dialer: Arc<dyn Connector> = Arc::new(dialer);
         let peer_listener = PeerListener::builder(&identity, peers, Arc::new(services))
             .build()
             .map_err(|e| open("peer channel")(e.into()))?;
@@ -233,14 +302,39 @@ impl Host {
         let mut background = JoinSet::new();
         background.spawn(certified);
         background.spawn(inbox::serve(Arc::clone(&bus), id, lifecycle.clone()));
+        background.spawn(async move {
+            match apps {
+                Some(apps) => apps.run().await,
+                None => std::future::pending().await,
+            }
+        });
+        background.spawn(idle.run(peer, Arc::clone(&bus)));
+        let world = images::World { ledger: ledger.clone(), peers: dialer };
+        background.spawn(inbox::serve_images(Arc::clone(&bus), id, backends.images.clone(), world));
+        background.spawn(images::announce(peer, Arc::clone(&bus), backends.images.clone(), ledger.clone()));
+        background.spawn(images::keep(
+            backends.images.clone(),
+            ledger.clone(),
+            Arc::clone(&backends.free_bytes),
+        ));
         background.spawn(watch::space(peer, Arc::clone(&bus), backends.clone()));
         background.spawn(watch::streams(peer, Arc::clone(&bus), sending));
         background
             .spawn(watch::undo(moves.clone(), Duration::from_secs(config.undo_hours.saturating_mul(3600))));
-        background.spawn(watch::states(peer, bus, ledger.clone(), Arc::clone(&backends.runner), lifecycle));
+        background.spawn(watch::states(
+            peer,
+            Arc::clone(&bus),
+            ledger.clone(),
+            Arc::clone(&backends.runner),
+            lifecycle,
+        ));
         background.spawn(watch::departures(ledger.clone(), knowledge));
         background.spawn(keeper.run());
-        background.spawn(start_pending(ledger, moves));
+        background.spawn(news.tell(id, Arc::clone(&bus)));
+        if let Some(backups) = backups {
+            background.spawn(backups.run());
+        }
+        background.spawn(start_pending(ledger, moves, starts));
 
         let shutdown = CancellationToken::new();
         let mut serving = JoinSet::new();
@@ -346,13 +440,26 @@ fn mark(id: HostId) -> Option<std::path::PathBuf> {
     Some(dir.join(format!("{id}.position")))
 }
 
-/// Starts what was granted to be started when a crash came in between.
-async fn start_pending(ledger: Ledger, moves: MoveHost) {
-    for entry in ledger.entries().into_iter().filter(|entry| entry.start_pending) {
-        if let Err(error) = moves.start_if_pending(entry.project).await {
-            tracing::warn!(project = %entry.project, error = %error.message, "cannot start");
+/// Starts what was granted to be started when a crash came in between: one
+/// first, and then a few at a time.
+async fn start_pending(ledger: Ledger, moves: MoveHost, gate: Gate) {
+    let pending = ledger.entries().into_iter().filter(|entry| entry.start_pending);
+    let pending: Vec<ProjectId> = pending.map(|entry| entry.project).collect();
+    let start = |project| {
+        let (moves, gate) = (moves.clone(), gate.clone());
+        async move {
+            // Without a place it is started all the same: it was granted to be.
+            let _turn = gate.enter(Urgency::Background).await;
+            match moves.start_if_pending(project).await {
+                Ok(report) => report.status.state == State::Running,
+                Err(error) => {
+                    tracing::warn!(%project, error = %error.message, "cannot start");
+                    false
+                }
+            }
         }
-    }
+    };
+    wave::run(pending, WaveSettings::default(), start).await;
 }
 
 /// Whether a project of this configuration and size can come here.
@@ -379,6 +486,7 @@ struct PeerServices {
     http: HostIngress,
     ssh: SshPeers,
     moves: SnapshotReceiver,
+    images: Images,
     peers: Arc<Peers>,
 }
 
@@ -404,6 +512,7 @@ impl PeerServices {
             }
             (Service::Ssh, Peer::Proxy(proxy)) => self.ssh.serve(incoming.stream, proxy).await,
             (Service::Transfer, Peer::Host(_)) => self.moves.serve(incoming).await,
+            (Service::Images, peer @ Peer::Host(_)) => self.images.serve(peer, incoming.stream).await,
             (service, peer) => {
                 tracing::warn!(?service, ?peer, "a peer asked for what is not for it");
                 Ok(())

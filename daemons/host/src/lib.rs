@@ -18,25 +18,37 @@
 //! }
 //! ```
 
+mod apps;
 mod backends;
+mod backups;
 mod config;
+mod drill;
 mod endpoints;
+mod files;
 mod host;
+mod idle;
+mod images;
 mod inbox;
 mod inside_keys;
 mod lifecycle;
 mod limits;
 mod peers;
 mod registrar;
+mod secrets;
 mod startup;
 mod visits;
 mod wake;
 mod watch;
+mod wave;
 
 pub use backends::Backends;
 pub use cocalc_daemon::start::Error;
-pub use config::{Config, RunnerKind, StorageKind};
+pub use config::{
+    BackupSettings, Config, Networks, ProjectNetwork, RunnerKind, StorageKind, UnenforceableLimits,
+};
 pub use host::Host;
+pub use idle::{Busy, Idle};
+pub use images::{ImageSettings, Images};
 pub use lifecycle::Lifecycle;
 pub use limits::HostLimits;
 pub use startup::Startup;

@@ -1,6 +1,7 @@
 //! Carries out the master's commands, each under the grant it names.
 
 mod files;
+mod inside;
 mod once;
 
 use std::{
@@ -12,7 +13,12 @@ use std::{
 };
 
 use cocalc_core::{
-    control::{CommandError, ErrorCode, HeldProject, HostCommand, HostReply, ProjectConfig, ProjectReport},
+    admission::{Gate, QueueLimits, Urgency},
+    backups,
+    control::{
+        BackupsCommand, CommandError, ErrorCode, HeldProject, HostCommand, HostReply, ProjectConfig,
+        ProjectReport,
+    },
     grant::{Entry, Ledger},
     ids::{Epoch, ImageDigest, ProjectId, SnapshotName},
     moves::host::{MoveHost, runner_error, storage_error},
@@ -21,6 +27,11 @@ use cocalc_core::{
     storage::{self, Storage, VolumeOptions},
 };
 
+use cocalc_daemon::probe::Histogram;
+
+use crate::idle::Idle;
+
+pub(crate) use self::inside::Inside;
 use self::{
     files::{Comparison, Original},
     once::Once,
@@ -41,6 +52,12 @@ pub struct Lifecycle {
     /// Why the last start of a project failed, until one succeeds.
     failures: Arc<Mutex<BTreeMap<ProjectId, String>>>,
     once: Arc<Once>,
+    gate: Gate,
+    starts: Arc<Histogram>,
+    /// Keeps the backups, if this host can make any.
+    backups: Option<backups::Keeper>,
+    idle: Option<Idle>,
+    inside: Option<Inside>,
 }
 
 impl fmt::Debug for Lifecycle {
@@ -68,7 +85,31 @@ impl Lifecycle {
             images,
             failures: Arc::default(),
             once: Arc::default(),
+            gate: Gate::new(QueueLimits::for_cores(cores()), available_bytes),
+            starts: Arc::new(Histogram::seconds()),
+            inside: None,
+            backups: None,
+            idle: None,
         }
+    }
+
+    /// Looks inside projects. Default: only what the runner itself tells.
+    pub(crate) fn inside(mut self, inside: Inside) -> Self {
+        self.inside = Some(inside);
+        self
+    }
+
+    /// Knows who uses the projects. Default: nobody does.
+    #[must_use]
+    pub fn idle(mut self, idle: Idle) -> Self {
+        self.idle = Some(idle);
+        self
+    }
+
+    /// The same, with a keeper of backups.
+    #[must_use]
+    pub fn with_backups(self, backups: Option<backups::Keeper>) -> Self {
+        Self { backups, ..self }
     }
 
     /// Carries out one command. Repeating it is harmless.
@@ -111,6 +152,9 @@ impl Lifecycle {
             }
             HostCommand::Configure { project, epoch, config } => self.configure(project, epoch, config).await,
             HostCommand::Usage { project, epoch, count } => self.usage(project, epoch, count).await,
+            HostCommand::Why { project } => self.why(project).await,
+            HostCommand::Inside { project, epoch, what } => self.look_inside(project, epoch, what).await,
+            HostCommand::Backups { project, epoch, what } => self.back_up(project, epoch, what).await,
             HostCommand::Move { move_id, project, step } => {
                 return self.moves.execute(move_id, project, step).await;
             }
@@ -137,11 +181,7 @@ impl Lifecycle {
             Err(error) => return Err(storage_error(error)),
         }
         let entry = self.ledger.permit(project, epoch)?;
-        // What can be done before the first start is done now. If it fails,
-        // the start says why.
-        if let Err(error) = self.runner.prepare(&self.moves.spec(&entry).await?).await {
-            tracing::warn!(%project, error = %cocalc_core::chain(&error), "cannot prepare the first start");
-        }
+        self.prepare_next(&entry).await;
         self.report(project, vec![]).await.map(HostReply::Project)
     }
 
@@ -199,14 +239,50 @@ impl Lifecycle {
 
     async fn bring_up(&self, entry: &Entry) -> Result<Vec<(String, u64)>, CommandError> {
         let spec: ProjectSpec = self.moves.spec(entry).await?;
-        let mut phases = Vec::new();
+        let project = spec.project;
         let begun = Instant::now();
+        let turn = self.gate.enter(Urgency::Asked).await.map_err(|full| CommandError {
+            code: ErrorCode::Busy,
+            message: format!("project {project} cannot start now: {full}"),
+        })?;
+        let mut phases = vec![("turn".to_owned(), millis(begun))];
+        let prepared = Instant::now();
         self.runner.prepare(&spec).await.map_err(runner_error)?;
-        phases.push(("prepare".to_owned(), millis(begun)));
-        let begun = Instant::now();
+        phases.push(("prepare".to_owned(), millis(prepared)));
+        let started = Instant::now();
         self.runner.start(&spec).await.map_err(runner_error)?;
-        phases.push(("start".to_owned(), millis(begun)));
+        drop(turn);
+        phases.push(("start".to_owned(), millis(started)));
+        // What the start was made of, as far as the runner says.
+        phases.extend(
+            self.runner
+                .start_phases(project)
+                .into_iter()
+                .map(|(step, took)| (format!("start: {step}"), took)),
+        );
+        self.starts.observe(begun.elapsed());
         Ok(phases)
+    }
+
+    /// Prepares the next start of a project that is stopped, so that it finds
+    /// everything done that can be. If that fails, the start says why.
+    async fn prepare_next(&self, entry: &Entry) {
+        if let Ok(spec) = self.moves.spec(entry).await
+            && let Err(error) = self.runner.prepare(&spec).await
+        {
+            let error = cocalc_core::chain(&error);
+            tracing::warn!(project = %entry.project, error, "cannot prepare the next start");
+        }
+    }
+
+    /// Who may start now.
+    pub fn gate(&self) -> &Gate {
+        &self.gate
+    }
+
+    /// How long starts took, in seconds.
+    pub(crate) fn starts(&self) -> &Arc<Histogram> {
+        &self.starts
     }
 
     async fn stop(
@@ -218,21 +294,36 @@ impl Lifecycle {
         let _turn = self.ledger.turn(project).await;
         let entry = self.ledger.permit(project, epoch)?;
         self.runner.stop(project, grace).await.map_err(runner_error)?;
+        let idle = self.idle.as_ref().and_then(|idle| idle.stopped(project));
         self.keeper.stopped(&entry).await;
-        // The next start finds everything prepared.
-        let (moves, runner) = (self.moves.clone(), Arc::clone(&self.runner));
-        if let Ok(spec) = moves.spec(&entry).await
-            && let Err(error) = runner.prepare(&spec).await
-        {
-            tracing::warn!(%project, error = %cocalc_core::chain(&error), "cannot prepare the next start");
+        // A stop waits for its snapshot; the backup follows.
+        if let Some(backups) = &self.backups {
+            backups.stopped(&entry).await;
         }
-        self.report(project, vec![]).await.map(HostReply::Project)
+        self.prepare_next(&entry).await;
+        let mut report = self.report(project, vec![]).await?;
+        if let Some(reason) = idle {
+            report.status.reason.get_or_insert(reason);
+        }
+        Ok(HostReply::Project(report))
+    }
+
+    /// Who uses a project, and until when it runs.
+    async fn why(&self, project: ProjectId) -> Result<HostReply, CommandError> {
+        match &self.idle {
+            Some(idle) => idle.report(project).await.map(HostReply::Why).map_err(runner_error),
+            None => {
+                let message = "this host does not watch who uses its projects".to_owned();
+                Err(CommandError { code: ErrorCode::Unavailable, message })
+            }
+        }
     }
 
     async fn delete(&self, project: ProjectId, epoch: Epoch) -> Result<HostReply, CommandError> {
         let _turn = self.ledger.turn(project).await;
         // The grant goes first: from here on nothing starts it again.
         self.ledger.delete(project, epoch).await?;
+        self.leave_backups(project).await;
         self.runner.remove(project).await.map_err(runner_error)?;
         self.storage.delete(project).await.map_err(storage_error)?;
         self.ledger.free_slot(project).await?;
@@ -249,10 +340,35 @@ impl Lifecycle {
             let message = format!("this host holds project {project}, or expects it; it does not forget it");
             return Err(CommandError { code: ErrorCode::StaleEpoch, message });
         }
+        self.leave_backups(project).await;
         self.runner.remove(project).await.map_err(runner_error)?;
         self.storage.delete(project).await.map_err(storage_error)?;
         self.ledger.free_slot(project).await?;
         Ok(HostReply::Deleted { project, epoch })
+    }
+
+    /// Nothing of the project is read any more, nor known of its backups.
+    async fn leave_backups(&self, project: ProjectId) {
+        if let Some(backups) = &self.backups {
+            backups.leave(project).await;
+            backups.forget(project).await;
+        }
+    }
+
+    /// Not in the project's turn, which a backup takes by itself for as long as
+    /// it needs it.
+    async fn back_up(
+        &self,
+        project: ProjectId,
+        epoch: Epoch,
+        what: BackupsCommand,
+    ) -> Result<HostReply, CommandError> {
+        let Some(backups) = &self.backups else {
+            let message = "this host makes no backups: it has no cocalc-backup-worker".to_owned();
+            return Err(CommandError { code: ErrorCode::Failed, message });
+        };
+        let answer = backups.execute(project, epoch, what).await?;
+        Ok(HostReply::Backups { project, answer })
     }
 
     async fn snapshot(
@@ -280,8 +396,15 @@ impl Lifecycle {
         name: &SnapshotName,
     ) -> Result<HostReply, CommandError> {
         let _turn = self.ledger.turn(project).await;
-        self.ledger.permit(project, epoch)?;
+        let entry = self.ledger.permit(project, epoch)?;
         self.storage.delete_snapshot(project, name).await.map_err(storage_error)?;
+        // The end of a restore from a backup, for which it was given room.
+        if backups::is_fetched(name)
+            && let Some(backups) = &self.backups
+            && !backups.settle_limit(project, self.keeper.limit_bytes(&entry.config)).await
+        {
+            tracing::info!(%project, "it keeps the room of its restore: the state before takes it");
+        }
         Ok(HostReply::Snapshots { project, snapshots: vec![] })
     }
 
@@ -348,6 +471,20 @@ impl Lifecycle {
             _ => Ok(()),
         }
     }
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
+/// Memory that can be had without swapping, in bytes; all there is where the
+/// kernel does not say.
+fn available_bytes() -> u64 {
+    let about = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let kib = about
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:")?.split_whitespace().next()?.parse().ok());
+    kib.map_or(u64::MAX, |kib: u64| kib.saturating_mul(1024))
 }
 
 fn millis(begun: Instant) -> u64 {

@@ -3,7 +3,7 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -11,7 +11,8 @@ use async_trait::async_trait;
 use cocalc_core::{
     ids::ProjectId,
     runner::{
-        Capabilities, Command, Error, ExecRequest, Process, ProjectSpec, Result, Runner, State, Stats, Status,
+        Applied, Capabilities, Command, Error, ExecRequest, Limits, Process, ProjectSpec, Result, Runner,
+        State, Stats, Status,
     },
     stream::BoxStream,
 };
@@ -35,11 +36,21 @@ const COMING_UP: Duration = Duration::from_secs(15);
 const PATIENCE: Duration = Duration::from_secs(3);
 const AGAIN: Duration = Duration::from_millis(25);
 
+/// Something that is done in a project that was just started, before its own
+/// programs run. Bounded in time.
+#[async_trait]
+pub(crate) trait BeforeStartup: std::fmt::Debug + Send + Sync + 'static {
+    /// Does it.
+    async fn before_startup(&self, project: ProjectId);
+}
+
 /// A runner whose projects run their start-up program, and whose users don't
 /// notice that its apps take a moment.
 #[derive(Debug)]
 pub struct Startup {
     runner: Arc<dyn Runner>,
+    /// What comes before the start-up program.
+    before: OnceLock<Arc<dyn BeforeStartup>>,
     /// The projects that were started a moment ago.
     fresh: Mutex<BTreeMap<ProjectId, Instant>>,
 }
@@ -47,7 +58,13 @@ pub struct Startup {
 impl Startup {
     /// Wraps a runner.
     pub fn new(runner: Arc<dyn Runner>) -> Self {
-        Self { runner, fresh: Mutex::default() }
+        Self { runner, before: OnceLock::new(), fresh: Mutex::default() }
+    }
+
+    /// Does this before a start-up program runs; once, for all projects.
+    pub(crate) fn before(&self, before: Arc<dyn BeforeStartup>) {
+        // A second one would be a mistake of this crate, and is passed over.
+        let _ = self.before.set(before);
     }
 
     fn fresh(&self) -> MutexGuard<'_, BTreeMap<ProjectId, Instant>> {
@@ -80,13 +97,21 @@ impl Runner for Startup {
             let line = if contained { format!("{ONCE}{STARTUP}") } else { STARTUP.to_owned() };
             let (runner, project) = (Arc::clone(&self.runner), spec.project);
             // Not waited for: the project runs, and its owner may be slow.
+            let before = self.before.get().cloned();
             tokio::spawn(async move {
+                if let Some(before) = before {
+                    before.before_startup(project).await;
+                }
                 if tokio::time::timeout(LIMIT, run(&*runner, project, line)).await.is_err() {
                     tracing::info!(%project, "the start-up program was not detached in time");
                 }
             });
         }
         Ok(status)
+    }
+
+    fn start_phases(&self, project: ProjectId) -> Vec<(String, u64)> {
+        self.runner.start_phases(project)
     }
 
     async fn stop(&self, project: ProjectId, grace: Duration) -> Result<Status> {
@@ -125,6 +150,10 @@ impl Runner for Startup {
 
     async fn stats(&self, project: ProjectId) -> Result<Stats> {
         self.runner.stats(project).await
+    }
+
+    async fn set_limits(&self, project: ProjectId, limits: &Limits) -> Result<Applied> {
+        self.runner.set_limits(project, limits).await
     }
 
     async fn logs(&self, project: ProjectId, lines: usize) -> Result<String> {

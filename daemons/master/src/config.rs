@@ -6,10 +6,13 @@ use std::{
 };
 
 use cocalc_auth::token::Algorithm;
-use cocalc_core::control::Settings;
+use cocalc_core::{control::Settings, runner::Limits};
 use serde::Deserialize;
 
-use crate::oidc::{self, OidcConfig};
+use crate::{
+    backups::BackupsConfig,
+    oidc::{self, OidcConfig},
+};
 
 /// What a master is told: one TOML file, every key also as
 /// `COCALC_MASTER_<KEY>`.
@@ -49,9 +52,18 @@ pub struct Config {
     /// `EdDSA`.
     #[serde(default)]
     pub token_algorithm: Algorithm,
+    /// What owners may ask for at most in the projects that are made from now on:
+    /// `memory_bytes`, `swap_bytes`, `cpu_millis`, `cpu_weight`, `pids`, `nofile`,
+    /// `io_weight`, `tmp_bytes`, `shm_bytes`, `log_bytes`. Administrators may change
+    /// it for each. Default: as much as the host has.
+    #[serde(default)]
+    pub limits_max: Limits,
     /// OpenID providers with which people may log in. Default: none.
     #[serde(default)]
     pub oidc: Vec<OidcConfig>,
+    /// Backups. Default: none.
+    #[serde(default)]
+    pub backups: Option<BackupsConfig>,
 }
 
 fn connections_per_address_max() -> usize {
@@ -83,7 +95,9 @@ impl Config {
             trusted_proxies: Vec::new(),
             connections_per_address_max: connections_per_address_max(),
             token_algorithm: Algorithm::default(),
+            limits_max: Limits::default(),
             oidc: Vec::new(),
+            backups: None,
         }
     }
 
@@ -113,6 +127,9 @@ impl Config {
         }
         if self.connections_per_address_max == 0 {
             return Err("connections_per_address_max: at least 1".to_owned());
+        }
+        if let Some(backups) = &self.backups {
+            backups.validate()?;
         }
         oidc::validate(&self.oidc)
     }
@@ -145,6 +162,8 @@ mod tests {
             ("connections_per_address_max = 0", "connections_per_address_max"),
             ("token_algorithm = 'none'", "token_algorithm"),
             ("leese_ms = 100", "leese_ms"),
+            ("[backups]\n[backups.place]\nkind = 'directory'\npath = 'b'", "backups.place.path"),
+            ("[backups]\ncolour = 1", "colour"),
             ("[[oidc]]\nname = 'x'\nclient_id = 'y'", "issuer"),
             ("[[oidc]]\nname = 'x'\nclient_id = 'y'\nissuer = 'http://id.example'", "issuer"),
             ("[[oidc]]\nname = 'x'\nclient_id = 'y'\nissuer = 'https://id.example'\nsecret = 'z'", "secret"),

@@ -26,6 +26,8 @@
 pub mod accounts;
 mod admin;
 mod api;
+mod backups;
+mod images;
 mod bus;
 mod config;
 mod limits;
@@ -34,6 +36,7 @@ mod operations;
 pub mod placement;
 mod receipts;
 mod secret;
+mod secrets;
 mod server;
 mod shared;
 mod signing;
@@ -53,16 +56,22 @@ use tokio_util::sync::CancellationToken;
 
 use self::{
     accounts::Accounts,
+    backups::Backups,
     bus::{gate, peers::Peers, streams::Streams},
     limits::Limits,
     oidc::Oidc,
     operations::Operations,
     receipts::Receipts,
+    secrets::SecretsKey,
     shared::Shared,
     signing::Signing,
     ssh_ca::SshCa,
 };
-pub use self::{config::Config, oidc::OidcConfig};
+pub use self::{
+    backups::{BackupsConfig, Layout},
+    config::Config,
+    oidc::OidcConfig,
+};
 
 /// How long a connection to the bus may take to sign in.
 const SIGN_IN_LIMIT: Duration = Duration::from_secs(10);
@@ -145,6 +154,7 @@ impl Master {
         let signing = Signing::open(config.data_dir.join("signing-keys"), config.token_algorithm, now)
             .map_err(unusable)?;
         let ssh_ca = SshCa::open(config.data_dir.join("ssh-ca-keys"), now).map_err(unusable)?;
+        let secrets = SecretsKey::open(&config.data_dir.join("project-secrets-key")).map_err(unusable)?;
         admin::ensure(&store, &config.data_dir.join("admin-token"), now).map_err(unusable)?;
         let folder = config.data_dir.join("audit");
         admin::make_directory(&folder).map_err(|error| unusable(error.into()))?;
@@ -157,6 +167,13 @@ impl Master {
         let address = listener.local_addr().map_err(listen)?;
         let issuer = config.public_url.clone().unwrap_or_else(|| format!("http://{address}"));
 
+        let backups = match config.backups.clone() {
+            Some(own) => {
+                let opened = Backups::open(own, &config.data_dir, store.clone(), clock.clone());
+                Some(opened.map_err(unusable)?)
+            }
+            None => None,
+        };
         let oidc = Oidc::new(&config.oidc, &issuer).map_err(Error::Config)?;
         let gate = gate::Gate::new(issuer.clone(), store.clone(), clock.clone());
         // Hosts and proxies sign in at once; others have no business here.
@@ -170,9 +187,14 @@ impl Master {
             receipts: Receipts::default(),
             broker: broker.clone(),
             limits: Limits::new(config.trusted_proxies.clone()),
+            limits_max: config.limits_max.clone(),
             audit,
             accounts,
             oidc,
+            images: images::Images::default(),
+            backups,
+            secrets,
+            untold: std::sync::Mutex::default(),
             settings: config.settings(),
             store,
             issuer,
@@ -189,6 +211,7 @@ impl Master {
         tasks.spawn(receipts::tend(shared.clone()));
         tasks.spawn(bus::serve::serve(shared.clone()));
         tasks.spawn(bus::announce::tend_keys(shared.clone()));
+        tasks.spawn(backups::keep_tending(shared.clone()));
         shared.resume().await.map_err(|error| database(error.into()))?;
         let router = server::router(api::router(shared.clone()), broker.clone(), closing.clone());
         let server = tokio::spawn(server::serve(

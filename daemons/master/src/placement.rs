@@ -47,7 +47,7 @@ pub enum NoPlace {
     /// All that are connected are cordoned.
     #[error("every connected host is cordoned")]
     Cordoned,
-    /// None has the image.
+    /// None has the image, nor could fetch it from one that has.
     #[error("no connected host has that image")]
     NoImage,
     /// None has space.
@@ -55,7 +55,8 @@ pub enum NoPlace {
     NoSpace,
 }
 
-/// Chooses a host: isolating ones first, then the one with the fewest
+/// Chooses a host: isolating ones first, then those that have the image, then
+/// the one with the fewest
 /// projects, then the most free space, then the lowest id, so that the same
 /// facts always give the same answer. An operator who names a cordoned host
 /// gets it.
@@ -73,12 +74,18 @@ pub fn place(candidates: &[Candidate], needs: &Needs) -> Result<HostId, NoPlace>
     keep(NoPlace::NoHost, &|_| true)?;
     keep(NoPlace::NotAlive, &|host| host.alive)?;
     keep(NoPlace::Cordoned, &|host| !host.cordoned || needs.only.is_some())?;
-    keep(NoPlace::NoImage, &|host| needs.image.is_none_or(|image| host.images.contains(&image)))?;
+    // Who has not got it can fetch it, from any that is connected, cordoned or
+    // not.
+    let has = |host: &Candidate| needs.image.is_none_or(|image| host.images.contains(&image));
+    let somebody = candidates.iter().any(|host| host.alive && has(host));
+    keep(NoPlace::NoImage, &|host| has(host) || (somebody && host.isolation))?;
     // A quota is a limit, not a reservation: hosts are overcommitted up to it.
     let space = FREE_BYTES_MIN.max(needs.quota_bytes.unwrap_or(0) / 10);
     keep(NoPlace::NoSpace, &|host| host.free_bytes >= space)?;
     left.into_iter()
-        .min_by_key(|host| (!host.isolation, host.projects, std::cmp::Reverse(host.free_bytes), host.host))
+        .min_by_key(|host| {
+            (!host.isolation, !has(host), host.projects, std::cmp::Reverse(host.free_bytes), host.host)
+        })
         .map(|host| host.host)
         .ok_or(NoPlace::NoHost)
 }
@@ -117,6 +124,28 @@ mod tests {
         assert_eq!(one(|host| host.free_bytes = 1, none), Err(NoPlace::NoSpace));
         let only = Needs { only: Some(HostId::from_bytes([1; 16])), ..none };
         assert!(one(|host| host.cordoned = true, only).is_ok());
+    }
+
+    #[test]
+    fn a_host_that_has_the_image_is_preferred_and_another_may_fetch_it() {
+        let image = ImageDigest::from_bytes([9; 32]);
+        let needs = Needs { image: Some(image), ..Needs::default() };
+        let mut has = Candidate { images: vec![image], projects: 50, ..candidate(2) };
+        assert_eq!(
+            place(&[candidate(1), has.clone()], &needs),
+            Ok(has.host),
+            "although it has more projects"
+        );
+        has.cordoned = true;
+        assert_eq!(
+            place(&[candidate(1), has.clone()], &needs),
+            Ok(candidate(1).host),
+            "it fetches the image"
+        );
+        let only = Needs { only: Some(candidate(1).host), ..needs };
+        assert_eq!(place(&[candidate(1), has.clone()], &only), Ok(candidate(1).host));
+        has.alive = false;
+        assert_eq!(place(&[candidate(1), has], &needs), Err(NoPlace::NoImage), "nobody is there who has it");
     }
 
     proptest! {

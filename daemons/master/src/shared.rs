@@ -1,6 +1,11 @@
 //! What all parts of a running master share.
 
-use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use cocalc_auth::stream::Entry;
 use cocalc_auth_live::AuditLog;
@@ -13,19 +18,22 @@ use cocalc_core::{
     moves::NoAnswer,
     router::HostAddress,
 };
-use cocalc_ids::{HostId, SessionId, Timestamp};
+use cocalc_ids::{HostId, ProjectId, SessionId, Timestamp};
 use cocalc_sqlite::master::{self as store, Store};
 use futures_util::{StreamExt, stream::FuturesUnordered};
 
 use crate::{
     accounts::Accounts,
+    backups::Backups,
     bus::gate::bus_name,
     bus::peers::Peers,
     bus::streams::{About, Streams, Target},
+    images::Images,
     limits::Limits,
     oidc::Oidc,
     operations::Operations,
     receipts::Receipts,
+    secrets::SecretsKey,
     signing::Signing,
     ssh_ca::SshCa,
 };
@@ -45,12 +53,22 @@ pub(crate) struct Shared {
     pub(crate) receipts: Receipts,
     pub(crate) broker: Broker,
     pub(crate) limits: Limits,
+    /// What owners of new projects may ask for at most.
+    pub(crate) limits_max: cocalc_core::runner::Limits,
     /// Who changed what.
     pub(crate) audit: AuditLog,
     /// Accounts that somebody else keeps.
     pub(crate) accounts: Option<Arc<dyn Accounts>>,
     /// OpenID providers, and who is logging in with them.
     pub(crate) oidc: Oidc,
+    /// Which host has which image, and work on them.
+    pub(crate) images: Images,
+    /// Backups, if there are any.
+    pub(crate) backups: Option<Backups>,
+    /// What wraps the secrets of projects.
+    pub(crate) secrets: SecretsKey,
+    /// Projects whose host has not heard of how they are run now.
+    pub(crate) untold: Mutex<BTreeSet<ProjectId>>,
 }
 
 impl fmt::Debug for Shared {
@@ -74,6 +92,10 @@ pub(crate) async fn on_store<T: Send + 'static>(
     }
 }
 
+/// How long a host may take to note how a project is run.
+const CONFIGURE_LIMIT: Duration = Duration::from_secs(5);
+/// How often a host that is back is told of something, until it answers.
+const UNTOLD_TRIES: u32 = 10;
 /// How long a host that was withdrawn may take to hear of it.
 const LAST_WORDS_LIMIT: Duration = Duration::from_secs(2);
 /// How long a host that refused a command may take over another copy of it.
@@ -138,6 +160,58 @@ impl Shared {
             }
         });
         Ok(target)
+    }
+
+    /// Tells a project's host how it is run now. A host that is away, or just
+    /// coming back, hears of it when it registers, or with the next start.
+    pub(crate) async fn configure_at_host(&self, project: &store::Project) {
+        let (id, epoch, config) = (project.id, project.epoch, project.config.clone());
+        let command = HostCommand::Configure { project: id, epoch, config };
+        let told = match self.command(project.host, &command, CONFIGURE_LIMIT).await {
+            Ok(HostReply::Error(error)) => {
+                tracing::warn!(project = %id, error = %error.message, "the host does not take what was changed");
+                true
+            }
+            Ok(_) => true,
+            Err(_) => {
+                tracing::info!(project = %id, "the host hears of what was changed when it is back");
+                false
+            }
+        };
+        if told {
+            self.untold().remove(&id);
+        } else {
+            self.untold().insert(id);
+        }
+    }
+
+    fn untold(&self) -> MutexGuard<'_, BTreeSet<ProjectId>> {
+        self.untold.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells a host that has just registered what it has missed.
+    pub(crate) fn tell_untold(self: &Arc<Self>, host: HostId) {
+        let untold = self.untold().clone();
+        if untold.is_empty() {
+            return;
+        }
+        let task = self.clone();
+        tokio::spawn(async move {
+            for id in untold {
+                // It may register before it hears commands.
+                for _ in 0..UNTOLD_TRIES {
+                    match task.db(move |store| store.project(id)).await {
+                        Ok(project) if project.host == host => task.configure_at_host(&project).await,
+                        Ok(_) => break,
+                        Err(_) => drop(task.untold().remove(&id)),
+                    }
+                    if !task.untold().contains(&id) {
+                        break;
+                    }
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+            }
+        });
     }
 
     pub(crate) fn lease(&self) -> Duration {

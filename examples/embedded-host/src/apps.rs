@@ -6,7 +6,10 @@ use async_trait::async_trait;
 use cocalc_core::{
     ids::{Epoch, HostId, ProjectId},
     router::{self, Reach, Route, Router},
-    runner::{self, Capabilities, Error, ExecRequest, Process, ProjectSpec, Runner, State, Stats, Status},
+    runner::{
+        self, Applied, Capabilities, Error, ExecRequest, Limits, Process, ProjectSpec, Runner, State, Stats,
+        Status,
+    },
     stream::BoxStream,
 };
 use tokio::{net::TcpStream, sync::broadcast};
@@ -38,6 +41,7 @@ impl Runner for LocalApps {
             isolation: false,
             limits: false,
             weaknesses: vec!["programs share this machine".to_owned()],
+            unenforced: vec![],
         }
     }
 
@@ -80,6 +84,10 @@ impl Runner for LocalApps {
 
     async fn stats(&self, _: ProjectId) -> runner::Result<Stats> {
         Ok(Stats::default())
+    }
+
+    async fn set_limits(&self, project: ProjectId, _: &Limits) -> runner::Result<Applied> {
+        self.not_ours(project)
     }
 
     async fn logs(&self, _: ProjectId, _: usize) -> runner::Result<String> {

@@ -6,6 +6,7 @@
 use std::{
     collections::BTreeMap,
     io::Cursor,
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -14,7 +15,7 @@ use cocalc_core::{
     ids::{ProjectId, SnapshotName, Timestamp, TreePath, VolumeUuid},
     storage::{
         Capabilities, Changes, CloneOptions, Copied, CopyOptions, Error, Footprint, Hold, Holds, Place,
-        Result, SendHeader, SendOptions, SendStream, Snapshot, Storage, Usage, UsageSource, Volume,
+        Result, SendHeader, SendOptions, SendStream, Snapshot, Staged, Storage, Usage, UsageSource, Volume,
         VolumeOptions,
     },
     stream::BoxRead,
@@ -193,6 +194,11 @@ impl Storage for Shelves {
         Ok(snapshots.map(|(snapshot, _)| snapshot.clone()).collect())
     }
 
+    async fn snapshot_path(&self, project: ProjectId, name: &SnapshotName) -> Result<Option<PathBuf>> {
+        let known = self.snapshots(project).await?.iter().any(|snapshot| snapshot.name == *name);
+        if known { Ok(None) } else { Err(Error::NoSnapshot { project, name: name.clone() }) }
+    }
+
     async fn delete_snapshot(&self, project: ProjectId, name: &SnapshotName) -> Result<()> {
         let mut shelves = self.lock();
         self.holds.refuse_held(project, name)?;
@@ -323,6 +329,10 @@ impl Storage for Shelves {
             left_out: Vec::new(),
         };
         Ok(SendStream { header, reader: Hold::during(Box::pin(Cursor::new(stream)), held) })
+    }
+
+    async fn stage(&self, _project: ProjectId, _name: &SnapshotName) -> Result<Box<dyn Staged>> {
+        Err(Error::Unsupported { backend: BACKEND, operation: "take files: it has none" })
     }
 
     async fn receive(&self, header: &SendHeader, stream: BoxRead) -> Result<Snapshot> {

@@ -165,6 +165,7 @@ impl Master {
                     settings: truth.settings,
                     owners: vec![],
                     now: Timestamp::now(),
+                    backups: None,
                 });
             }
             PeerRequest::Sync { position } => {

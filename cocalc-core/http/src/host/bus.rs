@@ -4,6 +4,7 @@ use std::{fmt, future::Future};
 
 use async_trait::async_trait;
 use cocalc_core::{
+    activity::{Source, Use},
     auth::{Denial, Principal},
     ids::{Action, ProjectId},
     stream::BoxStream,
@@ -16,7 +17,7 @@ use crate::{
     body::Body,
     problem::Problem,
     upstream::boxed,
-    websocket::{self, Wish},
+    websocket::{self, Wish, tapped},
 };
 
 /// Serves upgraded WebSocket connections of authorized users.
@@ -70,10 +71,11 @@ impl Inner {
         let response = websocket::accept(&asked.parts);
         let opening = Opening { project, principal, uri: asked.parts.uri, headers: asked.parts.headers };
         let (draining, switch) = (rest.connection.draining, self.limits.connect_timeout);
+        let tap = self.meter(project).map(|meter| meter.tap(Source::Bus, Use::Work));
         rest.connection.tasks.spawn(async move {
             let Ok(Ok(upgraded)) = timeout(switch, upgrade).await else { return };
             tokio::select! {
-                () = bus.serve(boxed(upgraded), opening) => {}
+                () = bus.serve(tapped(boxed(upgraded), tap), opening) => {}
                 _ = revoked(&admission) => {}
                 () = draining.cancelled() => {}
             }

@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use cocalc_core::{
+    activity::{Meter, Source, Tap, Use},
     auth::{Admission, Denial, Principal},
     chain,
     ids::{Action, ProjectId},
@@ -40,6 +41,8 @@ struct Watch<'a> {
     project: ProjectId,
     action: Action,
     admission: Option<Arc<Admission>>,
+    meter: Option<Meter>,
+    kind: Use,
 }
 
 impl Watch<'_> {
@@ -71,9 +74,12 @@ impl Inner {
         let project = asked.place.project;
         let app = App::of(&asked, principal);
         let websocket = asked.wish == Wish::WebSocket;
-        let mut watch = Watch { inner: self, principal, project, action, admission: None };
+        let (meter, kind) = (self.meter(project), use_of(&asked.parts, websocket));
+        let tap = meter.as_ref().map(|meter| meter.tap(Source::Http, kind));
+        tap.iter().for_each(Tap::moved);
+        let mut watch = Watch { inner: self, principal, project, action, admission: None, meter, kind };
         let Rest { body, upgrade, connection } = rest;
-        let mut request = outgoing(asked, body)?;
+        let mut request = outgoing(asked, body.metered(tap))?;
         let upgrade = upgrade.filter(|_| websocket);
 
         if websocket || upstream::is_long(request.body()) {
@@ -127,7 +133,7 @@ impl Inner {
             let upstream = hyper::upgrade::on(&mut response);
             let upstream = async move { Ok(upstream::boxed(upstream.await?)) };
             let ended = async move { drop(revoked(admission).await) };
-            upstream::join(&connection, &self.limits, client, upstream, ended);
+            upstream::join(&connection, &self.limits, client, upstream, ended, watch.meter);
             self.websockets.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             let (mut parts, _) = response.into_parts();
             app.filter(&mut parts.headers);
@@ -144,7 +150,14 @@ impl Inner {
         app.filter(&mut parts.headers);
         // Only what hyper needs to write it is kept.
         parts.extensions.clear();
-        let mut body = Body::incoming(body);
+        tell_of_idle_stop(&mut parts.headers, watch.meter.as_ref());
+        // Events that an app pushes are seen by nobody, perhaps.
+        let pushed = parts.headers.get(header::CONTENT_TYPE).is_some_and(|kind| {
+            kind.as_bytes().get(..17).is_some_and(|kind| kind.eq_ignore_ascii_case(b"text/event-stream"))
+        });
+        let kind = if pushed { Use::Presence } else { watch.kind };
+        let tap = watch.meter.as_ref().map(|meter| meter.tap(Source::Http, kind));
+        let mut body = Body::incoming(body).metered(tap);
         if upstream::is_long(&body) {
             body = body.until(revoked(watch.admit().await?));
         }
@@ -214,26 +227,56 @@ impl Inner {
                 return Err(Problem::unavailable("status_unavailable", "The project's state is unknown.", 5));
             }
         };
+        let meter = self.meter(project);
+        if let Some(meter) = &meter {
+            meter.tap(Source::Http, use_of(&asked.parts, false)).moved();
+        }
         if !running {
             self.wake(project).await?;
         }
+        let stops_in = meter.and_then(|meter| meter.stops_in()).map(|left| left.as_secs());
         let mount = format!("{}{}", asked.view.prefix, asked.place.mount);
         let (kind, text) = if crate::problem::wants_page(&asked.parts.headers) {
             let body = format!(
-                "<p>Project <code>{project}</code> is running.</p>\
+                "<p>Project <code>{project}</code> is running.</p>{warning}\
                  <p>Apps are at <code>{mount}/port/&lt;port&gt;/</code>, or, without the prefix, at \
                  <code>{mount}/proxy/&lt;port&gt;/</code>.</p>",
-                mount = escape(&mount)
+                mount = escape(&mount),
+                warning = stops_in.map_or_else(String::new, |secs| format!(
+                    "<p><strong>It is idle, and will be stopped in {} min unless it is used.</strong></p>",
+                    secs.div_ceil(60)
+                )),
             );
             ("text/html; charset=utf-8", page("Project", "", &body))
         } else {
-            let json = serde_json::json!({ "project": project.to_string(), "state": "running" });
+            let json = serde_json::json!({
+                "project": project.to_string(), "state": "running", "idle_stop_secs": stops_in,
+            });
             ("application/json", json.to_string())
         };
         let mut response = Response::new(Body::from(text));
         headers::set(response.headers_mut(), header::CONTENT_TYPE, kind);
         headers::set(response.headers_mut(), header::CACHE_CONTROL, "no-store");
         Ok(response)
+    }
+}
+
+/// What a request says of its user: a page that is only open reads in the
+/// background, and opens its WebSocket anew when that breaks. Programs that are
+/// no browsers ask because somebody wants them to.
+fn use_of(parts: &http::request::Parts, websocket: bool) -> Use {
+    let is = |name: &str, value: &str| {
+        parts.headers.get(name).is_some_and(|field| field.as_bytes().eq_ignore_ascii_case(value.as_bytes()))
+    };
+    let reads = matches!(parts.method, http::Method::GET | http::Method::HEAD);
+    let by_script = is("sec-fetch-dest", "empty") && !is("sec-fetch-user", "?1");
+    if reads && (by_script || websocket) { Use::Presence } else { Use::Work }
+}
+
+/// Says in how many seconds an idle project is stopped, if its users are warned.
+fn tell_of_idle_stop(fields: &mut http::HeaderMap, meter: Option<&Meter>) {
+    if let Some(left) = meter.and_then(Meter::stops_in) {
+        headers::set(fields, HeaderName::from_static("cocalc-idle-stop"), &left.as_secs().to_string());
     }
 }
 
@@ -303,5 +346,25 @@ fn remove_websocket(fields: &mut http::HeaderMap) {
         ["sec-websocket-key", "sec-websocket-version", "sec-websocket-extensions", "sec-websocket-protocol"]
     {
         fields.remove(HeaderName::from_static(name));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_that_is_only_open_is_told_from_somebody_who_does_something() {
+        let used = |method: &str, fields: &[(&str, &str)]| {
+            let mut request = http::Request::builder().method(method).uri("/");
+            for (name, value) in fields {
+                request = request.header(*name, *value);
+            }
+            use_of(&request.body(()).unwrap().into_parts().0, false)
+        };
+        assert_eq!(used("GET", &[("sec-fetch-dest", "empty"), ("sec-fetch-mode", "cors")]), Use::Presence);
+        assert_eq!(used("GET", &[("sec-fetch-dest", "document"), ("sec-fetch-user", "?1")]), Use::Work);
+        assert_eq!(used("PUT", &[("sec-fetch-dest", "empty")]), Use::Work, "it saves something");
+        assert_eq!(used("GET", &[]), Use::Work, "a program");
     }
 }

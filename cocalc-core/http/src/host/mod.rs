@@ -1,6 +1,7 @@
 //! The ingress of a host: it decides, and reaches the apps.
 
 mod bus;
+mod files;
 mod forward;
 mod moved;
 mod respond;
@@ -22,6 +23,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use cocalc_core::{
     BoxError,
+    activity::{Meter, Meters},
     auth::{Auth, Context, Credential, Decision, Denial, Principal, Tier, Via},
     ids::{Action, HostId, ProjectId, Scope},
     router::{self, Reach, Router},
@@ -39,13 +41,14 @@ use tokio::{
 use tokio_util::sync::DropGuard;
 
 pub use self::bus::{BusEndpoint, Opening};
-use self::view::View;
+use self::{files::Raw, view::View};
 pub(crate) use self::{session::claimed, view::unknown_host};
 use crate::{
     body::Body,
     cookies,
     credential::{self, Shown},
     failures::Failures,
+    files::ProjectFiles,
     headers::check_request,
     limits::Limits,
     path::{Origin, Place, SESSION_PATH, Served, Target, What},
@@ -84,6 +87,8 @@ pub struct HostIngressBuilder {
     wake: Option<Arc<dyn Wake>>,
     endpoints: Option<Arc<dyn Endpoints>>,
     bus: Option<Arc<dyn BusEndpoint>>,
+    meters: Option<Meters>,
+    files: Option<Arc<dyn ProjectFiles>>,
     served: Served,
     https: bool,
     limits: Limits,
@@ -112,6 +117,8 @@ struct Inner {
     wake: Option<Arc<dyn Wake>>,
     endpoints: Option<Arc<dyn Endpoints>>,
     bus: Option<Arc<dyn BusEndpoint>>,
+    meters: Option<Meters>,
+    raw: Option<Raw>,
     served: Served,
     /// What proxies call this host, on connections of their own.
     internal: Served,
@@ -143,6 +150,8 @@ impl HostIngress {
             wake: None,
             endpoints: None,
             bus: None,
+            meters: None,
+            files: None,
             served: Served::new(),
             https: false,
             limits: Limits::default(),
@@ -234,6 +243,19 @@ impl HostIngressBuilder {
         self
     }
 
+    /// Notes who uses which project. Default: nobody does.
+    pub fn meters(mut self, meters: Meters) -> Self {
+        self.meters = Some(meters);
+        self
+    }
+
+    /// Serves raw files of projects, whether these run or not. Default: they
+    /// are not available.
+    pub fn files(mut self, files: Arc<dyn ProjectFiles>) -> Self {
+        self.files = Some(files);
+        self
+    }
+
     /// Bounds. Default: [`Limits::default`].
     pub fn limits(mut self, limits: Limits) -> Self {
         self.limits = limits;
@@ -252,6 +274,8 @@ impl HostIngressBuilder {
             wake: self.wake,
             endpoints: self.endpoints,
             bus: self.bus,
+            meters: self.meters,
+            raw: self.files.map(Raw::new),
             served: self.served,
             internal: view::internal(),
             https: self.https,
@@ -359,7 +383,7 @@ impl Inner {
 
         let web = if asked.wish == Wish::WebSocket { Scope::Ws } else { Scope::Http };
         let action = match asked.place.what {
-            What::Files { .. } => Action::Use(Scope::Files),
+            What::Files { .. } => files::action(&asked.parts.method),
             What::Bus { .. } => Action::Use(Scope::Bus),
             What::Port { port } | What::Proxy { port, .. } => Action::App { scope: web, port },
             _ => Action::Use(web),
@@ -399,13 +423,7 @@ impl Inner {
                 self.forward(asked, rest, &principal, action, port).await?
             }
             What::Bus { .. } => self.bus(asked, rest, principal, action).await?,
-            What::Files { .. } => {
-                return Err(Problem::new(
-                    StatusCode::NOT_FOUND,
-                    "not_available",
-                    "Raw files are not served on this host.",
-                ));
-            }
+            What::Files { rest: path } => self.files(asked, rest, &principal, action, path).await?,
             What::Session => return Err(Problem::not_found()),
         };
         if decision.tier == Tier::Grace {
@@ -413,6 +431,11 @@ impl Inner {
             response.headers_mut().insert("cocalc-tier", grace);
         }
         Ok(response)
+    }
+
+    /// Where the use of a project is noted. For authorized users only.
+    fn meter(&self, project: ProjectId) -> Option<Meter> {
+        self.meters.as_ref().map(|meters| meters.meter(project))
     }
 
     /// Proves who shows a credential for `project`.

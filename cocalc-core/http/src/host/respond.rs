@@ -72,7 +72,7 @@ impl App {
 }
 
 /// Who may show the project in a frame: itself, and whom its token names.
-fn frame_ancestors(embed_origin: Option<&str>) -> HeaderValue {
+pub(super) fn frame_ancestors(embed_origin: Option<&str>) -> HeaderValue {
     let is_origin = |origin: &&str| {
         (origin.starts_with("https://") || origin.starts_with("http://"))
             && origin.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._:/[]".contains(&b))

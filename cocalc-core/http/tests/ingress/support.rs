@@ -2,11 +2,13 @@
 //! apps that do whatever their path says.
 
 use std::{
+    any::Any,
     collections::{BTreeSet, HashMap, HashSet},
     net::{IpAddr, SocketAddr},
+    os::fd::OwnedFd,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -23,8 +25,8 @@ use cocalc_core::{
     wake::{Awake, Wake},
 };
 use cocalc_http::{
-    Body, BusEndpoint, Client, Endpoints, HostIngress, Limits, Opening, ProxyIngress, Served, TokenHost,
-    TokenPrecheck,
+    Body, BusEndpoint, Client, Endpoints, HostIngress, Limits, Opening, ProjectFiles, ProxyIngress, Served,
+    TokenHost, TokenPrecheck,
 };
 use serde_json::json;
 use tokio::{
@@ -43,6 +45,8 @@ pub(crate) struct FakeAuth {
     sessions: Mutex<HashMap<String, Principal>>,
     used: Mutex<HashSet<String>>,
     revoked: watch::Sender<Option<Denial>>,
+    /// Nobody may change files.
+    pub(crate) viewers: AtomicBool,
     pub(crate) tier: Mutex<Tier>,
     /// The host that every token is for, as the proxy's check says.
     pub(crate) only_host: Mutex<Option<TokenHost>>,
@@ -96,6 +100,7 @@ impl FakeAuth {
             sessions: Mutex::default(),
             used: Mutex::default(),
             revoked: watch::Sender::new(None),
+            viewers: AtomicBool::new(false),
             tier: Mutex::new(Tier::Fresh),
             only_host: Mutex::default(),
         })
@@ -124,8 +129,11 @@ impl Auth for FakeAuth {
         }
     }
 
-    async fn authorize(&self, _: &Principal, _: ProjectId, _: Action) -> Decision {
-        let outcome = self.revoked.borrow().clone().map_or(Ok(()), Err);
+    async fn authorize(&self, _: &Principal, _: ProjectId, action: Action) -> Decision {
+        let mut outcome = self.revoked.borrow().clone().map_or(Ok(()), Err);
+        if action == Action::Write && self.viewers.load(Ordering::Relaxed) {
+            outcome = Err(Denial::Forbidden("a viewer".to_owned()));
+        }
         Decision { outcome, staleness: Duration::ZERO, tier: *self.tier.lock().unwrap() }
     }
 
@@ -201,7 +209,7 @@ pub(crate) struct Ports {
 #[async_trait]
 impl Runner for Ports {
     fn capabilities(&self) -> Capabilities {
-        Capabilities { backend: "ports".to_owned(), isolation: false, limits: false, weaknesses: vec![] }
+        Capabilities { backend: "ports".to_owned(), isolation: false, limits: false, weaknesses: vec![], unenforced: vec![] }
     }
 
     async fn prepare(&self, _: &ProjectSpec) -> runner::Result<()> {
@@ -245,6 +253,10 @@ impl Runner for Ports {
 
     async fn stats(&self, _: ProjectId) -> runner::Result<Stats> {
         Ok(Stats::default())
+    }
+
+    async fn set_limits(&self, project: ProjectId, _: &runner::Limits) -> runner::Result<runner::Applied> {
+        Err(runner::Error::NotRunning { project })
     }
 
     async fn logs(&self, _: ProjectId, _: usize) -> runner::Result<String> {
@@ -325,6 +337,27 @@ impl Endpoints for Health {
     }
 }
 
+/// The files of the only project.
+#[derive(Debug)]
+pub(crate) struct Home {
+    pub(crate) dir: tempfile::TempDir,
+    /// Whether they may be changed.
+    pub(crate) thawed: AtomicBool,
+    pub(crate) turn: Arc<tokio::sync::Mutex<()>>,
+}
+
+#[async_trait]
+impl ProjectFiles for Home {
+    async fn root(&self, _: ProjectId) -> std::io::Result<Option<OwnedFd>> {
+        Ok(Some(std::fs::File::open(self.dir.path())?.into()))
+    }
+
+    async fn turn(&self, _: ProjectId) -> Option<Box<dyn Any + Send>> {
+        let turn = self.turn.clone().lock_owned().await;
+        self.thawed.load(Ordering::Relaxed).then(|| Box::new(turn) as _)
+    }
+}
+
 /// One host, one proxy, one project with an app and a WebSocket app.
 pub(crate) struct World {
     pub(crate) project: ProjectId,
@@ -338,6 +371,7 @@ pub(crate) struct World {
     pub(crate) wake: Arc<SlowWake>,
     pub(crate) pipes: Arc<Pipes>,
     pub(crate) ingress: HostIngress,
+    pub(crate) home: Arc<Home>,
     pub(crate) app: App,
     pub(crate) echo: u16,
     stop: tokio_util::sync::CancellationToken,
@@ -371,10 +405,16 @@ impl World {
         let (host_listener, host_address) = listen().await;
         let (proxy_listener, proxy_address) = listen().await;
         let domain = |name: &str, address: SocketAddr| format!("{name}.localhost:{}", address.port());
+        let home = Arc::new(Home {
+            dir: tempfile::tempdir().unwrap(),
+            thawed: AtomicBool::new(true),
+            turn: Arc::default(),
+        });
         let ingress = HostIngress::builder(host, auth.clone(), table.clone(), ports.clone())
             .served(Served::new().domain(&domain("alpha", host_address)).unwrap())
             .wake(wake.clone())
             .bus(Arc::new(Parrot))
+            .files(home.clone())
             .endpoints(Arc::new(Health))
             .limits(limits.clone())
             .build();
@@ -411,6 +451,7 @@ impl World {
             wake,
             pipes,
             ingress,
+            home,
             app,
             echo,
             stop,

@@ -7,6 +7,7 @@
 //! from it, and each of ours that it gets is one end of a pipe.
 
 mod process;
+pub(crate) mod services;
 mod socket;
 
 use std::{io, time::Duration};
@@ -23,9 +24,9 @@ use self::process::AgentProcess;
 pub const HELPER: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/helper"));
 
 /// How long the helper may take to answer.
-const ANSWER_LIMIT: Duration = Duration::from_secs(20);
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// The longest answer.
-const ANSWER_BYTES_MAX: usize = 4096;
+const ANSWER_BYTES_MAX: usize = 64 << 10;
 /// The longest request.
 const REQUEST_BYTES_MAX: usize = 2 << 20;
 

@@ -34,6 +34,7 @@ pub(crate) struct Sockets {
 struct Request {
     namespace: OwnedFd,
     family: AddressFamily,
+    kind: SocketType,
     answer: oneshot::Sender<io::Result<OwnedFd>>,
 }
 
@@ -44,7 +45,8 @@ impl Sockets {
         std::thread::Builder::new().name("netns-sockets".into()).spawn(move || {
             while let Ok(request) = queue.recv() {
                 // A caller that gave up has dropped its end.
-                let _ = request.answer.send(socket_in(&request.namespace, request.family));
+                let socket = socket_in(&request);
+                let _ = request.answer.send(socket);
             }
         })?;
         Ok(Self { requests })
@@ -71,12 +73,26 @@ impl Sockets {
         tokio::time::timeout(limit, attempt).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
     }
 
+    /// A datagram socket in the namespace held at `path`.
+    pub(crate) async fn datagram(&self, path: &Path) -> io::Result<OwnedFd> {
+        self.make(&File::open(path)?, AddressFamily::INET, SocketType::DGRAM).await
+    }
+
+    /// A stream socket in the namespace held at `path`.
+    pub(crate) async fn stream(&self, path: &Path) -> io::Result<OwnedFd> {
+        self.make(&File::open(path)?, AddressFamily::INET, SocketType::STREAM).await
+    }
+
+    async fn make(&self, namespace: &File, family: AddressFamily, kind: SocketType) -> io::Result<OwnedFd> {
+        let (answer, made) = oneshot::channel();
+        let request = Request { namespace: namespace.as_fd().try_clone_to_owned()?, family, kind, answer };
+        self.requests.try_send(request).map_err(|_| io::Error::from(io::ErrorKind::WouldBlock))?;
+        made.await.map_err(io::Error::other)?
+    }
+
     async fn connect_to(&self, namespace: &File, address: IpAddr, port: u16) -> io::Result<TcpStream> {
         let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
-        let (answer, made) = oneshot::channel();
-        let request = Request { namespace: namespace.as_fd().try_clone_to_owned()?, family, answer };
-        self.requests.try_send(request).map_err(|_| io::Error::from(io::ErrorKind::WouldBlock))?;
-        let socket = made.await.map_err(io::Error::other)??;
+        let socket = self.make(namespace, family, SocketType::STREAM).await?;
         let socket = TcpSocket::from_std_stream(std::net::TcpStream::from(socket));
         let stream = socket.connect(SocketAddr::new(address, port)).await?;
         stream.set_nodelay(true)?;
@@ -84,12 +100,7 @@ impl Sockets {
     }
 }
 
-fn socket_in(namespace: &OwnedFd, family: AddressFamily) -> io::Result<OwnedFd> {
+fn socket_in(Request { namespace, family, kind, .. }: &Request) -> io::Result<OwnedFd> {
     rustix::thread::move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
-    Ok(rustix::net::socket_with(
-        family,
-        SocketType::STREAM,
-        SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
-        None,
-    )?)
+    Ok(rustix::net::socket_with(*family, *kind, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)?)
 }

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     fmt, fs,
     io::Write,
-    net::{IpAddr, Ipv4Addr},
+    net::{Ipv4Addr, SocketAddr},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
@@ -13,20 +13,20 @@ use std::{
 use cocalc_core::{
     BoxError,
     ids::{HostId, ImageDigest},
-    runner::{Capabilities, Limits},
+    runner::{Capabilities, LimitKind, Limits},
 };
 use sha2::{Digest, Sha256};
 
 use super::{
     Podman, Shared,
     cli::{CONTAINERS_CONF, Cli, find_program},
-    limits::Machine,
+    limits::{Machine, Unenforceable},
     seccomp,
 };
 use crate::{
     agent::HELPER,
     kernel::IDS_PER_PROJECT,
-    net::{Network, Outbound, Sockets},
+    net::{Fences, Network, RESOLVER, Servers, Sockets},
     probe,
 };
 
@@ -68,11 +68,12 @@ pub struct PodmanBuilder {
     uid_base: u32,
     slots: u32,
     gateway: Ipv4Addr,
-    outbound: Outbound,
-    nameservers: Option<Vec<IpAddr>>,
+    fences: Fences,
+    nameservers: Option<Vec<SocketAddr>>,
     podman: Option<PathBuf>,
     runtime: Option<String>,
     defaults: Option<Limits>,
+    unenforceable: Unenforceable,
 }
 
 impl fmt::Debug for PodmanBuilder {
@@ -94,11 +95,12 @@ impl PodmanBuilder {
             uid_base: UID_BASE,
             slots: SLOTS,
             gateway: Ipv4Addr::new(100, 100, 0, 1),
-            outbound: Outbound::Open { deny: Vec::new() },
+            fences: Fences::default(),
             nameservers: None,
             podman: None,
             runtime: None,
             defaults: None,
+            unenforceable: Unenforceable::default(),
         }
     }
 
@@ -142,16 +144,16 @@ impl PodmanBuilder {
         self
     }
 
-    /// What projects reach outside. Default: all but the host, each other and
-    /// link-local addresses.
-    pub fn outbound(mut self, outbound: Outbound) -> Self {
-        self.outbound = outbound;
+    /// What bounds the networks of all projects. Default: all but the host, each
+    /// other, and link-local and private networks.
+    pub fn fences(mut self, fences: Fences) -> Self {
+        self.fences = fences;
         self
     }
 
-    /// The name servers of projects. Default: the host's, without those on its
-    /// own loopback addresses.
-    pub fn nameservers(mut self, servers: Vec<IpAddr>) -> Self {
+    /// The name servers that are asked for projects. Default: those of the host's
+    /// `/etc/resolv.conf`, as it is at each time.
+    pub fn nameservers(mut self, servers: Vec<SocketAddr>) -> Self {
         self.nameservers = Some(servers);
         self
     }
@@ -174,6 +176,13 @@ impl PodmanBuilder {
     /// 8,192 open files.
     pub fn default_limits(mut self, limits: Limits) -> Self {
         self.defaults = Some(limits);
+        self
+    }
+
+    /// What to do with a project that asks for a limit which this machine can't
+    /// enforce. Default: refuse it.
+    pub fn unenforceable(mut self, what: Unenforceable) -> Self {
+        self.unenforceable = what;
         self
     }
 
@@ -215,11 +224,10 @@ impl PodmanBuilder {
         let dirs = Dirs::create(&state_dir, &runtime_dir).map_err(|error| {
             BuildError::new(format!("make its directories in {}", runtime_dir.display()), error)
         })?;
-        let nameservers = self.nameservers.unwrap_or_else(host_nameservers);
-        dirs.write_shared(&nameservers).map_err(|error| BuildError::new("write its shared files", error))?;
+        dirs.write_shared().map_err(|error| BuildError::new("write its shared files", error))?;
 
         let tag = tag(self.instance);
-        let network = Network::new(tag, self.outbound, self.gateway, self.slots, dirs.networks.clone());
+        let network = Network::new(tag, self.fences, self.gateway, self.slots, dirs.networks.clone());
         let network = tokio::task::spawn_blocking(move || network.open().map(|()| network))
             .await
             .map_err(|error| BuildError::new("set up its network", error))?
@@ -227,8 +235,8 @@ impl PodmanBuilder {
         let sockets = Sockets::start().map_err(|error| BuildError::new("start a thread", error))?;
 
         let cli = Cli { program: podman, runtime, containers_conf: dirs.containers_conf.clone() };
-        let capabilities = capabilities(&cli).await?;
-        let machine = Machine::find();
+        let machine = Machine::find(self.unenforceable);
+        let capabilities = capabilities(&cli, &machine).await?;
         let podman = Podman {
             shared: Arc::new(Shared {
                 instance: self.instance,
@@ -237,6 +245,7 @@ impl PodmanBuilder {
                 images: self.images,
                 network,
                 sockets,
+                servers: Arc::new(Servers::new(self.nameservers)),
                 uid_base: self.uid_base,
                 slots: self.slots,
                 defaults: self.defaults.unwrap_or_else(|| machine.defaults()),
@@ -250,20 +259,22 @@ impl PodmanBuilder {
     }
 }
 
-async fn capabilities(cli: &Cli) -> Result<Capabilities, BuildError> {
+async fn capabilities(cli: &Cli, machine: &Machine) -> Result<Capabilities, BuildError> {
     let version = cli.run(["version", "--format", "{{.Client.Version}}"]).await;
     let version = version.map_err(|error| BuildError::new("ask podman for its version", error))?;
-    let mut weaknesses = Vec::new();
-    if probe::limits_missing() {
-        weaknesses.push(
-            "this kernel has no control groups for memory, cpu and pids: limits are not enforced".into(),
-        );
-    }
+    let unenforced = machine.unenforced().to_vec();
+    let weakness = |kind: &LimitKind| {
+        format!("limits of {kind} are not enforced: {}", probe::unenforced_because(*kind).0)
+    };
     Ok(Capabilities {
         backend: format!("podman {} ({})", version.trim(), probe::runtime_version(&cli.runtime)),
         isolation: true,
-        limits: weaknesses.is_empty(),
-        weaknesses,
+        // What keeps one project from using up the host.
+        limits: ![LimitKind::Memory, LimitKind::Cpu, LimitKind::Pids]
+            .iter()
+            .any(|kind| unenforced.contains(kind)),
+        weaknesses: unenforced.iter().map(weakness).collect(),
+        unenforced,
     })
 }
 
@@ -325,13 +336,12 @@ impl Dirs {
         Ok(dirs)
     }
 
-    fn write_shared(&self, nameservers: &[IpAddr]) -> std::io::Result<()> {
+    fn write_shared(&self) -> std::io::Result<()> {
         // A helper that runs is another file: a new name, then a rename.
         if fs::read(&self.helper).ok().as_deref() != Some(HELPER) {
             write_file(&self.helper, HELPER, 0o555)?;
         }
-        let servers: String = nameservers.iter().map(|server| format!("nameserver {server}\n")).collect();
-        write_file(&self.resolv_conf, servers.as_bytes(), 0o444)?;
+        write_file(&self.resolv_conf, format!("nameserver {RESOLVER}\n").as_bytes(), 0o444)?;
         write_file(&self.seccomp, seccomp::profile().to_string().as_bytes(), 0o444)?;
         write_file(&self.containers_conf, CONTAINERS_CONF.as_bytes(), 0o444)
     }
@@ -345,34 +355,4 @@ pub(super) fn write_file(path: &Path, bytes: &[u8], mode: u32) -> std::io::Resul
     file.set_permissions(fs::Permissions::from_mode(mode))?;
     drop(file);
     fs::rename(draft, path)
-}
-
-/// The host's name servers that are reachable from elsewhere.
-fn host_nameservers() -> Vec<IpAddr> {
-    // Where systemd-resolved serves, its upstream servers are listed here.
-    ["/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"]
-        .iter()
-        .map(|path| nameservers(&fs::read_to_string(path).unwrap_or_default()))
-        .find(|servers| !servers.is_empty())
-        .unwrap_or_default()
-}
-
-fn nameservers(resolv_conf: &str) -> Vec<IpAddr> {
-    resolv_conf
-        .lines()
-        .filter_map(|line| line.strip_prefix("nameserver")?.trim().parse().ok())
-        .filter(|server: &IpAddr| server.is_ipv4() && !server.is_loopback())
-        .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_resolver_on_the_host_itself_is_left_out() {
-        let text =
-            "# comment\nnameserver 127.0.0.53\nnameserver 192.0.2.7\noptions edns0\nnameserver fd00::1\n";
-        assert_eq!(nameservers(text), [IpAddr::from([192, 0, 2, 7])]);
-    }
 }

@@ -9,7 +9,7 @@ use std::{
 
 use cocalc_core::{
     ids::{Epoch, ProjectId},
-    runner::{Error, Limits, ProjectSpec, Result, State, Status},
+    runner::{Error, Limits, NetworkPolicy, ProjectSpec, Result, State, Status},
 };
 use rustix::process::Signal;
 use sha2::{Digest, Sha256};
@@ -18,26 +18,30 @@ use super::{
     BuildError, Podman, Shared, backend, blocking,
     project::{InPhase, Project, Running},
 };
-use crate::mounts;
+use crate::{mounts, net::Resolver};
 
 /// What root in a project may do there: what installing packages and running
 /// services needs, and nothing about the kernel, devices or the network's
 /// configuration.
 const CAPABILITIES: &str = "CHOWN,DAC_OVERRIDE,FOWNER,FSETID,KILL,SETGID,SETUID,SETPCAP,\
     NET_BIND_SERVICE,SYS_CHROOT,SETFCAP,AUDIT_WRITE";
+/// Where secrets are seen inside.
+const SECRETS_INSIDE: &str = "/run/secrets";
 /// Where the helper is seen inside: in `/dev`, so that nothing of it remains in
 /// the project's files.
 const HELPER_INSIDE: &str = "/dev/cocalc-init";
 /// How long the kernel may take to end processes that were killed.
 const KILL_LIMIT: Duration = Duration::from_secs(30);
-/// The largest log of a project, in bytes.
-const LOG_BYTES_MAX: u64 = 1 << 20;
+/// How much of a log is read for its last lines, in bytes.
+const LOG_BYTES_READ: u64 = super::limits::DEFAULT_LOG;
 
 pub(super) const LABEL_INSTANCE: &str = "cocalc.instance";
 const LABEL_PROJECT: &str = "cocalc.project";
 const LABEL_EPOCH: &str = "cocalc.epoch";
 const LABEL_SLOT: &str = "cocalc.slot";
 const LABEL_SPEC: &str = "cocalc.spec";
+/// What the container was made with, for a daemon that finds it.
+const LABEL_LIMITS: &str = "cocalc.limits";
 
 impl Podman {
     /// Finds the containers of this instance that are there already.
@@ -64,14 +68,25 @@ impl Podman {
             let running =
                 Running::find(&container).map_err(|error| BuildError::new("find a process", error))?;
             let entry = shared.entry(project);
-            let mut view = entry.view();
-            view.env = Arc::new(shared.read_env(project));
-            view.epoch = Some(epoch);
-            view.slot = Some(slot);
-            view.made_from = Some(label(LABEL_SPEC).to_owned());
-            view.running = running.map(Arc::new);
-            view.started = container.started;
-            view.reason = container.reason;
+            let runs = running.is_some();
+            {
+                let mut view = entry.view();
+                view.env = Arc::new(shared.read_env(project));
+                view.epoch = Some(epoch);
+                view.slot = Some(slot);
+                view.limits = serde_json::from_str(label(LABEL_LIMITS)).unwrap_or_default();
+                view.made_from = Some(label(LABEL_SPEC).to_owned());
+                view.running = running.map(Arc::new);
+                view.started = container.started;
+                view.reason = container.reason;
+            }
+            if runs {
+                let policy = shared.network.policy(project);
+                if let Err(error) = shared.resolve(&entry, slot, &policy).await {
+                    // It runs all the same; names come back with its next start.
+                    tracing::warn!(%project, error = %cocalc_core::chain(&error), "no names for a project");
+                }
+            }
         }
         Ok(())
     }
@@ -98,6 +113,7 @@ impl Shared {
         check_env(spec)?;
         let limits = self.machine.settle(project, &spec.limits, &self.defaults)?;
         let wanted = fingerprint(spec, &limits);
+        entry.view().limits = limits.clone();
         let (former, former_slot) = {
             let view = entry.view();
             (view.made_from.clone(), view.slot)
@@ -105,7 +121,7 @@ impl Shared {
         if let Some(former_slot) = former_slot.filter(|slot| *slot != spec.slot) {
             self.remove_network(project, Some(former_slot)).await?;
         }
-        self.create_network(project, spec.slot).await?;
+        self.create_network(spec).await?;
         let (dirs, uid) = (self.mounts(project), self.uid(spec.slot));
         blocking("make directories for", project, move || dirs.create(uid)).await?;
         if former.as_deref() == Some(&wanted) {
@@ -142,16 +158,20 @@ impl Shared {
             };
         }
         let phase = InPhase::new(&entry, State::Starting);
+        let mut receipt = Receipt::new();
         self.ready(&entry, &spec).await?;
+        receipt.done("container");
         self.write_env(&spec).map_err(|error| backend("start", project, error))?;
         entry.view().env = Arc::new(spec.env.clone());
+        self.resolve(&entry, spec.slot, &spec.isolation.network).await?;
         self.mount(&spec).await?;
-        let started = match self.launch(&entry, &spec).await {
+        receipt.done("mounts");
+        let started = match self.launch(&entry, &spec, &mut receipt).await {
             Err(error) if error.missing => {
                 // Somebody removed the container behind our back.
                 entry.view().made_from = None;
                 match self.ready(&entry, &spec).await {
-                    Ok(()) => self.launch(&entry, &spec).await.map_err(|error| error.error),
+                    Ok(()) => self.launch(&entry, &spec, &mut receipt).await.map_err(|error| error.error),
                     Err(error) => Err(error),
                 }
             }
@@ -163,11 +183,17 @@ impl Shared {
             self.unmount(project).await?;
             return Err(error);
         }
+        entry.view().phases = receipt.phases;
         drop(phase);
         Ok(entry.status())
     }
 
-    async fn launch(&self, entry: &Project, spec: &ProjectSpec) -> Result<(), Launch> {
+    async fn launch(
+        &self,
+        entry: &Project,
+        spec: &ProjectSpec,
+        receipt: &mut Receipt,
+    ) -> Result<(), Launch> {
         let project = spec.project;
         let failed = |error| Launch { missing: false, error };
         let name = self.container(project);
@@ -181,6 +207,7 @@ impl Shared {
             missing: error.is_missing(),
             error: backend("start", project, error),
         })?;
+        receipt.done("podman start");
         let found =
             self.cli.inspect(&[name]).await.map_err(|error| failed(backend("start", project, error)))?;
         let running = match found.first() {
@@ -192,6 +219,12 @@ impl Shared {
         let (Some(container), Some(running)) = (found.into_iter().next(), running) else {
             return Err(failed(backend("start", project, "its first process ended at once")));
         };
+        // Weights: podman has no option for all of them.
+        let limits = entry.view().limits.clone();
+        for write in running.groups.plan(&limits) {
+            write.apply().map_err(|error| failed(backend("limit", project, error)))?;
+        }
+        receipt.done("podman inspect");
         let mut view = entry.view();
         view.epoch = Some(spec.epoch);
         view.running = Some(Arc::new(running));
@@ -228,6 +261,7 @@ impl Shared {
             }
             entry.view().running = None;
         }
+        entry.view().resolver = None;
         // podman has to notice, and to let go of what it holds. It also ends
         // what this process does not know of.
         if entry.view().made_from.is_some() {
@@ -308,6 +342,7 @@ impl Shared {
         option("label", format!("{LABEL_EPOCH}={}", spec.epoch));
         option("label", format!("{LABEL_SLOT}={}", spec.slot));
         option("label", format!("{LABEL_SPEC}={fingerprint}"));
+        option("label", format!("{LABEL_LIMITS}={}", serde_json::to_string(limits).unwrap_or_default()));
         let map = format!("0:{uid}:{}", crate::kernel::IDS_PER_PROJECT);
         option("uidmap", map.clone());
         option("gidmap", map);
@@ -315,17 +350,24 @@ impl Shared {
         option("cap-add", CAPABILITIES.into());
         option("security-opt", format!("seccomp={}", self.dirs.seccomp.display()));
         // The network namespace is not of the project's user namespace, so `/sys`
-        // is the host's, with the control groups of all containers in it.
-        option("security-opt", "mask=/sys/fs/cgroup".into());
+        // would be the host's: its devices, every project's cable, control group
+        // and quota. What programs look for there is the processors and the pages.
+        option("mount", "type=tmpfs,destination=/sys,tmpfs-size=64k,tmpfs-mode=0555,ro=true".into());
+        for part in ["/sys/devices/system", "/sys/kernel/mm"] {
+            option("mount", format!("type=bind,source={part},destination={part},ro=true"));
+        }
         option("cgroupns", "private".into());
         option("network", format!("ns:{}", self.network.path(project).display()));
         option("hostname", format!("project-{short}"));
         option("volume", format!("{}:{HELPER_INSIDE}:ro", self.dirs.helper.display()));
         option("volume", format!("{}:/home/user", dirs.home().display()));
+        // Memory that is the user's alone: what the master keeps as secrets is
+        // here and nowhere else, neither in the volume nor known to podman.
+        option("tmpfs", format!("{SECRETS_INSIDE}:rw,nosuid,nodev,noexec,size=1m,mode=0700"));
         option("volume", format!("{}:/etc/resolv.conf:ro", self.dirs.resolv_conf.display()));
         option("log-driver", "k8s-file".into());
         option("log-opt", format!("path={}", log.display()));
-        option("log-opt", format!("max-size={LOG_BYTES_MAX}"));
+        option("log-opt", format!("max-size={}", limits.log_bytes.unwrap_or(super::limits::DEFAULT_LOG)));
         option("stop-signal", "TERM".into());
         // Explicit: podman would ask for more than this process may give.
         let hard = |resource| rustix::process::getrlimit(resource).maximum.unwrap_or(1 << 20);
@@ -342,12 +384,22 @@ impl Shared {
         }
         if let Some(bytes) = limits.memory_bytes {
             option("memory", bytes.to_string());
-            if crate::probe::swap_limit() {
-                option("memory-swap", bytes.to_string());
+            if let Some(swap) = limits.swap_bytes {
+                option("memory-swap", bytes.saturating_add(swap).to_string());
             }
         }
         if let Some(millis) = limits.cpu_millis {
             option("cpus", format!("{}.{:03}", millis / 1000, millis % 1000));
+        }
+        if let Some(bytes) = limits.shm_bytes {
+            option("shm-size", bytes.to_string());
+        }
+        if let Some(bytes) = limits.tmp_bytes {
+            let options = "rw,exec,nosuid,nodev,notmpcopyup,mode=1777";
+            option("tmpfs", format!("/tmp:{options},size={bytes}"));
+        }
+        if spec.isolation.strict {
+            option("security-opt", "no-new-privileges".into());
         }
         args.extend(["--no-hosts".into(), "--rootfs".into(), dirs.root().display().to_string()]);
         args.push(HELPER_INSIDE.into());
@@ -402,16 +454,47 @@ impl Shared {
         serde_json::from_slice(&text).unwrap_or_default()
     }
 
-    async fn create_network(&self, project: ProjectId, slot: u32) -> Result<()> {
+    async fn create_network(&self, spec: &ProjectSpec) -> Result<()> {
         // The network outlives the caller only as files; a clone of its
         // settings is cheap.
         let network = self.network.clone();
-        blocking("connect", project, move || network.create(project, slot)).await
+        let (project, slot, policy) = (spec.project, spec.slot, spec.isolation.network.clone());
+        blocking("connect", project, move || network.create(project, slot, &policy)).await
+    }
+
+    /// Starts the resolver of a project, whose network is there.
+    async fn resolve(&self, entry: &Project, slot: u32, policy: &NetworkPolicy) -> Result<()> {
+        // The former one has the address.
+        entry.view().resolver = None;
+        let resolver = Resolver::start(&self.network, &self.sockets, &self.servers, entry.id, slot, policy)
+            .await
+            .map_err(|error| backend("resolve names for", entry.id, error))?;
+        entry.view().resolver = resolver.map(Arc::new);
+        Ok(())
     }
 
     async fn remove_network(&self, project: ProjectId, slot: Option<u32>) -> Result<()> {
         let network = self.network.clone();
         blocking("disconnect", project, move || network.remove(project, slot)).await
+    }
+}
+
+/// What a start has done, and how long each step took, in milliseconds.
+struct Receipt {
+    since: std::time::Instant,
+    phases: Vec<(String, u64)>,
+}
+
+impl Receipt {
+    fn new() -> Self {
+        Self { since: std::time::Instant::now(), phases: Vec::new() }
+    }
+
+    /// A step is done, since the one before.
+    fn done(&mut self, step: &str) {
+        let millis = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.phases.push((step.to_owned(), millis));
+        self.since = std::time::Instant::now();
     }
 }
 
@@ -427,9 +510,9 @@ fn unknown(project: ProjectId) -> Status {
 
 /// What the container is made from: a change makes another one.
 fn fingerprint(spec: &ProjectSpec, limits: &Limits) -> String {
-    let ProjectSpec { project: _, epoch, volume: _, image, slot, limits: _, env: _ } = spec;
+    let ProjectSpec { project: _, epoch, volume: _, image, slot, limits: _, env: _, isolation } = spec;
     // The number in front changes with the arguments of `create_args`.
-    let text = format!("2 {epoch} {image:?} {slot} {limits:?}");
+    let text = format!("4 {epoch} {image:?} {slot} {limits:?} {isolation:?}");
     Sha256::digest(text.as_bytes()).iter().take(16).map(|byte| format!("{byte:02x}")).collect()
 }
 
@@ -451,9 +534,9 @@ pub(super) fn read_log(path: &Path, lines: usize) -> io::Result<String> {
         other => other?,
     };
     let length = file.metadata()?.len();
-    file.seek(io::SeekFrom::Start(length.saturating_sub(LOG_BYTES_MAX)))?;
+    file.seek(io::SeekFrom::Start(length.saturating_sub(LOG_BYTES_READ)))?;
     let mut bytes = Vec::new();
-    file.take(LOG_BYTES_MAX).read_to_end(&mut bytes)?;
+    file.take(LOG_BYTES_READ).read_to_end(&mut bytes)?;
     let text = String::from_utf8_lossy(&bytes);
     let all: Vec<&str> = text.lines().map(|line| line.splitn(4, ' ').nth(3).unwrap_or(line)).collect();
     let last = &all[all.len().saturating_sub(lines)..];

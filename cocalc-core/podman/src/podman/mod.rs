@@ -1,12 +1,15 @@
 //! Projects as podman containers.
 
+mod adjust;
 mod builder;
 mod cleanup;
 mod cli;
+mod fallback;
 mod lifecycle;
 mod limits;
 mod project;
 mod seccomp;
+mod services;
 mod time;
 
 use std::{
@@ -22,7 +25,8 @@ use cocalc_core::{
     BoxError,
     ids::{HostId, ProjectId},
     runner::{
-        Capabilities, Error, ExecRequest, Limits, Process, ProjectSpec, Result, Runner, State, Stats, Status,
+        Applied, Capabilities, Error, ExecRequest, Limits, Process, ProjectSpec, Result, Runner, State,
+        Stats, Status,
     },
     stream::BoxStream,
 };
@@ -30,6 +34,7 @@ use cocalc_core::{
 pub use builder::{BuildError, Images, PodmanBuilder, SLOTS, UID_BASE};
 pub use cleanup::{cleanup_instance, leftovers};
 pub(crate) use cli::find_program;
+pub use limits::Unenforceable;
 pub use time::{ParseTimeError, parse_time};
 
 use self::{
@@ -41,7 +46,7 @@ use self::{
 use crate::{
     agent::{self, AgentError, AgentSocket},
     mounts::ProjectDirs,
-    net::{Network, Sockets},
+    net::{Network, Servers, Sockets},
 };
 
 const BACKEND: &str = "podman";
@@ -68,6 +73,7 @@ pub(crate) struct Shared {
     images: Images,
     network: Network,
     sockets: Sockets,
+    servers: Arc<Servers>,
     uid_base: u32,
     slots: u32,
     defaults: Limits,
@@ -184,6 +190,10 @@ impl Runner for Podman {
         .await
     }
 
+    fn start_phases(&self, project: ProjectId) -> Vec<(String, u64)> {
+        self.shared.known(project).map(|entry| entry.view().phases.clone()).unwrap_or_default()
+    }
+
     async fn stop(&self, project: ProjectId, grace: Duration) -> Result<Status> {
         self.run_to_end(project, "stop", {
             let shared = self.shared.clone();
@@ -214,17 +224,25 @@ impl Runner for Podman {
     }
 
     async fn exec(&self, project: ProjectId, request: ExecRequest) -> Result<Process> {
-        let (entry, _running) = self.shared.running(project)?;
-        let socket = self.shared.socket(project).map_err(|error| backend("reach", project, error))?;
+        let (entry, running) = self.shared.running(project)?;
         let env = entry.env();
-        agent::exec(&socket, &request, env.iter(), "/").await.map_err(|error| match error {
-            AgentError::Refused(reason) => Error::Invalid { project, reason },
-            error if entry.running().is_none() => {
+        if running.helper_fails() {
+            return self.shared.exec_without_helper(project, &running, &request, env.iter());
+        }
+        let socket = self.shared.socket(project).map_err(|error| backend("reach", project, error))?;
+        match agent::exec(&socket, &request, env.iter(), "/").await {
+            Ok(process) => Ok(process),
+            Err(AgentError::Refused(reason)) => Err(Error::Invalid { project, reason }),
+            Err(error) if entry.running().is_none() => {
                 tracing::debug!(%error, %project, "it ended while a process was being started");
-                Error::NotRunning { project }
+                Err(Error::NotRunning { project })
             }
-            error => backend("start a process in", project, error),
-        })
+            Err(error) => {
+                tracing::warn!(%project, error = %cocalc_core::chain(&error), "entering it without its helper");
+                running.helper_failed();
+                self.shared.exec_without_helper(project, &running, &request, env.iter())
+            }
+        }
     }
 
     async fn dial(&self, project: ProjectId, port: u16) -> Result<BoxStream> {
@@ -244,8 +262,23 @@ impl Runner for Podman {
     }
 
     async fn stats(&self, project: ProjectId) -> Result<Stats> {
-        let (_, running) = self.shared.running(project)?;
-        blocking("measure", project, move || Ok::<_, std::io::Error>(running.groups.stats())).await
+        let (entry, running) = self.shared.running(project)?;
+        let slot = entry.view().slot;
+        let network = self.shared.network.clone();
+        blocking("measure", project, move || {
+            let (received_bytes, sent_bytes) =
+                slot.and_then(|slot| network.traffic(slot)).unwrap_or_default();
+            Ok::<_, std::io::Error>(Stats { received_bytes, sent_bytes, ..running.groups.stats() })
+        })
+        .await
+    }
+
+    async fn set_limits(&self, project: ProjectId, limits: &Limits) -> Result<Applied> {
+        self.run_to_end(project, "limit", {
+            let (shared, limits) = (self.shared.clone(), limits.clone());
+            async move { shared.set_limits(project, limits).await }
+        })
+        .await
     }
 
     async fn logs(&self, project: ProjectId, lines: usize) -> Result<String> {

@@ -4,15 +4,19 @@ use std::{
     collections::BTreeMap,
     io,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
 };
 
 use cocalc_core::{
     ids::{Epoch, ProjectId, Timestamp},
-    runner::{State, Status},
+    runner::{Limits, State, Status},
 };
 
 use super::{Phase, cli::Container};
-use crate::{cgroup::Groups, pidfd::PidFd};
+use crate::{cgroup::Groups, net::Resolver, pidfd::PidFd};
+
+/// For how long a helper that has failed is not asked.
+const HELPER_PAUSE: Duration = Duration::from_secs(30);
 
 /// One project. `operation` is held by whoever changes it.
 #[derive(Debug)]
@@ -31,9 +35,15 @@ pub(crate) struct View {
     /// What the container was made from; `None` if there is none.
     pub(crate) made_from: Option<String>,
     pub(crate) env: Arc<BTreeMap<String, String>>,
+    /// What it may use now.
+    pub(crate) limits: Limits,
+    /// Answers its questions for names while it runs.
+    pub(crate) resolver: Option<Arc<Resolver>>,
     pub(crate) running: Option<Arc<Running>>,
     pub(crate) started: Option<Timestamp>,
     pub(crate) reason: Option<String>,
+    /// The receipt of the last start.
+    pub(crate) phases: Vec<(String, u64)>,
 }
 
 impl Project {
@@ -88,11 +98,27 @@ impl Drop for InPhase<'_> {
 /// ended, no other is left in it.
 #[derive(Debug)]
 pub(crate) struct Running {
+    pub(crate) pid: i32,
     pub(crate) process: PidFd,
     pub(crate) groups: Groups,
+    /// The container's id.
+    pub(crate) container: String,
+    /// When the helper last failed, so that nobody waits for it each time.
+    failed: Mutex<Option<Instant>>,
 }
 
 impl Running {
+    /// Whether the helper has failed a moment ago.
+    pub(crate) fn helper_fails(&self) -> bool {
+        let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        failed.is_some_and(|at| at.elapsed() < HELPER_PAUSE)
+    }
+
+    /// The helper has failed now.
+    pub(crate) fn helper_failed(&self) {
+        *self.failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    }
+
     /// The first process of a container, or `None` if it is not there any more.
     pub(crate) fn find(container: &Container) -> io::Result<Option<Self>> {
         if !container.running {
@@ -101,9 +127,13 @@ impl Running {
         let Some(process) = PidFd::open(container.pid)? else { return Ok(None) };
         // Asked after the descriptor was opened: if the number means another
         // process by now, that one is not in the container's control group.
-        match Groups::of(container.pid) {
-            Ok(groups) if groups.names(&container.id) => Ok(Some(Self { process, groups })),
-            _ => Ok(None),
-        }
+        let groups = Groups::of(container.pid).ok().and_then(|groups| groups.of_container(&container.id));
+        Ok(groups.map(|groups| Self {
+            pid: container.pid,
+            process,
+            groups,
+            container: container.id.clone(),
+            failed: Mutex::default(),
+        }))
     }
 }

@@ -1,10 +1,15 @@
-//! Projects as processes of the user who runs the daemon: no container, no
-//! isolation.
+//! Projects as processes of the user who runs the daemon: no container, and what
+//! the kernel has for keeping such processes apart.
 
+mod confine;
+mod services;
 mod tree;
+
+pub(crate) use confine::available as landlock;
 
 use std::{
     collections::BTreeMap,
+    ffi::OsString,
     fs,
     io::{self, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
@@ -18,7 +23,10 @@ use async_trait::async_trait;
 use cocalc_core::{
     BoxError,
     ids::{Epoch, ProjectId, Timestamp},
-    runner::{Capabilities, Error, ExecRequest, Process, ProjectSpec, Result, Runner, State, Stats, Status},
+    runner::{
+        Applied, Capabilities, Error, ExecRequest, LimitKind, Limits, Process, ProjectSpec, Result, Runner,
+        State, Stats, Status,
+    },
     stream::BoxStream,
 };
 use rustix::process::Signal;
@@ -26,8 +34,9 @@ use serde::{Deserialize, Serialize};
 use tokio::net::TcpStream;
 
 use crate::{
+    Unenforceable,
     agent::{self, AgentError, AgentSocket, HELPER},
-    mounts,
+    kernel, mounts,
     pidfd::PidFd,
 };
 
@@ -42,10 +51,13 @@ const MARK: &str = "COCALC_SUPERVISOR";
 /// Runs projects as ordinary processes of this user, each project below a
 /// supervisor of its own, for developing where containers can't be had.
 ///
-/// It isolates nothing: a project's processes can do what this user can, and no
-/// limit is enforced. What it does keep is the rest of the contract: one
-/// instance, a true status, processes that end with their project, and ports
-/// that are only dialed if a process of the project listens there.
+/// Where the kernel has Landlock, a project writes its own home alone, reads the
+/// system's directories, and reaches neither the processes of others nor those of
+/// the host; it never has capabilities. It is still this user, on this machine's
+/// network, and of the limits only that of open files is enforced. The rest of
+/// the contract it keeps: one instance, a true status, processes that end with
+/// their project, and ports that are only dialed if a process of the project
+/// listens there.
 #[derive(Clone, Debug)]
 pub struct ProcessRunner {
     shared: Arc<Shared>,
@@ -55,6 +67,8 @@ pub struct ProcessRunner {
 struct Shared {
     state_dir: PathBuf,
     helper: PathBuf,
+    unenforceable: Unenforceable,
+    landlock: bool,
     projects: Mutex<BTreeMap<ProjectId, Arc<Project>>>,
 }
 
@@ -96,12 +110,13 @@ struct Supervisor {
 
 impl ProcessRunner {
     /// Opens a runner that keeps its records in `state_dir`, and finds the
-    /// projects that are running already.
+    /// projects that are running already. `unenforceable` says what to do with
+    /// a project that asks for limits: all but that of open files can't be kept.
     ///
     /// # Errors
     ///
     /// A directory that can't be made or written.
-    pub async fn open(state_dir: impl Into<PathBuf>) -> io::Result<Self> {
+    pub async fn open(state_dir: impl Into<PathBuf>, unenforceable: Unenforceable) -> io::Result<Self> {
         let state_dir = std::path::absolute(state_dir.into())?;
         for dir in ["", "sockets", "projects", "logs"] {
             fs::DirBuilder::new().recursive(true).mode(0o700).create(state_dir.join(dir))?;
@@ -123,7 +138,9 @@ impl ProcessRunner {
             let view = View { record: Some(record), supervisor, ..View::default() };
             projects.insert(project, Arc::new(Project { view: Mutex::new(view), ..Project::default() }));
         }
-        Ok(Self { shared: Arc::new(Shared { state_dir, helper, projects: Mutex::new(projects) }) })
+        let projects = Mutex::new(projects);
+        let landlock = confine::available();
+        Ok(Self { shared: Arc::new(Shared { state_dir, helper, unenforceable, landlock, projects }) })
     }
 
     /// Ends every project of this runner, also those that a killed daemon left;
@@ -208,6 +225,14 @@ impl Shared {
         Ok((entry, supervisor))
     }
 
+    /// The home and the environment of a project's processes.
+    fn surroundings(&self, project: ProjectId) -> Result<(String, BTreeMap<String, String>)> {
+        let entry = self.known(project).ok_or(Error::NotRunning { project })?;
+        let view = entry.view();
+        let record = view.record.as_ref().ok_or(Error::NotRunning { project })?;
+        Ok((record.home.to_string_lossy().into_owned(), record.env.clone()))
+    }
+
     fn socket(&self, project: ProjectId) -> io::Result<AgentSocket> {
         AgentSocket::new(&self.state_dir.join("sockets"), format!("{project}.sock"))
     }
@@ -226,6 +251,7 @@ impl Shared {
 
     async fn start(&self, spec: ProjectSpec) -> Result<Status> {
         let project = spec.project;
+        self.check_limits(project, &spec.limits)?;
         let entry = self.projects().entry(project).or_default().clone();
         let _operation = entry.operation.lock().await;
         if entry.running().is_some() {
@@ -241,6 +267,21 @@ impl Shared {
         entry.phase(None);
         launched.map_err(|error| backend("start", project, error))?;
         Ok(entry.status(project))
+    }
+
+    /// Refuses limits that can't be kept, unless told otherwise.
+    fn check_limits(&self, project: ProjectId, limits: &Limits) -> Result<()> {
+        let lacking = limits.asked().find(|kind| *kind != LimitKind::Nofile);
+        match lacking {
+            Some(kind) if self.unenforceable == Unenforceable::Refuse => {
+                let reason = format!(
+                    "plain processes have no limit of {kind}; leave it out, or let the host accept it \
+                     (unenforceable_limits)"
+                );
+                Err(Error::Invalid { project, reason })
+            }
+            _ => Ok(()),
+        }
     }
 
     async fn launch(&self, entry: &Project, spec: &ProjectSpec) -> io::Result<()> {
@@ -267,6 +308,13 @@ impl Shared {
             .stdin(Stdio::from(listener))
             .stdout(log.try_clone()?)
             .stderr(log);
+        // What is beside the volume are those of others.
+        let volume = std::path::absolute(&spec.volume)?;
+        let mut private = vec![self.state_dir.clone()];
+        private.extend(volume.parent().map(Path::to_owned));
+        let confinement = confine::Confinement::new(&home, &private, &self.helper)?;
+        let path = std::env::var_os("PATH").map(|path| confinement.search_path(&path));
+        kernel::confine(command.as_std_mut(), confinement.ruleset, spec.limits.nofile);
         let child = command.spawn()?;
         drop(command);
         let pid = child.id().map_or(0, u32::cast_signed);
@@ -274,8 +322,15 @@ impl Shared {
         let ticks = tree::start_ticks(pid).ok_or(io::ErrorKind::NotFound)?;
         let mut env = spec.env.clone();
         env.insert(MARK.into(), self.mark(project));
-        for name in ["PATH", "USER", "LOGNAME"] {
-            if let Ok(value) = std::env::var(name) {
+        if !confinement.temporary {
+            let temporary = home.join(".cache/tmp");
+            fs::create_dir_all(&temporary)?;
+            env.entry("TMPDIR".into()).or_insert_with(|| temporary.display().to_string());
+        }
+        let inherited =
+            [("PATH", path), ("USER", std::env::var_os("USER")), ("LOGNAME", std::env::var_os("LOGNAME"))];
+        for (name, value) in inherited {
+            if let Some(Ok(value)) = value.map(OsString::into_string) {
                 env.entry(name.into()).or_insert(value);
             }
         }
@@ -356,17 +411,25 @@ impl Shared {
 #[async_trait]
 impl Runner for ProcessRunner {
     fn capabilities(&self) -> Capabilities {
+        let mut weaknesses = Vec::new();
+        let mut weak = |what: &str| weaknesses.push(what.to_owned());
+        if self.shared.landlock {
+            weak("projects are this host's user: they read what that user can in the system's directories");
+        } else {
+            weak(
+                "no isolation, for the kernel has no Landlock: a project can do whatever this host's user can",
+            );
+        }
+        weak("no limits on memory, processor or processes");
+        weak("no image and no root: packages can't be installed, only the home moves");
+        weak("all projects share the machine's network and ports, whatever their policy says");
+        weak("a process that leaves its supervisor and clears its environment outlives a stop");
         Capabilities {
             backend: BACKEND.into(),
             isolation: false,
             limits: false,
-            weaknesses: vec![
-                "no isolation: a project can do whatever the user who runs this host can".into(),
-                "no limits on memory, processor, processes or open files".into(),
-                "no image and no root: packages can't be installed, only the home moves".into(),
-                "all projects share the machine's ports".into(),
-                "a process that leaves its supervisor and clears its environment outlives a stop".into(),
-            ],
+            weaknesses,
+            unenforced: LimitKind::ALL.into_iter().filter(|kind| *kind != LimitKind::Nofile).collect(),
         }
     }
 
@@ -404,11 +467,7 @@ impl Runner for ProcessRunner {
             let reason = "this runner has no other users than its own".into();
             return Err(Error::Invalid { project, reason });
         }
-        let (home, env) = {
-            let view = entry.view();
-            let record = view.record.as_ref().ok_or(Error::NotRunning { project })?;
-            (record.home.to_string_lossy().into_owned(), record.env.clone())
-        };
+        let (home, env) = self.shared.surroundings(project)?;
         let socket = self.shared.socket(project).map_err(|error| backend("reach", project, error))?;
         agent::exec(&socket, &request, env.iter(), &home).await.map_err(|error| match error {
             AgentError::Refused(reason) => Error::Invalid { project, reason },
@@ -452,6 +511,14 @@ impl Runner for ProcessRunner {
         let (_, supervisor) = self.shared.running(project)?;
         let pid = supervisor.pid;
         blocking(move || Ok(tree::stats(pid))).await.map_err(|error| backend("measure", project, error))
+    }
+
+    async fn set_limits(&self, project: ProjectId, limits: &Limits) -> Result<Applied> {
+        self.shared.running(project)?;
+        self.shared.check_limits(project, limits)?;
+        // A process's limit of open files can't be raised again by everybody.
+        let later = limits.nofile.map(|_| LimitKind::Nofile).into_iter().collect();
+        Ok(Applied { limits: limits.clone(), later })
     }
 
     async fn logs(&self, project: ProjectId, lines: usize) -> Result<String> {

@@ -67,6 +67,7 @@ pub(super) fn stats(root: i32) -> Stats {
         memory_bytes: sum.memory_bytes + seen.pages * page,
         cpu_micros: sum.cpu_micros + seen.ticks * MICROS_PER_TICK,
         pids: sum.pids + 1,
+        ..sum
     })
 }
 

@@ -13,7 +13,7 @@ use std::{
 
 use cocalc_core::{
     ids::{Epoch, HostId, ImageDigest, ProjectId},
-    runner::{self, ExecRequest, Exit, Limits, ProjectSpec, Runner},
+    runner::{self, ExecRequest, Exit, Isolation, Limits, ProjectSpec, Runner},
 };
 use cocalc_podman::{Podman, PodmanBuilder, cleanup_instance, image, probe};
 use tokio::io::AsyncReadExt;
@@ -61,18 +61,54 @@ fn make_volume() -> Volume {
     must(Command::new("mkfs.btrfs").arg("-q").arg(&file));
     must(Command::new("mount").args(["-o", "loop,nosuid,nodev"]).arg(&file).arg(&root));
     let volume = Volume { root, _dir: dir };
-    let cache = std::env::var_os("COCALC_IMAGE_CACHE")
-        .map_or_else(|| std::env::temp_dir().join("cocalc-images"), PathBuf::from);
-    let tar = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap()
-        .block_on(image::build_tar(&cache, |step| eprintln!("image: {step}")))
-        .unwrap();
+    let tar = image_tar();
     let image = volume.root.join("image");
     must(Command::new("btrfs").args(["subvolume", "create"]).arg(&image));
     must(Command::new("tar").arg("-C").arg(&image).args(["--xattrs", "--numeric-owner", "-xpf"]).arg(&tar));
     volume
+}
+
+/// The standard image, built if it is not in the cache. Blocks.
+pub fn image_tar() -> PathBuf {
+    let cache = std::env::var_os("COCALC_IMAGE_CACHE")
+        .map_or_else(|| std::env::temp_dir().join("cocalc-images"), PathBuf::from);
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap()
+        .block_on(image::build_tar(&cache, |step| eprintln!("image: {step}")))
+        .unwrap()
+}
+
+/// Runs a line in a project of any runner, which must succeed.
+pub async fn run_in(podman: &Podman, project: ProjectId, user: Option<&str>, line: &str) -> String {
+    let (exit, text) = exit_in(podman, project, user, line).await;
+    assert_eq!(exit, Exit::Code(0), "{line:?}: {text}");
+    text
+}
+
+/// Runs a line: how it ended and what it printed, errors behind.
+async fn exit_in(podman: &Podman, project: ProjectId, user: Option<&str>, line: &str) -> (Exit, String) {
+    let request = ExecRequest {
+        command: runner::Command::Line(line.into()),
+        user: user.map(str::to_owned),
+        ..ExecRequest::default()
+    };
+    let mut process = podman.exec(project, request).await.unwrap();
+    drop(process.stdin);
+    let (mut out, mut err) = (Vec::new(), Vec::new());
+    let mut stderr = process.stderr.take().unwrap();
+    let all = async {
+        let (a, b) = tokio::join!(process.stdout.read_to_end(&mut out), stderr.read_to_end(&mut err));
+        a.unwrap();
+        b.unwrap();
+        process.handle.wait().await.unwrap()
+    };
+    let exit = tokio::time::timeout(Duration::from_secs(120), all)
+        .await
+        .unwrap_or_else(|_| panic!("{line:?} did not end"));
+    out.extend(err);
+    (exit, String::from_utf8_lossy(&out).into_owned())
 }
 
 /// One runner, and the projects made for it.
@@ -84,11 +120,19 @@ pub struct World {
     pub volume: Arc<Volume>,
 }
 
-/// Numbers runners of this process, so that their ranges differ.
+/// A number that no other runner of tests on this machine has, so that their ranges
+/// differ; away from those of hosts that really run here.
 fn next_index() -> u16 {
-    static NEXT: std::sync::atomic::AtomicU16 = std::sync::atomic::AtomicU16::new(0);
-    // Away from the ranges of hosts that really run on this machine.
-    20 + NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed)
+    for index in (20..56).rev() {
+        let path = std::env::temp_dir().join(format!("cocalc-test-index-{index}"));
+        let file = std::fs::File::create(path).unwrap();
+        if rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_ok() {
+            // Held to the end of this process.
+            std::mem::forget(file);
+            return index;
+        }
+    }
+    panic!("too many runners of tests at a time");
 }
 
 pub fn builder(instance: HostId, state: &Path, index: u16, volume: &Volume) -> PodmanBuilder {
@@ -118,6 +162,7 @@ impl World {
             slot,
             limits: Limits::default(),
             env: [("FROM_SPEC".to_owned(), "yes".to_owned())].into(),
+            isolation: Isolation::default(),
         }
     }
 
@@ -129,26 +174,32 @@ impl World {
 
     /// Runs a line as `user`: how it ended and what it printed, errors behind.
     pub async fn run_as(&self, project: ProjectId, user: Option<&str>, line: &str) -> (Exit, String) {
-        let request = ExecRequest {
-            command: runner::Command::Line(line.into()),
-            user: user.map(str::to_owned),
-            ..ExecRequest::default()
+        exit_in(&self.podman, project, user, line).await
+    }
+
+    /// The host's number of a project's first process.
+    pub fn first_process(&self, project: ProjectId) -> String {
+        let container = format!("cocalc-{}-{project}", self.instance);
+        let mut podman = Command::new("podman");
+        must(podman.args(["inspect", "--format", "{{.State.Pid}}", &container])).trim().to_owned()
+    }
+
+    /// A file of a project's control group, by its name in either version.
+    pub fn group_file(&self, project: ProjectId, v1: &str, v2: &str) -> String {
+        let pid = self.first_process(project);
+        let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+        let (controller, name) = v1.split_once('/').unwrap();
+        let find = |key: &str| groups.lines().find_map(|line| line.split_once(':')?.1.strip_prefix(key));
+        let path = match find(&format!("{controller}:")) {
+            Some(group) => format!("/sys/fs/cgroup/{controller}{group}/{name}"),
+            None => format!("/sys/fs/cgroup{}/{v2}", find(":").unwrap()),
         };
-        let mut process = self.podman.exec(project, request).await.unwrap();
-        drop(process.stdin);
-        let (mut out, mut err) = (Vec::new(), Vec::new());
-        let mut stderr = process.stderr.take().unwrap();
-        let all = async {
-            let (a, b) = tokio::join!(process.stdout.read_to_end(&mut out), stderr.read_to_end(&mut err));
-            a.unwrap();
-            b.unwrap();
-            process.handle.wait().await.unwrap()
-        };
-        let exit = tokio::time::timeout(Duration::from_secs(120), all)
-            .await
-            .unwrap_or_else(|_| panic!("{line:?} did not end"));
-        out.extend(err);
-        (exit, String::from_utf8_lossy(&out).into_owned())
+        std::fs::read_to_string(path).unwrap()
+    }
+
+    /// A limit of a project's control group.
+    pub fn limit(&self, project: ProjectId, v1: &str, v2: &str) -> u64 {
+        self.group_file(project, v1, v2).trim().parse().unwrap()
     }
 
     /// Runs a line as the ordinary user, which must succeed.

@@ -8,6 +8,7 @@
 mod access;
 mod account;
 mod audit;
+mod backup;
 mod idempotency;
 mod login;
 mod member;
@@ -16,6 +17,7 @@ mod operation;
 mod peer;
 mod project;
 mod receipt;
+mod secret;
 mod ssh_key;
 mod token;
 
@@ -28,14 +30,16 @@ pub use self::{
     access::ProjectAccess,
     account::Account,
     audit::{AUDIT_DAYS_MAX, AuditHead, AuditHeads},
+    backup::{BackupKey, BackupRepository, Tending},
     idempotency::Remembered,
     login::Identity,
     member::Member,
     moves::{MoveChange, MoveRow, MoveSaved, NewMove},
-    operation::{Ended, Event, Job, Operation, OperationState, Outcome},
+    operation::{Ended, Event, Job, Operation, OperationState, Outcome, RestoreTo},
     peer::{Host, Joining, Proxy, Registration},
     project::{NewProject, Project, ProjectState},
     receipt::{Settled, StoredHolder, StoredReceipt},
+    secret::StoredSecret,
     ssh_key::StoredSshKey,
     token::{ApiToken, Bearer, JoinKind, KeyLimits, Verb},
 };
@@ -50,6 +54,8 @@ const MIGRATIONS: &[&str] = &[
     include_str!("schema_access.sql"),
     include_str!("schema_audit.sql"),
     include_str!("schema_ssh.sql"),
+    include_str!("schema_backups.sql"),
+    include_str!("schema_secrets.sql"),
 ];
 
 /// The master's database.

@@ -1,7 +1,7 @@
 //! Long-running operations, each of which is the fence of its project.
 
 use cocalc_core::{control::ProjectReport, storage::Place};
-use cocalc_ids::{AccountId, HostId, OperationId, ProjectId, SnapshotName, Timestamp, TreePath};
+use cocalc_ids::{AccountId, HostId, ImageDigest, OperationId, ProjectId, SnapshotName, Timestamp, TreePath};
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -70,10 +70,74 @@ pub enum Job {
         /// Of which snapshot; of its present state if `None`.
         name: Option<SnapshotName>,
     },
+    /// Restores one of its backups.
+    RestoreBackup {
+        /// Which.
+        backup: String,
+        /// To where.
+        to: RestoreTo,
+    },
+    /// Makes the project on its host, from a backup of another one.
+    FromBackup {
+        /// Of which project.
+        source: ProjectId,
+        /// Which.
+        backup: String,
+    },
+    /// Gives it another image.
+    SetImage {
+        /// Which.
+        image: ImageDigest,
+        /// Whether it is stopped and started for that if it runs.
+        restart: bool,
+    },
     /// Moves it to another host.
     Move {
         /// Where to.
         to: HostId,
+    },
+    /// Backs it up.
+    BackUp,
+    /// Takes backups off the list.
+    ForgetBackups {
+        /// Which.
+        backups: Vec<String>,
+    },
+    /// Forgets the backups that the policy does not keep, and deletes what
+    /// nothing needs any more.
+    PruneBackups,
+    /// Looks for damage in its repository.
+    CheckBackups {
+        /// Whether all data are read.
+        read_data: bool,
+    },
+    /// Deletes all of its backups.
+    EraseBackups,
+    /// Tries out whether its newest backup can be restored.
+    DrillBackup,
+}
+
+/// To where a backup is restored.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(tag = "to", rename_all = "snake_case")]
+pub enum RestoreTo {
+    /// In the place of all that is there.
+    InPlace {
+        /// Under which name the present state is kept.
+        former: SnapshotName,
+        /// Whether the project is started again.
+        start: bool,
+    },
+    /// One path.
+    Path {
+        /// Which, in the backup.
+        path: TreePath,
+        /// To where, in the project.
+        target: TreePath,
+        /// Whether what is there is replaced.
+        replace: bool,
+        /// Under which name the present state is kept.
+        former: SnapshotName,
     },
 }
 
@@ -91,14 +155,23 @@ impl Job {
             Self::RestorePath { .. } => "restore_path",
             Self::Copy { .. } => "copy",
             Self::Clone { .. } => "clone",
+            Self::RestoreBackup { .. } => "restore_backup",
+            Self::FromBackup { .. } => "create_from_backup",
+            Self::SetImage { .. } => "set_image",
             Self::Move { .. } => "move",
+            Self::BackUp => "back_up",
+            Self::ForgetBackups { .. } => "forget_backups",
+            Self::PruneBackups => "prune_backups",
+            Self::CheckBackups { .. } => "check_backups",
+            Self::EraseBackups => "erase_backups",
+            Self::DrillBackup => "drill_backup",
         }
     }
 
     /// The state that a project has while this goes on; `None`: it keeps its own.
     fn meanwhile(&self) -> Option<ProjectState> {
         match self {
-            Self::Create | Self::Clone { .. } => Some(ProjectState::Creating),
+            Self::Create | Self::Clone { .. } | Self::FromBackup { .. } => Some(ProjectState::Creating),
             Self::Start => Some(ProjectState::Starting),
             Self::Stop { .. } | Self::Delete => Some(ProjectState::Stopping),
             Self::Move { .. } => Some(ProjectState::Moving),
@@ -106,13 +179,44 @@ impl Job {
             | Self::DeleteSnapshot { .. }
             | Self::RestoreSnapshot { .. }
             | Self::RestorePath { .. }
-            | Self::Copy { .. } => None,
+            | Self::Copy { .. }
+            | Self::RestoreBackup { .. }
+            | Self::SetImage { .. }
+            | Self::BackUp
+            | Self::ForgetBackups { .. }
+            | Self::PruneBackups
+            | Self::CheckBackups { .. }
+            | Self::EraseBackups
+            | Self::DrillBackup => None,
         }
+    }
+
+    /// Whether it goes on beside whatever else is done to the project, which it
+    /// does not fence: work on its backups.
+    pub fn is_beside(&self) -> bool {
+        matches!(
+            self,
+            Self::BackUp
+                | Self::ForgetBackups { .. }
+                | Self::PruneBackups
+                | Self::CheckBackups { .. }
+                | Self::EraseBackups
+                | Self::DrillBackup
+        )
+    }
+
+    /// Whether two operations beside must not go on at once.
+    fn excludes(&self, other: &Self) -> bool {
+        // While a repository is erased nobody else may work on it.
+        let erases = |job: &Self| *job == Self::EraseBackups;
+        self.is_beside()
+            && other.is_beside()
+            && (self.kind() == other.kind() || erases(self) || erases(other))
     }
 
     /// Whether it brings the project into being.
     pub fn creates(&self) -> bool {
-        matches!(self, Self::Create | Self::Clone { .. })
+        matches!(self, Self::Create | Self::Clone { .. } | Self::FromBackup { .. })
     }
 
     /// Whether it is about the project's files only, and leaves the project's
@@ -306,6 +410,38 @@ pub(super) fn begin(
     find(db, id)
 }
 
+/// Begins an operation that fences nothing.
+fn begin_beside(
+    db: &Transaction<'_>,
+    id: OperationId,
+    project: ProjectId,
+    account: AccountId,
+    job: &Job,
+    now: Timestamp,
+) -> Result<Operation, Fault<Error>> {
+    match find(db, id) {
+        // A repeated call finds what it began.
+        Ok(known) => return Ok(known),
+        Err(Fault::Refused(Error::NotFound { .. })) => {}
+        Err(fault) => return Err(fault),
+    }
+    let known: bool =
+        db.query_row("SELECT EXISTS (SELECT 1 FROM projects WHERE id = ?1)", [project.to_string()], |row| {
+            row.get(0)
+        })?;
+    if !known {
+        return Err(Fault::Refused(Error::NotFound { what: "project" }));
+    }
+    let sql = format!("SELECT {COLUMNS} FROM operations WHERE project = ?1 AND state = 'running'");
+    let running: Vec<Operation> =
+        db.prepare_cached(&sql)?.query_map([project.to_string()], read)?.collect::<Result<_, _>>()?;
+    if let Some(other) = running.iter().find(|other| other.job.excludes(job)) {
+        return Err(Fault::Refused(Error::Busy { operation: other.id }));
+    }
+    insert(db, id, project, account, job, now)?;
+    find(db, id)
+}
+
 /// How many events of an operation are all kept.
 const EVENTS_KEPT: u64 = 200;
 
@@ -350,6 +486,26 @@ impl Store {
         now: Timestamp,
     ) -> Result<Operation> {
         self.database.write("begin an operation", |db| begin(db, id, project, account, job, allowed, now))
+    }
+
+    /// Begins an operation beside others ([`Job::is_beside`]), also on a project
+    /// that is deleted: it fences nothing, and the project's state stays as it
+    /// is.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotFound`]; [`Error::Busy`] with one that it cannot go on
+    /// beside; or the database failed.
+    pub fn begin_beside(
+        &self,
+        id: OperationId,
+        project: ProjectId,
+        account: AccountId,
+        job: &Job,
+        now: Timestamp,
+    ) -> Result<Operation> {
+        self.database
+            .write("begin an operation beside others", |db| begin_beside(db, id, project, account, job, now))
     }
 
     /// The operation.

@@ -1,7 +1,7 @@
 //! Hosts and proxies.
 
 use cocalc_core::{control::Capabilities, router::HostAddress};
-use cocalc_ids::{HostId, HostName, ProxyId, SessionId, Timestamp};
+use cocalc_ids::{HostId, HostName, ImageDigest, ProxyId, SessionId, Timestamp};
 use rusqlite::{OptionalExtension, Row, Transaction, params};
 
 use super::{Error, JoinKind, Result, Store};
@@ -242,6 +242,23 @@ impl Store {
                 "UPDATE peers SET capabilities = json_set(capabilities, '$.free_bytes', ?2)
                  WHERE id = ?1 AND kind = 'host' AND capabilities IS NOT NULL",
                 params![id.to_string(), free],
+            )?;
+            Ok(())
+        })
+    }
+
+    /// A host has these images now, the default first. Harmless before it has
+    /// registered.
+    ///
+    /// # Errors
+    ///
+    /// The database failed.
+    pub fn set_images(&self, id: HostId, images: Vec<ImageDigest>) -> Result<()> {
+        self.database.write("note a host's images", |db| {
+            db.execute(
+                "UPDATE peers SET capabilities = json_set(capabilities, '$.images', json(?2))
+                 WHERE id = ?1 AND kind = 'host' AND capabilities IS NOT NULL",
+                params![id.to_string(), serde_json::to_string(&images)?],
             )?;
             Ok(())
         })

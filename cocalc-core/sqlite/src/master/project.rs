@@ -3,6 +3,7 @@
 use std::{fmt, str::FromStr};
 
 use cocalc_core::{
+    backups::Status,
     control::{ProjectConfig, ProjectReport},
     runner::State,
 };
@@ -55,6 +56,8 @@ pub struct Project {
     pub created: Timestamp,
     /// Whether its host ever made it.
     pub made: bool,
+    /// How it stands with its backups, as its host said last.
+    pub backup: Option<Status>,
 }
 
 /// The state of a project, as the API shows it.
@@ -159,7 +162,7 @@ pub struct NewProject<'a> {
 
 const COLUMNS: &str = "p.id, p.name, p.owner, p.config, p.host, p.epoch, p.state, p.reason, p.phases,
     p.started, p.fence, p.acl_version, p.grace_ms, p.proxy_ssh, p.created, p.made, p.viewable_ports,
-    p.authorized_keys";
+    p.authorized_keys, p.backup";
 
 fn read(row: &Row<'_>) -> rusqlite::Result<Project> {
     Ok(Project {
@@ -181,6 +184,10 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Project> {
         made: row.get(15)?,
         viewable_ports: json(row, 16)?,
         authorized_keys: row.get(17)?,
+        backup: match row.get_ref(18)? {
+            rusqlite::types::ValueRef::Null => None,
+            _ => Some(json(row, 18)?),
+        },
     })
 }
 
@@ -272,6 +279,32 @@ impl Store {
             let mut project = find(db, id)?;
             if let Some(operation) = project.fence {
                 return Err(Fault::Refused(Error::Busy { operation }));
+            }
+            change(&mut project.config);
+            let config = serde_json::to_string(&project.config)?;
+            db.execute("UPDATE projects SET config = ?2 WHERE id = ?1", params![id.to_string(), config])?;
+            Ok(project)
+        })
+    }
+
+    /// The same, on behalf of the operation that is under way.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotFound`], [`Error::Busy`] with another operation, or the
+    /// database failed.
+    pub fn configure_within(
+        &self,
+        operation: OperationId,
+        id: ProjectId,
+        change: impl FnOnce(&mut ProjectConfig) + Send,
+    ) -> Result<Project> {
+        self.database.write("configure a project", |db| {
+            let mut project = find(db, id)?;
+            match project.fence {
+                Some(fence) if fence == operation => {}
+                Some(operation) => return Err(Fault::Refused(Error::Busy { operation })),
+                None => return Err(Fault::Refused(Error::WrongState { state: project.state })),
             }
             change(&mut project.config);
             let config = serde_json::to_string(&project.config)?;

@@ -426,8 +426,10 @@ fn free_space_is_what_the_host_said_last() {
             isolation: true,
             limits: true,
             weaknesses: vec![],
+            unenforced: vec![],
         },
         images: vec![],
+        sealing_key: None,
         free_bytes: 5,
     };
     let registration = Registration {
@@ -493,4 +495,127 @@ fn a_session_epoch_is_never_given_twice_even_by_a_restored_database() {
     let second = world.store.ban(world.owner, true).unwrap().session_epoch;
     assert!(second > first);
     assert_eq!(world.store.ban(world.owner, false).unwrap().session_epoch, second);
+}
+
+#[test]
+fn repositories_have_keys_turns_and_an_end() {
+    let world = World::new(1);
+    let (one, two) = (world.stopped(1).id, world.stopped(2).id);
+    let store = &world.store;
+    assert_eq!(store.backup_repository(one).unwrap(), None);
+    for project in [one, two, one] {
+        store.make_backup_repository(project, None, NOW).unwrap();
+    }
+    let (row, key) = store.backup_repository(one).unwrap().unwrap();
+    assert_eq!((row.name, key.wrapped.as_str()), (one.to_string(), ""));
+    assert!(store.rewrap_backup_key(&key, "first").unwrap());
+    assert!(!store.rewrap_backup_key(&key, "second").unwrap(), "somebody was first");
+    let keys = store.backup_keys("", 10).unwrap();
+    assert_eq!(keys, [BackupKey { name: one.to_string(), wrapped: "first".into() }]);
+
+    // Only what is used is tended, the longest ago first.
+    let due = |tending, at| -> Vec<ProjectId> {
+        store.backup_repositories_due(tending, at, 10).unwrap().iter().map(|row| row.project).collect()
+    };
+    assert_eq!(due(Tending::Pruned, NOW.plus(HOUR)), []);
+    store.use_backup_repository(one).unwrap();
+    store.use_backup_repository(two).unwrap();
+    assert_eq!(due(Tending::Pruned, NOW), []);
+    assert_eq!(due(Tending::Pruned, NOW.plus(HOUR)), [one, two]);
+    store.tended_backups(one, Tending::Pruned, NOW.plus(HOUR)).unwrap();
+    assert_eq!(due(Tending::Pruned, NOW.plus(HOUR)), [two]);
+    assert_eq!(due(Tending::Pruned, NOW.plus(2 * HOUR)), [two, one]);
+    assert_eq!(due(Tending::Checked, NOW.plus(HOUR)), [one, two]);
+    let damage = ["a pack is short".to_owned()];
+    store.set_backup_damage(one, Some(&damage)).unwrap();
+    assert_eq!(store.count_backup_repositories().unwrap(), (2, 1));
+    assert_eq!(store.damaged_backups(9).unwrap()[0].damage.as_deref(), Some(&damage[..]));
+    store.set_backup_damage(one, None).unwrap();
+    assert_eq!(store.damaged_backups(9).unwrap(), []);
+
+    // Erased some time after the project is deleted, and not before.
+    assert_eq!(store.schedule_erasures(None, NOW.plus(HOUR)).unwrap(), 0);
+    let delete = OperationId::random();
+    store.begin(delete, one, world.owner, &Job::Delete, &ANY, NOW).unwrap();
+    world.end(delete, ProjectState::Deleted);
+    assert_eq!(store.schedule_erasures(Some(two), NOW.plus(HOUR)).unwrap(), 0);
+    assert_eq!(store.schedule_erasures(Some(one), NOW.plus(HOUR)).unwrap(), 1);
+    assert_eq!(store.schedule_erasures(None, NOW.plus(9 * HOUR)).unwrap(), 0, "it was said already");
+    assert_eq!(store.erasures_due(NOW, 10).unwrap(), []);
+    assert_eq!(store.erasures_due(NOW.plus(HOUR), 10).unwrap()[0].project, one);
+    assert_eq!(due(Tending::Pruned, NOW.plus(9 * HOUR)), [two], "nothing else is done to it");
+    assert_eq!(store.owner_ever(one).unwrap(), world.owner);
+    store.forget_backup_repository(one).unwrap();
+    store.forget_backup_repository(one).unwrap();
+    assert_eq!(store.backup_repository(one).unwrap(), None);
+    assert_eq!(store.backup_keys("", 10).unwrap(), []);
+}
+
+#[test]
+fn shards_are_sealed_and_their_keys_outlive_their_projects() {
+    let world = World::new(1);
+    let projects: Vec<ProjectId> = (1..=5).map(|n| world.stopped(n).id).collect();
+    let name = |project| world.store.backup_repository(project).unwrap().unwrap().0.name;
+    for project in &projects[..4] {
+        world.store.make_backup_repository(*project, Some(2), NOW).unwrap();
+    }
+    let names: Vec<String> = projects[..4].iter().map(|project| name(*project)).collect();
+    assert_eq!(names, ["shard-0", "shard-0", "shard-1", "shard-1"]);
+    let (_, key) = world.store.backup_repository(projects[0]).unwrap().unwrap();
+    world.store.rewrap_backup_key(&key, "wrapped").unwrap();
+    world.store.forget_backup_repository(projects[0]).unwrap();
+    world.store.forget_backup_repository(projects[1]).unwrap();
+    assert_eq!(world.store.backup_keys("", 9).unwrap()[0].name, "shard-0", "it may hold what is marked");
+    world.store.make_backup_repository(projects[4], Some(2), NOW).unwrap();
+    assert_eq!(name(projects[4]), "shard-2", "a sealed one stays sealed");
+}
+
+#[test]
+fn operations_beside_fence_nothing_and_exclude_their_own_kind() {
+    let world = World::new(2);
+    let project = world.stopped(1);
+    let id = |n: u8| OperationId::from_bytes([n; 16]);
+    let beside = |n, job: Job| world.store.begin_beside(id(n), project.id, world.owner, &job, NOW);
+    beside(10, Job::BackUp).unwrap();
+    assert_eq!(beside(10, Job::BackUp).unwrap().id, id(10), "a repeated call is the same");
+    assert!(matches!(beside(11, Job::BackUp), Err(Error::Busy { operation }) if operation == id(10)));
+    beside(12, Job::PruneBackups).unwrap();
+    assert!(matches!(beside(13, Job::EraseBackups), Err(Error::Busy { .. })));
+    assert!(!world.store.erases_backups(project.id).unwrap());
+    // The project is free, and stays as it is.
+    world.store.begin(id(20), project.id, world.owner, &Job::Start, &ANY, NOW).unwrap();
+    assert_eq!(world.store.project(project.id).unwrap().state, ProjectState::Starting);
+    let failed = Ended { outcome: Outcome::Done, project: ProjectState::Failed, reason: None, report: None };
+    for n in [10, 12] {
+        world.store.end(id(n), &failed, NOW).unwrap();
+    }
+    let found = world.store.project(project.id).unwrap();
+    assert_eq!((found.state, found.fence), (ProjectState::Starting, Some(id(20))));
+    world.end(id(20), ProjectState::Running);
+    beside(14, Job::EraseBackups).unwrap();
+    assert!(world.store.erases_backups(project.id).unwrap());
+    assert!(matches!(beside(15, Job::BackUp), Err(Error::Busy { .. })));
+    world.store.end(id(14), &failed, NOW).unwrap();
+    // Also of a project that is deleted, and of none that never was.
+    world.store.begin(id(30), project.id, world.owner, &Job::Delete, &ANY, NOW).unwrap();
+    world.end(id(30), ProjectState::Deleted);
+    beside(16, Job::EraseBackups).unwrap();
+    let nobody = world.store.begin_beside(id(17), ProjectId::random(), world.owner, &Job::EraseBackups, NOW);
+    assert!(matches!(nobody, Err(Error::NotFound { .. })));
+}
+
+#[test]
+fn a_host_is_believed_of_its_own_projects_backups_only() {
+    use cocalc_core::backups::Status as Backups;
+    let world = World::new(2);
+    let project = world.stopped(1);
+    let mut status = Backups::new(project.id, project.epoch);
+    status.pending_since = Some(NOW);
+    assert!(!world.store.set_backup_status(world.hosts[1], &status).unwrap());
+    let other = Backups { epoch: project.epoch.next(), ..status.clone() };
+    assert!(!world.store.set_backup_status(world.hosts[0], &other).unwrap());
+    assert_eq!(world.store.project(project.id).unwrap().backup, None);
+    assert!(world.store.set_backup_status(world.hosts[0], &status).unwrap());
+    assert_eq!(world.store.project(project.id).unwrap().backup, Some(status));
+    assert_eq!(world.store.count_pending_backups().unwrap(), (1, 0));
 }

@@ -71,6 +71,7 @@ impl World {
             slot: 0,
             limits: Default::default(),
             env: BTreeMap::new(),
+            isolation: Default::default(),
         };
         self.runner.start(&spec).await.unwrap();
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use cocalc_core::{
     ids::{Ports, ProjectId, Restrictions},
-    runner::{Command, Error, ExecRequest, Place, Process, Tool},
+    runner::{Command, Error, ExecRequest, ListenAt, Process, Tool},
     stream::BoxStream,
     wake::Awake,
 };
@@ -40,9 +40,9 @@ impl Restricted {
     fn permits(&self, tool: &Tool) -> bool {
         let Restrictions { ports, listen, agent, x11, .. } = &self.restrictions;
         match tool {
-            Tool::Listen { place: Place::Tcp(port), .. } if *port != 0 => listen.contain(*port),
-            Tool::Listen { place: Place::Agent, .. } => *agent,
-            Tool::Listen { place: Place::X11, .. } => *x11,
+            Tool::Listen { place: ListenAt::Tcp(port), .. } if *port != 0 => listen.contain(*port),
+            Tool::Listen { place: ListenAt::Agent, .. } => *agent,
+            Tool::Listen { place: ListenAt::X11, .. } => *x11,
             Tool::Listen { .. } => *listen == Ports::All,
             // Of a listener that was permitted: nobody else knows its ticket.
             Tool::Take { .. } => true,
@@ -190,11 +190,11 @@ mod tests {
     fn forwarding_is_refused_where_it_is_not_permitted() {
         let listen = |place| Tool::Listen { place, ticket: "x".into() };
         let every = [
-            listen(Place::Tcp(80)),
-            listen(Place::Tcp(0)),
-            listen(Place::Unix("/x".into())),
-            listen(Place::Agent),
-            listen(Place::X11),
+            listen(ListenAt::Tcp(80)),
+            listen(ListenAt::Tcp(0)),
+            listen(ListenAt::Unix("/x".into())),
+            listen(ListenAt::Agent),
+            listen(ListenAt::X11),
             Tool::ConnectUnix { path: "/x".into() },
             Tool::ConnectTcp { host: "x".into(), port: 1 },
         ];

@@ -305,7 +305,13 @@ impl LedgerStore for Site {
 #[async_trait]
 impl Runner for Site {
     fn capabilities(&self) -> runner::Capabilities {
-        runner::Capabilities { backend: "sim".into(), isolation: true, limits: true, weaknesses: Vec::new() }
+        runner::Capabilities {
+            backend: "sim".into(),
+            isolation: true,
+            limits: true,
+            weaknesses: Vec::new(),
+            unenforced: Vec::new(),
+        }
     }
 
     async fn prepare(&self, _spec: &runner::ProjectSpec) -> runner::Result<()> {
@@ -366,6 +372,14 @@ impl Runner for Site {
     }
 
     async fn stats(&self, project: ProjectId) -> runner::Result<runner::Stats> {
+        Err(runner::Error::NotRunning { project })
+    }
+
+    async fn set_limits(
+        &self,
+        project: ProjectId,
+        _limits: &runner::Limits,
+    ) -> runner::Result<runner::Applied> {
         Err(runner::Error::NotRunning { project })
     }
 
@@ -441,6 +455,14 @@ impl Storage for Site {
         self.wait().await;
         let world = self.world.lock();
         Ok(world.machines[self.host].snapshots.iter().map(|(n, f)| listed(project, n, *f)).collect())
+    }
+
+    async fn snapshot_path(
+        &self,
+        _project: ProjectId,
+        _name: &SnapshotName,
+    ) -> storage::Result<Option<std::path::PathBuf>> {
+        Ok(None)
     }
 
     async fn delete_snapshot(&self, project: ProjectId, name: &SnapshotName) -> storage::Result<()> {
@@ -588,6 +610,14 @@ impl Storage for Site {
             left_out: Vec::new(),
         };
         Ok(SendStream { header, reader })
+    }
+
+    async fn stage(
+        &self,
+        _project: ProjectId,
+        _name: &SnapshotName,
+    ) -> storage::Result<Box<dyn storage::Staged>> {
+        Err(storage::Error::Unsupported { backend: "simulated", operation: "take files: it has none" })
     }
 
     async fn receive(&self, header: &SendHeader, mut stream: BoxRead) -> storage::Result<Snapshot> {

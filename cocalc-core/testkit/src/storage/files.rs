@@ -74,6 +74,59 @@ pub(super) async fn snapshot(h: &dyn Harness) {
     clean(h, &[project]).await;
 }
 
+pub(super) async fn staged(h: &dyn Harness) {
+    let (store, new, full) = (h.store(Host::First), ProjectId::random(), name("from-elsewhere"));
+    // A project that this store has never had.
+    let place = store.stage(new, &full).await.unwrap();
+    fs::create_dir(place.path().join("home")).unwrap();
+    plant(place.path());
+    fs::write(place.path().join("bulk"), vec![7; 6_000_000]).unwrap();
+    let expected = manifest(place.path());
+    assert!(store.snapshots(new).await.unwrap().is_empty(), "what is staged is no snapshot");
+    assert!(store.list().await.unwrap().iter().all(|volume| volume.project != new));
+    let published = place.publish().await.unwrap();
+    assert_eq!((published.project, &published.name), (new, &full));
+    assert_eq!(store.snapshots(new).await.unwrap(), [published]);
+    same(&manifest(&at(h, Host::First, new, Some(&full)).await), &expected, "what was published");
+    store.restore(new, &full, &name("former")).await.unwrap();
+    let live = at(h, Host::First, new, None).await;
+    same(&manifest(&live), &expected, "what came to life of it");
+    if store.capabilities().quotas {
+        let charged = store.usage(new).await.unwrap().charged_bytes;
+        assert!((6_000_000..60_000_000).contains(&charged), "charged once: {charged}");
+    }
+    // It is frozen, and its name is taken.
+    disturb(&live);
+    same(&manifest(&at(h, Host::First, new, Some(&full)).await), &expected, "after changes of the volume");
+    assert!(matches!(store.stage(new, &full).await, Err(Error::AlreadyExists { .. })));
+    let late = store.stage(new, &name("late")).await.unwrap();
+    store.snapshot(new, &name("late")).await.unwrap();
+    assert!(matches!(late.publish().await, Err(Error::AlreadyExists { .. })));
+    // Dropped, and deleted meanwhile.
+    let dropped = store.stage(new, &name("dropped")).await.unwrap();
+    let (path, names) = (dropped.path().to_owned(), store.snapshots(new).await.unwrap());
+    fs::write(path.join("bulk"), vec![8; 1_000_000]).unwrap();
+    drop(dropped);
+    gone(&path).await;
+    assert_eq!(store.snapshots(new).await.unwrap(), names);
+    let other = ProjectId::random();
+    let orphan = store.stage(other, &full).await.unwrap();
+    let path = orphan.path().to_owned();
+    drop(orphan);
+    gone(&path).await;
+    assert!(store.snapshots(other).await.unwrap().is_empty());
+    assert!(matches!(store.volume(other).await, Err(Error::NotFound { .. })));
+    clean(h, &[new, other]).await;
+}
+
+async fn gone(path: &std::path::Path) {
+    let patience = std::time::Instant::now();
+    while path.exists() {
+        assert!(patience.elapsed().as_secs() < 60, "{} is still there", path.display());
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+}
+
 pub(super) async fn restore(h: &dyn Harness) {
     let (project, expected) = zoo(h).await;
     disturb(&at(h, Host::First, project, None).await);

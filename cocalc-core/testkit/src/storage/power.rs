@@ -62,7 +62,7 @@ pub(super) async fn cut(h: &dyn Harness) {
     store.create(doomed, &VolumeOptions::default()).await.unwrap();
     store.snapshot(doomed, &name("s")).await.unwrap();
 
-    for step in 0..14 {
+    for step in 0..15 {
         match step {
             0 => drop(store.create(p, &VolumeOptions { limit_bytes: Some(600 * MIB) }).await.unwrap()),
             1 => {
@@ -98,7 +98,16 @@ pub(super) async fn cut(h: &dyn Harness) {
             10 => drop(store.set_aside(q, &name("aside")).await.unwrap()),
             // Where there are no limits it is refused.
             11 => drop(store.set_limit(p, Some(700 * MIB)).await),
-            12 => store.delete_snapshot(p, &name("two")).await.unwrap(),
+            12 if h.has_files() => {
+                let place = store.stage(q, &name("staged")).await.unwrap();
+                for number in 0..FILES {
+                    std::fs::write(place.path().join(number.to_string()), number.to_string().repeat(100))
+                        .unwrap();
+                }
+                drop(place.publish().await.unwrap());
+            }
+            12 => {}
+            13 => store.delete_snapshot(p, &name("two")).await.unwrap(),
             _ => store.delete(doomed).await.unwrap(),
         }
         let up = h.cut_power().await;

@@ -140,6 +140,7 @@ properties! {
     "files.copy", "A copied directory has it, too", |can| can.full_metadata, Files, files::copy;
     "files.basic", "Contents, names of any bytes, links, modes and times to the nanosecond are kept by snapshots, clones, copies and streams", all, Files, files::basic;
     "files.links-lead-nowhere", "Links in a volume are followed by nobody, even when they change during the call", all, Files, files::links;
+    "files.staged", "What was written to a place in staging is a snapshot like others when it is published, charged to its project, and nothing at all when it is dropped", all, Files, files::staged;
     "files.raced", "A directory that is swapped for a link to outside during a copy, a restore, a snapshot or a comparison lets nothing in or out", all, Files, hostile::raced;
     "files.posix", "A live volume is a Unix file system", all, Files, posix::behaves;
     "power.cut", "What was acknowledged is there after a loss of power at once: volumes, snapshots, copies, limits and deletions", all, Power, power::cut;

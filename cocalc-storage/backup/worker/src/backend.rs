@@ -3,39 +3,52 @@
 use std::{
     fmt,
     sync::{
-        Mutex, PoisonError,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     thread,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use bytes::Bytes;
 use cocalc_backup::{
-    Bounds, Location,
+    Access, Bounds, Location,
     protocol::{Failure, FailureKind},
 };
+use cocalc_core::ids::ProjectId;
 use rustic_core::{BytesList, ErrorKind, FileType, Id, ReadBackend, RusticError, RusticResult, WriteBackend};
 
 use crate::{
+    fail,
     failure::Failed,
-    store::{self, Store},
+    renewal::{Renewal, Which},
+    store::{self, Mode, Store},
 };
 
 /// The names of all directories of a repository, the keys first: whoever erases
 /// it begins with them.
 pub(crate) const DIRECTORIES: [&str; 5] = ["keys", "snapshots", "index", "locks", "data"];
 pub(crate) const CONFIG: &str = "config";
+/// Where a repair sets aside what is damaged. No repository program looks there.
+pub(crate) const DAMAGED: &str = "cocalc/damaged";
+
+/// How far the clock of whoever prunes may be from that of the store.
+const SKEW_MAX: Duration = Duration::from_mins(10);
 
 /// A store in restic's layout, which remembers the first thing that failed,
-/// keeps to a rate, and can hold back snapshots until they are known to be
-/// complete.
+/// keeps to a rate, deletes nothing unless that is its task, and can hold back
+/// snapshots until they are known to be complete.
 pub(crate) struct Backend {
     store: Box<dyn Store>,
     location: String,
+    access: Access,
     fault: Mutex<Option<Failure>>,
+    /// A file that was listed was gone when it was read.
+    vanished: AtomicBool,
     holds: AtomicBool,
     held: Mutex<Vec<(Id, Vec<Bytes>)>>,
+    /// What was written, with its size, and not yet seen in the store.
+    written: Mutex<Vec<(String, u64)>>,
     reads: Rate,
     writes: Rate,
 }
@@ -47,17 +60,22 @@ impl fmt::Debug for Backend {
 }
 
 impl Backend {
-    pub(crate) fn open(location: &Location, bounds: &Bounds) -> Result<Self, Failed> {
-        if !matches!(location, Location::Directory { .. }) {
-            // The HTTP client takes the process's provider. It can be set once.
-            let _ = rustls::crypto::ring::default_provider().install_default();
-        }
+    pub(crate) fn open(
+        location: &Location,
+        access: Access,
+        bounds: &Bounds,
+        renewal: &Arc<Renewal>,
+        which: Which,
+    ) -> Result<Self, Failed> {
         Ok(Self {
-            store: store::open(location, bounds)?,
+            store: store::open(location, bounds, renewal, which)?,
             location: location.restic(),
+            access,
             fault: Mutex::new(None),
+            vanished: AtomicBool::new(false),
             holds: AtomicBool::new(false),
             held: Mutex::new(Vec::new()),
+            written: Mutex::new(Vec::new()),
             reads: Rate::new(bounds.bytes_per_sec_max),
             writes: Rate::new(bounds.bytes_per_sec_max),
         })
@@ -71,6 +89,19 @@ impl Backend {
     /// Forgets what failed: it was expected.
     pub(crate) fn forgive(&self) {
         *self.fault.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Whether something that was listed was gone when it was read, as when a
+    /// prune runs beside this. If so, everything is as at the beginning now.
+    pub(crate) fn begin_again(&self) -> bool {
+        let vanished = self.vanished.swap(false, Ordering::AcqRel);
+        if vanished {
+            self.forgive();
+            self.holds.store(false, Ordering::Release);
+            self.held.lock().unwrap_or_else(PoisonError::into_inner).clear();
+            self.written.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        }
+        vanished
     }
 
     /// The store itself.
@@ -89,10 +120,104 @@ impl Backend {
     }
 
     /// Writes the snapshots that were held back: the last step of a backup,
-    /// which makes it one.
-    pub(crate) fn release_snapshots(&self) -> Result<(), Failed> {
+    /// which makes it one. Before it, the store must show that it has what it
+    /// said that it had taken. In a repository that others share, a name says
+    /// that the snapshot is of `of`.
+    pub(crate) fn release_snapshots(&self, of: Option<ProjectId>) -> Result<(), Failed> {
+        self.confirm()?;
+        fail::point("backup.confirmed");
         let held = std::mem::take(&mut *self.held.lock().unwrap_or_else(PoisonError::into_inner));
-        held.iter().try_for_each(|(id, parts)| self.store.write(&name(FileType::Snapshot, id), parts, false))
+        for (id, parts) in held {
+            if let Some(project) = of {
+                self.store.write(&mark(project, &id), &[], Mode::Once)?;
+                fail::point("backup.marked");
+            }
+            self.store.write(&name(FileType::Snapshot, &id), &parts, Mode::Once)?;
+        }
+        fail::point("backup.listed");
+        Ok(())
+    }
+
+    /// Fails unless the store shows that it has what it said that it had taken: an
+    /// index that speaks of data that are not there would keep them from ever
+    /// being stored again.
+    fn confirm(&self) -> Result<(), Failed> {
+        let written = std::mem::take(&mut *self.written.lock().unwrap_or_else(PoisonError::into_inner));
+        for (name, size) in written {
+            let there = self.store.size(&name)?;
+            if there != Some(size) {
+                return Err(Failed::new(
+                    FailureKind::Unavailable,
+                    format!("the store took {name}, {size} bytes, and has {} of it", there.unwrap_or(0)),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// The snapshots of a project in a repository that others share, as its
+    /// names say: each of them may be gone, or not be there yet.
+    pub(crate) fn marks(&self, project: ProjectId) -> Result<Vec<Id>, Failed> {
+        let listed = self.store.list(&format!("{MARKS}/{project}"))?;
+        Ok(listed.into_iter().filter_map(|(name, _)| name.parse().ok()).collect())
+    }
+
+    /// Takes back what says that a snapshot is of a project.
+    pub(crate) fn unmark(&self, project: ProjectId, id: &Id) -> Result<(), Failed> {
+        self.removable(&mark(project, id))?;
+        self.store.remove(&mark(project, id))
+    }
+
+    /// Whether there is such a file.
+    pub(crate) fn has(&self, kind: FileType, id: &Id) -> Result<bool, Failed> {
+        Ok(self.store.size(&name(kind, id))?.is_some())
+    }
+
+    /// Puts a file in the place of one that is damaged.
+    pub(crate) fn replace(&self, kind: FileType, id: &Id, content: Bytes) -> Result<(), Failed> {
+        self.removable(&name(kind, id))?;
+        self.store.write(&name(kind, id), &[content], Mode::Over)
+    }
+
+    /// Fails if this machine's clock is not about that of the store: by the one,
+    /// what a prune marks gets its time, and by another it is deleted.
+    pub(crate) fn agree_on_time(&self) -> Result<(), Failed> {
+        let (here, there) = (SystemTime::now(), self.store.now()?);
+        let (skew, way) = match here.duration_since(there) {
+            Ok(ahead) => (ahead, "ahead of"),
+            Err(behind) => (behind.duration(), "behind"),
+        };
+        if skew <= SKEW_MAX {
+            return Ok(());
+        }
+        Err(Failed::new(
+            FailureKind::Invalid,
+            format!(
+                "the clock of this machine is {} s {way} that of the repository: set it, then prune",
+                skew.as_secs()
+            ),
+        ))
+    }
+
+    /// Whether deleting is what this was opened for.
+    fn removable(&self, name: &str) -> Result<(), Failed> {
+        if self.access == Access::Delete {
+            return Ok(());
+        }
+        Err(Failed::new(FailureKind::Denied, format!("{name} would be deleted, which is not the task")))
+    }
+
+    fn put(&self, name: &str, parts: &[Bytes], mode: Mode) -> Result<(), Failed> {
+        if self.access == Access::Read {
+            return Err(Failed::new(
+                FailureKind::Denied,
+                format!("{name} would be written, which is not the task"),
+            ));
+        }
+        fail::point("store.write");
+        self.store.write(name, parts, mode)?;
+        fail::point("store.written");
+        Ok(())
     }
 
     /// Passes a result on to rustic, and keeps the first failure.
@@ -105,7 +230,15 @@ impl Backend {
     }
 }
 
-fn name(kind: FileType, id: &Id) -> String {
+/// Where names say which snapshots of a shared repository are a project's. No
+/// repository program looks there.
+const MARKS: &str = "cocalc/of";
+
+fn mark(project: ProjectId, id: &Id) -> String {
+    format!("{MARKS}/{project}/{}", id.to_hex().as_str())
+}
+
+pub(crate) fn name(kind: FileType, id: &Id) -> String {
     let hex = id.to_hex();
     match kind {
         FileType::Config => CONFIG.to_owned(),
@@ -138,7 +271,14 @@ impl ReadBackend for Backend {
     }
 
     fn read_full(&self, kind: FileType, id: &Id) -> RusticResult<Bytes> {
-        let bytes = self.rustic(self.store.read(&name(kind, id)))?;
+        let read = self.store.read(&name(kind, id));
+        if let Err(Failed(failure)) = &read
+            && failure.kind == FailureKind::Damaged
+            && matches!(kind, FileType::Index | FileType::Snapshot)
+        {
+            self.vanished.store(true, Ordering::Release);
+        }
+        let bytes = self.rustic(read)?;
         self.reads.pass(bytes.len());
         Ok(bytes)
     }
@@ -174,13 +314,25 @@ impl WriteBackend for Backend {
             return Ok(());
         }
         // Two that begin a repository at once must agree on one.
-        self.rustic(self.store.write(&name(kind, id), &parts, kind == FileType::Config))?;
+        let mode = if kind == FileType::Config { Mode::First } else { Mode::Once };
+        let name = name(kind, id);
+        if kind == FileType::Index {
+            self.rustic(self.confirm())?;
+        }
+        self.rustic(self.put(&name, &parts, mode))?;
+        if matches!(kind, FileType::Pack | FileType::Index) {
+            self.written.lock().unwrap_or_else(PoisonError::into_inner).push((name, size as u64));
+        }
         self.writes.pass(size);
         Ok(())
     }
 
     fn remove(&self, kind: FileType, id: &Id, _: bool) -> RusticResult<()> {
-        self.rustic(self.store.remove(&name(kind, id)))
+        let name = name(kind, id);
+        fail::point("store.remove");
+        self.rustic(self.removable(&name).and_then(|()| self.store.remove(&name)))?;
+        fail::point("store.removed");
+        Ok(())
     }
 }
 

@@ -9,6 +9,7 @@ use rustic_core::{BackupOptions, Excludes, ParentOptions, PathList, SnapshotOpti
 
 use crate::{
     backend::Backend,
+    fail,
     failure::Failed,
     repository::{self, ROOT},
     root::Root,
@@ -33,8 +34,8 @@ pub(crate) fn back_up(job: &Job, backend: &Arc<Backend>, source: &BackupSource) 
     let parents = match &source.parent {
         // One that is gone, or was never ours, is no reason not to back up.
         Some(parent) => {
-            let known = repository::backups(job, &opened)?;
-            known.iter().filter(|(backup, _)| backup.id == *parent).map(|_| parent.clone()).collect()
+            let known = repository::find(job, backend, &opened, parent)?;
+            known.map(|_| parent.clone()).into_iter().collect()
         }
         None => Vec::new(),
     };
@@ -48,6 +49,7 @@ pub(crate) fn back_up(job: &Job, backend: &Arc<Backend>, source: &BackupSource) 
         .parent_opts(parent)
         .excludes(excludes(&source.excludes)?);
 
+    fail::point("backup.opened");
     backend.hold_snapshots();
     let opened = opened.to_indexed_ids()?;
     let written = opened.backup(&options, &PathList::from_iter([path]), snapshot)?;
@@ -63,7 +65,8 @@ pub(crate) fn back_up(job: &Job, backend: &Arc<Backend>, source: &BackupSource) 
     }
     let backup = repository::backup(job.project, &written)
         .ok_or_else(|| Failed::new(FailureKind::Other, "the tags of the backup are not as they were set"))?;
-    backend.release_snapshots()?;
+    fail::point("backup.stored");
+    backend.release_snapshots(job.repository.shared.then_some(job.project))?;
     Ok(backup)
 }
 

@@ -24,7 +24,7 @@ pub(crate) fn list(job: &Job, backend: &Arc<Backend>) -> Result<Vec<Backup>, Fai
         return Ok(Vec::new());
     }
     let opened = repository::open(job, backend, Phase::Opening)?;
-    Ok(repository::backups(job, &opened)?.into_iter().map(|(backup, _)| backup).collect())
+    Ok(repository::backups(job, backend, &opened)?.into_iter().map(|(backup, _)| backup).collect())
 }
 
 pub(crate) fn ls(
@@ -36,7 +36,7 @@ pub(crate) fn ls(
     max: usize,
 ) -> Result<Entries, Failed> {
     let opened = repository::open(job, backend, Phase::Opening)?.to_indexed_ids()?;
-    let snapshot = one(job, &opened, backup)?;
+    let snapshot = one(job, backend, &opened, backup)?;
     let found = node(&opened, &snapshot, directory)?;
     let tree = subtree(&opened, &found)?
         .ok_or_else(|| Failed::new(FailureKind::NotFound, format!("{directory} is not a directory")))?;
@@ -69,7 +69,7 @@ pub(crate) fn find(
     }
     let text = text.to_ascii_lowercase().into_bytes();
     let opened = repository::open(job, backend, Phase::Opening)?.to_indexed_ids()?;
-    let snapshot = one(job, &opened, backup)?;
+    let snapshot = one(job, backend, &opened, backup)?;
     let mut entries = Entries::default();
     let mut open = vec![(TreePath::root(), node(&opened, &snapshot, &TreePath::root())?)];
     while let Some((directory, found)) = open.pop() {

@@ -8,7 +8,7 @@ use cocalc_core::{
     ids::{ProjectId, Timestamp, TreePath},
 };
 use rustic_core::{
-    ConfigOptions, Credentials, FileType, IndexedTree, KeyOptions, Open, OpenStatus, ReadBackend as _,
+    ConfigOptions, Credentials, FileType, Id, IndexedTree, KeyOptions, Open, OpenStatus, ReadBackend as _,
     Repository, RepositoryBackends, RepositoryOptions, WriteBackend,
     repofile::{MasterKey, Node, SnapshotFile, Tree},
 };
@@ -60,7 +60,7 @@ pub(crate) fn open_or_create(job: &Job, backend: &Arc<Backend>, phase: Phase) ->
     Ok(opened)
 }
 
-fn at(backend: &Arc<Backend>, phase: Phase) -> Result<Repository<()>, Failed> {
+pub(crate) fn at(backend: &Arc<Backend>, phase: Phase) -> Result<Repository<()>, Failed> {
     let backends = RepositoryBackends::new(Arc::clone(backend) as Arc<dyn WriteBackend>, None);
     // A cache would hold what the project's files are called, outside the
     // repository.
@@ -106,14 +106,27 @@ pub(crate) fn backup(project: ProjectId, snapshot: &SnapshotFile) -> Option<Back
     })
 }
 
-/// The snapshots that are backups of the project, with what they are.
+/// The snapshots that are backups of the project, with what they are. Of a
+/// repository that others share, only the project's own are read.
 pub(crate) fn backups<S: Open>(
     job: &Job,
+    backend: &Backend,
     repository: &Repository<S>,
 ) -> Result<Vec<(Backup, SnapshotFile)>, Failed> {
-    let wanted = tags(job.project);
-    let mut found: Vec<_> = repository
-        .get_matching_snapshots(|snapshot| snapshot.tags.contains(&wanted))?
+    let snapshots = if job.repository.shared {
+        let mut there = Vec::new();
+        for id in backend.marks(job.project)? {
+            // Forgotten, or not complete yet.
+            if backend.has(FileType::Snapshot, &id)? {
+                there.push(id.to_hex().as_str().to_owned());
+            }
+        }
+        repository.get_snapshots(&there)?
+    } else {
+        let wanted = tags(job.project);
+        repository.get_matching_snapshots(|snapshot| snapshot.tags.contains(&wanted))?
+    };
+    let mut found: Vec<_> = snapshots
         .into_iter()
         .filter_map(|snapshot| Some((backup(job.project, &snapshot)?, snapshot)))
         .collect();
@@ -121,11 +134,29 @@ pub(crate) fn backups<S: Open>(
     Ok(found)
 }
 
+/// One backup of the project by its id; `None` if it has no such.
+pub(crate) fn find<S: Open>(
+    job: &Job,
+    backend: &Backend,
+    repository: &Repository<S>,
+    id: &str,
+) -> Result<Option<SnapshotFile>, Failed> {
+    let Ok(parsed) = id.parse::<Id>() else { return Ok(None) };
+    if !backend.has(FileType::Snapshot, &parsed)? {
+        return Ok(None);
+    }
+    let found = repository.get_snapshots(&[parsed.to_hex().as_str()])?;
+    Ok(found.into_iter().find(|snapshot| backup(job.project, snapshot).is_some_and(|is| is.id == id)))
+}
+
 /// One backup of the project by its id.
-pub(crate) fn one<S: Open>(job: &Job, repository: &Repository<S>, id: &str) -> Result<SnapshotFile, Failed> {
-    backups(job, repository)?
-        .into_iter()
-        .find_map(|(backup, snapshot)| (backup.id == id).then_some(snapshot))
+pub(crate) fn one<S: Open>(
+    job: &Job,
+    backend: &Backend,
+    repository: &Repository<S>,
+    id: &str,
+) -> Result<SnapshotFile, Failed> {
+    find(job, backend, repository, id)?
         .ok_or_else(|| Failed::new(FailureKind::NotFound, format!("backup {id}")))
 }
 

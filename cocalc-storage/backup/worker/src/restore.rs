@@ -19,7 +19,7 @@ use rustic_core::{
     repofile::{Node, NodeType},
 };
 
-use crate::{backend::Backend, failure::Failed, repository, root::Root, said};
+use crate::{backend::Backend, fail, failure::Failed, repository, root::Root, said};
 
 /// How many differences are told.
 const DIFFERENCES_MAX: usize = 20;
@@ -36,7 +36,7 @@ pub(crate) fn restore(
 ) -> Result<Restored, Failed> {
     let place = empty(target)?;
     let opened = repository::open(job, backend, Phase::Restoring)?.to_indexed()?;
-    let snapshot = repository::one(job, &opened, backup)?;
+    let snapshot = repository::one(job, backend, &opened, backup)?;
     let top = repository::node(&opened, &snapshot, path)?;
     let nodes = nodes(&opened, path, &top)?;
     let stream = || nodes.iter().cloned().map(RusticResult::Ok);
@@ -47,6 +47,7 @@ pub(crate) fn restore(
     options.sparse = serde_json::from_str("\"ByContent\"")
         .map_err(|error| Failed::new(FailureKind::Other, error.to_string()))?;
     let plan = opened.prepare_restore(&options, stream(), &destination, false)?;
+    fail::point("restore.planned");
     opened.restore(plan, &options, stream(), &destination)?;
     if path.is_root() {
         let root: Root = snapshot
@@ -67,6 +68,7 @@ pub(crate) fn restore(
         return Err(Failed(Failure { kind: FailureKind::Incomplete, words: unset }));
     }
 
+    fail::point("restore.written");
     said::tell(&Event::Progress(Progress { phase: Phase::Verifying, bytes: 0, total_bytes: None }));
     let compared = RestoreOptions::default().numeric_id(true).verify_existing(true);
     let plan = opened.prepare_restore(&compared, stream(), &destination, true)?;
@@ -78,10 +80,12 @@ pub(crate) fn restore(
     if !differences.is_empty() {
         return Err(Failed(Failure { kind: FailureKind::Incomplete, words: differences }));
     }
+    fail::point("restore.compared");
     let synced = File::open(target).and_then(|directory| Ok(rustix::fs::syncfs(directory)?));
     synced.map_err(|error| {
         Failed::new(FailureKind::Other, format!("cannot make {} durable: {error}", target.display()))
     })?;
+    fail::point("restore.synced");
     let bytes = nodes.iter().filter(|(_, node)| node.is_file()).map(|(_, node)| node.meta.size).sum();
     Ok(Restored { entries: nodes.len() as u64, bytes })
 }

@@ -59,6 +59,12 @@ pub(crate) fn warnings() -> Vec<String> {
     WARNINGS.lock().unwrap_or_else(PoisonError::into_inner).clone()
 }
 
+/// Forgets what was said: the job begins again.
+pub(crate) fn forget() {
+    WARNINGS.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    *PANIC.lock().unwrap_or_else(PoisonError::into_inner) = None;
+}
+
 /// The words of the first panic.
 pub(crate) fn panic() -> Option<String> {
     PANIC.lock().unwrap_or_else(PoisonError::into_inner).clone()

@@ -1,16 +1,34 @@
 //! Where the files of a repository are: a directory, or a bucket.
 
-mod bucket;
+pub(crate) mod bucket;
 mod directory;
 
-use std::time::Duration;
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use bytes::Bytes;
 use cocalc_backup::{Bounds, Location, protocol::FailureKind};
 
-use crate::failure::Failed;
-pub(crate) use bucket::Bucket;
-pub(crate) use directory::Directory;
+use crate::{
+    failure::Failed,
+    renewal::{Renewal, Which},
+};
+use bucket::Bucket;
+use directory::Directory;
+
+/// How a file is written where there may be one.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Mode {
+    /// It must be the first: [`exists`] if it is not.
+    First,
+    /// Its name says what is in it, so one that is there is the same. Nothing
+    /// that is there is changed, so that this needs no right to change anything.
+    Once,
+    /// It takes the place of what is there.
+    Over,
+}
 
 /// Holds files by name, `/` between directories. What is put is durable and
 /// whole, or not there.
@@ -30,8 +48,8 @@ pub(crate) trait Store: Send + Sync + 'static {
     /// A part of a file.
     fn read_part(&self, name: &str, offset: u64, length: u64) -> Result<Bytes, Failed>;
 
-    /// Writes a file. With `only_new` it is [`exists`] if there is one.
-    fn write(&self, name: &str, parts: &[Bytes], only_new: bool) -> Result<(), Failed>;
+    /// Writes a file.
+    fn write(&self, name: &str, parts: &[Bytes], mode: Mode) -> Result<(), Failed>;
 
     /// Deletes a file. Deleting what is not there is harmless.
     fn remove(&self, name: &str) -> Result<(), Failed>;
@@ -39,20 +57,31 @@ pub(crate) trait Store: Send + Sync + 'static {
     /// Deletes what writes that were cut off this long ago have left.
     fn tidy(&self, older_than: Duration) -> Result<(), Failed>;
 
+    /// What time it is where the files are, to a second or so. Writes a file to
+    /// find out.
+    fn now(&self) -> Result<SystemTime, Failed>;
+
     /// Deletes what is left when all files are gone.
     fn erase(&self) -> Result<(), Failed>;
 }
 
 /// Opens the store at `location`.
-pub(crate) fn open(location: &Location, bounds: &Bounds) -> Result<Box<dyn Store>, Failed> {
+pub(crate) fn open(
+    location: &Location,
+    bounds: &Bounds,
+    renewal: &Arc<Renewal>,
+    which: Which,
+) -> Result<Box<dyn Store>, Failed> {
     Ok(match location {
         Location::Directory { path } => Box::new(Directory::new(path)?),
-        Location::S3(s3) => Box::new(Bucket::s3(s3, bounds)?),
-        Location::Gcs(gcs) => Box::new(Bucket::gcs(gcs, bounds)?),
+        Location::S3(_) | Location::Gcs(_) => Box::new(Bucket::new(location, bounds, renewal, which)?),
     })
 }
 
-/// The failure of [`Store::write`] with `only_new`.
+/// The file that tells the time of the store.
+pub(crate) const CLOCK: &str = "cocalc/clock";
+
+/// The failure of [`Store::write`] with [`Mode::First`].
 pub(crate) fn exists(name: &str) -> Failed {
     Failed::new(FailureKind::Invalid, format!("{name} exists"))
 }

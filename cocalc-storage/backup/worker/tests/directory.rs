@@ -21,7 +21,7 @@ use cocalc_core::{
     ids::{ProjectId, TreePath},
 };
 use cocalc_testkit::backups::{Facts, Subject, backups, differences, facts, plant};
-use common::{Memory, on_disk, over, run};
+use common::{Memory, files, on_disk, over, run};
 use tempfile::TempDir;
 
 /// A backend, a planted tree, and a first backup of it.
@@ -73,15 +73,6 @@ impl Kept {
             .max_by_key(|path| fs::metadata(path).unwrap().len())
             .unwrap()
     }
-}
-
-fn files(root: &Path) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir(root).into_iter().flatten() {
-        let path = entry.unwrap().path();
-        if path.is_dir() { found.extend(files(&path)) } else { found.push(path) }
-    }
-    found
 }
 
 #[tokio::test]
@@ -190,7 +181,7 @@ async fn damage_is_found_and_named_and_never_restored() {
     let restored = kept.restore(&kept.first).await;
     assert!(matches!(restored, Err(Error::Damaged { .. })), "{restored:?}");
     // Repaired where there is a copy: the files are still there.
-    let repair = CheckOptions { repair_index: true, ..CheckOptions::default() };
+    let repair = CheckOptions { repair: true, ..CheckOptions::default() };
     kept.backups.check(kept.project, &repair).await.unwrap();
     let subject = Subject::new(&kept.backups, kept.root.path());
     kept.backups.back_up(&subject.source(kept.project, &kept.tree, None), &|_| ()).await.unwrap();
@@ -208,7 +199,7 @@ async fn a_lost_index_is_damage_and_can_be_rebuilt() {
     assert!(matches!(restored, Err(Error::Damaged { .. })), "{restored:?}");
     let found = kept.backups.check(kept.project, &CheckOptions::default()).await.unwrap();
     assert_eq!(found.affected, std::slice::from_ref(&kept.first.id), "{:?}", found.damage);
-    let repair = CheckOptions { repair_index: true, read_data: true };
+    let repair = CheckOptions { read_data: true, repair: true };
     assert!(kept.backups.check(kept.project, &repair).await.unwrap().is_sound());
     kept.assert_restores(&kept.first, &facts(&kept.tree)).await;
 }

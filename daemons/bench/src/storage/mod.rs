@@ -16,7 +16,7 @@ use cocalc_storage::{Btrfs, loopback::Loopback};
 
 use crate::{Effort, Result, table::Table, tool::run};
 
-const LIMIT: Duration = Duration::from_secs(300);
+pub(crate) const LIMIT: Duration = Duration::from_secs(300);
 /// Of each volume; the files are sparse.
 const VOLUME_BYTES: u64 = 12 << 30;
 
@@ -37,13 +37,13 @@ pub(crate) fn measure(dir: &Path, effort: Effort, table: &mut Table) -> Result<(
 }
 
 /// A volume of ours that goes with the value.
-struct Volume {
+pub(crate) struct Volume {
     image: PathBuf,
     loopback: Option<Loopback>,
 }
 
 impl Volume {
-    fn make(dir: &Path, name: &str) -> Result<Self> {
+    pub(crate) fn make(dir: &Path, name: &str) -> Result<Self> {
         let image = dir.join(format!("bench-{name}.img"));
         // Of a run that was killed.
         cocalc_storage::loopback::release(&image)?;
@@ -53,12 +53,12 @@ impl Volume {
         Ok(Self { image, loopback: Some(loopback) })
     }
 
-    fn path(&self) -> Result<&Path> {
+    pub(crate) fn path(&self) -> Result<&Path> {
         Ok(self.loopback.as_ref().ok_or("it is not mounted")?.path())
     }
 
     /// Waits until nothing is being written or freed.
-    fn settle(&self) -> Result<()> {
+    pub(crate) fn settle(&self) -> Result<()> {
         let path = self.path()?;
         run(Command::new("btrfs").args(["filesystem", "sync"]).arg(path), LIMIT)?;
         // What is being freed may take longer; then it is in the ranges.
@@ -84,7 +84,7 @@ fn delete(path: &Path) -> Result<()> {
 }
 
 /// Bytes that no compression helps with, the same for the same seed.
-fn noise(seed: u64, length: usize) -> Vec<u8> {
+pub(crate) fn noise(seed: u64, length: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut bytes = Vec::with_capacity(length + 8);
     while bytes.len() < length {

@@ -34,6 +34,12 @@ pub(super) fn master(plan: &Plan) -> Result<Spec, Failure> {
         ("lease_ms", millis(LEASE)),
         ("grace_ms", millis(GRACE)),
     ]);
+    // All daemons are on this machine, so a directory serves them.
+    private_dir(&plan.backups())?;
+    let text = format!(
+        "{text}\n[backups.place]\n{}",
+        toml(&[("kind", "directory".into()), ("path", plan.backups().display().to_string().into())])
+    );
     spec(plan, "master", "cocalc-master", dir.join("master.toml"), &text)
 }
 

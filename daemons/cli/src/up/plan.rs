@@ -105,6 +105,11 @@ impl Plan {
         self.dir.join("proxy")
     }
 
+    /// Where each project has its repository of backups.
+    pub(crate) fn backups(&self) -> PathBuf {
+        self.dir.join("backups")
+    }
+
     pub(crate) fn logs(&self) -> PathBuf {
         self.dir.join("log")
     }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use cocalc_core::{BoxError, ids::HostId, runner::Runner};
-use cocalc_podman::ProcessRunner;
+use cocalc_podman::{ProcessRunner, Unenforceable};
 use cocalc_storage::{Btrfs, loopback, loopback::Loopback};
 
 use super::{
@@ -62,7 +62,7 @@ pub(super) fn stop_projects(dir: &Path) -> Result<(), Failure> {
     let records = dir.join("data").join("runner");
     if records.join("projects").exists() {
         let ended = runtime.block_on(async {
-            let runner = ProcessRunner::open(&records).await?;
+            let runner = ProcessRunner::open(&records, Unenforceable::Accept).await?;
             for status in runner.list().await? {
                 runner.remove(status.project).await?;
             }

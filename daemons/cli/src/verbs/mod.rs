@@ -3,6 +3,8 @@
 mod account;
 mod certificate;
 mod host;
+mod image;
+mod limits;
 mod operation;
 mod project;
 mod reach;
@@ -18,6 +20,7 @@ use std::{
 
 use serde_json::Value;
 
+pub(crate) use self::limits::{Isolation, Limits};
 use crate::{
     api::Api,
     args::{Command, Output},
@@ -32,6 +35,7 @@ pub(crate) fn run(api: &Api, output: Output, command: Command) -> Result<ExitCod
     match command {
         Command::Project(verb) => return project::run(api, output, verb),
         Command::Snapshot(verb) => snapshot::run(api, output, verb)?,
+        Command::Image(verb) => image::run(api, output, verb)?,
         Command::Host(verb) => host::run(api, output, verb)?,
         Command::Collaborator(verb) => account::collaborator(api, output, verb)?,
         Command::Key(verb) => account::key(api, output, verb)?,

@@ -3,7 +3,8 @@
 use cocalc_core::{
     control::{CommandError, FRAME_BYTES_MAX, HostReply, ProjectConfig, UsageReport},
     ids::{Epoch, OperationId, ProjectId, SnapshotName, TreePath},
-    moves::host::storage_error,
+    moves::host::{runner_error, storage_error},
+    runner::{self, Applied},
     storage::{self, Changes, CloneOptions, CopyOptions, Place, VolumeOptions},
 };
 
@@ -74,9 +75,18 @@ impl Lifecycle {
             plan_bytes,
             allowance_bytes: plan_bytes.map(|plan| policy.allowance_bytes(plan)),
             policy,
-            notice: self.keeper.notice(project),
+            notice: self.notice(project),
             footprint,
         }))
+    }
+
+    /// What the project's owner should know of its snapshots and backups.
+    fn notice(&self, project: ProjectId) -> Option<String> {
+        let backups = self.backups.as_ref().and_then(|backups| backups.notice(project));
+        match (self.keeper.notice(project), backups) {
+            (Some(one), Some(other)) => Some(format!("{one}; {other}")),
+            (one, other) => one.or(other),
+        }
     }
 
     pub(super) async fn configure(
@@ -87,12 +97,43 @@ impl Lifecycle {
     ) -> Result<HostReply, CommandError> {
         let _turn = self.ledger.turn(project).await;
         self.check_image(&config)?;
+        // Before anything is kept: limits that can't be are no wish of the project.
+        let applied = self.limit(project, epoch, &config).await?;
         let entry = self.ledger.configure(project, epoch, config).await?;
         match self.storage.set_limit(project, self.keeper.limit_bytes(&entry.config)).await {
             Ok(()) | Err(storage::Error::Unsupported { .. }) => {}
             Err(error) => return Err(storage_error(error)),
         }
-        self.report(project, vec![]).await.map(HostReply::Project)
+        // Its secrets may be others, too.
+        if let Some(secrets) = self.inside.as_ref().and_then(|inside| inside.secrets.as_ref()) {
+            secrets.refresh(project);
+        }
+        // With another image, what was prepared is of no use.
+        self.prepare_next(&entry).await;
+        match applied {
+            Some(applied) => Ok(HostReply::Limits { project, applied }),
+            None => self.report(project, vec![]).await.map(HostReply::Project),
+        }
+    }
+
+    /// Changes what a running project may use, if `config` changes it.
+    async fn limit(
+        &self,
+        project: ProjectId,
+        epoch: Epoch,
+        config: &ProjectConfig,
+    ) -> Result<Option<Applied>, CommandError> {
+        let before = self.ledger.permit(project, epoch)?.config.effective_limits();
+        let limits = config.effective_limits();
+        if limits == before {
+            return Ok(None);
+        }
+        match self.runner.set_limits(project, &limits).await {
+            Ok(applied) => Ok(Some(applied)),
+            // It counts with the next start.
+            Err(runner::Error::NotRunning { .. }) => Ok(None),
+            Err(error) => Err(runner_error(error)),
+        }
     }
 
     /// Does what must not be done twice, in the project's turn, so that no
@@ -191,9 +232,7 @@ impl Lifecycle {
             }
         }
         let entry = self.ledger.permit(project, epoch)?;
-        if let Err(error) = self.runner.prepare(&self.moves.spec(&entry).await?).await {
-            tracing::warn!(%project, error = %cocalc_core::chain(&error), "cannot prepare the first start");
-        }
+        self.prepare_next(&entry).await;
         self.report(project, vec![]).await.map(HostReply::Project)
     }
 }

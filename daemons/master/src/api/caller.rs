@@ -61,6 +61,11 @@ impl Caller {
         self.trail.changes(what, subject);
     }
 
+    /// Says in the audit log that a secret is told, though nothing is changed.
+    pub(crate) fn reveals(&self, what: &str, subject: impl ToString) {
+        self.trail.reveals(what, subject);
+    }
+
     /// The id of the `what` that this call makes.
     pub(crate) fn new_id(&self, what: &str) -> [u8; 16] {
         let digest = Sha256::new().chain_update(self.seed).chain_update(what).finalize();

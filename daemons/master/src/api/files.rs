@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 
 use axum::{Json, extract::State};
 use cocalc_core::{
-    control::{CommandError, ErrorCode, HostCommand, HostReply, UsageReport},
+    control::{CommandError, ErrorCode, HostCommand, HostReply, ProjectConfig, UsageReport},
     snapshots::{Policy, PolicyFields},
     storage::{Change, Place},
 };
@@ -42,7 +42,7 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Shared>> {
 }
 
 /// Asks the project's host.
-async fn ask(shared: &Shared, project: &Project, command: &HostCommand) -> Answer<HostReply> {
+pub(super) async fn ask(shared: &Shared, project: &Project, command: &HostCommand) -> Answer<HostReply> {
     match shared.command(project.host, command, LIMIT).await {
         Ok(HostReply::Error(error)) => Err(refused(error)),
         Ok(reply) => Ok(reply),
@@ -63,7 +63,7 @@ fn refused(error: CommandError) -> Problem {
     }
 }
 
-fn nonsense() -> Problem {
+pub(super) fn nonsense() -> Problem {
     Problem::unavailable("host_failed", "the host's answer makes no sense")
 }
 
@@ -361,7 +361,7 @@ async fn set_policy(
     if allowance > allowed.max(Policy::default().fields().allowance_percent) {
         caller.require_admin()?;
     }
-    configure(&shared, id, Some(policy)).await?;
+    configure(&shared, id, move |config| config.snapshots = Some(policy)).await?;
     Ok(Json(PolicyView { from: "project", policy: Some(policy.into()) }))
 }
 
@@ -376,23 +376,19 @@ async fn reset_policy(
     Body(Nothing {}): Body<Nothing>,
 ) -> Answer<Json<PolicyView>> {
     caller.project(&shared, id, Some(Action::Administer)).await?;
-    configure(&shared, id, None).await?;
+    configure(&shared, id, |config| config.snapshots = None).await?;
     Ok(Json(PolicyView { from: "host", policy: None }))
 }
 
-async fn configure(shared: &Shared, id: ProjectId, policy: Option<Policy>) -> Answer<()> {
-    let project = shared.db(move |store| store.configure(id, |config| config.snapshots = policy)).await?;
+/// Changes how a project is made and run, and lets its host know.
+pub(super) async fn configure(
+    shared: &Shared,
+    id: ProjectId,
+    change: impl FnOnce(&mut ProjectConfig) + Send + 'static,
+) -> Answer<Project> {
+    let project = shared.db(move |store| store.configure(id, change)).await?;
     if project.made {
-        let (epoch, config) = (project.epoch, project.config.clone());
-        let command = HostCommand::Configure { project: id, epoch, config };
-        // A host that is away hears of it with the next start.
-        match shared.command(project.host, &command, Duration::from_secs(5)).await {
-            Ok(HostReply::Error(error)) => {
-                tracing::warn!(project = %id, error = %error.message, "the host does not take the policy");
-            }
-            Ok(_) => {}
-            Err(_) => tracing::info!(project = %id, "the host hears of the policy with the next start"),
-        }
+        shared.configure_at_host(&project).await;
     }
-    Ok(())
+    Ok(project)
 }

@@ -1,16 +1,28 @@
 //! Whether the master lives, works, and what it counts.
 
-use std::{fmt::Write, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    fmt::Write,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use axum::{Extension, extract::State, response::IntoResponse};
 use cocalc_core::connector::Peer;
+use cocalc_ids::Timestamp;
 use http::{HeaderMap, StatusCode, header};
 
 use super::{
     caller,
     problem::{Answer, Problem},
 };
-use crate::shared::Shared;
+use crate::{
+    backups::{Backups, LastDrill},
+    shared::Shared,
+};
 
 /// The process answers.
 pub(super) async fn alive() -> &'static str {
@@ -84,5 +96,58 @@ pub(super) async fn metrics(
              cocalc_master_audit_{name}_total {value}\n"
         );
     }
+    if let Some(backups) = &shared.backups {
+        backup_metrics(&shared, backups, &mut text).await?;
+    }
     Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text))
+}
+
+async fn backup_metrics(shared: &Shared, backups: &Backups, text: &mut String) -> Answer<()> {
+    let (repositories, damaged) = shared.db(|store| store.count_backup_repositories()).await?;
+    let tended = &backups.tended;
+    let last = tended.last_drill();
+    let of_last = |read: &dyn Fn(&LastDrill) -> u64| last.as_ref().map_or(0, read);
+    let secs = |at: Timestamp| u64::try_from(at.secs()).unwrap_or(0);
+    for (name, help, value) in [
+        ("repositories_count", "Projects with backups.", repositories),
+        ("damaged_count", "Of these, those whose last check found damage.", damaged),
+        (
+            "drill_last_millis",
+            "How long the last restore took that tried out a backup.",
+            of_last(&|last| last.millis),
+        ),
+        (
+            "drill_last_failed",
+            "1 if the last try of a backup failed.",
+            of_last(&|last| u64::from(last.failure.is_some())),
+        ),
+        (
+            "drill_last_timestamp_secs",
+            "When a backup was last tried out; 0 if not since the start.",
+            of_last(&|last| secs(last.at)),
+        ),
+    ] {
+        // Writing to a String cannot fail.
+        let _ = write!(
+            text,
+            "# HELP cocalc_master_backups_{name} {help}\n# TYPE cocalc_master_backups_{name} gauge\n\
+             cocalc_master_backups_{name} {value}\n"
+        );
+    }
+    let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+    for (name, help, value) in [
+        ("tend_failures", "Prunes, checks, erasures and deletions that failed.", read(&tended.failures)),
+        ("forgotten", "Backups taken off the list.", read(&tended.forgotten)),
+        ("freed_bytes", "Bytes deleted from repositories.", read(&tended.freed_bytes)),
+        ("erased", "Projects whose backups were erased.", read(&tended.erased)),
+        ("drills", "Backups tried out.", read(&tended.drills)),
+        ("drill_failures", "Of these, those that failed.", read(&tended.drill_failures)),
+    ] {
+        let _ = write!(
+            text,
+            "# HELP cocalc_master_backups_{name}_total {help}\n\
+             # TYPE cocalc_master_backups_{name}_total counter\ncocalc_master_backups_{name}_total {value}\n"
+        );
+    }
+    Ok(())
 }

@@ -2,6 +2,7 @@
 
 mod access;
 mod accounts;
+mod backups;
 mod caller;
 mod connect;
 mod document;
@@ -9,7 +10,10 @@ mod files;
 mod health;
 mod hosts;
 mod identities;
+mod idle;
+mod images;
 mod input;
+mod inside;
 mod keys;
 mod login;
 mod members;
@@ -17,8 +21,10 @@ mod oidc;
 mod operations;
 mod page;
 mod problem;
+mod project_limits;
 mod projects;
 mod receipts;
+mod restores;
 mod scope;
 mod snapshots;
 mod ssh_ca;
@@ -55,13 +61,19 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
     let (closed, mut document) = OpenApiRouter::with_openapi(Document::openapi())
         .merge(accounts::routes())
         .merge(projects::routes())
+        .merge(project_limits::routes())
         .merge(connect::routes())
         .merge(members::routes())
         .merge(snapshots::routes())
         .merge(files::routes())
+        .merge(backups::routes())
+        .merge(idle::routes())
+        .merge(images::routes())
+        .merge(inside::routes())
         .merge(ssh_keys::routes())
         .merge(ssh_ca::routes())
         .merge(hosts::routes())
+        .merge(restores::routes())
         .merge(operations::routes())
         .merge(keys::routes())
         .merge(receipts::routes())

@@ -27,6 +27,9 @@ use crate::{operations, shared::Shared};
 /// Even without news the database is looked at so often.
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
 
+/// One on an image, which is in memory, is looked at so often.
+const LOOK_SOON: Duration = Duration::from_millis(250);
+
 /// How long a call waits for what is found before its operation does anything.
 const CHECK_LIMIT: Duration = Duration::from_secs(10);
 
@@ -99,7 +102,16 @@ async fn show(
     caller: Caller,
     Id(id): Id<OperationId>,
 ) -> Answer<Json<OperationView>> {
-    Ok(Json(find(&shared, &caller, id).await?.into()))
+    Ok(Json(look(&shared, &caller, id).await?))
+}
+
+/// The operation as people see it: on a project, or on an image.
+async fn look(shared: &Shared, caller: &Caller, id: OperationId) -> Answer<OperationView> {
+    match shared.image_job(id) {
+        Some(job) if caller.admin || job.account == caller.id => Ok(job.into()),
+        Some(_) => Err(Problem::not_found("operation")),
+        None => Ok(find(shared, caller, id).await?.into()),
+    }
 }
 
 #[derive(Deserialize, IntoParams)]
@@ -123,10 +135,14 @@ async fn wait(
     let deadline = tokio::time::Instant::now() + limit;
     let mut changes = shared.operations.changes();
     loop {
-        let operation = find(&shared, &caller, id).await?;
+        let operation = look(&shared, &caller, id).await?;
         let now = tokio::time::Instant::now();
-        if operation.state != OperationState::Running || now >= deadline {
-            return Ok(Json(operation.into()));
+        if operation.is_over() || now >= deadline {
+            return Ok(Json(operation));
+        }
+        if shared.image_job(id).is_some() {
+            tokio::time::sleep_until(deadline.min(now + LOOK_SOON)).await;
+            continue;
         }
         let until = deadline.min(now + LOOK_AGAIN);
         changed(&mut changes, id, until).await;
@@ -247,6 +263,16 @@ async fn cancel(
     Id(id): Id<OperationId>,
     Body(Nothing {}): Body<Nothing>,
 ) -> Answer<(http::StatusCode, Json<OperationView>)> {
+    if let Some(job) = shared.image_job(id) {
+        if !caller.admin && job.account != caller.id {
+            return Err(Problem::not_found("operation"));
+        }
+        if job.state != "running" {
+            return Err(Problem::conflict("operation_ended", format!("the operation is {}", job.state)));
+        }
+        let job = shared.cancel_image_job(id).unwrap_or(job);
+        return Ok((http::StatusCode::ACCEPTED, Json(job.into())));
+    }
     let operation = find(&shared, &caller, id).await?;
     let project = caller.project(&shared, operation.project, Some(cocalc_ids::Action::Administer)).await;
     if operation.state != OperationState::Running {
@@ -257,7 +283,8 @@ async fn cancel(
     }
     project?;
     let cancellable =
-        matches!(operation.job, store::Job::Move { .. }) && operation.progress["cancellable"] != false;
+        matches!(operation.job, store::Job::Move { .. } | store::Job::BackUp | store::Job::DrillBackup)
+            && operation.progress["cancellable"] != false;
     if !cancellable {
         return Err(Problem::conflict("not_cancellable", "this operation only goes forward now"));
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::{Json, extract::State};
 use cocalc_core::{connector::Peer, control::ProjectConfig, runner::Limits};
-use cocalc_ids::{Action, ImageDigest, OperationId, ProjectId};
+use cocalc_ids::{Action, HostId, ImageDigest, OperationId, ProjectId};
 use cocalc_sqlite::master::{Job, Project, ProjectState};
 use http::StatusCode;
 use serde::{Deserialize, Serialize};
@@ -13,10 +13,11 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
     caller::Caller,
-    files, hosts,
+    files, hosts, images,
     input::{Asked, Body, Id, clean_name},
     problem::{Answer, Problem},
-    view::{Begun, ProjectView, time},
+    project_limits,
+    view::{Begun, ProjectView},
 };
 use crate::{
     placement::{Candidate, Needs, NoPlace, place},
@@ -42,19 +43,17 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Shared>> {
         .routes(routes!(start))
         .routes(routes!(stop))
         .routes(routes!(move_to))
-        .routes(routes!(why))
 }
 
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct NewProject {
     name: String,
-    /// The digest of its image; default: its host's default.
-    #[schema(value_type = Option<String>)]
-    image: Option<ImageDigest>,
+    /// The digest or the name of its image; default: its host's default.
+    image: Option<String>,
     /// The host, by id or name; default: the master chooses.
     host: Option<String>,
-    /// What it may use: `memory_bytes`, `cpu_millis`, `pids`, `nofile`.
+    /// What it may use, as in `PUT /projects/{id}/limits`.
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
     limits: Limits,
@@ -72,6 +71,10 @@ async fn create(
     Body(new): Body<NewProject>,
 ) -> Answer<(StatusCode, Json<Begun>)> {
     let name = clean_name(&new.name)?;
+    let limits_max = shared.limits_max.clone();
+    if caller.require_admin().is_err() {
+        project_limits::within(&new.limits, &limits_max)?;
+    }
     let id = ProjectId::from_random_bytes(caller.new_id("project"));
     caller.notes("project.create", id);
     let operation = OperationId::from_random_bytes(caller.new_id("create"));
@@ -79,23 +82,39 @@ async fn create(
         Some(host) => Some(hosts::find(&shared, host).await?.id),
         None => None,
     };
-    let needs = Needs { image: new.image, quota_bytes: new.quota_bytes, only };
+    let image = new.image.as_deref().map(|image| images::resolve(&shared, image)).transpose()?;
+    let needs = Needs { image, quota_bytes: new.quota_bytes, only };
     let candidates = candidates(&shared).await?;
-    let host = place(&candidates, &needs).map_err(|reason| match reason {
-        NoPlace::NoHost | NoPlace::NotAlive => Problem::unavailable("no_host", reason.to_string()),
-        _ => Problem::conflict("no_host", reason.to_string()),
-    })?;
+    let host = placed(&candidates, &needs)?;
     // The host's default is pinned now: it may change, and the project's upper
     // layer belongs to the image it was made on, wherever it moves.
     let default = || candidates.iter().find(|one| one.host == host)?.images.first().copied();
     let config = ProjectConfig {
-        image: new.image.or_else(default),
+        image: image.or_else(default),
         limits: new.limits,
+        limits_max,
         quota_bytes: new.quota_bytes,
         ..ProjectConfig::default()
     };
     let project = shared.create_project(id, operation, name, caller.id, config, host, Job::Create).await?;
     Ok((StatusCode::ACCEPTED, Json(Begun { operation_id: operation.to_string(), project: project.into() })))
+}
+
+fn placed(candidates: &[Candidate], needs: &Needs) -> Answer<HostId> {
+    place(candidates, needs).map_err(|reason| match reason {
+        NoPlace::NoHost | NoPlace::NotAlive => Problem::unavailable("no_host", reason.to_string()),
+        _ => Problem::conflict("no_host", reason.to_string()),
+    })
+}
+
+/// A host for a project with this image and plan: `only` this one, if given.
+pub(super) async fn chosen(
+    shared: &Shared,
+    image: Option<ImageDigest>,
+    quota_bytes: Option<u64>,
+    only: Option<HostId>,
+) -> Answer<HostId> {
+    placed(&candidates(shared).await?, &Needs { image, quota_bytes, only })
 }
 
 async fn candidates(shared: &Shared) -> Answer<Vec<Candidate>> {
@@ -267,52 +286,4 @@ async fn move_to(
     let operation = OperationId::from_random_bytes(caller.new_id("move"));
     shared.begin_move(operation, id, caller.id, to).await?;
     begun(&shared, operation, id).await
-}
-
-#[derive(Serialize, ToSchema)]
-struct Why {
-    state: String,
-    /// In one sentence, for people.
-    reason: String,
-    /// When it was last started.
-    started: Option<String>,
-    /// Whether its host is connected.
-    host_connected: bool,
-}
-
-/// Says why a project runs, or does not.
-#[utoipa::path(get, path = "/projects/{id}/why", tag = "projects", params(("id" = String, Path)),
-    responses((status = 200, body = Why), (status = "default", body = Problem)))]
-async fn why(State(shared): State<Arc<Shared>>, caller: Caller, Id(id): Id<ProjectId>) -> Answer<Json<Why>> {
-    let project = caller.project(&shared, id, None).await?;
-    let operations = shared.db(move |store| store.operations_of(id, 1)).await?;
-    let connected = shared.alive(Peer::Host(project.host));
-    let mut reason = match (&project.reason, operations.first()) {
-        (_, Some(last)) if project.fence == Some(last.id) => {
-            format!("operation {} ({}) is under way: {}", last.id, last.job.kind(), last.phase)
-        }
-        (Some(reason), _) => reason.clone(),
-        (None, Some(last)) => {
-            format!(
-                "the last operation was {}, {} at {}",
-                last.job.kind(),
-                last.state.as_str(),
-                time(last.updated)
-            )
-        }
-        (None, None) => "nothing has happened to it yet".to_owned(),
-    };
-    if connected && let Some(notice) = files::notice(&shared, &project).await {
-        reason.push_str("; ");
-        reason.push_str(&notice);
-    }
-    if !connected {
-        reason.push_str("; its host is not connected, so this may be old");
-    }
-    Ok(Json(Why {
-        state: project.state.to_string(),
-        reason,
-        started: project.started.map(time),
-        host_connected: connected,
-    }))
 }

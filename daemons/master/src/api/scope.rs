@@ -14,8 +14,9 @@ pub(super) fn verb_of(method: &Method, route: &str) -> Option<Verb> {
     let rest = route.strip_prefix("/projects/{id}");
     match (method.as_str(), route, rest) {
         (_, "/ssh-keys" | "/ssh-keys/{id}", _) => Some(Verb::Account),
+        (_, _, Some("/backups/escrow" | "/backups/erase")) => None,
         ("GET", _, Some(_)) => Some(Verb::Read),
-        ("GET", "/account" | "/projects" | "/proxies", _) => Some(Verb::Read),
+        ("GET", "/account" | "/projects" | "/proxies" | "/images", _) => Some(Verb::Read),
         ("GET", _, None)
             if ["/operations", "/hosts", "/receipts/"].iter().any(|start| route.starts_with(start)) =>
         {
@@ -23,12 +24,16 @@ pub(super) fn verb_of(method: &Method, route: &str) -> Option<Verb> {
         }
         ("POST", "/projects", _) => Some(Verb::Create),
         ("POST", _, Some("/connect" | "/ssh-certificate")) => Some(Verb::Connect),
-        ("POST", _, Some("/start" | "/stop" | "/move")) => Some(Verb::Operate),
+        ("POST", _, Some("/start" | "/stop" | "/move" | "/keep")) => Some(Verb::Operate),
         ("POST", "/operations/{id}/cancel", _) => Some(Verb::Operate),
         ("POST" | "DELETE", _, Some(rest)) if rest.starts_with("/snapshots") => Some(Verb::Operate),
+        ("POST", _, Some("/backups")) => Some(Verb::Operate),
         ("DELETE", _, Some("")) => Some(Verb::Manage),
         ("POST" | "DELETE", _, Some(rest)) if rest.starts_with("/members") => Some(Verb::Manage),
-        ("PATCH", _, Some("/access")) => Some(Verb::Manage),
+        ("PATCH", _, Some("/access" | "/idle")) => Some(Verb::Manage),
+        ("PUT", _, Some("/limits" | "/isolation" | "/image")) => Some(Verb::Manage),
+        ("POST", _, Some("/apps/{name}/restart")) => Some(Verb::Operate),
+        ("PUT" | "DELETE", _, Some("/env/{name}" | "/secrets/{name}")) => Some(Verb::Manage),
         _ => None,
     }
 }
@@ -93,6 +98,9 @@ mod tests {
             (Method::DELETE, "/api/v1/projects/{id}/snapshots/{name}", Some(Verb::Operate)),
             (Method::POST, "/api/v1/projects/{id}/members", Some(Verb::Manage)),
             (Method::POST, "/api/v1/projects/{id}/something-new", None),
+            (Method::POST, "/api/v1/projects/{id}/backups", Some(Verb::Operate)),
+            (Method::GET, "/api/v1/projects/{id}/backups/escrow", None),
+            (Method::DELETE, "/api/v1/projects/{id}/backups/{backup}", None),
             (Method::PATCH, "/api/v1/projects/{id}", None),
             (Method::POST, "/api/v1/accounts/{id}/tokens", None),
             (Method::GET, "/api/v1/accounts/{id}/tokens", None),

@@ -38,6 +38,7 @@ struct Known {
     key: Option<KeyId>,
     subject: Option<String>,
     refused: Option<&'static str>,
+    revealed: bool,
 }
 
 impl Trail {
@@ -60,6 +61,14 @@ impl Trail {
     /// What is changed, and on what; never a secret, nor a tenant's text.
     pub(crate) fn changes(&self, what: &str, subject: impl ToString) {
         self.lock().subject = Some(format!("{what} {}", subject.to_string()));
+    }
+}
+
+impl Trail {
+    /// That a secret is told, which is a line though nothing is changed.
+    pub(crate) fn reveals(&self, what: &str, subject: impl ToString) {
+        self.changes(what, subject);
+        self.lock().revealed = true;
     }
 }
 
@@ -97,7 +106,11 @@ fn write(
     let kind = kind(method, &path, response.status(), known.account.is_some(), || {
         ALLOWED.fetch_add(1, Ordering::Relaxed).is_multiple_of(ALLOWED_SAMPLE)
     });
-    let kind = if known.refused.is_some() { Some("deny") } else { kind };
+    let kind = match (known.refused, known.revealed && response.status().is_success()) {
+        (Some(_), _) => Some("deny"),
+        (None, true) => Some("reveal"),
+        (None, false) => kind,
+    };
     if let Some(kind) = kind {
         let code = response.extensions().get::<Code>().map(|Code(code)| *code);
         let code = known.refused.or(code).unwrap_or("");

@@ -7,6 +7,9 @@ use serde::Serialize;
 use serde_json::Value;
 use utoipa::ToSchema;
 
+use super::backups::BackupStateView;
+use crate::images::ImageJob;
+
 /// A time in RFC 3339.
 pub(crate) fn time(at: Timestamp) -> String {
     jiff::Timestamp::from_millisecond(at.millis()).map_or_else(|_| at.to_string(), |at| at.to_string())
@@ -60,6 +63,8 @@ pub(crate) struct ProjectView {
     started: Option<String>,
     /// Milliseconds of each phase of the last start.
     phases: Vec<(String, u64)>,
+    /// How it stands with its backups; null if its host has not said it.
+    backup: Option<BackupStateView>,
 }
 
 impl From<Project> for ProjectView {
@@ -77,6 +82,7 @@ impl From<Project> for ProjectView {
             created: time(project.created),
             started: project.started.map(time),
             phases: project.phases,
+            backup: project.backup.map(Into::into),
         }
     }
 }
@@ -148,7 +154,8 @@ impl HostView {
 pub(crate) struct OperationView {
     id: String,
     kind: &'static str,
-    project_id: String,
+    /// The project that it is about; none if it is about an image.
+    project_id: Option<String>,
     /// `running`, `done`, `failed` or `cancelled`.
     state: &'static str,
     /// What is being done, for people.
@@ -173,7 +180,7 @@ impl From<Operation> for OperationView {
         Self {
             id: operation.id.to_string(),
             kind: operation.job.kind(),
-            project_id: operation.project.to_string(),
+            project_id: Some(operation.project.to_string()),
             state: operation.state.as_str(),
             phase: operation.phase,
             progress: operation.progress,
@@ -181,6 +188,32 @@ impl From<Operation> for OperationView {
             cancelling: operation.cancel,
             created: time(operation.created),
             updated: time(operation.updated),
+            millis: u64::try_from(millis).unwrap_or(u64::MAX),
+        }
+    }
+}
+
+impl OperationView {
+    /// Whether it has ended.
+    pub(crate) fn is_over(&self) -> bool {
+        self.state != "running"
+    }
+}
+
+impl From<ImageJob> for OperationView {
+    fn from(job: ImageJob) -> Self {
+        let millis = job.updated.since(job.created).as_millis();
+        Self {
+            id: job.id.to_string(),
+            kind: job.kind,
+            project_id: None,
+            state: job.state,
+            phase: job.phase,
+            progress: job.progress,
+            error: job.error,
+            cancelling: job.cancelling,
+            created: time(job.created),
+            updated: time(job.updated),
             millis: u64::try_from(millis).unwrap_or(u64::MAX),
         }
     }

@@ -15,7 +15,9 @@ use cocalc_conat::{Authorizer, Handshake, Identity};
 use cocalc_core::{
     clock::Clock,
     connector::Peer,
-    control::{FRAME_BYTES_MAX, api_subject, inbox_subject, keepalive_subject, stream_subject},
+    control::{
+        FRAME_BYTES_MAX, api_subject, images_subject, inbox_subject, keepalive_subject, stream_subject,
+    },
     subject::Access,
 };
 use cocalc_ids::{HostId, ProxyId};
@@ -145,7 +147,8 @@ fn may(peer: Peer, subject: &str, access: Access) -> bool {
         Access::Publish => subject == api_subject(peer) || subject == keepalive_subject(peer),
         Access::Subscribe => {
             subject == stream_subject(peer)
-                || matches!(peer, Peer::Host(host) if subject == inbox_subject(host))
+                || matches!(peer, Peer::Host(host)
+                    if subject == inbox_subject(host) || subject == images_subject(host))
         }
     }
 }

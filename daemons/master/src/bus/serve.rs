@@ -24,6 +24,8 @@ use super::{
 };
 use crate::shared::Shared;
 
+/// How long an idle project's processes may take to end.
+const IDLE_GRACE_MS: u64 = 10_000;
 /// Requests of peers that are answered at once; more wait in the queue.
 const REQUESTS_MAX: usize = 256;
 
@@ -155,13 +157,35 @@ async fn respond(shared: &Arc<Shared>, peer: Peer, request: PeerRequest) -> stor
             let Peer::Host(host) = peer else { return Ok(hosts_only()) };
             shared.db(move |store| store.set_free_bytes(host, free_bytes)).await?;
         }
+        PeerRequest::Images { images } => {
+            let Peer::Host(host) = peer else { return Ok(hosts_only()) };
+            let digests = images.iter().map(|image| image.digest).collect();
+            shared.db(move |store| store.set_images(host, digests)).await?;
+            shared.images.heard(host, images);
+        }
         PeerRequest::Sending { move_id, name, bytes, estimated_bytes, bytes_per_sec } => {
             let Peer::Host(host) = peer else { return Ok(hosts_only()) };
             shared.operations.heard_of_stream(host, move_id, name, [bytes, estimated_bytes, bytes_per_sec]);
         }
+        PeerRequest::BackupAccess(request) => {
+            let Peer::Host(host) = peer else { return Ok(hosts_only()) };
+            return shared.open_repository(host, request).await;
+        }
+        PeerRequest::BackupStatus(status) => {
+            let Peer::Host(host) = peer else { return Ok(hosts_only()) };
+            shared.db(move |store| store.set_backup_status(host, &status)).await?;
+        }
         PeerRequest::Wake { project, epoch } => {
             let Peer::Host(host) = peer else { return Ok(hosts_only()) };
             return wake(shared, host, project, epoch).await;
+        }
+        PeerRequest::Idle { project, epoch } => {
+            let Peer::Host(host) = peer else { return Ok(hosts_only()) };
+            return stop_idle(shared, host, project, epoch).await;
+        }
+        PeerRequest::Secrets { project, epoch } => {
+            let Peer::Host(host) = peer else { return Ok(hosts_only()) };
+            return shared.secrets_for(host, project, epoch).await;
         }
         PeerRequest::CertifySshHostKeys => return certify(shared, peer).await,
         PeerRequest::AuditHead { count, head, time, signature } => {
@@ -308,6 +332,7 @@ async fn register_peer(shared: &Arc<Shared>, peer: Peer, register: Register) -> 
     tracing::info!(?peer, name = %register.name, session = %register.session, "registered");
     if let Peer::Host(host) = peer {
         shared.tidy(host);
+        shared.tell_untold(host);
         let moved = before.get(&host).is_none_or(|address| {
             address.url != register.address.url
                 || address.domain != register.address.domain
@@ -323,6 +348,7 @@ async fn register_peer(shared: &Arc<Shared>, peer: Peer, register: Register) -> 
         settings: shared.settings,
         owners,
         now: shared.now(),
+        backups: shared.backups.as_ref().map(|backups| backups.policy()),
     }))
 }
 
@@ -365,6 +391,36 @@ async fn wake(
                 job => refused(&format!("the project is busy: {}", job.kind())),
             }
         }
+        Err(error) => Err(error),
+    }
+}
+
+/// Stops a project that its host has found idle, in its users' presence or not.
+/// The fence keeps that from cutting off anything exclusive.
+async fn stop_idle(
+    shared: &Arc<Shared>,
+    host: cocalc_ids::HostId,
+    project: ProjectId,
+    epoch: Epoch,
+) -> store::Result<PeerReply> {
+    let refused = |message: &str| Ok(PeerReply::Error { message: message.to_owned() });
+    let found = match shared.db(move |store| store.project(project)).await {
+        Ok(found) if found.host == host && found.epoch == epoch => found,
+        Ok(_) | Err(store::Error::NotFound { .. }) => return refused("the project is not on this host"),
+        Err(error) => return Err(error),
+    };
+    // Somebody may have asked for it a moment ago.
+    if found.config.idle.keep_until.is_some_and(|until| until > shared.now()) {
+        return refused("somebody wants it to run");
+    }
+    let job = Job::Stop { grace_ms: IDLE_GRACE_MS };
+    match shared.begin(OperationId::random(), project, found.owner, job, &[ProjectState::Running]).await {
+        Ok(_) => Ok(PeerReply::Done),
+        Err(store::Error::Busy { operation }) => {
+            let job = shared.db(move |store| store.operation(operation)).await?.job;
+            refused(&format!("the project is busy: {}", job.kind()))
+        }
+        Err(store::Error::WrongState { state }) => refused(&format!("the project is {state}")),
         Err(error) => Err(error),
     }
 }

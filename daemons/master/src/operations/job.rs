@@ -8,9 +8,12 @@ use cocalc_core::{
     runner::State,
     storage::CopyOptions,
 };
-use cocalc_ids::{Epoch, HostId, ProjectId, SessionId, SnapshotName};
+use cocalc_ids::{Epoch, HostId, ImageDigest, ProjectId, SessionId, SnapshotName};
 use cocalc_sqlite::master::{self as store, Ended, Job, Operation, Outcome, Project, ProjectState};
 
+use tokio::sync::watch;
+
+use super::restoring;
 use crate::shared::{Shared, Unanswered};
 
 /// How long a host may be away before an operation that it does not know of
@@ -21,6 +24,9 @@ const BUSY_RETRIES: u32 = 5;
 /// After how long a command that is not answered is sent again for the first
 /// time. A host takes repeated commands one after the other.
 const REPEAT_AFTER: Duration = Duration::from_secs(5);
+/// How long a project's processes may take to end when it is stopped only to be
+/// started again.
+const RESTART_GRACE_MS: u64 = 10_000;
 /// The phase of an operation of which no host knows.
 pub(crate) const QUEUED: &str = "queued";
 /// The phase in which it turns out whether the operation makes sense, before
@@ -32,7 +38,7 @@ pub(crate) const OTHER_HOST: &str = "the two projects are on different hosts, be
     move one of them to the other's host first, or copy with rsync over SSH";
 
 /// Runs the operation, and records its end.
-pub(super) async fn run(shared: &Arc<Shared>, operation: &Operation) {
+pub(super) async fn run(shared: &Arc<Shared>, operation: &Operation, mut cancel: watch::Receiver<bool>) {
     let id = operation.project;
     let project = match shared.db(move |store| store.project(id)).await {
         Ok(project) => project,
@@ -43,15 +49,20 @@ pub(super) async fn run(shared: &Arc<Shared>, operation: &Operation) {
             return shared.finish(operation.id, failed("internal", detail, ProjectState::Failed)).await;
         }
     };
-    let ended = match act(shared, operation, &project).await {
+    let ended = match act(shared, operation, &project, &mut cancel).await {
         Ok(ended) => ended,
         Err(failure) => failure.ended(&operation.job, &project),
     };
     let deleted = ended.project == ProjectState::Deleted;
     shared.finish(operation.id, ended).await;
     if deleted {
+        shared.backups_of_deleted(project.id).await;
         if let Err(error) = shared.tell_of_project(project.host, project.id).await {
             tracing::warn!(project = %project.id, error = %cocalc_core::chain(&error), "cannot announce a deletion");
+        }
+        let id = project.id;
+        if let Err(error) = shared.db(move |store| store.remove_secrets(id)).await {
+            tracing::warn!(project = %id, error = %cocalc_core::chain(&error), "its secrets are not removed");
         }
         if let Err(error) = shared.forget_project(project.id).await {
             tracing::warn!(project = %project.id, error = %cocalc_core::chain(&error), "cannot tidy after a deletion");
@@ -60,7 +71,8 @@ pub(super) async fn run(shared: &Arc<Shared>, operation: &Operation) {
 }
 
 /// Why an operation failed.
-enum Failure {
+#[derive(Debug)]
+pub(super) enum Failure {
     /// The host refused.
     Refused(CommandError),
     /// What is copied from is on another host.
@@ -104,7 +116,7 @@ impl Failure {
 
 fn failed(code: &str, detail: String, project: ProjectState) -> Ended {
     let reason = (project == ProjectState::Failed).then(|| detail.clone());
-    Ended { outcome: Outcome::Failed { code: code.to_owned(), detail }, project, reason, report: None }
+    Ended { outcome: restoring::outcome(code, detail), project, reason, report: None }
 }
 
 /// What the API says of a host's refusal.
@@ -118,23 +130,33 @@ pub(crate) fn code(code: ErrorCode) -> &'static str {
         ErrorCode::NoSpace => "no_space",
         ErrorCode::Invalid => "invalid_request",
         ErrorCode::Unavailable => "host_unavailable",
+        ErrorCode::RepositoryUnavailable => "repository_unavailable",
+        ErrorCode::RepositoryDenied => "repository_denied",
+        ErrorCode::RepositoryDamaged => "repository_damaged",
+        ErrorCode::Cancelled => "cancelled",
         _ => "host_failed",
     }
 }
 
-async fn act(shared: &Shared, operation: &Operation, project: &Project) -> Result<Ended, Failure> {
+async fn act(
+    shared: &Shared,
+    operation: &Operation,
+    project: &Project,
+    cancel: &mut watch::Receiver<bool>,
+) -> Result<Ended, Failure> {
     let (id, epoch) = (project.id, project.epoch);
     let call = Call { shared, operation, host: project.host };
     Ok(match &operation.job {
-        Job::Create | Job::Clone { .. } => {
-            let report = create(&call, project).await?;
+        Job::Create | Job::Clone { .. } | Job::FromBackup { .. } => {
+            let report = create(&call, project, cancel).await?;
             done(ProjectState::from(report.status.state), Some(report))
         }
         Job::Start => {
+            call.ensure_image(project.config.image).await?;
             // A creation that failed is made good; files that were there once
             // are never replaced by an empty volume.
             if !project.made {
-                create(&call, project).await?;
+                create(&call, project, cancel).await?;
             }
             let command = HostCommand::Start { project: id, epoch, config: project.config.clone() };
             let report = call.report("starting", command, Duration::from_secs(300), epoch).await?;
@@ -205,17 +227,59 @@ async fn act(shared: &Shared, operation: &Operation, project: &Project) -> Resul
             };
             call.keep("copying", command, project).await?
         }
+        Job::RestoreBackup { backup, to } => restoring::restore(&call, project, backup, to, cancel).await?,
+        Job::SetImage { image, restart } => {
+            call.ensure_image(Some(*image)).await?;
+            let was_running = project.state == ProjectState::Running;
+            if was_running && *restart {
+                let command = HostCommand::Stop { project: id, epoch, grace_ms: RESTART_GRACE_MS };
+                call.report("stopping", command, Duration::from_secs(120), epoch).await?;
+            }
+            let (within, image) = (operation.id, *image);
+            let changed = shared
+                .db(move |store| store.configure_within(within, id, |config| config.image = Some(image)));
+            let config = changed.await?.config;
+            if project.made {
+                let command = HostCommand::Configure { project: id, epoch, config: config.clone() };
+                call.report("changing the image", command, Duration::from_secs(120), epoch).await?;
+            }
+            if !was_running {
+                return Ok(Ended {
+                    outcome: Outcome::Done,
+                    project: project.state,
+                    reason: project.reason.clone(),
+                    report: None,
+                });
+            }
+            let command = HostCommand::Start { project: id, epoch, config };
+            match call.report("starting", command, Duration::from_secs(300), epoch).await {
+                Ok(report) => done(ProjectState::from(report.status.state), Some(report)),
+                // It has been stopped, and does not keep its state.
+                Err(failure) => failure.ended(&Job::Start, project),
+            }
+        }
         // Driven elsewhere.
-        Job::Move { .. } => return Err(Failure::NoReceipt),
+        Job::Move { .. }
+        | Job::BackUp
+        | Job::ForgetBackups { .. }
+        | Job::PruneBackups
+        | Job::CheckBackups { .. }
+        | Job::EraseBackups
+        | Job::DrillBackup => return Err(Failure::NoReceipt),
     })
 }
 
-fn done(project: ProjectState, report: Option<ProjectReport>) -> Ended {
+pub(super) fn done(project: ProjectState, report: Option<ProjectReport>) -> Ended {
     let reason = report.as_ref().and_then(|report| report.status.reason.clone());
     Ended { outcome: Outcome::Done, project, reason, report }
 }
 
-async fn create(call: &Call<'_>, project: &Project) -> Result<ProjectReport, Failure> {
+async fn create(
+    call: &Call<'_>,
+    project: &Project,
+    cancel: &mut watch::Receiver<bool>,
+) -> Result<ProjectReport, Failure> {
+    call.ensure_image(project.config.image).await?;
     // The host knows who may use it before it exists.
     call.shared.tell_of_project(project.host, project.id).await?;
     let (id, epoch, config) = (project.id, project.epoch, project.config.clone());
@@ -239,6 +303,12 @@ async fn create(call: &Call<'_>, project: &Project) -> Result<ProjectReport, Fai
             };
             call.report("cloning", command, Duration::from_secs(600), epoch).await
         }
+        Job::FromBackup { source, backup } => {
+            let command = HostCommand::Create { project: id, epoch, config };
+            call.report("creating", command, Duration::from_secs(120), epoch).await?;
+            let from = restoring::From { source, backup: &backup };
+            restoring::fill(call, project, from, cancel).await
+        }
         _ => {
             let command = HostCommand::Create { project: id, epoch, config };
             call.report("creating", command, Duration::from_secs(120), epoch).await
@@ -259,16 +329,52 @@ async fn original(shared: &Shared, id: ProjectId, to: &Project) -> Result<Projec
     }
 }
 
-/// Calls of one operation to its host.
-struct Call<'a> {
-    shared: &'a Shared,
-    operation: &'a Operation,
+/// Has a host fetch an image, if another one has it and this one has not, and
+/// shows people how far that is.
+pub(super) async fn ensure_image(
+    shared: &Shared,
+    operation: &Operation,
     host: HostId,
+    image: ImageDigest,
+) -> Result<(), CommandError> {
+    let (told, mut news) = tokio::sync::watch::channel(None);
+    let (_never, mut cancel) = tokio::sync::watch::channel(false);
+    let mut tell = move |phase: &str, bytes: u64, expected: Option<u64>| {
+        told.send_replace(Some((phase.to_owned(), bytes, expected)));
+    };
+    let fetch = shared.ensure_image(host, image, operation.id, &mut cancel, &mut tell);
+    let mut fetch = std::pin::pin!(fetch);
+    loop {
+        tokio::select! {
+            done = &mut fetch => return done,
+            Ok(()) = news.changed() => {
+                let Some((phase, bytes, expected)) = news.borrow_and_update().clone() else { continue };
+                let mut progress = serde_json::json!({ "bytes": bytes });
+                if let Some(expected) = expected {
+                    progress["bytes_expected"] = expected.into();
+                }
+                shared.note(operation.id, &format!("image: {phase}"), progress).await;
+            }
+        }
+    }
+}
+
+/// Calls of one operation to its host.
+pub(super) struct Call<'a> {
+    pub(super) shared: &'a Shared,
+    pub(super) operation: &'a Operation,
+    pub(super) host: HostId,
 }
 
 impl Call<'_> {
+    /// Has the host fetch the image, if another one has it and this one has not.
+    async fn ensure_image(&self, image: Option<ImageDigest>) -> Result<(), Failure> {
+        let Some(image) = image else { return Ok(()) };
+        ensure_image(self.shared, self.operation, self.host, image).await.map_err(Failure::Refused)
+    }
+
     /// A command whose receipt is the project's state, in that epoch.
-    async fn report(
+    pub(super) async fn report(
         &self,
         phase: &str,
         command: HostCommand,
@@ -298,7 +404,12 @@ impl Call<'_> {
     }
 
     /// A command about a snapshot, which leaves the project's state alone.
-    async fn keep(&self, phase: &str, command: HostCommand, project: &Project) -> Result<Ended, Failure> {
+    pub(super) async fn keep(
+        &self,
+        phase: &str,
+        command: HostCommand,
+        project: &Project,
+    ) -> Result<Ended, Failure> {
         match self.perform(phase, command, Duration::from_secs(300)).await? {
             HostReply::Project(ProjectReport { project: id, .. })
             | HostReply::Snapshots { project: id, .. }
@@ -322,7 +433,7 @@ impl Call<'_> {
     /// host has answered, however long that takes: an operation that ended
     /// before would still happen. A host that never got the command is given
     /// up after a while, except for a deletion, which is asked for once.
-    async fn perform(
+    pub(super) async fn perform(
         &self,
         phase: &str,
         command: HostCommand,

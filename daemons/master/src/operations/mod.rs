@@ -4,9 +4,11 @@
 //! operation in the database and does the step again. Commands to hosts are
 //! idempotent, and name the epoch that they are for.
 
+mod backing_up;
 mod job;
 mod leftovers;
 mod moving;
+mod restoring;
 
 use std::{
     collections::BTreeMap,
@@ -24,6 +26,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 pub(crate) use self::{
     job::{CHECKING, OTHER_HOST, QUEUED, code},
     moving::NewMoveError,
+    restoring::restores_from,
 };
 use crate::shared::Shared;
 
@@ -98,7 +101,8 @@ async fn work(shared: &Arc<Shared>, id: OperationId, cancelled: watch::Receiver<
     }
     match operation.job {
         Job::Move { .. } => moving::run(shared, &operation, cancelled).await,
-        _ => job::run(shared, &operation).await,
+        _ if operation.job.is_beside() => backing_up::run(shared, &operation, cancelled).await,
+        _ => job::run(shared, &operation, cancelled).await,
     }
 }
 
@@ -158,6 +162,20 @@ impl Shared {
         Ok(operation)
     }
 
+    /// Begins an operation that fences nothing, on a project in any state.
+    pub(crate) async fn begin_beside(
+        self: &Arc<Self>,
+        id: OperationId,
+        project: ProjectId,
+        account: AccountId,
+        job: Job,
+    ) -> store::Result<Operation> {
+        let now = self.now();
+        let operation = self.db(move |store| store.begin_beside(id, project, account, &job, now)).await?;
+        self.run_if_new(id).await?;
+        Ok(operation)
+    }
+
     /// Goes on with what an earlier process began.
     pub(crate) async fn resume(self: &Arc<Self>) -> store::Result<()> {
         for operation in self.db(|store| store.operations_running()).await? {
@@ -204,8 +222,8 @@ impl Shared {
         });
     }
 
-    /// Asks an operation to cancel. Only moves can be: the others are one step
-    /// on the host, which would have to be waited for anyway.
+    /// Asks an operation to cancel. Only moves, backups and restores can be: the others
+    /// are one step on the host, which would have to be waited for anyway.
     pub(crate) async fn cancel(&self, id: OperationId) -> store::Result<Operation> {
         let now = self.now();
         let operation = self.db(move |store| store.cancel(id, now)).await?;
@@ -217,7 +235,7 @@ impl Shared {
     }
 
     /// Records what an operation is doing. Losing such a record harms nobody.
-    async fn note(&self, id: OperationId, phase: &str, progress: Value) {
+    pub(crate) async fn note(&self, id: OperationId, phase: &str, progress: Value) {
         let (now, text) = (self.now(), phase.to_owned());
         if let Err(error) = self.db(move |store| store.progress(id, &text, &progress, now)).await {
             tracing::warn!(operation = %id, error = %cocalc_core::chain(&error), "cannot record progress");

@@ -181,6 +181,14 @@ pub(super) async fn run(shared: &Arc<Shared>, operation: &Operation, cancel: wat
             if let Err(outcome) = check(shared, operation, &state, &cancel).await {
                 return refuse(shared, operation, &state, outcome).await;
             }
+            if let Some(image) = state.spec.config.image
+                && let Err(error) =
+                    super::job::ensure_image(shared, operation, state.spec.destination, image).await
+            {
+                let outcome =
+                    Outcome::Failed { code: super::job::code(error.code).into(), detail: error.message };
+                return refuse(shared, operation, &state, outcome).await;
+            }
             unchecked = false;
             shared.note(operation.id, step_name(state.step), shown(&state, None)).await;
         }

@@ -39,6 +39,11 @@ const CALLS: &[&str] = &[
     "POST /projects/{id}/clone",
     "POST /projects/{id}/connect",
     "POST /projects/{id}/copy",
+    "GET /projects/{id}/isolation",
+    "PUT /projects/{id}/isolation",
+    "GET /projects/{id}/limits",
+    "PUT /projects/{id}/limits",
+    "PUT /projects/{id}/limits-max",
     "GET /projects/{id}/members",
     "POST /projects/{id}/members",
     "DELETE /projects/{id}/members/{account}",
@@ -55,6 +60,21 @@ const CALLS: &[&str] = &[
     "POST /projects/{id}/stop",
     "GET /projects/{id}/usage",
     "GET /projects/{id}/why",
+    "GET /backups",
+    "POST /backups/drill",
+    "POST /backups/rotate-wrapping-key",
+    "GET /projects/{id}/backups",
+    "POST /projects/{id}/backups",
+    "POST /projects/{id}/backups/check",
+    "POST /projects/{id}/backups/erase",
+    "GET /projects/{id}/backups/escrow",
+    "DELETE /projects/{id}/backups/policy",
+    "GET /projects/{id}/backups/policy",
+    "PUT /projects/{id}/backups/policy",
+    "POST /projects/{id}/backups/prune",
+    "DELETE /projects/{id}/backups/{backup}",
+    "GET /projects/{id}/backups/{backup}/find",
+    "GET /projects/{id}/backups/{backup}/ls",
     "GET /proxies",
     "!POST /proxies/join",
     "GET /ssh-keys",
@@ -139,7 +159,7 @@ async fn the_document_is_what_is_served() {
 
             // It is served: whoever has no token is told so, and nothing else.
             let place = path.replace("{id}", "x").replace("{token}", "x").replace("{account}", "x");
-            let place = place.replace("{identity}", "x");
+            let place = place.replace("{identity}", "x").replace("{backup}", "x");
             let (status, answer) = world.call(&method, &place, "", Value::Null).await;
             let expected = match (open, method.as_str()) {
                 // What anybody may read needs no words either.
@@ -278,7 +298,9 @@ fn every_code_is_in_the_contract() {
     // Those of operations, which the API shows in `error`.
     let job = std::fs::read_to_string(root.join("src/operations/job.rs")).unwrap();
     used.extend(job.split("ErrorCode::").skip(1).filter_map(|text| word(text.split_once("=> ")?.1)));
-    used.extend(["host_failed", "internal", "start_failed", "move_aborted"].map(str::to_owned));
+    used.extend(
+        ["host_failed", "internal", "start_failed", "move_aborted", "drill_failed"].map(str::to_owned),
+    );
     used.insert("snapshot_exists".to_owned());
     assert_eq!(listed, used, "listed on the left, used on the right");
 }

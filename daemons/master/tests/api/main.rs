@@ -5,6 +5,7 @@
 mod access;
 mod document;
 mod files;
+mod limits;
 mod login;
 mod moves;
 mod promises;

@@ -5,14 +5,14 @@ use std::{
     io::{self, Write as _},
     os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use bytes::Bytes;
 use cocalc_backup::protocol::FailureKind;
 use rustic_core::Id;
 
-use super::{Store, exists};
+use super::{CLOCK, Mode, Store, exists};
 use crate::failure::Failed;
 
 /// Where files are until they are whole; no repository program looks there.
@@ -66,15 +66,17 @@ impl Directory {
         }
     }
 
-    fn place(&self, staged: &Path, path: &Path, only_new: bool) -> io::Result<()> {
+    fn place(&self, staged: &Path, path: &Path, mode: Mode) -> io::Result<()> {
         let parent = path.parent().unwrap_or(&self.root);
         if !parent.is_dir() {
+            let there = parent.ancestors().find(|above| above.is_dir()).unwrap_or(&self.root).to_owned();
             make(parent)?;
-            if let Some(above) = parent.parent() {
-                File::open(above)?.sync_all()?;
-            }
+            let made = parent.ancestors().skip(1).take_while(|above| above.starts_with(&there));
+            made.map(|above| File::open(above)?.sync_all()).collect::<io::Result<()>>()?;
         }
-        if only_new {
+        // A name that says what is in it takes what is there along: it is the
+        // same, or damaged.
+        if mode == Mode::First {
             fs::hard_link(staged, path)?;
             fs::remove_file(staged)?;
         } else {
@@ -159,10 +161,10 @@ impl Store for Directory {
         .map_err(|error| Self::failed("read", &path, &error))
     }
 
-    fn write(&self, name: &str, parts: &[Bytes], only_new: bool) -> Result<(), Failed> {
+    fn write(&self, name: &str, parts: &[Bytes], mode: Mode) -> Result<(), Failed> {
         let path = self.root.join(name);
         let staged = self.stage(parts).map_err(|error| Self::failed("write", &path, &error))?;
-        self.place(&staged, &path, only_new).map_err(|error| {
+        self.place(&staged, &path, mode).map_err(|error| {
             let _ = fs::remove_file(&staged);
             if error.kind() == io::ErrorKind::AlreadyExists {
                 exists(name)
@@ -196,6 +198,13 @@ impl Store for Directory {
             Ok(())
         })()
         .map_err(|error| Self::failed("tidy", &staging, &error))
+    }
+
+    fn now(&self) -> Result<SystemTime, Failed> {
+        self.write(CLOCK, &[], Mode::Over)?;
+        let path = self.root.join(CLOCK);
+        let written = fs::metadata(&path).and_then(|metadata| metadata.modified());
+        written.map_err(|error| Self::failed("look at", &path, &error))
     }
 
     fn erase(&self) -> Result<(), Failed> {

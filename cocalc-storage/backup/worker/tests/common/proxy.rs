@@ -30,6 +30,26 @@ pub(crate) enum Fault {
     Expired,
     /// Nothing is ever answered.
     Silent,
+    /// The store says that the credentials do not allow this.
+    Forbidden,
+    /// What is sent is taken, and not kept.
+    Forgetful,
+    /// What is answered has a bit changed in its body.
+    Changed,
+}
+
+/// What is known of a request when its fate is decided.
+#[derive(Clone, Debug)]
+pub(crate) struct Request {
+    /// Counted from 0 since the plan began.
+    pub(crate) number: usize,
+    pub(crate) method: String,
+    /// With what comes after `?`.
+    pub(crate) path: String,
+    /// The session token of S3.
+    pub(crate) token: Option<String>,
+    /// Whether it is to write only what is not there.
+    pub(crate) only_new: bool,
 }
 
 /// What the store behind speaks.
@@ -42,7 +62,7 @@ pub(crate) enum Store {
     Gcs,
 }
 
-type Plan = Arc<Mutex<Box<dyn FnMut(usize) -> Fault + Send>>>;
+type Plan = Arc<Mutex<Box<dyn FnMut(&Request) -> Fault + Send>>>;
 
 /// A running proxy. It takes no more connections when this is dropped.
 pub(crate) struct Proxy {
@@ -61,11 +81,11 @@ impl Drop for Proxy {
 
 impl Proxy {
     /// Starts before the store at `upstream`. `plan` says what happens to each
-    /// request, counted from 0.
+    /// request.
     pub(crate) fn start(
         store: Store,
         upstream: u16,
-        plan: impl FnMut(usize) -> Fault + Send + 'static,
+        plan: impl FnMut(&Request) -> Fault + Send + 'static,
     ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
@@ -86,7 +106,7 @@ impl Proxy {
     }
 
     /// Changes what happens from now on, and counts from 0 again.
-    pub(crate) fn plan(&self, plan: impl FnMut(usize) -> Fault + Send + 'static) {
+    pub(crate) fn plan(&self, plan: impl FnMut(&Request) -> Fault + Send + 'static) {
         *self.plan.lock().unwrap() = Box::new(plan);
         self.requests.store(0, Ordering::Release);
     }
@@ -113,6 +133,8 @@ fn serve(
     let mut head = Vec::new();
     let mut length = 0;
     let (mut path, mut only_new) = (None, false);
+    let mut request =
+        Request { number: 0, method: String::new(), path: String::new(), token: None, only_new: false };
     loop {
         let mut line = String::new();
         if reader.read_line(&mut line)? == 0 {
@@ -125,6 +147,15 @@ fn serve(
         if line == "\r\n" {
             break;
         }
+        if request.method.is_empty() {
+            let mut words = line.split(' ').map(str::to_owned);
+            request.method = words.next().unwrap_or_default();
+            request.path = words.next().unwrap_or_default();
+        } else if lower.starts_with("x-amz-security-token:") {
+            request.token = line.split_once(':').map(|(_, token)| token.trim().to_owned());
+        }
+        request.only_new |=
+            lower.trim_end() == "if-none-match: *" || lower.trim_end() == "x-goog-if-generation-match: 0";
         if kind == Store::Gcs {
             if let Some(wanted) = line.strip_prefix("PUT ") {
                 let wanted = wanted.split(' ').next().unwrap_or_default().to_owned();
@@ -142,8 +173,8 @@ fn serve(
     let mut body = vec![0; length];
     reader.read_exact(&mut body)?;
 
-    let number = requests.fetch_add(1, Ordering::AcqRel);
-    let fault = (plan.lock().unwrap())(number);
+    request.number = requests.fetch_add(1, Ordering::AcqRel);
+    let fault = (plan.lock().unwrap())(&request);
     let mut client = client;
     let mut say = |status: &str, body: &str| {
         write!(
@@ -158,13 +189,21 @@ fn serve(
         }
         Fault::Busy => return say("429 Too Many Requests", "<Error><Code>SlowDown</Code></Error>"),
         Fault::Expired => return say("400 Bad Request", "<Error><Code>ExpiredToken</Code></Error>"),
+        Fault::Forbidden => return say("403 Forbidden", "<Error><Code>AccessDenied</Code></Error>"),
+        Fault::Forgetful if request.method == "PUT" => {
+            return write!(
+                client,
+                "HTTP/1.1 200 OK\r\nETag: \"1\"\r\nx-goog-generation: 1\r\nContent-Length: 0\r\n\
+                 Connection: close\r\n\r\n"
+            );
+        }
         Fault::Silent => {
             // Until the client loses patience.
             let _ = reader.read(&mut [0]);
             return Ok(());
         }
         Fault::Slow => thread::sleep(Duration::from_millis(300)),
-        Fault::None | Fault::Truncated | Fault::Reset => {}
+        Fault::None | Fault::Truncated | Fault::Reset | Fault::Forgetful | Fault::Changed => {}
     }
     if let Some(path) = path.as_ref().filter(|_| only_new) {
         let ask = format!("HEAD {path} HTTP/1.1\r\nHost: 127.0.0.1:{upstream}\r\nConnection: close\r\n\r\n");
@@ -180,13 +219,24 @@ fn serve(
     }
     match fault {
         Fault::Reset => client.shutdown(Shutdown::Both),
+        Fault::Changed => {
+            let body = body_of(&answer);
+            if let Some(byte) = answer.get_mut(body) {
+                *byte ^= 1;
+            }
+            client.write_all(&answer)
+        }
         Fault::Truncated => {
-            let head =
-                answer.windows(4).position(|part| part == b"\r\n\r\n").map_or(answer.len(), |at| at + 4);
+            let head = body_of(&answer);
             client.write_all(&answer[..head + (answer.len() - head) / 2])
         }
         _ => client.write_all(&answer),
     }
+}
+
+/// Where the body of an answer begins.
+fn body_of(answer: &[u8]) -> usize {
+    answer.windows(4).position(|part| part == b"\r\n\r\n").map_or(answer.len(), |at| at + 4)
 }
 
 /// What the store answers, to the end.

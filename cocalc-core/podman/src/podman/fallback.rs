@@ -1,0 +1,212 @@
+//! Processes in a project whose helper does not do its work: it was bent, stopped
+//! or replaced by somebody who is root in there.
+//!
+//! The runtime enters the container by itself. What it starts has the container's
+//! namespaces, control group, capabilities and seccomp filter, as the container's
+//! own configuration has them; nothing inside takes part in that. It is slower, and
+//! has no terminals: enough to look, to save files, and to mend.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    pin::Pin,
+    process::{ExitStatus, Stdio},
+    sync::atomic::{AtomicU64, Ordering},
+    task::{Context, Poll},
+};
+
+use async_trait::async_trait;
+use cocalc_core::{
+    ids::ProjectId,
+    runner::{Command, Error, ExecRequest, Exit, Process, ProcessHandle, Result, WindowSize},
+};
+use rustix::process::Signal;
+use tokio::{io::AsyncWrite, process::ChildStdin};
+
+use super::{Shared, backend, project::Running};
+use crate::{cgroup::Groups, mounts::USER_ID, pidfd::PidFd, signals};
+
+/// Where the runtime keeps what it knows of containers.
+const RUNTIME_STATE: &str = "/run/runc";
+const SEARCH_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+impl Shared {
+    /// A copy of what the runtime knows of a container, without its network, in a
+    /// directory of ours that the runtime takes for its own.
+    ///
+    /// The runtime enters the user namespace first, and may not enter the network
+    /// from there, which is not of that namespace but ours. So it is started in
+    /// that network, and told of none.
+    fn without_network(&self, container: &str) -> io::Result<PathBuf> {
+        // A name of podman's, but it becomes a path.
+        if container.is_empty() || !container.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let text = fs::read(Path::new(RUNTIME_STATE).join(container).join("state.json"))?;
+        let mut state: serde_json::Value = serde_json::from_slice(&text)?;
+        if let Some(paths) = state["namespace_paths"].as_object_mut() {
+            paths.remove("NEWNET");
+        }
+        if let Some(namespaces) = state["config"]["namespaces"].as_array_mut() {
+            namespaces.retain(|one| one["type"] != "NEWNET");
+        }
+        let root = self.dirs.sockets.join("entered");
+        let directory = root.join(container);
+        fs::create_dir_all(&directory)?;
+        super::builder::write_file(&directory.join("state.json"), &serde_json::to_vec(&state)?, 0o600)?;
+        Ok(root)
+    }
+
+    /// Starts a process without the helper.
+    pub(super) fn exec_without_helper<'a>(
+        &self,
+        project: ProjectId,
+        running: &Running,
+        request: &'a ExecRequest,
+        env: impl IntoIterator<Item = (&'a String, &'a String)>,
+    ) -> Result<Process> {
+        let invalid = |reason: &str| Error::Invalid { project, reason: reason.into() };
+        if request.pty.is_some() {
+            return Err(invalid(
+                "its first process does not answer, and without it there are no terminals: run a command \
+                 without one, or stop and start the project",
+            ));
+        }
+        let (id, home) = match request.user.as_deref() {
+            None | Some("user") => (USER_ID, "/home/user"),
+            Some("root") => (0, "/root"),
+            Some(_) => {
+                return Err(invalid("its first process does not answer; only user and root are known"));
+            }
+        };
+        let args: Vec<&str> = match &request.command {
+            Command::Shell => vec!["/bin/sh", "-l"],
+            Command::Line(line) => vec!["/bin/sh", "-c", line],
+            Command::Argv(args) if !args.is_empty() => args.iter().map(String::as_str).collect(),
+            Command::Sftp => vec!["/usr/lib/openssh/sftp-server"],
+            _ => return Err(invalid("there is no program to run")),
+        };
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("exec-{}-{number}.pid", std::process::id());
+        let pid_file = self.dirs.sockets.join(name);
+        let enter = |error| backend("enter", project, error);
+        let root = self.without_network(&running.container).map_err(enter)?;
+        let network = fs::File::open(self.network.path(project)).map_err(enter)?;
+        let mut command = tokio::process::Command::new(&self.cli.runtime);
+        crate::kernel::spawn_in_network(&mut command, network.into());
+        command.arg("--root").arg(root).arg("exec").arg("--pid-file").arg(&pid_file);
+        command.args(["--user", &format!("{id}:{id}"), "--cwd", "/"]);
+        let own = [("PATH", SEARCH_PATH), ("HOME", home), ("LANG", "C.UTF-8")];
+        let own = own.iter().map(|(name, value)| format!("{name}={value}"));
+        let given = env.into_iter().chain(&request.env).map(|(name, value)| format!("{name}={value}"));
+        for pair in own.chain(given) {
+            command.args(["--env", &pair]);
+        }
+        command.arg(&running.container).args(args);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+        let mut child = command.spawn().map_err(|error| backend("enter", project, error))?;
+        let (Some(stdin), Some(stdout), Some(stderr)) =
+            (child.stdin.take(), child.stdout.take(), child.stderr.take())
+        else {
+            return Err(backend("enter", project, "a pipe is missing"));
+        };
+        Ok(Process {
+            stdin: Box::pin(Closing(Some(stdin))),
+            stdout: Box::pin(stdout),
+            stderr: Some(Box::pin(stderr)),
+            handle: Box::new(Entered { child, pid_file, container: running.container.clone(), ended: None }),
+        })
+    }
+}
+
+/// A process that the runtime has started, and the runtime's own beside it.
+#[derive(Debug)]
+struct Entered {
+    child: tokio::process::Child,
+    pid_file: PathBuf,
+    container: String,
+    ended: Option<Exit>,
+}
+
+impl Entered {
+    /// The process itself, if it is there: killing the runtime's would leave it.
+    fn process(&self) -> Option<PidFd> {
+        let pid = fs::read_to_string(&self.pid_file).ok()?.trim().parse().ok()?;
+        let process = PidFd::open(pid).ok()??;
+        Groups::of(pid).is_ok_and(|groups| groups.of_container(&self.container).is_some()).then_some(process)
+    }
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        if self.ended.is_none()
+            && let Some(process) = self.process()
+        {
+            process.signal(Signal::KILL);
+        }
+        let _ = fs::remove_file(&self.pid_file);
+    }
+}
+
+#[async_trait]
+impl ProcessHandle for Entered {
+    async fn resize(&self, _: WindowSize) -> Result<()> {
+        Ok(())
+    }
+
+    async fn signal(&self, signal: &str) -> Result<()> {
+        let number = signals::number(signal).and_then(|number| Signal::from_named_raw(number.into()));
+        if let (Some(signal), Some(process)) = (number, self.process()) {
+            process.signal(signal);
+        }
+        Ok(())
+    }
+
+    async fn wait(&mut self) -> Result<Exit> {
+        if let Some(exit) = &self.ended {
+            return Ok(exit.clone());
+        }
+        let exit = match self.child.wait().await {
+            Ok(status) => exit_of(status),
+            Err(_) => Exit::Signal("KILL".into()),
+        };
+        self.ended = Some(exit.clone());
+        Ok(exit)
+    }
+}
+
+fn exit_of(status: ExitStatus) -> Exit {
+    use std::os::unix::process::ExitStatusExt;
+    match (status.code(), status.signal()) {
+        // The runtime says of a signal what a shell says.
+        (Some(code @ 129..=192), _) => Exit::Signal(signals::name(u8::try_from(code - 128).unwrap_or(9))),
+        (Some(code), _) => Exit::Code(u8::try_from(code).unwrap_or(255)),
+        (None, signal) => Exit::Signal(signals::name(signal.and_then(|s| u8::try_from(s).ok()).unwrap_or(9))),
+    }
+}
+
+/// A pipe that a shutdown closes.
+#[derive(Debug)]
+struct Closing(Option<ChildStdin>);
+
+impl AsyncWrite for Closing {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        match &mut self.0 {
+            Some(pipe) => Pin::new(pipe).poll_write(cx, bytes),
+            None => Poll::Ready(Err(io::ErrorKind::BrokenPipe.into())),
+        }
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.0 {
+            Some(pipe) => Pin::new(pipe).poll_flush(cx),
+            None => Poll::Ready(Ok(())),
+        }
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.0 = None;
+        Poll::Ready(Ok(()))
+    }
+}

@@ -1,0 +1,140 @@
+//! Projects that take all they can get, beside others that don't. Needs root.
+//!
+//! How much slower the others get is measured in the bench; here they have to
+//! be alive and right, and the limits have to hold.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test")]
+
+#[path = "world/mod.rs"]
+mod world;
+
+use std::{process::Command, time::Duration};
+
+use cocalc_core::runner::{Limits, ProjectSpec, Runner, State};
+use world::{World, must};
+
+/// Forks for ever, whatever it is told.
+const BOMB: &str = "import os\nwhile True:\n try: os.fork()\n except OSError: pass";
+/// Takes memory until it is killed, and again.
+const MEMORY: &str = "import os\nwhile True:\n if os.fork() == 0:\n  all = []\n  while True: all.append(bytearray(8 << 20))\n os.wait()";
+/// Fills the disk, and goes on trying.
+const DISK: &str = "import os, time\nn = 0\nwhile True:\n n += 1\n try:\n  with open(os.path.expanduser(f\"~/fill{n}\"), \"wb\") as f:\n   while True: f.write(os.urandom(1 << 20)); f.flush()\n except OSError: time.sleep(0.05)";
+/// Writes into the log of the project, with a copy of the first process's output:
+/// root inside can take one.
+const LOG: &str = "import ctypes, os\nfd = ctypes.CDLL(None).syscall(438, os.pidfd_open(1), 1, 0)\nwhile True: os.write(fd, b\"flood \" * 1000 + b\"\\n\")";
+/// Sends what nobody asked for, to its host, its neighbours and the world.
+const NETWORK: &str = "import socket\ns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\nwhile True:\n for to in (\"198.51.100.77\", \"100.100.0.1\", \"255.255.255.255\", \"127.0.0.11\"):\n  try: s.sendto(b\"x\" * 1400, (to, 53))\n  except OSError: pass";
+
+/// Starts a hog that outlives the call.
+async fn set_off(world: &World, spec: &ProjectSpec, user: Option<&str>, script: &str) {
+    std::fs::write(spec.volume.join("home/hog.py"), script).unwrap();
+    let line = "setsid -f python3 /home/user/hog.py </dev/null >/dev/null 2>&1";
+    let (exit, said) = world.run_as(spec.project, user, &format!("HOME=/home/user; {line}")).await;
+    assert_eq!(exit, cocalc_core::runner::Exit::Code(0), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hogs_are_contained_and_their_neighbours_go_on() {
+    let world = World::new().await;
+    let normal = [world.started(0).await, world.started(1).await, world.started(2).await];
+    let before: Vec<_> = {
+        let mut before = Vec::new();
+        for spec in &normal {
+            world.run(spec.project, "echo kept > ~/kept").await;
+            before.push(world.podman.status(spec.project).await.unwrap());
+        }
+        before
+    };
+
+    let small = |slot: u32, limits: Limits| {
+        let mut spec = world.project(slot);
+        spec.limits = Limits { cpu_millis: Some(100), ..limits };
+        spec
+    };
+    let bomb = small(10, Limits { pids: Some(100), ..Limits::default() });
+    let memory = small(11, Limits { memory_bytes: Some(96 << 20), ..Limits::default() });
+    let mut disk = small(12, Limits::default());
+    let log = small(13, Limits { log_bytes: Some(256 << 10), ..Limits::default() });
+    let network = small(14, Limits::default());
+    // A file system of its own in place of the quota, which the storage's tests
+    // are about.
+    let dir = tempfile::tempdir().unwrap();
+    let (file, mount) = (dir.path().join("small.img"), dir.path().join("small"));
+    std::fs::create_dir(&mount).unwrap();
+    std::fs::File::create(&file).unwrap().set_len(120 << 20).unwrap();
+    must(Command::new("mkfs.btrfs").arg("-q").arg(&file));
+    must(Command::new("mount").args(["-o", "loop,nosuid,nodev"]).arg(&file).arg(&mount));
+    disk.volume = mount.clone();
+
+    for (spec, user, script) in [
+        (&bomb, None, BOMB),
+        (&memory, None, MEMORY),
+        (&disk, None, DISK),
+        (&log, Some("root"), LOG),
+        (&network, None, NETWORK),
+    ] {
+        world.podman.start(spec).await.unwrap();
+        set_off(&world, spec, user, script).await;
+    }
+    let oom_kills = || {
+        let text = world.group_file(memory.project, "memory/memory.oom_control", "memory.events");
+        text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.parse::<u64>().ok()).unwrap()
+    };
+    world::until("every hog is at its limit", async || {
+        world.podman.stats(bomb.project).await.unwrap().pids >= 90
+            && oom_kills() > 2
+            && world.run_as(disk.project, None, "echo x > ~/more && sync ~/more").await.1.contains("No space")
+    })
+    .await;
+
+    // The others answer, rightly, from all they have: files, processes, network.
+    for round in 0..5 {
+        for spec in &normal {
+            let line = format!(
+                "echo {round} > ~/round; cat ~/kept ~/round; python3 -c 'print(sum(range({round} * 1000)))'; \
+                 head -c 1M /dev/zero | sha256sum | cut -c1-8"
+            );
+            let sum = (0..round * 1000).sum::<u64>();
+            assert_eq!(world.run(spec.project, &line).await, format!("kept\n{round}\n{sum}\n30e14955\n"));
+        }
+    }
+    for (spec, before) in normal.iter().zip(before) {
+        assert_eq!(world.podman.status(spec.project).await.unwrap(), before, "it was not disturbed");
+    }
+
+    // The limits held, all the while.
+    let stats = world.podman.stats(bomb.project).await.unwrap();
+    assert!(stats.pids <= 100, "{}", stats.pids);
+    let stats = world.podman.stats(memory.project).await.unwrap();
+    assert!(stats.memory_bytes <= 96 << 20, "{}", stats.memory_bytes);
+    assert_eq!(
+        world.podman.status(memory.project).await.unwrap().state,
+        State::Running,
+        "its first process lives"
+    );
+    let file = world.state.path().join("logs").join(format!("{}.log", log.project));
+    // What is full begins anew.
+    world::until("the log is seen with something in it", async || {
+        let length = std::fs::metadata(&file).unwrap().len();
+        assert!(length < 512 << 10, "the log has {length} bytes");
+        length > 1000 && world.podman.logs(log.project, 2).await.unwrap().contains("flood")
+    })
+    .await;
+    let used = |cpu: u64| cpu as f64 / 1e6;
+    let begun = (std::time::Instant::now(), world.podman.stats(network.project).await.unwrap().cpu_micros);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let cpu = used(world.podman.stats(network.project).await.unwrap().cpu_micros - begun.1);
+    let share = cpu / begun.0.elapsed().as_secs_f64();
+    // A tenth of a core, and what a tick of accounting may add.
+    assert!(share < 0.2, "{share} of a core");
+
+    // Each of them stops when it is told to, and others start.
+    for spec in [&bomb, &memory, &disk, &log, &network] {
+        let stopped = world.podman.stop(spec.project, Duration::from_millis(200)).await.unwrap();
+        assert_eq!(stopped.state, State::Stopped);
+    }
+    let late = world.started(3).await;
+    assert_eq!(world.run(late.project, "echo started").await, "started\n");
+    world.podman.remove(disk.project).await.unwrap();
+    must(Command::new("umount").arg(&mount));
+}
