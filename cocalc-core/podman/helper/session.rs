@@ -124,7 +124,8 @@ impl Asked {
             }
             1 => {
                 let mut command = Command::new(shell);
-                command.arg("-c").args(&args);
+                // Its name in its complaints, as sshd has it.
+                command.arg0(shell.rsplit('/').next().unwrap_or("sh")).arg("-c").args(&args);
                 command
             }
             2 => {

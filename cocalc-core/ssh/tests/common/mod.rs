@@ -242,7 +242,7 @@ impl Sessions for Shells {
         };
         let argv: Vec<String> = match request.command {
             Command::Shell => vec!["/bin/bash".into(), "--norc".into(), "-i".into()],
-            Command::Line(line) => vec!["/bin/bash".into(), "-c".into(), line],
+            Command::Line(line) => vec!["bash".into(), "-c".into(), line],
             Command::Argv(argv) => argv,
             Command::Sftp if self.bare.load(Ordering::SeqCst) => {
                 self.tool(vec!["tool".into(), "sftp".into()])
