@@ -24,10 +24,10 @@ guard cocalc-ids tokio rustic_core
 guard cocalc-auth tokio hyper russh rusqlite rustic_core cocalc-core openidconnect hpke
 guard cocalc-auth-sealed tokio hyper russh rusqlite rustic_core cocalc-core
 guard cocalc-auth-ssh tokio hyper russh rusqlite rustic_core cocalc-core
-# RSA and an HTTP client, for the master alone.
+# An HTTP client, for the master alone. RSA also for users' SSH keys.
 guard cocalc-auth-live openidconnect reqwest rsa
-guard cocalc-host openidconnect rsa
-guard cocalc-proxy openidconnect rsa
+guard cocalc-host openidconnect
+guard cocalc-proxy openidconnect
 guard cocalc-core hyper russh rusqlite rustic_core rustls podman
 guard cocalc-storage hyper russh rusqlite rustls rustic_core
 # rustic and the cloud clients are built for one program only, the worker.

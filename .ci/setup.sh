@@ -17,8 +17,8 @@ packages=(
 case $goal in
   demo) ;;
   test) packages+=(
-          attr busybox-static curl docker-registry faketime openssh-server openssl python3-cryptography
-          python3-jwt python3-venv restic rsync
+          attr busybox-static curl docker-registry dropbear-bin faketime openssh-server openssl
+          python3-cryptography python3-jwt python3-venv restic rsync sshfs xauth
         ) ;;
   bench) packages+=(curl nginx-light openssh-server restic rsync time wrk) ;;
   *) echo "setup.sh: unknown goal $goal" >&2; exit 2 ;;
@@ -48,8 +48,24 @@ emulators() {
   fi
 }
 
+# SSH clients and a scanner that are newer than Debian's, for the SSH tests.
+ssh_clients() {
+  local place=${COCALC_SSH_CLIENTS:-/var/cache/cocalc/ssh-clients}
+  local wanted="asyncssh==2.24.1 paramiko==5.1.0 ssh-audit==3.9.0"
+  [ "$goal" = test ] || return 0
+  [ "$(cat "$place/installed" 2>/dev/null)" = "$wanted" ] && return 0
+  echo "installing $wanted into $place"
+  # shellcheck disable=SC2086 # each word is a package
+  if mkdir -p "$place" && python3 -m venv "$place" && "$place/bin/pip" install --quiet $wanted; then
+    echo "$wanted" >"$place/installed"
+  else
+    echo "the SSH clients are not installed: their tests will fail" >&2
+  fi
+}
+
 if [ ${#missing[@]} -eq 0 ]; then
   emulators
+  ssh_clients
   exit 0
 fi
 
@@ -65,3 +81,4 @@ export DEBIAN_FRONTEND=noninteractive
 apt-get update -qq || echo "apt-get update failed; trying with what is known" >&2
 apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 emulators
+ssh_clients

@@ -28,7 +28,7 @@ pub struct Event {
     /// When, by this machine's wall clock.
     pub time: Timestamp,
     /// What happened. On hosts and proxies `deny`, `allow` (a sample), `login` (by
-    /// SSH), `redeem`, `close`; at the master `change`, `fail`, `deny`, `allow` (a
+    /// SSH), `begin` and `end` (of what it opened), `redeem`, `close`; at the master `change`, `fail`, `deny`, `allow` (a
     /// sample), `login`; of the log itself `dropped`, `broken`.
     pub kind: String,
     /// Who, if it was proved.

@@ -184,8 +184,83 @@ pub enum Command {
     Line(String),
     /// A program and its arguments, no shell.
     Argv(Vec<String>),
-    /// The image's sftp server, on standard input and output.
+    /// The image's sftp server, on standard input and output; where it has
+    /// none, the runner's own.
     Sftp,
+    /// A tool of the runner's, as the user and inside the project.
+    Tool(Tool),
+}
+
+/// What a runner's helper does inside a project for an ingress: whatever has to
+/// listen or connect there. It speaks on its standard streams; who runs it
+/// believes nothing it says.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Tool {
+    /// Listens until its input ends. Its output is lines: `L <place>` once it
+    /// listens, `E <reason>` if it cannot, and `A <number> <address> <port>`
+    /// for each connection, which a [`Take`](Self::Take) carries.
+    Listen {
+        /// Where.
+        place: ListenAt,
+        /// A name that nobody else uses, of letters and digits.
+        ticket: String,
+    },
+    /// Carries a connection that a listener has accepted: `+`, then its bytes,
+    /// on both standard streams.
+    Take {
+        /// The listener's.
+        ticket: String,
+        /// Which one.
+        number: u32,
+    },
+    /// Connects to a port as seen from inside: `+` and then bytes, or `-` and
+    /// the reason why not.
+    ConnectTcp {
+        /// A name or an address.
+        host: String,
+        /// The port.
+        port: u16,
+    },
+    /// Connects to a Unix socket, and speaks in the same way.
+    ConnectUnix {
+        /// Its path.
+        path: String,
+    },
+}
+
+/// Where something listens inside a project.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum ListenAt {
+    /// On this port of the loopback addresses; 0 is any, which is then said.
+    Tcp(u16),
+    /// At this path, which must not exist.
+    Unix(String),
+    /// At a new path that only the user reaches, which is then said.
+    Agent,
+    /// As an X display, whose name is then said. The first line of its input
+    /// is the protocol, the cookie in hexadecimal digits, and the screen, for
+    /// `xauth`, without which the image has no X.
+    X11,
+}
+
+impl Tool {
+    /// What the helper is started with.
+    pub fn args(&self) -> Vec<String> {
+        let words: &[&str] = match self {
+            Self::Listen { place: ListenAt::Tcp(port), ticket } => &["listen-tcp", ticket, &port.to_string()],
+            Self::Listen { place: ListenAt::Unix(path), ticket } => &["listen-unix", ticket, path],
+            Self::Listen { place: ListenAt::Agent, ticket } => &["listen-agent", ticket],
+            Self::Listen { place: ListenAt::X11, ticket } => &["listen-x11", ticket],
+            Self::Take { ticket, number } => &["take", ticket, &number.to_string()],
+            Self::ConnectTcp { host, port } => &["connect-tcp", host, &port.to_string()],
+            Self::ConnectUnix { path } => &["connect-unix", path],
+        };
+        std::iter::once("tool").chain(words.iter().copied()).map(str::to_owned).collect()
+    }
 }
 
 /// A terminal.

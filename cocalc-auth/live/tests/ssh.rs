@@ -128,7 +128,8 @@ async fn what_a_certificate_says_of_sources_and_sessions_is_kept() {
     let restrictions = Restrictions {
         command: Some("report".to_owned()),
         pty: false,
-        ports: Ports::Only([].into()),
+        ports: Ports::none(),
+        listen: Ports::none(),
         ..Restrictions::default()
     };
     let request = UserRequest {

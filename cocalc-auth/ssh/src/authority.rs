@@ -243,13 +243,14 @@ impl Authority {
         if request.life < Duration::from_secs(1) || request.life > USER_LIFE_MAX {
             return Err(AuthorityError::Life);
         }
-        let Restrictions { command, pty, ports, environment } = &request.restrictions;
+        let Restrictions { command, pty, ports, listen, agent, x11, environment } = &request.restrictions;
         let forwards = match ports {
             Ports::All => true,
             Ports::Only(none) if none.is_empty() => false,
             Ports::Only(_) => return Err(AuthorityError::Restrictions),
         };
-        if !environment.is_empty() {
+        // One extension permits both directions.
+        if !environment.is_empty() || listen != ports {
             return Err(AuthorityError::Restrictions);
         }
         let serial = random_serial()?;
@@ -271,6 +272,12 @@ impl Authority {
             }
             let grant = format!("{} {}", request.session_epoch, request.acl);
             builder.extension(GRANT, grant)?;
+            if *x11 {
+                builder.extension("permit-X11-forwarding", "")?;
+            }
+            if *agent {
+                builder.extension("permit-agent-forwarding", "")?;
+            }
             if forwards {
                 builder.extension("permit-port-forwarding", "")?;
             }

@@ -94,8 +94,7 @@ pub fn verify_user(
     if !named.iter().any(|name| name == certificate.key_id()) {
         return Err(CertificateError::KeyId);
     }
-    let mut restrictions =
-        Restrictions { pty: false, ports: Ports::Only([].into()), ..Restrictions::default() };
+    let mut restrictions = Restrictions::all();
     for (name, value) in certificate.critical_options().iter() {
         match name.as_str() {
             "force-command" => restrictions.command = Some(value.clone()),
@@ -111,7 +110,11 @@ pub fn verify_user(
     for (name, value) in certificate.extensions().iter() {
         match (name.as_str(), value.as_str()) {
             ("permit-pty", "") => restrictions.pty = true,
-            ("permit-port-forwarding", "") => restrictions.ports = Ports::All,
+            ("permit-port-forwarding", "") => {
+                (restrictions.ports, restrictions.listen) = (Ports::All, Ports::All);
+            }
+            ("permit-agent-forwarding", "") => restrictions.agent = true,
+            ("permit-X11-forwarding", "") => restrictions.x11 = true,
             (GRANT, value) => grant = parse_grant(value),
             // Permissions that nobody is given here.
             _ => {}

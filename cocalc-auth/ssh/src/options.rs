@@ -19,11 +19,12 @@ const VARIABLES_MAX: usize = 64;
 /// | `from=` | honoured; names are not looked up, as is OpenSSH's default |
 /// | `command=` | honoured, for shells, commands and sftp |
 /// | `no-pty`, `pty` | honoured |
-/// | `no-port-forwarding`, `port-forwarding`, `permitopen=` | honoured; all names of the loopback are one |
+/// | `no-port-forwarding`, `port-forwarding`, `permitopen=`, `permitlisten=` | honoured; all names of the loopback are one |
+/// | `no-agent-forwarding`, `agent-forwarding`, `no-x11-forwarding`, `x11-forwarding` | honoured |
 /// | `restrict` | honoured |
 /// | `environment=` | honoured |
 /// | `expiry-time=` | honoured, in UTC where it says no zone |
-/// | `permitlisten=`, `no-agent-forwarding`, `agent-forwarding`, `no-x11-forwarding`, `x11-forwarding`, `no-user-rc`, `user-rc` | honoured: none of it is offered to anybody |
+/// | `no-user-rc`, `user-rc` | honoured: it is not offered to anybody |
 /// | `cert-authority`, `principals=`, `tunnel=`, `no-touch-required`, `verify-required` | the key is refused |
 ///
 /// An option that is unknown, or comes twice where OpenSSH forbids it, refuses
@@ -47,7 +48,8 @@ impl Options {
         }
         let mut options = Self::default();
         let (mut forwarding, mut open): (bool, Option<Vec<u16>>) = (true, None);
-        let mut every_port = false;
+        let mut listen: Option<Vec<u16>> = None;
+        let (mut every_port, mut listen_everywhere) = (false, false);
         let mut rest = text;
         while !rest.is_empty() {
             let (name, value, after) = next(rest)?;
@@ -60,21 +62,30 @@ impl Options {
             match name.as_str() {
                 "restrict" => {
                     options.restrictions.pty = false;
+                    options.restrictions.agent = false;
+                    options.restrictions.x11 = false;
                     forwarding = false;
                 }
                 "pty" => options.restrictions.pty = true,
                 "no-pty" => options.restrictions.pty = false,
                 "port-forwarding" => forwarding = true,
                 "no-port-forwarding" => forwarding = false,
+                "agent-forwarding" => options.restrictions.agent = true,
+                "no-agent-forwarding" => options.restrictions.agent = false,
+                "x11-forwarding" => options.restrictions.x11 = true,
+                "no-x11-forwarding" => options.restrictions.x11 = false,
                 // Not offered to anybody, so that both are true.
-                "agent-forwarding"
-                | "no-agent-forwarding"
-                | "x11-forwarding"
-                | "no-x11-forwarding"
-                | "user-rc"
-                | "no-user-rc" => {}
+                "user-rc" | "no-user-rc" => {}
                 "permitlisten" => {
-                    needs()?;
+                    let ports = listen.get_or_insert_default();
+                    let value = needs()?;
+                    // The host may be left out here.
+                    let value = if value.contains(':') { value } else { format!("localhost:{value}") };
+                    match destination(&value)? {
+                        Destination::Port(port) => ports.push(port),
+                        Destination::Every => listen_everywhere = true,
+                        Destination::Elsewhere => {}
+                    }
                 }
                 "permitopen" => {
                     let ports = open.get_or_insert_default();
@@ -104,11 +115,13 @@ impl Options {
                 _ => return Err(OptionError::Unknown(name)),
             }
         }
-        options.restrictions.ports = match (forwarding, open) {
-            (false, _) => Ports::Only([].into()),
-            (true, Some(ports)) if !every_port => Ports::Only(ports.into_iter().collect()),
+        let allowed = |ports: Option<Vec<u16>>, every: bool| match (forwarding, ports) {
+            (false, _) => Ports::none(),
+            (true, Some(ports)) if !every => Ports::Only(ports.into_iter().collect()),
             (true, _) => Ports::All,
         };
+        options.restrictions.ports = allowed(open, every_port);
+        options.restrictions.listen = allowed(listen, listen_everywhere);
         Ok(options)
     }
 
@@ -308,7 +321,13 @@ mod tests {
         assert_eq!(forced.command.as_deref(), Some(r#"echo "hi, there" \n"#));
         assert!(!restrictions("no-pty").pty && !restrictions("NO-PTY").pty);
         let restricted = restrictions("restrict,agent-forwarding,X11-forwarding");
-        assert!(!restricted.pty && restricted.ports == Ports::Only([].into()));
+        assert!(!restricted.pty && restricted.ports == Ports::none() && restricted.listen == Ports::none());
+        assert!(restricted.agent && restricted.x11);
+        assert_eq!(restrictions("restrict"), Restrictions::all());
+        assert!(!restrictions("no-agent-forwarding").agent && !restrictions("no-X11-forwarding").x11);
+        let listening =
+            restrictions(r#"permitlisten="8080",permitlisten="localhost:81",permitlisten="far:1""#);
+        assert_eq!((listening.listen, listening.ports), (Ports::Only([81, 8080].into()), Ports::All));
         let opened = restrictions("restrict,pty,port-forwarding,permitopen=\"localhost:80\"");
         assert!(opened.pty && opened.ports == Ports::Only([80].into()));
         let many = r#"permitopen="[::1]:1",permitopen="127.0.0.1:2",permitopen="db.example:5432""#;

@@ -142,7 +142,8 @@ fn what_a_certificate_forbids_is_in_it() {
     let restrictions = Restrictions {
         command: Some("report --all".to_owned()),
         pty: false,
-        ports: Ports::Only([].into()),
+        ports: Ports::none(),
+        listen: Ports::none(),
         ..Restrictions::default()
     };
     let request = UserRequest { restrictions: restrictions.clone(), ..request(&key) };

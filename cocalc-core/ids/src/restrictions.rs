@@ -14,6 +14,15 @@ pub struct Restrictions {
     pub pty: bool,
     /// The ports of the project that may be connected to.
     pub ports: Ports,
+    /// The ports of the project on which the user's side may be reached.
+    #[serde(default = "Ports::none")]
+    pub listen: Ports,
+    /// Whether the user's agent may be reached from the project.
+    #[serde(default)]
+    pub agent: bool,
+    /// Whether the user's X display may be.
+    #[serde(default)]
+    pub x11: bool,
     /// Variables that are set.
     pub environment: BTreeMap<String, String>,
 }
@@ -31,7 +40,15 @@ pub enum Ports {
 impl Default for Restrictions {
     /// None.
     fn default() -> Self {
-        Self { command: None, pty: true, ports: Ports::All, environment: BTreeMap::new() }
+        Self {
+            command: None,
+            pty: true,
+            ports: Ports::All,
+            listen: Ports::All,
+            agent: true,
+            x11: true,
+            environment: BTreeMap::new(),
+        }
     }
 }
 
@@ -41,26 +58,50 @@ impl Restrictions {
         *self == Self::default()
     }
 
+    /// Nothing but commands without a terminal: what OpenSSH calls `restrict`.
+    pub fn all() -> Self {
+        Self {
+            pty: false,
+            ports: Ports::none(),
+            listen: Ports::none(),
+            agent: false,
+            x11: false,
+            ..Self::default()
+        }
+    }
+
     /// The most that `self` and `other` both allow. A command of `self` goes
     /// before that of `other`.
     pub fn and(self, other: &Self) -> Self {
-        let ports = match (self.ports, &other.ports) {
-            (Ports::All, other) => other.clone(),
-            (own, Ports::All) => own,
-            (Ports::Only(own), Ports::Only(other)) => Ports::Only(&own & other),
-        };
         let mut environment = other.environment.clone();
         environment.extend(self.environment);
         Self {
             command: self.command.or_else(|| other.command.clone()),
             pty: self.pty && other.pty,
-            ports,
+            ports: self.ports.and(&other.ports),
+            listen: self.listen.and(&other.listen),
+            agent: self.agent && other.agent,
+            x11: self.x11 && other.x11,
             environment,
         }
     }
 }
 
 impl Ports {
+    /// No port.
+    pub fn none() -> Self {
+        Self::Only(BTreeSet::new())
+    }
+
+    /// The ports that both contain.
+    pub fn and(self, other: &Self) -> Self {
+        match (self, other) {
+            (Self::All, other) => other.clone(),
+            (own, Self::All) => own,
+            (Self::Only(own), Self::Only(other)) => Self::Only(&own & other),
+        }
+    }
+
     /// Whether `port` may be connected to.
     pub fn contain(&self, port: u16) -> bool {
         match self {

@@ -3,13 +3,16 @@
 //!
 //! A process that it starts has the same namespaces, cgroup, seccomp filter
 //! and bounding set as itself, because it is its child. Nothing inside the
-//! project has a path to the socket. It is built from the standard library
+//! project has a path to the socket. Started with arguments it is a tool of its
+//! host's inside the project (see `tool`). It is built from the standard library
 //! alone, linked statically, and runs in any image; without a PID namespace of
 //! its own it serves the process runner as supervisor.
 
 mod services;
 mod session;
+mod sftp;
 mod sys;
+mod tool;
 mod users;
 
 use std::{
@@ -56,6 +59,10 @@ impl Registry {
 }
 
 fn main() {
+    let args: Vec<String> = std::env::args_os().skip(1).filter_map(|arg| arg.into_string().ok()).collect();
+    if let Some(("tool", rest)) = args.split_first().map(|(first, rest)| (first.as_str(), rest)) {
+        std::process::exit(tool::run(rest));
+    }
     let signals = sys::Signals::block();
     let supervisor = !sys::is_init();
     if supervisor {

@@ -124,7 +124,8 @@ impl Asked {
             }
             1 => {
                 let mut command = Command::new(shell);
-                command.arg("-c").args(&args);
+                // Its name in its complaints, as sshd has it.
+                command.arg0(shell.rsplit('/').next().unwrap_or("sh")).arg("-c").args(&args);
                 command
             }
             2 => {
@@ -133,10 +134,11 @@ impl Asked {
                 command.args(args);
                 command
             }
-            3 => {
-                let server = SFTP_SERVERS.iter().find(|server| std::path::Path::new(server).exists());
-                Command::new(server.ok_or_else(|| io::Error::other("the image has no sftp server"))?)
-            }
+            3 => match SFTP_SERVERS.iter().find(|server| std::path::Path::new(server).exists()) {
+                Some(server) => Command::new(server),
+                None => myself(&["tool".into(), "sftp".into()]),
+            },
+            4 => myself(&args),
             _ => return Err(io::Error::other("unknown command")),
         };
         command.env_clear().env("PATH", SEARCH_PATH).env("HOME", &home).env("SHELL", shell);
@@ -232,6 +234,14 @@ fn execute(
     let told = write_frame(&mut &*stream, &end);
     let _ = stream.shutdown(std::net::Shutdown::Both);
     told
+}
+
+/// This program, as one of its tools.
+fn myself(args: &[String]) -> Command {
+    // Found by the child itself: where it is seen may have changed.
+    let mut command = Command::new("/proc/self/exe");
+    command.args(args);
+    command
 }
 
 /// Does what the host says about a running process; kills it when the host

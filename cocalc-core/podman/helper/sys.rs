@@ -9,8 +9,9 @@ use std::{
     io::{self, Read},
     os::{
         fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
-        unix::{net::UnixStream, process::CommandExt},
+        unix::{ffi::OsStrExt, net::UnixStream, process::CommandExt},
     },
+    path::Path,
     process::Command,
 };
 
@@ -27,11 +28,16 @@ const TIOCSWINSZ: c_ulong = 0x5414;
 const TIOCSPTLCK: c_ulong = 0x4004_5431;
 const TIOCGPTPEER: c_ulong = 0x5441;
 const O_RDWR: c_int = 2;
-const O_NOCTTY: c_int = 0o400;
+pub(crate) const O_NOCTTY: c_int = 0o400;
+pub(crate) const O_NONBLOCK: c_int = 0o4000;
+const AT_FDCWD: c_int = -100;
+const AT_SYMLINK_NOFOLLOW: c_int = 0x100;
 const O_CLOEXEC: c_int = 0o2_000_000;
 const SOL_SOCKET: c_int = 1;
 const SCM_RIGHTS: c_int = 1;
 const MSG_CMSG_CLOEXEC: c_int = 0x4000_0000;
+const SO_PEERCRED: c_int = 17;
+const SHUT_WR: c_int = 1;
 const SIGNALS: c_int = 64;
 const POLLIN: i16 = 1;
 const F_SETFD: c_int = 2;
@@ -86,7 +92,40 @@ struct WinSize {
     y: u16,
 }
 
+#[repr(C)]
+struct PeerCred {
+    pid: c_int,
+    uid: c_uint,
+    gid: c_uint,
+}
+
+#[repr(C)]
+struct TimeSpec {
+    seconds: i64,
+    nanos: i64,
+}
+
+/// What a file system has, as the C library lays it out on 64-bit Linux.
+#[repr(C)]
+#[derive(Default)]
+struct StatVfs {
+    block: c_ulong,
+    fragment: c_ulong,
+    counts: [u64; 6],
+    id: c_ulong,
+    flags: c_ulong,
+    name_max: c_ulong,
+    _spare: [c_int; 6],
+}
+
 unsafe extern "C" {
+    fn fstatvfs(fd: c_int, found: *mut StatVfs) -> c_int;
+    fn utimensat(dir: c_int, path: *const c_char, times: *const TimeSpec, flags: c_int) -> c_int;
+    fn sendmsg(fd: c_int, msg: *const MsgHdr, flags: c_int) -> isize;
+    fn shutdown(fd: c_int, how: c_int) -> c_int;
+    fn dup2(old: c_int, new: c_int) -> c_int;
+    fn getsockopt(fd: c_int, level: c_int, name: c_int, value: *mut c_void, len: *mut c_uint) -> c_int;
+    fn geteuid() -> c_uint;
     fn recvmsg(fd: c_int, msg: *mut MsgHdr, flags: c_int) -> isize;
     fn ioctl(fd: c_int, request: c_ulong, ...) -> c_int;
     fn prctl(option: c_int, ...) -> c_int;
@@ -303,4 +342,89 @@ pub(crate) fn read_frame(stream: &mut impl Read, limit: usize) -> io::Result<Vec
     let mut frame = vec![0; length];
     stream.read_exact(&mut frame)?;
     Ok(frame)
+}
+
+/// Sends one byte and a descriptor with it.
+pub(crate) fn send_fd(stream: &UnixStream, fd: &impl AsRawFd) -> io::Result<()> {
+    let mut byte = 0_u8;
+    let mut iov = IoVec { base: (&raw mut byte).cast(), len: 1 };
+    let header = std::mem::offset_of!(Control, fds);
+    let mut control = Control {
+        len: header + size_of::<c_int>(),
+        level: SOL_SOCKET,
+        kind: SCM_RIGHTS,
+        fds: [-1; FDS_MAX],
+        _padding: 0,
+    };
+    control.fds[0] = fd.as_raw_fd();
+    let message = MsgHdr {
+        name: std::ptr::null_mut(),
+        name_len: 0,
+        iov: &mut iov,
+        iov_len: 1,
+        control: (&raw mut control).cast(),
+        // Padded to a word, as the kernel counts it.
+        control_len: (header + size_of::<c_int>()).next_multiple_of(size_of::<usize>()),
+        flags: 0,
+    };
+    // SAFETY: every pointer is to live memory of the length beside it.
+    match unsafe { sendmsg(stream.as_raw_fd(), &message, 0) } {
+        1 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Ends the sending half of a connection.
+pub(crate) fn end_sending(socket: &impl AsRawFd) {
+    // SAFETY: no memory involved.
+    unsafe { shutdown(socket.as_raw_fd(), SHUT_WR) };
+}
+
+/// Whether the other end is a process of the same user, or of root.
+pub(crate) fn is_own(stream: &UnixStream) -> bool {
+    let mut cred = PeerCred { pid: 0, uid: u32::MAX, gid: 0 };
+    let mut length = size_of::<PeerCred>() as c_uint;
+    // SAFETY: `cred` is live and `length` is its size.
+    let told = unsafe {
+        getsockopt(stream.as_raw_fd(), SOL_SOCKET, SO_PEERCRED, (&raw mut cred).cast(), &mut length)
+    };
+    // SAFETY: takes no argument and cannot fail.
+    told == 0 && (cred.uid == 0 || cred.uid == unsafe { geteuid() })
+}
+
+/// Sets the mask of new files' modes, and returns the former one.
+pub(crate) fn set_umask(mask: u32) -> u32 {
+    // SAFETY: no memory involved.
+    unsafe { umask(mask) }
+}
+
+/// Sets the times of last access and modification, in seconds.
+pub(crate) fn set_times(path: &Path, accessed: u32, modified: u32, follow: bool) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)?;
+    let times = [accessed, modified].map(|seconds| TimeSpec { seconds: seconds.into(), nanos: 0 });
+    let flags = if follow { 0 } else { AT_SYMLINK_NOFOLLOW };
+    // SAFETY: a string that ends, and two times, as the call demands.
+    match unsafe { utimensat(AT_FDCWD, path.as_ptr(), times.as_ptr(), flags) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// The eleven numbers of `statvfs`, in their order.
+pub(crate) fn space(file: &File) -> io::Result<[u64; 11]> {
+    let mut found = StatVfs::default();
+    // SAFETY: the struct is ours and of the C library's layout.
+    if unsafe { fstatvfs(file.as_raw_fd(), &mut found) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let [a, b, c, d, e, f] = found.counts;
+    Ok([found.block, found.fragment, a, b, c, d, e, f, found.id, found.flags, found.name_max])
+}
+
+/// Lets go of standard error, so that whoever reads it sees its end.
+pub(crate) fn end_errors() {
+    if let Ok(null) = File::options().write(true).open("/dev/null") {
+        // SAFETY: no memory involved.
+        unsafe { dup2(null.as_raw_fd(), 2) };
+    }
 }

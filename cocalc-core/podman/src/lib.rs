@@ -81,6 +81,7 @@ mod probe;
 mod process;
 mod signals;
 
+pub use agent::HELPER;
 pub use cgroup::CgroupKind;
 pub use net::Fences;
 pub use podman::{

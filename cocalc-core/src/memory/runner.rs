@@ -200,6 +200,7 @@ impl Runner for MemoryRunner {
             Command::Argv(args) if args.is_empty() => return invalid("there is no program to run"),
             Command::Argv(args) => Some(args.join(" ")),
             Command::Sftp => return invalid("there is no sftp server in memory"),
+            Command::Tool(_) => return invalid("nothing can be reached in memory"),
         };
         if line.as_ref().is_some_and(|line| line.contains('\0')) {
             return invalid("the command contains a NUL");

@@ -1,10 +1,11 @@
 //! One channel of a user's connection: a process, or a connection to a port.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{io, net::IpAddr, sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use cocalc_core::{
-    runner::{Error, ExecRequest, Exit, Process},
+    ids::ProjectId,
+    runner::{Error, ExecRequest, Exit, Process, Tool},
     stream::{BoxStream, BoxWrite},
     wake::Awake,
 };
@@ -13,7 +14,7 @@ use russh::{
     server::{ChannelOpenHandle, Handle, Msg},
 };
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, split},
+    io::{AsyncRead, AsyncReadExt, AsyncWriteExt, split},
     sync::mpsc,
     time::{Instant, sleep, timeout},
 };
@@ -23,19 +24,25 @@ use crate::{
     Access, Login,
     drive::{Control, Ended, Sink, drive},
     input::InputReceiver,
+    reverse::{self, Connected, Kind, Reverse},
+    witness::Meter,
 };
 
 /// How long a session waits for a stopped project to start.
-const WAKE_MAX: Duration = Duration::from_secs(180);
+pub(crate) const WAKE_MAX: Duration = Duration::from_secs(180);
 /// How often it asks.
 const WAKE_EVERY: Duration = Duration::from_millis(300);
 /// How long starting a process or opening a port may take.
-const OPEN_MAX: Duration = Duration::from_secs(60);
+pub(crate) const OPEN_MAX: Duration = Duration::from_secs(60);
 /// How long a message of ours waits for the client to take it.
 const SAY_MAX: Duration = Duration::from_secs(1);
 /// How long what was lost waits for the word that the access itself has ended:
 /// at a proxy both come from the host, on connections of their own.
 const LAST_WORD_MAX: Duration = Duration::from_secs(1);
+/// What a shell at a passage says.
+const NO_PROJECT: &str = "this is a way to projects, and none itself: ssh -J jump@this-server ID@ID";
+/// How long what a client sent before it closed a channel may take to be read.
+pub(crate) const DELIVER_MAX: Duration = Duration::from_secs(60);
 /// What OpenSSH returns when it, and not the remote command, failed.
 const OUR_FAILURE: u32 = 255;
 const STDERR: u32 = 1;
@@ -44,6 +51,7 @@ const STDERR: u32 = 1;
 pub(crate) struct Outward {
     pub(crate) write: ChannelWriteHalf<Msg>,
     pub(crate) handle: Handle,
+    pub(crate) meter: Option<Arc<Meter>>,
 }
 
 /// Runs `request` in the project, from its start to the channel's end.
@@ -52,17 +60,33 @@ pub(crate) struct Outward {
 pub(crate) async fn session(
     outward: Outward,
     login: Arc<Login>,
-    request: ExecRequest,
+    mut request: ExecRequest,
+    wishes: Wishes,
     input: InputReceiver,
     controls: mpsc::Receiver<Control>,
     overflow: CancellationToken,
 ) {
     let pty = request.pty.is_some();
+    // They listen for as long as the session lasts.
+    let mut listeners = Vec::new();
     let run = async {
         let access = match &*login {
             Login::Open(access) => access,
             Login::Moved(moved) => return Err(moved.to_string()),
+            Login::Passage(_) => return Err(NO_PROJECT.into()),
         };
+        if !wishes.is_empty() {
+            wake(access, Instant::now() + WAKE_MAX, Some((&outward, pty))).await?;
+            for (variable, kind, what) in wishes.kinds {
+                match wishes.reverse.listen(kind).await {
+                    Ok(listener) => {
+                        request.env.insert(variable.to_owned(), listener.place.clone());
+                        listeners.push(listener);
+                    }
+                    Err(reason) => outward.say(&format!("{what} is not forwarded: {reason}"), pty).await,
+                }
+            }
+        }
         let process = start(access, request, &outward).await?;
         match drive(process, pty, |stdin| feed(input, stdin, pty), &outward, controls).await {
             Ended::Exit(exit) => Ok(Some(exit)),
@@ -76,7 +100,7 @@ pub(crate) async fn session(
     };
     let ended = tokio::select! {
         ended = run => ended,
-        () = overflow.cancelled() => Err("the command does not read its input, and other channels wait".into()),
+        () = overflow.cancelled() => Err("the command does not read its input, and the server has no room for more of it".into()),
     };
     match ended {
         Ok(Some(exit)) => outward.finish(exit).await,
@@ -90,46 +114,134 @@ pub(crate) async fn session(
     }
 }
 
-/// Connects the channel to a port of the project, once that port has accepted.
+/// What else a session asks for: variables whose values are places inside the
+/// project that lead to its user.
+pub(crate) struct Wishes {
+    pub(crate) reverse: Reverse,
+    pub(crate) kinds: Vec<(&'static str, Kind, &'static str)>,
+}
+
+impl Wishes {
+    fn is_empty(&self) -> bool {
+        self.kinds.is_empty()
+    }
+}
+
+/// Where a channel leads.
+#[derive(Clone, Debug)]
+pub(crate) enum Target {
+    /// A port on the project's loopback addresses.
+    Port(u16),
+    /// Whatever the project itself can reach by this name.
+    Beyond { host: String, port: u16 },
+    /// A Unix socket of the project.
+    Socket(String),
+    /// The SSH server of this project's host, for a user from there.
+    Project(ProjectId, Option<IpAddr>),
+}
+
+/// Connects the channel to `target`, once that has accepted.
 pub(crate) async fn forward(
     outward: Outward,
     reply: ChannelOpenHandle,
     login: Arc<Login>,
-    port: u16,
+    target: Target,
     input: InputReceiver,
-    overflow: CancellationToken,
+    ends: Ends,
 ) {
-    let Login::Open(access) = &*login else {
-        return reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await;
+    let access = match (&*login, &target) {
+        (Login::Open(access), _) => access,
+        (Login::Passage(passage), Target::Project(project, source)) => {
+            match timeout(OPEN_MAX, passage.pass(*project, *source)).await {
+                Ok(Ok(stream)) => {
+                    reply.accept().await;
+                    let (from, to) = split(stream);
+                    pump(&outward, input, from, Box::pin(to), &ends).await;
+                    let _ = outward.write.close().await;
+                }
+                _ => reply.reject(ChannelOpenFailure::ConnectFailed).await,
+            }
+            return;
+        }
+        _ => return reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await,
     };
-    let stream = match dial(access, port).await {
-        Ok(stream) => stream,
+    let connected = match &target {
+        Target::Project(..) => Err("that is for a passage".into()),
+        Target::Port(port) => dial(access, *port).await.map(Way::Stream),
+        Target::Beyond { host, port } => {
+            reach(access, Tool::ConnectTcp { host: host.clone(), port: *port }).await
+        }
+        Target::Socket(path) => reach(access, Tool::ConnectUnix { path: path.clone() }).await,
+    };
+    let way = match connected {
+        Ok(way) => way,
         Err(reason) => {
-            tracing::debug!(project = %access.project, port, reason, "a port was not forwarded");
+            tracing::debug!(project = %access.project, ?target, reason, "a connection was not forwarded");
             return reply.reject(ChannelOpenFailure::ConnectFailed).await;
         }
     };
     // Only now: what the server says first must find an open channel.
     reply.accept().await;
-    let (mut from, to) = split(stream);
-    let inward = feed(input, Box::pin(to), false);
+    match way {
+        Way::Stream(stream) => {
+            let (from, to) = split(stream);
+            pump(&outward, input, from, Box::pin(to), &ends).await;
+        }
+        Way::Tool(connected) => connected.carry(&outward, input, &ends).await,
+    }
+    let _ = outward.write.close().await;
+}
+
+/// What ends a connection that is carried, beside its own ends.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Ends {
+    /// At once.
+    pub(crate) overflow: CancellationToken,
+    /// The client has closed the channel: it takes nothing more, but what it
+    /// has sent still goes where it should.
+    pub(crate) closed: CancellationToken,
+}
+
+enum Way {
+    Stream(BoxStream),
+    Tool(Connected),
+}
+
+async fn reach(access: &Access, tool: Tool) -> Result<Way, String> {
+    wake(access, Instant::now() + WAKE_MAX, None).await?;
+    reverse::connect(access, tool).await.map(Way::Tool)
+}
+
+/// Carries bytes in both directions until both have ended.
+pub(crate) async fn pump(
+    outward: &Outward,
+    input: InputReceiver,
+    mut from: impl AsyncRead + Send + Unpin,
+    to: BoxWrite,
+    ends: &Ends,
+) {
+    let inward = feed(input, to, false);
     let outwards = async {
         let mut buffer = BytesMut::new();
         loop {
             buffer.reserve(32 * 1024);
             match (&mut from).take(32 * 1024).read_buf(&mut buffer).await {
                 Ok(0) | Err(_) => break,
-                Ok(_) if outward.write.data_bytes(buffer.split().freeze()).await.is_err() => return,
-                Ok(_) => {}
+                Ok(count) => {
+                    if outward.write.data_bytes(buffer.split().freeze()).await.is_err() {
+                        return;
+                    }
+                    outward.count(count);
+                }
             }
         }
         let _ = outward.write.eof().await;
     };
     tokio::select! {
-        _ = async { tokio::join!(inward, outwards) } => {}
-        () = overflow.cancelled() => {}
+        _ = async { tokio::join!(inward, ends.closed.run_until_cancelled(outwards)) } => {}
+        () = ends.overflow.cancelled() => {}
+        () = async { ends.closed.cancelled().await; sleep(DELIVER_MAX).await } => {}
     }
-    let _ = outward.write.close().await;
 }
 
 /// Writes what the user sends, until the user or the process ends it.
@@ -196,7 +308,11 @@ async fn dial(access: &Access, port: u16) -> Result<BoxStream, String> {
 }
 
 /// Waits until the project runs, and tells `watcher` how far it is.
-async fn wake(access: &Access, deadline: Instant, watcher: Option<(&Outward, bool)>) -> Result<(), String> {
+pub(crate) async fn wake(
+    access: &Access,
+    deadline: Instant,
+    watcher: Option<(&Outward, bool)>,
+) -> Result<(), String> {
     let mut said = String::new();
     loop {
         match timeout(OPEN_MAX, access.sessions.wake(access.project)).await {
@@ -218,6 +334,12 @@ async fn wake(access: &Access, deadline: Instant, watcher: Option<(&Outward, boo
 }
 
 impl Outward {
+    fn count(&self, bytes: usize) {
+        if let Some(meter) = &self.meter {
+            meter.outward(bytes);
+        }
+    }
+
     /// Tells the user something, beside the output of their command.
     async fn say(&self, text: &str, pty: bool) {
         let line_end = if pty { "\r\n" } else { "\n" };
@@ -253,10 +375,12 @@ impl Outward {
 
 impl Sink for Outward {
     async fn stdout(&self, data: Bytes) -> io::Result<()> {
+        self.count(data.len());
         self.write.data_bytes(data).await.map_err(io::Error::other)
     }
 
     async fn stderr(&self, data: Bytes) -> io::Result<()> {
+        self.count(data.len());
         self.write.extended_data_bytes(STDERR, data).await.map_err(io::Error::other)
     }
 

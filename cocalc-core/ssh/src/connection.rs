@@ -4,13 +4,16 @@ use std::{
     borrow::Cow,
     collections::{BTreeMap, HashMap},
     net::IpAddr,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Instant,
 };
 
 use cocalc_core::{
     auth::{Credential, Secret},
-    ids::ProjectId,
+    ids::{Ports, ProjectId, Restrictions},
     runner::{Command, ExecRequest, Pty, WindowSize},
 };
 use russh::{
@@ -26,14 +29,16 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    Attempt, Gate, Login, Refusal,
-    channel::{self, Outward, signal_name},
+    Attempt, Gate, Login, Passage, Refusal, Witness,
+    channel::{self, Ends, Outward, Target, Wishes, signal_name},
     drive::Control,
     environment,
     host_keys::key_text,
-    input::{CONNECTION_BYTES_MAX, Credit, InputSender, REST, input},
+    input::{Budget, CONNECTION_BYTES_MAX, Credit, InputSender, input},
     line::Grip,
     project_of_user,
+    reverse::{Arrival, Arrivals, Kind, Listener, Reverse},
+    witness::Meter,
 };
 
 /// The longest credential that is looked at; connect tokens are shorter.
@@ -46,8 +51,36 @@ const COMMAND_BYTES_MAX: usize = 64 * 1024;
 /// for as long as the connection lives. A client that has used so many opens
 /// another connection.
 const CHANNELS_EVER_MAX: usize = 10_000;
+/// What one connection may have listen inside the project.
+const LISTENERS_MAX: usize = 32;
+/// How long a client waits until something listens: nothing else happens in
+/// its connection meanwhile.
+const LISTEN_MAX: std::time::Duration = std::time::Duration::from_secs(60);
+/// The longest path of a socket: what the kernel takes.
+const SOCKET_BYTES_MAX: usize = 107;
 /// How long a gate may think.
 const LOGIN_MAX: std::time::Duration = std::time::Duration::from_secs(60);
+
+/// What all connections of a server share.
+#[derive(Clone)]
+pub(crate) struct Surroundings {
+    pub(crate) gate: Arc<dyn Gate>,
+    pub(crate) channels_max: usize,
+    pub(crate) budget: Arc<Budget>,
+    pub(crate) passage: Option<Arc<dyn Passage>>,
+    pub(crate) witness: Option<Arc<dyn Witness>>,
+}
+
+/// Somebody who has logged in.
+pub(crate) struct Admitted {
+    pub(crate) login: Arc<Login>,
+    pub(crate) meter: Option<Arc<Meter>>,
+}
+
+/// Who wants a way on, and no project.
+const JUMP: &str = "jump";
+/// The smallest RSA key, in bits.
+const RSA_BITS_MIN: u32 = 2048;
 
 /// The protocol library's handler of one connection. It never waits for a
 /// process or a port: whatever can wait is done in a task per channel.
@@ -58,37 +91,56 @@ pub(crate) struct Connection {
     /// Ends everything of this connection.
     over: CancellationToken,
     channels_max: usize,
+    budget: Arc<Budget>,
+    /// Where `jump` leads.
+    passage: Option<Arc<dyn Passage>>,
+    witness: Option<Arc<dyn Witness>>,
+    meter: Option<Arc<Meter>>,
+    /// Whether a credential was refused.
+    refused: Arc<AtomicBool>,
     refusal: Option<Refusal>,
     login: Option<Arc<Login>>,
-    announce: Option<oneshot::Sender<Arc<Login>>>,
+    announce: Option<oneshot::Sender<Admitted>>,
     channels: HashMap<ChannelId, State>,
     channels_ever: usize,
     tasks: JoinSet<ChannelId>,
     credit: Credit,
     granted: Option<u32>,
+    arrivals: Arc<Arrivals>,
+    /// By the address or path and the port that the client named.
+    listeners: BTreeMap<(String, u32), Listener>,
 }
 
 enum State {
     /// Opened, and told about its session to be.
-    Waiting { write: ChannelWriteHalf<Msg>, env: BTreeMap<String, String>, pty: Option<Pty> },
+    Waiting {
+        write: ChannelWriteHalf<Msg>,
+        env: BTreeMap<String, String>,
+        pty: Option<Pty>,
+        agent: bool,
+        x11: Option<Kind>,
+    },
     /// Something runs in it.
     Running {
         input: Option<InputSender>,
         controls: mpsc::Sender<Control>,
-        overflow: CancellationToken,
+        ends: Ends,
         pty: bool,
+        /// Whether a process runs in it, which ends with it.
+        process: bool,
     },
 }
 
 impl Connection {
     /// A handler that sends the login to the returned receiver.
     pub(crate) fn new(
-        gate: Arc<dyn Gate>,
+        surroundings: Surroundings,
         source: Option<IpAddr>,
         grip: Grip,
         over: CancellationToken,
-        channels_max: usize,
-    ) -> (Self, oneshot::Receiver<Arc<Login>>) {
+        refused: Arc<AtomicBool>,
+    ) -> (Self, oneshot::Receiver<Admitted>) {
+        let Surroundings { gate, channels_max, budget, passage, witness } = surroundings;
         let (announce, announced) = oneshot::channel();
         let connection = Self {
             gate,
@@ -96,6 +148,11 @@ impl Connection {
             grip,
             over,
             channels_max,
+            budget,
+            passage,
+            witness,
+            meter: None,
+            refused,
             refusal: None,
             login: None,
             announce: Some(announce),
@@ -104,6 +161,8 @@ impl Connection {
             tasks: JoinSet::new(),
             credit: Credit::default(),
             granted: None,
+            arrivals: Arc::default(),
+            listeners: BTreeMap::new(),
         };
         (connection, announced)
     }
@@ -114,18 +173,26 @@ impl Connection {
             None => Refusal::access_denied(),
             Some(project) => match self.ask_gate(project, credential).await {
                 Ok(login) => {
-                    let login = Arc::new(login);
-                    self.login = Some(login.clone());
-                    if let Some(announce) = self.announce.take() {
-                        let _ = announce.send(login);
-                    }
+                    self.admit(login);
                     return Auth::Accept;
                 }
                 Err(refusal) => refusal,
             },
         };
         self.refusal = Some(refusal);
+        self.refused.store(true, Ordering::Release);
         reject(&METHODS)
+    }
+
+    fn admit(&mut self, login: Login) {
+        let login = Arc::new(login);
+        if let Login::Open(access) = &*login {
+            self.meter = Some(Meter::begin(self.witness.take(), access, self.source));
+        }
+        self.login = Some(login.clone());
+        if let Some(announce) = self.announce.take() {
+            let _ = announce.send(Admitted { login, meter: self.meter.clone() });
+        }
     }
 
     async fn ask_gate(&self, project: ProjectId, credential: Credential) -> Result<Login, Refusal> {
@@ -156,8 +223,71 @@ impl Connection {
         }
     }
 
+    /// Whether whoever logged in may have something that needs `permitted`.
+    fn permits(&self, permitted: impl FnOnce(&Restrictions) -> bool) -> bool {
+        match self.login.as_deref() {
+            Some(Login::Open(access)) => permitted(&access.restrictions),
+            _ => false,
+        }
+    }
+
+    fn reverse(&self, session: &Session) -> Option<Reverse> {
+        Some(Reverse {
+            login: self.login.clone()?,
+            handle: session.handle(),
+            arrivals: self.arrivals.clone(),
+            over: self.over.clone(),
+            meter: self.meter.clone(),
+        })
+    }
+
+    /// Listens inside the project for as long as the connection lasts, and
+    /// returns where. The client waits for the answer before it goes on.
+    async fn listen(&mut self, kind: Kind, session: &mut Session) -> Result<String, String> {
+        if self.listeners.len() >= LISTENERS_MAX {
+            return Err(format!("one connection may listen on {LISTENERS_MAX} places"));
+        }
+        let reverse = self.reverse(session).ok_or("nobody has logged in")?;
+        let name = match &kind {
+            Kind::Tcp { address, .. } => address.clone(),
+            Kind::Unix(path) => path.clone(),
+            _ => return Err("not for the whole connection".into()),
+        };
+        let listening = reverse.listen(kind.clone());
+        let listener =
+            timeout(LISTEN_MAX, listening).await.map_err(|_| "the project does not answer".to_owned())??;
+        let place = listener.place.clone();
+        let port = if matches!(kind, Kind::Tcp { .. }) { place.parse().unwrap_or(0) } else { 0 };
+        self.listeners.insert((name, port), listener);
+        Ok(place)
+    }
+
+    /// Starts what a channel to `target` needs.
+    fn connect(
+        &mut self,
+        channel: russh::Channel<Msg>,
+        target: Target,
+        login: Arc<Login>,
+        reply: ChannelOpenHandle,
+        session: &Session,
+    ) {
+        let id = channel.id();
+        let (_, write) = channel.split();
+        let ends = Ends::default();
+        let (sender, receiver) = input(&self.budget, project(&login), &ends.overflow);
+        let (controls, _) = mpsc::channel(1);
+        let outward = Outward { write, handle: session.handle(), meter: self.meter.clone() };
+        let run = channel::forward(outward, reply, login, target, receiver, ends.clone());
+        let state = State::Running { input: Some(sender), controls, ends, pty: false, process: false };
+        self.channels.insert(id, state);
+        self.spawn(id, run);
+    }
+
     /// Forgets channels whose tasks have ended.
     fn reap(&mut self) {
+        for id in self.arrivals.ended() {
+            self.channels.remove(&id);
+        }
         while let Some(ended) = self.tasks.try_join_next() {
             match ended {
                 Ok(id) => drop(self.channels.remove(&id)),
@@ -180,8 +310,9 @@ impl Connection {
     /// Starts what a session was opened for; `false` if it cannot be.
     fn start(&mut self, id: ChannelId, command: Command, session: &Session) -> bool {
         let Some(login) = self.login.clone() else { return false };
-        let (write, env, pty) = match self.channels.remove(&id) {
-            Some(State::Waiting { write, env, pty }) => (write, env, pty),
+        let Some(reverse) = self.reverse(session) else { return false };
+        let (write, env, pty, agent, x11) = match self.channels.remove(&id) {
+            Some(State::Waiting { write, env, pty, agent, x11 }) => (write, env, pty, agent, x11),
             Some(running) => {
                 self.channels.insert(id, running);
                 return false;
@@ -192,12 +323,16 @@ impl Connection {
         let pty = if command == Command::Sftp { None } else { pty };
         let request = ExecRequest { command, env, pty, user: None };
         let has_pty = request.pty.is_some();
-        let (sender, receiver) = input();
+        let ends = Ends::default();
+        let (sender, receiver) = input(&self.budget, project(&login), &ends.overflow);
         let (controls, steered) = mpsc::channel(16);
-        let overflow = CancellationToken::new();
-        let outward = Outward { write, handle: session.handle() };
-        let run = channel::session(outward, login, request, receiver, steered, overflow.clone());
-        self.channels.insert(id, State::Running { input: Some(sender), controls, overflow, pty: has_pty });
+        let outward = Outward { write, handle: session.handle(), meter: self.meter.clone() };
+        let agent = agent.then_some(("SSH_AUTH_SOCK", Kind::Agent, "your agent"));
+        let x11 = x11.map(|kind| ("DISPLAY", kind, "your X display"));
+        let wishes = Wishes { reverse, kinds: agent.into_iter().chain(x11).collect() };
+        let run = channel::session(outward, login, request, wishes, receiver, steered, ends.overflow.clone());
+        let state = State::Running { input: Some(sender), controls, ends, pty: has_pty, process: true };
+        self.channels.insert(id, state);
         self.spawn(id, run);
         true
     }
@@ -222,13 +357,17 @@ impl Connection {
     }
 
     /// Takes what a client sent on a channel.
-    fn receive(&mut self, id: ChannelId, data: &[u8]) {
-        let Some(State::Running { input: Some(input), overflow, .. }) = self.channels.get(&id) else {
+    fn receive(&mut self, id: ChannelId, data: &[u8], left: u32) {
+        let Some(State::Running { input: Some(input), ends, .. }) = self.channels.get(&id) else {
             return;
         };
         let fits = input.push(data);
+        if let Some(meter) = &self.meter {
+            meter.inward(data.len());
+        }
         let queued = input.queued();
         self.credit.note(id.number(), queued);
+        self.credit.came(id.number(), left, Instant::now());
         let total = || self.channels.values().map(State::queued).sum::<usize>();
         if !fits || (self.credit.is_stalled(id.number()) && total() > CONNECTION_BYTES_MAX) {
             tracing::info!(
@@ -236,14 +375,14 @@ impl Connection {
                 queued,
                 "a channel that does not read its input was closed"
             );
-            overflow.cancel();
+            ends.overflow.cancel();
             if let Some(State::Running { input, .. }) = self.channels.get_mut(&id) {
                 *input = None;
             }
-            self.credit.note(id.number(), 0);
+            self.credit.forget(id.number());
         }
-        if self.granted.take().is_some_and(|granted| self.credit.rests(granted)) {
-            self.grip.rest(REST);
+        if let Some(rest) = self.granted.take().and_then(|granted| self.credit.rest(granted)) {
+            self.grip.rest(rest);
         }
     }
 }
@@ -275,6 +414,29 @@ fn window_size(cols: u32, rows: u32) -> WindowSize {
     WindowSize { cols: clamp(cols, 80), rows: clamp(rows, 24) }
 }
 
+fn project(login: &Login) -> ProjectId {
+    match login {
+        // All that pass count as one.
+        Login::Passage(_) => ProjectId::from_bytes([0; 16]),
+        Login::Open(access) => access.project,
+        Login::Moved(moved) => moved.project,
+    }
+}
+
+/// The longest name of a host.
+const HOST_BYTES_MAX: usize = 255;
+
+/// Whether a name can be one of a host.
+fn is_host(host: &str) -> bool {
+    (1..=HOST_BYTES_MAX).contains(&host.len())
+        && host.bytes().all(|b| b.is_ascii_alphanumeric() || b".-_:%".contains(&b))
+}
+
+/// Whether a path can be one of a socket.
+fn is_socket(path: &str) -> bool {
+    path.len() <= SOCKET_BYTES_MAX && path.starts_with('/') && !path.contains(['\0', '\n'])
+}
+
 /// Whether a name means the project itself.
 fn is_loopback(host: &str) -> bool {
     host.eq_ignore_ascii_case("localhost")
@@ -283,6 +445,19 @@ fn is_loopback(host: &str) -> bool {
 
 impl Handler for Connection {
     type Error = russh::Error;
+
+    async fn auth_none(&mut self, user: &str) -> Result<Auth, Self::Error> {
+        match self.passage.take() {
+            Some(passage) if user == JUMP => {
+                self.admit(Login::Passage(passage));
+                Ok(Auth::Accept)
+            }
+            passage => {
+                self.passage = passage;
+                Ok(reject(&METHODS))
+            }
+        }
+    }
 
     async fn auth_publickey_offered(
         &mut self,
@@ -299,6 +474,14 @@ impl Handler for Connection {
 
     async fn auth_publickey(&mut self, user: &str, key: VerifiedPublicKey<'_>) -> Result<Auth, Self::Error> {
         let sha1 = matches!(key.algorithm, Algorithm::Rsa { hash: None });
+        if key.public_key.key_data().rsa().is_some_and(|key| key.key_size() < RSA_BITS_MIN) {
+            self.refusal = Some(Refusal {
+                code: "access_denied".into(),
+                message: format!("RSA keys of less than {RSA_BITS_MIN} bits are not accepted."),
+                elsewhere: None,
+            });
+            return Ok(reject(&METHODS));
+        }
         match key_text(key.public_key) {
             Some(text) if !sha1 && text.len() <= CREDENTIAL_BYTES_MAX => {
                 Ok(self.attempt(user, Credential::SshKey(text)).await)
@@ -365,7 +548,8 @@ impl Handler for Connection {
         // Without the read half the library passes data to `data` below, and
         // never waits for a reader.
         let (_, write) = channel.split();
-        self.channels.insert(id, State::Waiting { write, env: BTreeMap::new(), pty: None });
+        let state = State::Waiting { write, env: BTreeMap::new(), pty: None, agent: false, x11: None };
+        self.channels.insert(id, state);
         reply.accept().await;
         Ok(())
     }
@@ -381,32 +565,143 @@ impl Handler for Connection {
         session: &mut Session,
     ) -> Result<(), Self::Error> {
         let port = u16::try_from(port_to_connect).ok().filter(|port| *port != 0);
-        let (Some(login), Some(port), true) = (self.login.clone(), port, is_loopback(host_to_connect)) else {
+        let (Some(login), Some(port)) = (self.login.clone(), port) else {
             reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await;
             return Ok(());
         };
-        if !self.has_room() {
-            reply.reject(ChannelOpenFailure::ResourceShortage).await;
+        let target = if let Login::Passage(_) = &*login {
+            let Some(project) = project_of_user(host_to_connect) else {
+                reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await;
+                return Ok(());
+            };
+            Target::Project(project, self.source)
+        } else if is_loopback(host_to_connect) {
+            Target::Port(port)
+        } else if is_host(host_to_connect) && self.permits(|permits| permits.ports == Ports::All) {
+            Target::Beyond { host: host_to_connect.to_owned(), port }
+        } else {
+            reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await;
             return Ok(());
+        };
+        if self.has_room() {
+            self.connect(channel, target, login, reply, session);
+        } else {
+            reply.reject(ChannelOpenFailure::ResourceShortage).await;
         }
-        let id = channel.id();
-        let (_, write) = channel.split();
-        let (sender, receiver) = input();
-        let (controls, _) = mpsc::channel(1);
-        let overflow = CancellationToken::new();
-        let outward = Outward { write, handle: session.handle() };
-        let run = channel::forward(outward, reply, login, port, receiver, overflow.clone());
-        self.channels.insert(id, State::Running { input: Some(sender), controls, overflow, pty: false });
-        self.spawn(id, run);
         Ok(())
     }
 
-    async fn channel_close(&mut self, channel: ChannelId, _session: &mut Session) -> Result<(), Self::Error> {
-        if let Some(State::Running { overflow, .. }) = self.channels.remove(&channel) {
-            // Its task ends, and with it the process.
-            overflow.cancel();
+    async fn channel_open_direct_streamlocal(
+        &mut self,
+        channel: russh::Channel<Msg>,
+        socket_path: &str,
+        reply: ChannelOpenHandle,
+        session: &mut Session,
+    ) -> Result<(), Self::Error> {
+        let permitted = is_socket(socket_path) && self.permits(|permits| permits.ports == Ports::All);
+        let (Some(login), true) = (self.login.clone(), permitted) else {
+            reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await;
+            return Ok(());
+        };
+        if self.has_room() {
+            self.connect(channel, Target::Socket(socket_path.to_owned()), login, reply, session);
+        } else {
+            reply.reject(ChannelOpenFailure::ResourceShortage).await;
         }
-        self.credit.note(channel.number(), 0);
+        Ok(())
+    }
+
+    async fn channel_open_confirmation(
+        &mut self,
+        id: ChannelId,
+        _max_packet_size: u32,
+        _window_size: u32,
+        session: &mut Session,
+    ) -> Result<(), Self::Error> {
+        let Some(login) = self.login.clone().filter(|_| self.has_room()) else { return session.close(id) };
+        let ends = Ends::default();
+        let (sender, input) = input(&self.budget, project(&login), &ends.overflow);
+        let (controls, _) = mpsc::channel(1);
+        let state =
+            State::Running { input: Some(sender), controls, ends: ends.clone(), pty: false, process: false };
+        self.channels.insert(id, state);
+        self.arrivals.put(id, Arrival { input, ends });
+        Ok(())
+    }
+
+    async fn tcpip_forward(
+        &mut self,
+        address: &str,
+        port: &mut u32,
+        session: &mut Session,
+    ) -> Result<bool, Self::Error> {
+        let wanted = u16::try_from(*port).unwrap_or(0);
+        let permitted = self.permits(|permits| match wanted {
+            0 => permits.listen == Ports::All,
+            port => permits.listen.contain(port),
+        });
+        if !permitted || address.len() > HOST_BYTES_MAX || u32::from(wanted) != *port {
+            refuse(session, "this key or certificate does not permit to listen on that port")?;
+            return Ok(false);
+        }
+        let kind = Kind::Tcp { address: address.to_owned(), port: *port };
+        match self.listen(kind, session).await {
+            Ok(place) => {
+                *port = place.parse().unwrap_or(*port);
+                Ok(true)
+            }
+            Err(reason) => {
+                refuse(session, &format!("cannot listen on port {port} of the project: {reason}"))?;
+                Ok(false)
+            }
+        }
+    }
+
+    async fn cancel_tcpip_forward(
+        &mut self,
+        address: &str,
+        port: u32,
+        _session: &mut Session,
+    ) -> Result<bool, Self::Error> {
+        Ok(self.listeners.remove(&(address.to_owned(), port)).is_some())
+    }
+
+    async fn streamlocal_forward(
+        &mut self,
+        socket_path: &str,
+        session: &mut Session,
+    ) -> Result<bool, Self::Error> {
+        if !is_socket(socket_path) || !self.permits(|permits| permits.listen == Ports::All) {
+            refuse(session, "this key or certificate does not permit to listen on a socket")?;
+            return Ok(false);
+        }
+        match self.listen(Kind::Unix(socket_path.to_owned()), session).await {
+            Ok(_) => Ok(true),
+            Err(reason) => {
+                refuse(session, &format!("cannot listen at {socket_path} in the project: {reason}"))?;
+                Ok(false)
+            }
+        }
+    }
+
+    async fn cancel_streamlocal_forward(
+        &mut self,
+        socket_path: &str,
+        _session: &mut Session,
+    ) -> Result<bool, Self::Error> {
+        Ok(self.listeners.remove(&(socket_path.to_owned(), 0)).is_some())
+    }
+
+    async fn channel_close(&mut self, channel: ChannelId, _session: &mut Session) -> Result<(), Self::Error> {
+        match self.channels.remove(&channel) {
+            // Its task ends, and with it the process.
+            Some(State::Running { ends, process: true, .. }) => ends.overflow.cancel(),
+            // What was sent before still arrives.
+            Some(State::Running { ends, .. }) => ends.closed.cancel(),
+            _ => {}
+        }
+        self.credit.forget(channel.number());
+        self.arrivals.forget(channel);
         self.reap();
         Ok(())
     }
@@ -422,9 +717,9 @@ impl Handler for Connection {
         &mut self,
         channel: ChannelId,
         data: &[u8],
-        _session: &mut Session,
+        session: &mut Session,
     ) -> Result<(), Self::Error> {
-        self.receive(channel, data);
+        self.receive(channel, data, session.window_size(&channel));
         Ok(())
     }
 
@@ -543,22 +838,49 @@ impl Handler for Connection {
         &mut self,
         channel: ChannelId,
         _single_connection: bool,
-        _x11_auth_protocol: &str,
-        _x11_auth_cookie: &str,
-        _x11_screen_number: u32,
+        x11_auth_protocol: &str,
+        x11_auth_cookie: &str,
+        x11_screen_number: u32,
         session: &mut Session,
     ) -> Result<(), Self::Error> {
-        session.channel_failure(channel)
+        let word = |text: &str| {
+            (1..=256).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+        };
+        let permitted =
+            word(x11_auth_protocol) && word(x11_auth_cookie) && self.permits(|permits| permits.x11);
+        let taken = match self.channels.get_mut(&channel) {
+            Some(State::Waiting { x11, .. }) if permitted => {
+                *x11 = Some(Kind::X11 {
+                    protocol: x11_auth_protocol.to_owned(),
+                    cookie: x11_auth_cookie.to_owned(),
+                    screen: x11_screen_number,
+                });
+                true
+            }
+            _ => false,
+        };
+        reply(taken, channel, session)
     }
 
     async fn agent_request(
         &mut self,
         channel: ChannelId,
-        session: &mut Session,
+        _session: &mut Session,
     ) -> Result<bool, Self::Error> {
-        session.channel_failure(channel)?;
-        Ok(false)
+        let permitted = self.permits(|permits| permits.agent);
+        match self.channels.get_mut(&channel) {
+            Some(State::Waiting { agent, .. }) if permitted => {
+                *agent = true;
+                Ok(true)
+            }
+            _ => Ok(false),
+        }
     }
+}
+
+/// Tells the client why, in the only way that the protocol has for this.
+fn refuse(session: &mut Session, why: &str) -> Result<(), russh::Error> {
+    session.debug(true, &format!("cocalc: {why}"), "")
 }
 
 fn reply(done: bool, channel: ChannelId, session: &mut Session) -> Result<(), russh::Error> {

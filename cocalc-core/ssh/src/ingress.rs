@@ -4,8 +4,11 @@ use std::{
     collections::HashMap,
     fmt,
     net::IpAddr,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use cocalc_core::stream::BoxStream;
@@ -16,21 +19,28 @@ use russh::{
 };
 use tokio::{
     net::{TcpListener, TcpStream},
+    sync::Semaphore,
     task::JoinSet,
     time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    Gate, HostCertificateError, HostKeys, Login,
+    Gate, HostCertificateError, HostKeys, Login, Passage, Witness,
     algorithms::preferred,
-    connection::{Connection, METHODS},
-    input::WINDOW_BYTES,
+    connection::{Admitted, Connection, METHODS, Surroundings},
+    input::{Budget, WINDOW_BYTES},
     line::{Grip, Line},
+    penalties::{Offence, Penalties},
 };
 
 /// How long every refused login takes, so that its time tells nothing.
 const REFUSAL_TIME: Duration = Duration::from_millis(500);
+/// How many connections of barred addresses are held, to slow them down; more
+/// are closed at once.
+const TARPIT_MAX: usize = 256;
+/// How long.
+const TARPIT_TIME: Duration = Duration::from_secs(10);
 /// How long a client may take to hear that it is over.
 const FAREWELL_MAX: Duration = Duration::from_secs(1);
 
@@ -42,13 +52,15 @@ pub struct SshIngress {
 }
 
 struct Inner {
-    gate: Arc<dyn Gate>,
+    surroundings: Surroundings,
     /// Of connections that begin now; the certificates change.
     config: Mutex<Arc<Config>>,
     keys: HostKeys,
     keepalive: Duration,
     limits: Limits,
     counts: Mutex<Counts>,
+    penalties: Mutex<Penalties>,
+    tarpit: Semaphore,
 }
 
 #[derive(Clone, Debug)]
@@ -60,6 +72,7 @@ struct Limits {
     /// `None`: a quarter of `logins_max`.
     logins_per_address_max: Option<usize>,
     channels_max: usize,
+    input_bytes_max: usize,
 }
 
 /// Connections now; and of these, those that have not logged in.
@@ -79,7 +92,7 @@ struct Share {
 
 impl fmt::Debug for SshIngress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SshIngress").field("gate", &self.inner.gate).finish_non_exhaustive()
+        f.debug_struct("SshIngress").field("gate", &self.inner.surroundings.gate).finish_non_exhaustive()
     }
 }
 
@@ -90,6 +103,8 @@ pub struct SshIngressBuilder {
     keys: HostKeys,
     limits: Limits,
     keepalive: Duration,
+    passage: Option<Arc<dyn Passage>>,
+    witness: Option<Arc<dyn Witness>>,
 }
 
 impl SshIngress {
@@ -106,8 +121,11 @@ impl SshIngress {
                 logins_max: 200,
                 logins_per_address_max: None,
                 channels_max: 128,
+                input_bytes_max: 256 * 1024 * 1024,
             },
             keepalive: Duration::from_secs(30),
+            passage: None,
+            witness: None,
         }
     }
 
@@ -149,6 +167,11 @@ impl SshIngress {
             };
             match accepted {
                 Ok((stream, peer)) => {
+                    if self.inner.bars(Some(peer.ip())) {
+                        let (inner, over) = (self.inner.clone(), over.clone());
+                        connections.spawn(async move { inner.hold(Box::pin(stream), &over).await });
+                        continue;
+                    }
                     let Some(place) = Place::take(&self.inner, Some(peer.ip())) else {
                         tracing::debug!(%peer, "an SSH connection too many");
                         continue;
@@ -180,7 +203,9 @@ impl SshIngress {
     ///
     /// Dropping the future closes the connection.
     pub async fn serve_stream(&self, stream: BoxStream, source: Option<IpAddr>) {
-        if let Some(place) = Place::take(&self.inner, source) {
+        if self.inner.bars(source) {
+            self.inner.hold(stream, &CancellationToken::new()).await;
+        } else if let Some(place) = Place::take(&self.inner, source) {
             self.inner.clone().connection(stream, place, CancellationToken::new()).await;
         }
     }
@@ -233,10 +258,32 @@ impl SshIngressBuilder {
         self
     }
 
+    /// What all connections together keep of what their users have sent and
+    /// their processes have not read yet. When it is used up, channels whose
+    /// processes do not read are closed. Default: 256 MiB.
+    pub fn input_bytes_max(mut self, limit: usize) -> Self {
+        self.limits.input_bytes_max = limit;
+        self
+    }
+
     /// Asks a silent client after this long whether it is alive; after four
     /// without an answer its connection ends. Default: 30 seconds.
     pub fn keepalive(mut self, interval: Duration) -> Self {
         self.keepalive = interval;
+        self
+    }
+
+    /// Lets whoever logs in as `jump`, which needs no proof, on to the SSH
+    /// servers of projects' hosts (`ssh -J jump@here ID@ID`) through `passage`.
+    /// Default: nobody.
+    pub fn passage(mut self, passage: Arc<dyn Passage>) -> Self {
+        self.passage = Some(passage);
+        self
+    }
+
+    /// Tells `witness` about users who were let in. Default: nobody is told.
+    pub fn witness(mut self, witness: Arc<dyn Witness>) -> Self {
+        self.witness = Some(witness);
         self
     }
 
@@ -245,12 +292,20 @@ impl SshIngressBuilder {
         let config = config(&self.keys, self.keepalive, Vec::new());
         SshIngress {
             inner: Arc::new(Inner {
-                gate: self.gate,
+                surroundings: Surroundings {
+                    gate: self.gate,
+                    channels_max: self.limits.channels_max,
+                    budget: Budget::new(self.limits.input_bytes_max),
+                    passage: self.passage,
+                    witness: self.witness,
+                },
                 config: Mutex::new(Arc::new(config)),
                 keys: self.keys,
                 keepalive: self.keepalive,
                 limits: self.limits,
                 counts: Mutex::default(),
+                penalties: Mutex::default(),
+                tarpit: Semaphore::new(TARPIT_MAX),
             }),
         }
     }
@@ -296,12 +351,13 @@ impl Inner {
         // However this future ends, nothing of the connection is left.
         let _cut = CutOnDrop(grip.clone());
         let _over = over.clone().drop_guard();
+        let mut conduct = Conduct::new(&self, place.source);
         let (handler, announced) = Connection::new(
-            self.gate.clone(),
+            self.surroundings.clone(),
             place.source,
             grip.clone(),
             over.clone(),
-            self.limits.channels_max,
+            conduct.refused.clone(),
         );
         let line = Line::new(stream, grip.clone());
         let config = self.config.lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -309,8 +365,8 @@ impl Inner {
         tokio::pin!(grace);
         let started = tokio::select! {
             started = run_stream(config, line, handler) => started,
-            () = &mut grace => return,
-            () = shutdown.cancelled() => return,
+            () = &mut grace => return conduct.was(Offence::Idle),
+            () = shutdown.cancelled() => return conduct.excuse(),
         };
         let mut session = match started {
             Ok(session) => session,
@@ -325,19 +381,34 @@ impl Inner {
             _ = &mut session => return,
             () = &mut grace => {
                 tracing::debug!("an SSH client did not log in in time");
+                conduct.was(Offence::Idle);
                 None
             }
-            () = shutdown.cancelled() => None,
+            () = shutdown.cancelled() => {
+                conduct.excuse();
+                None
+            }
         };
         let reason = match login {
             None => "goodbye".to_owned(),
-            Some(login) => {
+            Some(Admitted { login, meter }) => {
                 place.logged_in();
+                // To ask for a way on proves nothing.
+                match &*login {
+                    Login::Passage(_) => conduct.excuse(),
+                    _ => conduct.forgive(),
+                }
+                let telling = async {
+                    match meter {
+                        Some(meter) => meter.keep_telling().await,
+                        None => std::future::pending().await,
+                    }
+                };
                 let revoked = async {
                     match &*login {
                         Login::Open(access) => access.admission.revoked().await,
-                        // It has nothing that could be revoked.
-                        Login::Moved(_) => std::future::pending().await,
+                        // They have nothing that could be revoked.
+                        Login::Moved(_) | Login::Passage(_) => std::future::pending().await,
                     }
                 };
                 tokio::select! {
@@ -345,6 +416,7 @@ impl Inner {
                         tracing::debug!(?ended, "an SSH connection ended");
                         return;
                     }
+                    () = telling => return,
                     reason = revoked => {
                         tracing::info!(%reason, "an SSH connection was ended");
                         "your access has ended".to_owned()
@@ -366,6 +438,60 @@ impl Inner {
         if !gone {
             let _ = timeout(FAREWELL_MAX, &mut session).await;
         }
+    }
+}
+
+impl Inner {
+    fn bars(&self, source: Option<IpAddr>) -> bool {
+        let penalties = self.penalties.lock().unwrap_or_else(PoisonError::into_inner);
+        source.is_some_and(|source| penalties.bars(network(source), Instant::now()))
+    }
+
+    /// Holds a connection that is not wanted, so that who makes it waits.
+    async fn hold(&self, stream: BoxStream, shutdown: &CancellationToken) {
+        let Ok(_place) = self.tarpit.try_acquire() else { return };
+        let _ = timeout(TARPIT_TIME, shutdown.cancelled()).await;
+        drop(stream);
+    }
+}
+
+/// How a connection behaves until somebody has logged in. Its end is noted.
+struct Conduct {
+    inner: Arc<Inner>,
+    /// `None` when there is nothing to note.
+    address: Option<IpAddr>,
+    offence: Offence,
+    refused: Arc<AtomicBool>,
+}
+
+impl Conduct {
+    fn new(inner: &Arc<Inner>, source: Option<IpAddr>) -> Self {
+        // An administrator's own machine, or a tunnel of many users.
+        let address = source.filter(|source| !source.to_canonical().is_loopback()).map(network);
+        Self { inner: inner.clone(), address, offence: Offence::Left, refused: Arc::default() }
+    }
+
+    fn was(&mut self, offence: Offence) {
+        self.offence = offence;
+    }
+
+    fn excuse(&mut self) {
+        self.address = None;
+    }
+
+    fn forgive(&mut self) {
+        if let Some(address) = self.address.take() {
+            self.inner.penalties.lock().unwrap_or_else(PoisonError::into_inner).forgive(address);
+        }
+    }
+}
+
+impl Drop for Conduct {
+    fn drop(&mut self) {
+        let Some(address) = self.address else { return };
+        let offence = if self.refused.load(Ordering::Acquire) { Offence::Refused } else { self.offence };
+        let mut penalties = self.inner.penalties.lock().unwrap_or_else(PoisonError::into_inner);
+        penalties.note(address, offence, Instant::now());
     }
 }
 

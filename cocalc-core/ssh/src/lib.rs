@@ -13,8 +13,9 @@
 //!
 //! What it is not: it runs nothing itself (that is a
 //! [`Runner`](cocalc_core::runner::Runner)) and knows no rights (that is an
-//! [`Auth`](cocalc_core::auth::Auth)). Agent, X11 and remote forwarding are
-//! refused.
+//! [`Auth`](cocalc_core::auth::Auth)). What has to listen or connect inside a
+//! project is a process there ([`Tool`](cocalc_core::runner::Tool)): remote
+//! forwarding, Unix sockets, agent and X11.
 //!
 //! ```no_run
 //! use std::{path::Path, sync::Arc};
@@ -40,13 +41,19 @@
 //! # Flow control
 //!
 //! The protocol library grants credit when data arrives, not when it is
-//! consumed, and has one amount for the whole connection. Here every channel
-//! has a queue of its own, nothing ever waits in the connection's loop, and
-//! the amount is chosen anew after each grant: a channel whose process does
-//! not read is stopped at its client, the others go on. One that stays so for
-//! long while another needs the connection is closed at 32 MiB; its user is
-//! told. Between proxy and host every process and forwarded port has a stream
-//! of its own, with the kernel's flow control.
+//! consumed, and has one amount for the whole connection: left alone, one
+//! process that does not read stops every channel of its connection. Here
+//! every channel has a queue of its own, nothing ever waits in the
+//! connection's loop, and the amount is chosen anew after each grant, so that
+//! the next packet's sender gets what is meant for it. A channel whose process
+//! does not read is stopped at its client, with about 4 MiB waiting here, for
+//! as long as it takes; the others go on, each with a window in a round trip
+//! or two. What all queues hold together is bounded
+//! ([`SshIngressBuilder::input_bytes_max`]): above that, and at 32 MiB of one
+//! channel, which a client reaches by ignoring its credit, a channel that does
+//! not read is closed, and its user told. Between proxy and host every process
+//! and forwarded port has a stream of its own, with the kernel's flow control.
+//! Output is never read from a process before its client has credit for it.
 //!
 //! # Limits that are known
 //!
@@ -66,14 +73,18 @@ mod ingress;
 mod input;
 mod line;
 mod peers;
+mod penalties;
 mod remote;
+mod reverse;
 mod sessions;
 mod user;
 mod wire;
+mod witness;
 
-pub use gate::{Access, Attempt, Gate, LocalGate, Login, Moved, Refusal, RemoteGate};
+pub use gate::{Access, Attempt, Gate, LocalGate, Login, Moved, Passage, Refusal, RemoteGate};
 pub use host_keys::{HostCertificateError, HostKeyError, HostKeys};
 pub use ingress::{SshIngress, SshIngressBuilder};
 pub use peers::SshPeers;
 pub use sessions::Sessions;
 pub use user::project_of_user;
+pub use witness::{Visit, Witness};

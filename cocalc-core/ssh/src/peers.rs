@@ -22,10 +22,11 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    Access, Attempt, Gate, Login, Sessions,
+    Access, Attempt, Gate, Login, Sessions, SshIngress, Witness,
     drive::{Control, Ended, Sink, drive},
     environment,
     wire::{self, Answer, Call, Failure, Frame, Hello, Shown},
+    witness::Meter,
 };
 
 /// How long a proxy has to say what it wants.
@@ -42,6 +43,8 @@ const LOGINS_MAX: usize = 65_536;
 /// that was opened under it.
 pub struct SshPeers {
     gate: Arc<dyn Gate>,
+    ingress: Option<SshIngress>,
+    witness: Option<Arc<dyn Witness>>,
     logins: Mutex<HashMap<String, Opened>>,
 }
 
@@ -52,6 +55,7 @@ struct Opened {
     project: ProjectId,
     sessions: Arc<dyn Sessions>,
     over: CancellationToken,
+    meter: Arc<Meter>,
 }
 
 impl fmt::Debug for SshPeers {
@@ -63,7 +67,21 @@ impl fmt::Debug for SshPeers {
 impl SshPeers {
     /// Lets in whom `gate` lets in.
     pub fn new(gate: Arc<dyn Gate>) -> Self {
-        Self { gate, logins: Mutex::default() }
+        Self { gate, ingress: None, witness: None, logins: Mutex::default() }
+    }
+
+    /// Serves connections that a proxy only passes on with `ingress`. Default:
+    /// they are refused.
+    pub fn ingress(mut self, ingress: SshIngress) -> Self {
+        self.ingress = Some(ingress);
+        self
+    }
+
+    /// Tells `witness` about users whose connections end at a proxy. Default:
+    /// nobody is told.
+    pub fn witness(mut self, witness: Arc<dyn Witness>) -> Self {
+        self.witness = Some(witness);
+        self
     }
 
     /// Serves one stream that `proxy`, authenticated, has opened to this
@@ -96,6 +114,17 @@ impl SshPeers {
                 };
                 self.login(stream, proxy, Attempt { project, credential, source }).await
             }
+            Call::Pass { source } => match &self.ingress {
+                Some(ingress) => {
+                    wire::send(&mut stream, &Answer::Ready).await?;
+                    ingress.serve_stream(stream, source).await;
+                    Ok(())
+                }
+                None => {
+                    let message = "this host takes no SSH connections from proxies".into();
+                    wire::send(&mut stream, &Answer::Failed { why: Failure::Other, message }).await
+                }
+            },
             Call::Wake { ticket } => {
                 let opened = self.opened(&ticket, proxy, project)?;
                 let awake = opened.sessions.wake(project).await;
@@ -108,24 +137,22 @@ impl SshPeers {
                 let opened = self.opened(&ticket, proxy, project)?;
                 opened
                     .over
-                    .run_until_cancelled(exec(stream, &*opened.sessions, project, request))
+                    .run_until_cancelled(exec(stream, &opened, project, request))
                     .await
                     .unwrap_or(Ok(()))
             }
             Call::Dial { ticket, port } => {
                 let opened = self.opened(&ticket, proxy, project)?;
-                opened
-                    .over
-                    .run_until_cancelled(dial(stream, &*opened.sessions, project, port))
-                    .await
-                    .unwrap_or(Ok(()))
+                opened.over.run_until_cancelled(dial(stream, &opened, project, port)).await.unwrap_or(Ok(()))
             }
         }
     }
 
     async fn login(&self, mut stream: BoxStream, proxy: ProxyId, attempt: Attempt) -> io::Result<()> {
-        let Access { project, sessions, restrictions, admission } = match self.gate.login(attempt).await {
+        let source = attempt.source;
+        let access = match self.gate.login(attempt).await {
             Ok(Login::Open(access)) => access,
+            Ok(Login::Passage(_)) => return Err(io::Error::other("a passage is not for peers")),
             Ok(Login::Moved(moved)) => {
                 return wire::send(&mut stream, &Answer::Moved { host: moved.host, ssh: moved.ssh }).await;
             }
@@ -139,8 +166,10 @@ impl SshPeers {
         };
         let ticket = ticket()?;
         let over = CancellationToken::new();
-        let _registered =
-            self.register(ticket.clone(), Opened { proxy, project, sessions, over: over.clone() })?;
+        let meter = Meter::begin(self.witness.clone(), &access, source);
+        let Access { project, account: _, sessions, restrictions, admission } = access;
+        let opened = Opened { proxy, project, sessions, over: over.clone(), meter: meter.clone() };
+        let _registered = self.register(ticket.clone(), opened)?;
         wire::send(&mut stream, &Answer::LoggedIn { ticket, restrictions }).await?;
         let mut byte = [0];
         tokio::select! {
@@ -150,6 +179,7 @@ impl SshPeers {
                 let (_, code) = reason.public();
                 wire::send(&mut stream, &Answer::Ended { message: code.to_owned() }).await
             }
+            () = meter.keep_telling() => Ok(()),
             // The proxy says nothing more; whatever it does is the end.
             _ = stream.read(&mut byte) => Ok(()),
         }
@@ -197,21 +227,21 @@ fn ticket() -> io::Result<String> {
 
 async fn exec(
     mut stream: BoxStream,
-    sessions: &dyn Sessions,
+    opened: &Opened,
     project: ProjectId,
     request: ExecRequest,
 ) -> io::Result<()> {
     let pty = request.pty.is_some();
-    let process = match sessions.exec(project, request).await {
+    let process = match opened.sessions.exec(project, request).await {
         Ok(process) => process,
         Err(error) => return wire::send(&mut stream, &failed(&error)).await,
     };
     wire::send(&mut stream, &Answer::Ready).await?;
     let (mut reader, writer) = split(stream);
-    let sink = FrameSink(tokio::sync::Mutex::new(writer));
+    let sink = FrameSink { writer: tokio::sync::Mutex::new(writer), meter: opened.meter.clone() };
     let (steer, controls) = mpsc::channel(16);
     let gone = CancellationToken::new();
-    let feed = async |stdin| feed(&mut reader, stdin, pty, &steer, &gone).await;
+    let feed = async |stdin| feed(&mut reader, stdin, pty, &steer, &gone, &opened.meter).await;
     let ended = tokio::select! {
         ended = drive(process, pty, feed, &sink, controls) => ended,
         () = gone.cancelled() => Ended::Abandoned,
@@ -221,7 +251,7 @@ async fn exec(
         Ended::Lost(error) => Frame::Lost(cocalc_core::chain(&error)),
         Ended::Abandoned => return Ok(()),
     };
-    let mut writer = sink.0.into_inner();
+    let mut writer = sink.writer.into_inner();
     wire::send_frame(&mut writer, &last).await?;
     writer.shutdown().await
 }
@@ -233,11 +263,13 @@ async fn feed(
     pty: bool,
     steer: &mpsc::Sender<Control>,
     gone: &CancellationToken,
+    meter: &Meter,
 ) {
     let mut stdin = Some(stdin);
     loop {
         match wire::receive_frame(reader).await {
             Ok(Some(Frame::Stdin(data))) => {
+                meter.inward(data.len());
                 if let Some(open) = &mut stdin {
                     let written = async {
                         open.write_all(&data).await?;
@@ -268,18 +300,16 @@ async fn feed(
     }
 }
 
-async fn dial(
-    mut stream: BoxStream,
-    sessions: &dyn Sessions,
-    project: ProjectId,
-    port: u16,
-) -> io::Result<()> {
-    let mut inside = match sessions.dial(project, port).await {
+async fn dial(mut stream: BoxStream, opened: &Opened, project: ProjectId, port: u16) -> io::Result<()> {
+    let mut inside = match opened.sessions.dial(project, port).await {
         Ok(inside) => inside,
         Err(error) => return wire::send(&mut stream, &failed(&error)).await,
     };
     wire::send(&mut stream, &Answer::Ready).await?;
-    tokio::io::copy_bidirectional_with_sizes(&mut stream, &mut inside, 64 * 1024, 64 * 1024).await?;
+    let copying =
+        tokio::io::copy_bidirectional_with_sizes(&mut stream, &mut inside, 64 * 1024, 64 * 1024).await?;
+    opened.meter.inward(usize::try_from(copying.0).unwrap_or(usize::MAX));
+    opened.meter.outward(usize::try_from(copying.1).unwrap_or(usize::MAX));
     Ok(())
 }
 
@@ -292,20 +322,25 @@ fn failed(error: &Error) -> Answer {
     Answer::Failed { why, message: error.to_string() }
 }
 
-struct FrameSink(tokio::sync::Mutex<WriteHalf<BoxStream>>);
+struct FrameSink {
+    writer: tokio::sync::Mutex<WriteHalf<BoxStream>>,
+    meter: Arc<Meter>,
+}
 
 impl FrameSink {
     async fn send(&self, frame: Frame) -> io::Result<()> {
-        wire::send_frame(&mut *self.0.lock().await, &frame).await
+        wire::send_frame(&mut *self.writer.lock().await, &frame).await
     }
 }
 
 impl Sink for FrameSink {
     async fn stdout(&self, data: Bytes) -> io::Result<()> {
+        self.meter.outward(data.len());
         self.send(Frame::Stdout(data)).await
     }
 
     async fn stderr(&self, data: Bytes) -> io::Result<()> {
+        self.meter.outward(data.len());
         self.send(Frame::Stderr(data)).await
     }
 

@@ -43,6 +43,9 @@ pub(crate) enum Call {
     Wake { ticket: String },
     /// Start a process; frames follow.
     Exec { ticket: String, request: ExecRequest },
+    /// Talk to the host's own SSH server; bytes follow. Whoever does has proved
+    /// nothing yet.
+    Pass { source: Option<IpAddr> },
     /// Connect to a port; bytes follow.
     Dial { ticket: String, port: u16 },
 }

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use cocalc_core::ids::{Ports, Restrictions};
+use cocalc_core::ids::Restrictions;
 use common::{EXPIRED, TOKEN, World, finish, keygen, text, until, within};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
@@ -229,7 +229,7 @@ async fn twenty_sessions_share_one_connection() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn ports_are_forwarded_into_the_project_and_nowhere_else() {
+async fn ports_are_forwarded_into_the_project() {
     let world = World::new().await;
     // A server that speaks first, echoes, and sees the end of its input.
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -249,7 +249,7 @@ async fn ports_are_forwarded_into_the_project_and_nowhere_else() {
         let outside = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
         let elsewhere = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
         let good = format!("127.0.0.1:{outside}:localhost:{inside}");
-        let bad = format!("127.0.0.1:{elsewhere}:169.254.169.254:80");
+        let bad = format!("127.0.0.1:{elsewhere}:never.invalid:80");
         let mut ssh = world
             .ssh(port, &["-N", "-L", &good, "-L", &bad, "127.0.0.1"])
             .stdin(Stdio::null())
@@ -453,13 +453,8 @@ async fn a_proxy_follows_a_move_that_it_has_not_heard_of() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn forwarding_that_is_not_offered_is_refused_cleanly() {
+async fn a_subsystem_that_is_not_there_is_refused_cleanly() {
     let world = World::new().await;
-    let output =
-        finish(world.ssh(world.direct, &["-A", "-X", "-R", "0:localhost:1", "127.0.0.1", "echo in"]), b"")
-            .await;
-    assert_eq!((text(&output.stdout).as_str(), output.status.code()), ("in\n", Some(0)));
-    // A subsystem that is not there.
     let output = finish(world.ssh(world.direct, &["-s", "127.0.0.1", "netconf"]), b"").await;
     assert_eq!(output.status.code(), Some(255));
 }
@@ -554,28 +549,52 @@ async fn a_channel_that_is_not_read_stops_only_itself() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_channel_that_holds_up_another_for_long_is_given_up() {
+async fn an_upload_goes_on_beside_a_channel_that_is_not_read() {
+    const SENT: usize = 64 << 20;
     let world = World::new().await;
     let (control, mut master) = shared(&world, world.direct).await;
+    let go = world.path("home/go");
+    assert!(std::process::Command::new("mkfifo").arg(&go).status().unwrap().success());
     let mut stalled = world
-        .ssh(world.direct, &["-o", &control, "127.0.0.1", "exec sleep 1000"])
+        .ssh(world.direct, &["-o", &control, "127.0.0.1", "cat go; wc -c"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
         .spawn()
         .unwrap();
     let mut flood = stalled.stdin.take().unwrap();
-    let feeding = tokio::spawn(async move {
-        let _ = flood.write_all(&vec![0; 256 << 20]).await;
-    });
-    let data = vec![1; 96 << 20];
-    let upload = finish(world.ssh(world.direct, &["-o", &control, "127.0.0.1", "wc -c"]), &data).await;
-    assert_eq!(text(&upload.stdout), format!("{}\n", data.len()));
-    let given_up = within(60, stalled.wait_with_output()).await.unwrap();
+    let feeding = tokio::spawn(async move { flood.write_all(&vec![0; SENT]).await });
+    // More than all that is ever kept of one channel, and of one connection.
+    for _ in 0..3 {
+        let data = vec![1; 48 << 20];
+        let upload = finish(world.ssh(world.direct, &["-o", &control, "127.0.0.1", "wc -c"]), &data).await;
+        assert_eq!(text(&upload.stdout), format!("{}\n", data.len()), "{}", text(&upload.stderr));
+    }
+    assert!(!feeding.is_finished(), "everything was taken from who does not read");
+    std::fs::write(&go, "now\n").unwrap();
+    within(60, feeding).await.unwrap().unwrap();
+    let output = within(60, stalled.wait_with_output()).await.unwrap();
+    assert_eq!(text(&output.stdout), format!("now\n{SENT}\n"));
+    master.kill().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_all_keep_together_is_bounded_and_who_does_not_read_is_told() {
+    let world = World::with(|builder| builder.input_bytes_max(8 << 20)).await;
+    let flood = vec![0; 64 << 20];
+    let mut stalled = tokio::task::JoinSet::new();
+    for _ in 0..4 {
+        let ssh = world.ssh(world.direct, &["127.0.0.1", "exec sleep 1000"]);
+        let flood = flood.clone();
+        stalled.spawn(async move { finish(ssh, &flood).await });
+    }
+    let given_up = within(60, stalled.join_next()).await.unwrap().unwrap();
     assert_eq!(given_up.status.code(), Some(255));
     assert!(text(&given_up.stderr).contains("does not read its input"), "{}", text(&given_up.stderr));
-    feeding.abort();
-    master.kill().await.unwrap();
+    // Who reads notices nothing.
+    let data = vec![1; 8 << 20];
+    let upload = finish(world.ssh(world.direct, &["127.0.0.1", "cat"]), &data).await;
+    assert!(upload.stdout == data, "{}", text(&upload.stderr));
+    stalled.abort_all();
 }
 
 /// Runs ssh-keygen in the world's directory.
@@ -670,9 +689,8 @@ async fn a_certificate_opens_what_it_permits() {
 
         let forced = Restrictions {
             command: Some("echo \"forced: $SSH_ORIGINAL_COMMAND\"".into()),
-            pty: false,
-            ports: Ports::Only([].into()),
             environment: [("FOR".into(), "me".into())].into(),
+            ..Restrictions::all()
         };
         permit(&good, forced);
         let output = ssh(port, &["127.0.0.1", "cat /etc/shadow"]).await;

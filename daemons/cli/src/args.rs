@@ -96,6 +96,17 @@ pub(crate) enum Command {
         #[arg(long, value_delimiter = ',')]
         pattern: Vec<String>,
     },
+    /// Print a host entry of ~/.ssh/config for each of your projects, by its id
+    /// and its name. Through a proxy, if there is one, and end to end: the
+    /// proxy passes the connection on and reads none of it.
+    SshConfig {
+        /// Lead directly to the hosts.
+        #[arg(long)]
+        direct: bool,
+        /// The private key to use; otherwise ssh's own choice.
+        #[arg(long)]
+        identity: Option<std::path::PathBuf>,
+    },
     /// Show where a revocation is in force.
     Receipt {
         id: String,

@@ -3,16 +3,17 @@
 //! needs a key of their own.
 
 use cocalc_core::runner::{Command, ExecRequest, Exit as Ended, Pty};
-use cocalc_ssh::client::{Client, HostKeyCheck, Identity, attach, terminal_size};
+use cocalc_ssh::client::{Client, HostKeyCheck, Identity, Jump, attach, terminal_size};
 
 use crate::failure::{Exit, Failure, While};
 
-/// Runs a command line, or a shell, at `address` (`user@host:port`), joined to
-/// this process's standard streams; returns its exit status.
+/// Runs a command line, or a shell, at `address` (`user@host:port`), through
+/// `jump` instead if there is one, joined to this process's standard streams; returns its exit status.
 pub(crate) fn run(
     address: &str,
     identity: &Identity,
     keys: &[String],
+    jump: Option<Jump>,
     line: Option<String>,
 ) -> Result<u8, Failure> {
     let (user, server) =
@@ -32,9 +33,12 @@ pub(crate) fn run(
         ExecRequest { command: line.map_or(Command::Shell, Command::Line), pty, ..ExecRequest::default() };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let ended = runtime.block_on(async {
-        let client = Client::connect(server, project, identity, HostKeyCheck::Pinned(keys.to_vec()))
-            .await
-            .during("cannot log in")?;
+        let check = HostKeyCheck::Pinned(keys.to_vec());
+        let connected = match &jump {
+            Some(jump) => Client::connect_through(jump, project, identity, check).await,
+            None => Client::connect(server, project, identity, check).await,
+        };
+        let client = connected.during("cannot log in")?;
         let process = client.exec(&request).await.during("cannot run it")?;
         let ended = attach(process, terminal).await.during("the connection was lost")?;
         client.close().await;

@@ -230,6 +230,7 @@ fn scenario(world: &World) {
     std::fs::rename(world.path("aside"), world.path("known_hosts")).unwrap();
 
     the_command_line_needs_no_key(world);
+    a_written_configuration_leads_through_the_proxy(world);
     what_is_wrong_is_refused(world, &ways);
     what_it_permits_is_all_it_opens(world, &ways);
     who_may_no_more_is_out(world, &ways);
@@ -246,6 +247,52 @@ fn the_command_line_needs_no_key(world: &World) {
     }
     let keys = world.federation.json(&["key", "list"]);
     assert_eq!(keys.as_array().map(Vec::len), Some(0), "{keys}");
+}
+
+/// End to end: the proxy passes the connection on, and the host proves itself.
+fn a_written_configuration_leads_through_the_proxy(world: &World) {
+    use std::io::Write;
+    let key = world.path("id").display().to_string();
+    let written = world.cocalc(None, &["ssh-config", "--identity", &key]);
+    assert!(written.status.success(), "{}", err(&written));
+    let known = world.path("known_hosts");
+    let all = format!(
+        "{}Host *\n  UserKnownHostsFile {}\n  StrictHostKeyChecking yes\n  BatchMode yes\n  IdentityAgent none\n",
+        out(&written),
+        known.display()
+    );
+    assert!(all.contains("ProxyJump jump@"), "{all}");
+    std::fs::write(world.path("config"), all).unwrap();
+    let ssh = |arguments: &[&str]| {
+        let mut ssh = Command::new("ssh");
+        ssh.arg("-F").arg(world.path("config")).args(arguments).stdin(Stdio::null());
+        ssh.output().unwrap()
+    };
+    let output = ssh(&[&world.project, "echo in; exit 5"]);
+    assert_eq!((out(&output).as_str(), output.status.code()), ("in\n", Some(5)), "{}", err(&output));
+    // Ports of the project lead to the user, through the helper inside.
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let here = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        while let Ok((mut stream, _)) = listener.accept() {
+            let _ = stream.write_all(b"hello");
+        }
+    });
+    let there = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let remote = format!("{there}:127.0.0.1:{here}");
+    let line = format!("bash -c 'exec 3<>/dev/tcp/127.0.0.1/{there}; cat <&3'");
+    let output = ssh(&["-R", &remote, &world.project, &line]);
+    assert_eq!(out(&output), "hello", "{}", err(&output));
+    // A project that nobody knows leads to a host that refuses, too.
+    let nobody = "0a7b1c9e-4f52-4a8e-9d3b-1c2d3e4f5a6b";
+    let (host, _) = world.direct.rsplit_once(':').unwrap();
+    let (proxy, port) = world.proxy.rsplit_once(':').unwrap();
+    let jump = format!("jump@{proxy}:{port}");
+    let alias = format!("HostKeyAlias={host}");
+    let output = ssh(&["-J", &jump, "-o", &alias, "-i", &key, &format!("{nobody}@{nobody}"), "true"]);
+    assert!(err(&output).contains("Permission denied"), "{}", err(&output));
+    world.until("the begin", || world.logged("begin", "visit"));
+    world.until("the end", || world.logged("end", "bytes out"));
 }
 
 fn what_is_wrong_is_refused(world: &World, ways: &[String]) {

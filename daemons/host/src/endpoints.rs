@@ -13,7 +13,7 @@ use cocalc_http::{Body, Client, Endpoints};
 use http::{Request, Response, StatusCode, header};
 use tokio::sync::watch;
 
-use crate::{backends::Backends, lifecycle::Lifecycle};
+use crate::{backends::Backends, lifecycle::Lifecycle, visits::Visits};
 
 /// How long the probe of a part may take.
 const PROBE_LIMIT: Duration = Duration::from_secs(5);
@@ -28,6 +28,7 @@ pub(crate) struct HostEndpoints {
     pub(crate) metrics: Metrics,
     pub(crate) lifecycle: Lifecycle,
     pub(crate) audit: AuditLog,
+    pub(crate) visits: Arc<Visits>,
 }
 
 #[async_trait]
@@ -78,6 +79,10 @@ impl HostEndpoints {
             "Connections of users that a revocation would close.",
             self.knowledge.connections().try_into().unwrap_or(u64::MAX),
         );
+        let ssh = self.visits.numbers();
+        gauge("cocalc_host_ssh_visits_count", "Users' SSH connections that are open.", ssh.open);
+        counter("cocalc_host_ssh_in_bytes_total", "Bytes from users to projects over SSH.", ssh.inward);
+        counter("cocalc_host_ssh_out_bytes_total", "Bytes from projects to users over SSH.", ssh.outward);
         gauge("cocalc_host_free_bytes", "Free bytes on the project volume.", (self.backends.free_bytes)());
         let tier = match *self.knowledge.tier().borrow() {
             Tier::Fresh => 0,

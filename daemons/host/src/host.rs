@@ -54,6 +54,7 @@ use crate::{
     peers::Peers,
     registrar::Registrar,
     secrets::Secrets,
+    visits::Visits,
     wake::{HostWake, Starts},
     watch, wave,
 };
@@ -242,7 +243,9 @@ impl Host {
         if !config.domain.is_empty() {
             served = served.domain(&config.domain).map_err(|e| open("domain")(e.into()))?;
         }
+        let visits = Visits::new(audit.clone());
         let endpoints = HostEndpoints {
+            visits: Arc::clone(&visits),
             backends: backends.clone(),
             knowledge: Arc::clone(&knowledge),
             connected: driver.connected(),
@@ -272,6 +275,7 @@ impl Host {
         let ssh = SshIngress::builder(Arc::clone(&gate), ssh_keys)
             .connections_max(at_most(config.limits.ssh_connections))
             .connections_per_address_max(at_most(config.limits.ssh_connections_per_source))
+            .witness(Arc::clone(&visits) as _)
             .build();
         let (offers, known) = (ssh.clone(), Arc::clone(&knowledge));
         let certified = cocalc_daemon::certify::keep_certified(
@@ -282,7 +286,7 @@ impl Host {
         );
         let services = PeerServices {
             http: http.clone(),
-            ssh: SshPeers::new(gate),
+            ssh: SshPeers::new(gate).ingress(ssh.clone()).witness(visits),
             moves: SnapshotReceiver::new(Arc::new(moves.clone())),
             images: backends.images.clone(),
             peers: Arc::clone(&peers),

@@ -36,6 +36,7 @@ mod peers;
 mod registrar;
 mod secrets;
 mod startup;
+mod visits;
 mod wake;
 mod watch;
 mod wave;

@@ -114,7 +114,7 @@ impl Proxy {
         );
 
         let router: Arc<dyn Router> = Arc::new(table.clone());
-        let (hosts, decoys) = (table.clone(), table.clone());
+        let (hosts, decoys, strangers) = (table.clone(), table.clone(), table.clone());
         let book = move |host: HostId| hosts.host(host);
         let direct =
             DirectConnector::new(&identity, Arc::new(book)).map_err(|e| open("peer channel")(e.into()))?;
@@ -140,7 +140,9 @@ impl Proxy {
             .build();
         // It was made a line above and is set once.
         let _ = built.set(http.clone());
-        let ssh = SshIngress::builder(Arc::new(RemoteGate::new(router, connector)), ssh_keys).build();
+        let gate =
+            Arc::new(RemoteGate::new(router, connector).decoy(move |project| strangers.decoy(project)));
+        let ssh = SshIngress::builder(Arc::clone(&gate) as _, ssh_keys).passage(gate).build();
         let (offers, known) = (ssh.clone(), Arc::clone(&knowledge));
         let certified = cocalc_daemon::certify::keep_certified(
             peer,

@@ -18,8 +18,10 @@ pub(crate) use socket::AgentSocket;
 
 use self::process::AgentProcess;
 
-/// The helper: a static executable that runs in any image.
-pub(crate) const HELPER: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/helper"));
+/// The helper: a static executable that runs in any image. A project's first
+/// process; with the arguments of a [`Tool`](cocalc_core::runner::Tool), that
+/// tool.
+pub const HELPER: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/helper"));
 
 /// How long the helper may take to answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
@@ -92,11 +94,16 @@ fn encode<'a>(
     }
     text(&mut body, user);
     text(&mut body, home);
+    let tool;
     let (kind, args): (u8, Vec<&str>) = match &request.command {
         Command::Shell => (0, vec![]),
         Command::Line(line) => (1, vec![line]),
         Command::Argv(args) => (2, args.iter().map(String::as_str).collect()),
         Command::Sftp => (3, vec![]),
+        Command::Tool(wanted) => {
+            tool = wanted.args();
+            (4, tool.iter().map(String::as_str).collect())
+        }
         _ => return Err(AgentError::Refused("this runner does not know such commands".into())),
     };
     if args.iter().any(|arg| arg.contains('\0')) {

@@ -84,6 +84,18 @@ pub enum HostKeyCheck {
 pub struct Client {
     handle: Arc<Handle<Check>>,
     project: ProjectId,
+    /// The connection that carries this one, if it goes through a proxy.
+    _outer: Option<Handle<Check>>,
+}
+
+/// A proxy that passes a connection on to a project's host, and reads none of
+/// it.
+#[derive(Clone, Debug)]
+pub struct Jump {
+    /// The proxy, as `host:port`.
+    pub address: String,
+    /// What it must prove.
+    pub host_keys: HostKeyCheck,
 }
 
 impl fmt::Debug for Client {
@@ -110,29 +122,41 @@ impl Client {
         host_keys: HostKeyCheck,
     ) -> Result<Self, ClientError> {
         let connecting = async {
-            let stream = TcpStream::connect(address).await.map_err(|error| ClientError::Unreachable {
-                address: address.to_owned(),
-                source: error.into(),
-            })?;
-            let _ = stream.set_nodelay(true);
-            let config = Config {
-                client_id: SshId::Standard("SSH-2.0-CoCalc".into()),
-                preferred: preferred(),
-                keepalive_interval: Some(Duration::from_secs(30)),
-                keepalive_max: 3,
-                nodelay: true,
-                ..Config::default()
-            };
-            let mut handle = connect_stream(Arc::new(config), stream, Check(host_keys)).await?;
+            let mut handle = connect_stream(config(), dial(address).await?, Check(host_keys)).await?;
             log_in(&mut handle, project, identity).await?;
-            Ok(Self { handle: Arc::new(handle), project })
+            Ok(Self { handle: Arc::new(handle), project, _outer: None })
         };
-        timeout(CONNECT_MAX, connecting).await.unwrap_or_else(|_| {
-            Err(ClientError::Unreachable {
-                address: address.to_owned(),
-                source: format!("no answer within {} s", CONNECT_MAX.as_secs()).into(),
-            })
-        })
+        in_time(address, connecting).await
+    }
+
+    /// Connects to `project`'s host through a proxy, end to end: `host_keys` are
+    /// the host's, and only it sees the identity.
+    ///
+    /// # Errors
+    ///
+    /// See [`ClientError`].
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future closes both connections.
+    pub async fn connect_through(
+        jump: &Jump,
+        project: ProjectId,
+        identity: &Identity,
+        host_keys: HostKeyCheck,
+    ) -> Result<Self, ClientError> {
+        let connecting = async {
+            let stream = dial(&jump.address).await?;
+            let mut outer = connect_stream(config(), stream, Check(jump.host_keys.clone())).await?;
+            if !outer.authenticate_none("jump").await?.success() {
+                return Err(ClientError::Refused("the proxy passes nobody on".into()));
+            }
+            let channel = outer.channel_open_direct_tcpip(project.to_string(), 22, "127.0.0.1", 0).await?;
+            let mut handle = connect_stream(config(), channel.into_stream(), Check(host_keys)).await?;
+            log_in(&mut handle, project, identity).await?;
+            Ok(Self { handle: Arc::new(handle), project, _outer: Some(outer) })
+        };
+        in_time(&jump.address, connecting).await
     }
 
     /// Starts a process in the project. `request.user` is not sent: it is the
@@ -181,6 +205,37 @@ impl Client {
         let farewell = self.handle.disconnect(Disconnect::ByApplication, "", "");
         let _ = timeout(Duration::from_secs(1), farewell).await;
     }
+}
+
+fn config() -> Arc<Config> {
+    Arc::new(Config {
+        client_id: SshId::Standard("SSH-2.0-CoCalc".into()),
+        preferred: preferred(),
+        keepalive_interval: Some(Duration::from_secs(30)),
+        keepalive_max: 3,
+        nodelay: true,
+        ..Config::default()
+    })
+}
+
+async fn dial(address: &str) -> Result<TcpStream, ClientError> {
+    let stream = TcpStream::connect(address)
+        .await
+        .map_err(|error| ClientError::Unreachable { address: address.to_owned(), source: error.into() })?;
+    let _ = stream.set_nodelay(true);
+    Ok(stream)
+}
+
+async fn in_time(
+    address: &str,
+    connecting: impl Future<Output = Result<Client, ClientError>>,
+) -> Result<Client, ClientError> {
+    timeout(CONNECT_MAX, connecting).await.unwrap_or_else(|_| {
+        Err(ClientError::Unreachable {
+            address: address.to_owned(),
+            source: format!("no answer within {} s", CONNECT_MAX.as_secs()).into(),
+        })
+    })
 }
 
 async fn log_in(

@@ -112,7 +112,8 @@ impl Gate for LocalGate {
                 Ok(admission) => {
                     let restrictions = principal.restrictions;
                     let sessions = Restricted::wrap(self.sessions.clone(), &restrictions);
-                    return Ok(Login::Open(Access { project, sessions, restrictions, admission }));
+                    let account = Some(principal.account);
+                    return Ok(Login::Open(Access { project, account, sessions, restrictions, admission }));
                 }
                 Err(denial) => denial,
             },

@@ -9,7 +9,8 @@ use std::{fmt, net::IpAddr, sync::Arc};
 use async_trait::async_trait;
 use cocalc_core::{
     auth::{Admission, Credential, Denial},
-    ids::{ProjectId, Restrictions},
+    ids::{AccountId, ProjectId, Restrictions},
+    stream::BoxStream,
 };
 
 pub use local::LocalGate;
@@ -28,6 +29,19 @@ use crate::Sessions;
 pub trait Gate: fmt::Debug + Send + Sync + 'static {
     /// Verifies and admits, or refuses.
     async fn login(&self, attempt: Attempt) -> Result<Login, Refusal>;
+}
+
+/// Leads to the SSH servers of projects' hosts without a look at what passes.
+///
+/// # Contract
+///
+/// - Whoever asks has proved nothing. What an unknown project leads to cannot be
+///   told from what a forbidden one does: a host refuses both.
+#[async_trait]
+pub trait Passage: fmt::Debug + Send + Sync + 'static {
+    /// A new connection to the SSH server of `project`'s host, for a user at
+    /// `source`.
+    async fn pass(&self, project: ProjectId, source: Option<IpAddr>) -> Result<BoxStream, Refusal>;
 }
 
 /// Somebody asks to be let into a project. The possession of a key has been
@@ -50,6 +64,8 @@ pub enum Login {
     Open(Access),
     /// The news that the project is on another host.
     Moved(Moved),
+    /// Nothing but a way on, to the projects' own hosts.
+    Passage(Arc<dyn Passage>),
 }
 
 /// The right to use one project, until it is revoked.
@@ -57,6 +73,8 @@ pub enum Login {
 pub struct Access {
     /// Which project.
     pub project: ProjectId,
+    /// Who it is, as far as this server knows.
+    pub account: Option<AccountId>,
     /// Its processes and ports, within the restrictions.
     pub sessions: Arc<dyn Sessions>,
     /// What the key or certificate limits it to. A server refuses terminals

@@ -1,6 +1,6 @@
 //! The gate of a proxy: it asks the project's host.
 
-use std::{io, net::IpAddr, sync::Arc, time::Duration};
+use std::{fmt, io, net::IpAddr, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use cocalc_core::{
@@ -15,7 +15,7 @@ use cocalc_core::{
 use tokio::{sync::watch, time::timeout};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{Access, Attempt, Gate, Login, Refusal};
+use super::{Access, Attempt, Gate, Login, Passage, Refusal};
 use crate::{
     Sessions,
     remote::remote_process,
@@ -33,16 +33,34 @@ const HOPS_MAX: usize = 3;
 
 /// Lets people in if the project's host does, which decides by its own rights
 /// and keeps the login: when it is revoked there, it ends here.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct RemoteGate {
     router: Arc<dyn Router>,
     connector: Arc<dyn Connector>,
+    decoy: Option<Arc<Decoy>>,
+}
+
+type Decoy = dyn Fn(ProjectId) -> Option<HostId> + Send + Sync;
+
+impl fmt::Debug for RemoteGate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RemoteGate").field("router", &self.router).finish_non_exhaustive()
+    }
 }
 
 impl RemoteGate {
     /// Makes a gate to the hosts that `router` names and `connector` reaches.
     pub fn new(router: Arc<dyn Router>, connector: Arc<dyn Connector>) -> Self {
-        Self { router, connector }
+        Self { router, connector, decoy: None }
+    }
+
+    /// Passes connections to projects that nobody knows on to the host that
+    /// `decoy` names, always the same for one project, which refuses them as it
+    /// refuses everybody. Default: they are closed, which tells that there is no
+    /// such project.
+    pub fn decoy(mut self, decoy: impl Fn(ProjectId) -> Option<HostId> + Send + Sync + 'static) -> Self {
+        self.decoy = Some(Arc::new(decoy));
+        self
     }
 
     async fn ask(&self, host: HostId, attempt: &Attempt) -> io::Result<(Answer, BoxStream)> {
@@ -81,7 +99,8 @@ impl Gate for RemoteGate {
                         ticket,
                     };
                     let admission = watch_login(stream);
-                    let access = Access { project, sessions: Arc::new(sessions), restrictions, admission };
+                    let sessions = Arc::new(sessions);
+                    let access = Access { project, account: None, sessions, restrictions, admission };
                     return Ok(Login::Open(access));
                 }
                 // A route lags behind a move; whoever was there knows better.
@@ -95,6 +114,26 @@ impl Gate for RemoteGate {
         }
         tracing::warn!(%project, "hosts send each other around for a project");
         Err(Refusal::access_denied())
+    }
+}
+
+#[async_trait]
+impl Passage for RemoteGate {
+    async fn pass(&self, project: ProjectId, source: Option<IpAddr>) -> Result<BoxStream, Refusal> {
+        let host = match self.router.route(project).await {
+            Ok(route) => Some(route.host),
+            Err(_) => self.decoy.as_ref().and_then(|decoy| decoy(project)),
+        };
+        let host = host.ok_or_else(Refusal::access_denied)?;
+        let call = Call::Pass { source };
+        match call_host(&*self.connector, host, project, source, call, ANSWER_MAX).await {
+            Ok((Answer::Ready, stream)) => Ok(stream),
+            Ok(_) => Err(Refusal::access_denied()),
+            Err(error) => {
+                tracing::warn!(%project, %host, %error, "a host did not take an SSH connection");
+                Err(Refusal::access_denied())
+            }
+        }
     }
 }
 

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use cocalc_core::{
-    ids::{ProjectId, Restrictions},
-    runner::{Command, Error, ExecRequest, Process},
+    ids::{Ports, ProjectId, Restrictions},
+    runner::{Command, Error, ExecRequest, ListenAt, Process, Tool},
     stream::BoxStream,
     wake::Awake,
 };
@@ -14,6 +14,8 @@ use crate::{Sessions, environment};
 
 /// Where a forced command finds what was asked for.
 const ORIGINAL_COMMAND: &str = "SSH_ORIGINAL_COMMAND";
+
+const NOT_FORWARDED: &str = "this key or certificate does not permit that forwarding";
 
 /// What OpenSSH calls sftp where it is built into the server.
 const INTERNAL_SFTP: &str = "internal-sftp";
@@ -35,9 +37,25 @@ impl Restricted {
         Arc::new(Self { sessions, restrictions: restrictions.clone() })
     }
 
+    fn permits(&self, tool: &Tool) -> bool {
+        let Restrictions { ports, listen, agent, x11, .. } = &self.restrictions;
+        match tool {
+            Tool::Listen { place: ListenAt::Tcp(port), .. } if *port != 0 => listen.contain(*port),
+            Tool::Listen { place: ListenAt::Agent, .. } => *agent,
+            Tool::Listen { place: ListenAt::X11, .. } => *x11,
+            Tool::Listen { .. } => *listen == Ports::All,
+            // Of a listener that was permitted: nobody else knows its ticket.
+            Tool::Take { .. } => true,
+            _ => *ports == Ports::All,
+        }
+    }
+
     fn request(&self, mut request: ExecRequest) -> Result<ExecRequest, &'static str> {
         if request.pty.is_some() && !self.restrictions.pty {
             return Err("this key or certificate permits no terminal");
+        }
+        if let Command::Tool(tool) = &request.command {
+            return if self.permits(tool) { Ok(request) } else { Err(NOT_FORWARDED) };
         }
         if self.restrictions.command.is_some() {
             request.env.retain(|name, _| environment::is_cosmetic(name));
@@ -88,10 +106,7 @@ fn refused(project: ProjectId, operation: &'static str, why: &'static str) -> Er
 
 #[cfg(test)]
 mod tests {
-    use cocalc_core::{
-        ids::Ports,
-        runner::{Pty, WindowSize},
-    };
+    use cocalc_core::runner::{Pty, WindowSize};
 
     use super::*;
 
@@ -169,5 +184,33 @@ mod tests {
         assert!(matches!(plain, Err(Error::NotRunning { .. })));
         assert!(matches!(restricted.dial(project, 22).await, Err(Error::Backend { .. })));
         assert!(matches!(restricted.dial(project, 80).await, Err(Error::NotRunning { .. })));
+    }
+
+    #[test]
+    fn forwarding_is_refused_where_it_is_not_permitted() {
+        let listen = |place| Tool::Listen { place, ticket: "x".into() };
+        let every = [
+            listen(ListenAt::Tcp(80)),
+            listen(ListenAt::Tcp(0)),
+            listen(ListenAt::Unix("/x".into())),
+            listen(ListenAt::Agent),
+            listen(ListenAt::X11),
+            Tool::ConnectUnix { path: "/x".into() },
+            Tool::ConnectTcp { host: "x".into(), port: 1 },
+        ];
+        let permitted = |restrictions: Restrictions| {
+            let restricted = restricted(restrictions);
+            let allowed = |tool: &Tool| {
+                let command = Command::Tool(tool.clone());
+                restricted.request(ExecRequest { command, ..ExecRequest::default() }).is_ok()
+            };
+            every.iter().map(allowed).collect::<Vec<_>>()
+        };
+        assert_eq!(permitted(Restrictions::all()), [false; 7]);
+        // A forced command says nothing about forwarding.
+        let forced = Restrictions { command: Some("x".into()), ..Restrictions::default() };
+        assert_eq!(permitted(forced), [true; 7]);
+        let some = Restrictions { listen: Ports::Only([80].into()), agent: true, ..Restrictions::all() };
+        assert_eq!(permitted(some), [true, false, false, true, false, false, false]);
     }
 }

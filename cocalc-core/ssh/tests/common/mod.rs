@@ -53,6 +53,8 @@ pub const EXPIRED: &str = "expired-token";
 pub struct Rights {
     pub project: ProjectId,
     pub key: String,
+    /// More keys of the same person.
+    pub more: Mutex<Vec<String>>,
     pub trusted_proxy: Option<ProxyId>,
     /// The only certificate that is good, and what it permits.
     pub certificate: Mutex<Option<(String, Restrictions)>>,
@@ -69,6 +71,10 @@ impl Rights {
 }
 
 impl Rights {
+    fn knows(&self, key: &str) -> bool {
+        key == self.key || self.more.lock().unwrap().iter().any(|known| known == key)
+    }
+
     fn certified(&self, text: &str, proxy: Option<ProxyId>) -> Option<Via> {
         let known = self.certificate.lock().unwrap();
         known.as_ref().filter(|(known, _)| known == text)?;
@@ -99,9 +105,9 @@ impl Auth for Rights {
             return Err(Denial::NotHere("given away".into()));
         }
         let via = match credential {
-            Credential::SshKey(key) if *key == self.key => Via::SshKey { key: KeyId::random(), proxy: None },
+            Credential::SshKey(key) if self.knows(key) => Via::SshKey { key: KeyId::random(), proxy: None },
             Credential::AttestedSshKey { key, proxy }
-                if *key == self.key && self.trusted_proxy.map(|p| p.to_string()).as_ref() == Some(proxy) =>
+                if self.knows(key) && self.trusted_proxy.map(|p| p.to_string()).as_ref() == Some(proxy) =>
             {
                 Via::SshKey { key: KeyId::random(), proxy: self.trusted_proxy }
             }
@@ -193,6 +199,29 @@ pub struct Shells {
     pub home: PathBuf,
     /// How often `wake` says that the project is still starting.
     pub starting: AtomicUsize,
+    /// The helper that projects have.
+    pub helper: PathBuf,
+    /// Whether there is no sftp server but the helper's.
+    pub bare: AtomicBool,
+}
+
+impl Shells {
+    fn new(directory: &Path) -> Arc<Self> {
+        use std::os::unix::fs::PermissionsExt;
+        let helper = directory.join("helper");
+        std::fs::write(&helper, cocalc_podman::HELPER).unwrap();
+        std::fs::set_permissions(&helper, std::fs::Permissions::from_mode(0o755)).unwrap();
+        Arc::new(Self {
+            home: directory.join("home"),
+            starting: AtomicUsize::new(0),
+            helper,
+            bare: AtomicBool::new(false),
+        })
+    }
+
+    fn tool(&self, args: Vec<String>) -> Vec<String> {
+        std::iter::once(self.helper.display().to_string()).chain(args).collect()
+    }
 }
 
 #[async_trait]
@@ -213,9 +242,13 @@ impl Sessions for Shells {
         };
         let argv: Vec<String> = match request.command {
             Command::Shell => vec!["/bin/bash".into(), "--norc".into(), "-i".into()],
-            Command::Line(line) => vec!["/bin/bash".into(), "-c".into(), line],
+            Command::Line(line) => vec!["bash".into(), "-c".into(), line],
             Command::Argv(argv) => argv,
+            Command::Sftp if self.bare.load(Ordering::SeqCst) => {
+                self.tool(vec!["tool".into(), "sftp".into()])
+            }
             Command::Sftp => vec!["/usr/lib/openssh/sftp-server".into()],
+            Command::Tool(tool) => self.tool(tool.args()),
             _ => return Err(Error::Invalid { project, reason: "unknown".into() }),
         };
         let mut command = tokio::process::Command::new("setsid");
@@ -322,9 +355,16 @@ impl ProcessHandle for Child {
                 Some(code) => Exit::Code(code as u8),
                 None => Exit::Signal(
                     match status.signal() {
+                        Some(1) => "HUP",
+                        Some(2) => "INT",
+                        Some(3) => "QUIT",
+                        Some(6) => "ABRT",
                         Some(9) => "KILL",
-                        Some(15) => "TERM",
+                        Some(10) => "USR1",
                         Some(11) => "SEGV",
+                        Some(13) => "PIPE",
+                        Some(14) => "ALRM",
+                        Some(15) => "TERM",
                         other => panic!("killed by {other:?} in {}", self.project),
                     }
                     .into(),
@@ -403,6 +443,7 @@ impl World {
             Arc::new(Rights {
                 project,
                 key: key.clone(),
+                more: Mutex::default(),
                 trusted_proxy: Some(proxy),
                 certificate: Mutex::default(),
                 held: AtomicBool::new(true),
@@ -412,18 +453,20 @@ impl World {
         };
         let (rights, beta_rights) = (rights(), rights());
         let beta = HostId::random();
-        let shells = Arc::new(Shells { home: directory.path().join("home"), starting: AtomicUsize::new(0) });
+        let shells = Shells::new(directory.path());
+        let keys = HostKeys::load_or_create(&directory.path().join("host_key")).unwrap();
+        let host_keys = keys.public();
         let router = OneRoute::new(project, host, Reach::Local);
         let gate = Arc::new(LocalGate::new(rights.clone(), router.clone(), Arc::new(Shared(shells.clone()))));
-        let peers = Arc::new(SshPeers::new(gate.clone()));
+        let inner = SshIngress::builder(gate.clone(), keys.clone()).build();
+        let peers = Arc::new(SshPeers::new(gate.clone()).ingress(inner));
         let beta_router = OneRoute::new(project, beta, Reach::Local);
         let beta_gate = LocalGate::new(beta_rights, beta_router, Arc::new(Shared(shells.clone())));
         let beta_peers = Arc::new(SshPeers::new(Arc::new(beta_gate)));
         let hosts = vec![(host, peers), (beta, beta_peers)];
         let away = OneRoute::new(project, host, Reach::Remote(HostAddress::default()));
         let remote = Arc::new(RemoteGate::new(away, Arc::new(InMemory { hosts, proxy })));
-        let keys = HostKeys::load_or_create(&directory.path().join("host_key")).unwrap();
-        let host_keys = keys.public();
+        let passage: Arc<dyn cocalc_ssh::Passage> = remote.clone();
         let mut servers = tokio::task::JoinSet::new();
         let (mut ports, mut ingresses) = (Vec::new(), Vec::new());
         let mut known = String::new();
@@ -431,7 +474,8 @@ impl World {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let port = listener.local_addr().unwrap().port();
             known += &format!("[127.0.0.1]:{port} {}\n", host_keys[0]);
-            let ingress = configure(SshIngress::builder(gate, keys.clone())).build();
+            let builder = SshIngress::builder(gate, keys.clone()).passage(passage.clone());
+            let ingress = configure(builder).build();
             ingresses.push(ingress.clone());
             servers.spawn(async move { ingress.serve(listener, std::future::pending()).await });
             ports.push(port);

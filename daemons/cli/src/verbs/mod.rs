@@ -11,6 +11,7 @@ mod project;
 mod reach;
 mod receipt;
 mod snapshot;
+mod ssh_config;
 
 use std::{
     io::{IsTerminal, Write},
@@ -42,6 +43,9 @@ pub(crate) fn run(api: &Api, output: Output, command: Command) -> Result<ExitCod
         Command::Key(verb) => account::key(api, output, verb)?,
         Command::Account(verb) => account::run(api, output, verb)?,
         Command::Keys(verb) => account::keys(api, output, verb)?,
+        Command::SshConfig { direct, identity } => {
+            ssh_config::show(api, output, direct, identity.as_deref())?;
+        }
         Command::SshKnownHosts { pattern } => certificate::known_hosts(api, output, pattern)?,
         Command::Receipt { id, wait } => receipt::show(api, output, &id, wait)?,
         Command::Operation(verb) => operation::run(api, output, verb)?,

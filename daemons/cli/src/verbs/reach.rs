@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use cocalc_ssh::client::{ClientKey, Identity};
+use cocalc_ssh::client::{ClientKey, HostKeyCheck, Identity, Jump};
 use serde_json::{Value, json};
 
 use super::project::text;
@@ -40,11 +40,19 @@ fn connect_and_run(api: &Api, id: &str, via_proxy: bool, line: Option<String>) -
     let key = ClientKey::generate().during("cannot make a key")?;
     let answer =
         api.post(&format!("/projects/{id}/ssh-certificate"), &json!({ "public_key": key.public() }))?;
-    let way = if via_proxy { "proxy" } else { "direct" };
     let identity = Identity::Certificate(key, text(&answer, "certificate")?);
-    let address = text(&answer[way], "ssh")?;
-    let keys = host_keys(api, &answer, via_proxy)?;
-    crate::ssh::run(&address, &identity, &keys, line)
+    let address = text(&answer["direct"], "ssh")?;
+    // End to end also through a proxy, which only passes bytes on.
+    let jump = if via_proxy {
+        let proxy = text(&answer["proxy"], "ssh")?;
+        let server = proxy.rsplit_once('@').map_or(proxy.as_str(), |(_, server)| server);
+        let keys = host_keys(api, &answer, true)?;
+        Some(Jump { address: server.to_owned(), host_keys: HostKeyCheck::Pinned(keys) })
+    } else {
+        None
+    };
+    let keys = host_keys(api, &answer, false)?;
+    crate::ssh::run(&address, &identity, &keys, jump, line)
 }
 
 /// The keys that the master publishes for where we connect to.

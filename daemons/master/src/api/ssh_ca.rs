@@ -154,13 +154,12 @@ impl NewCertificate {
         if !command.as_ref().is_none_or(sensible) {
             return Err(Problem::invalid("force_command: one line of at most 4096 bytes"));
         }
+        let ports = if self.permit_port_forwarding.unwrap_or(true) { Ports::All } else { Ports::none() };
         Ok(Restrictions {
             command,
             pty: self.permit_pty.unwrap_or(true),
-            ports: match self.permit_port_forwarding.unwrap_or(true) {
-                true => Ports::All,
-                false => Ports::Only([].into()),
-            },
+            listen: ports.clone(),
+            ports,
             ..Restrictions::default()
         })
     }
