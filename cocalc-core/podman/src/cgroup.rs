@@ -244,6 +244,18 @@ impl Groups {
             .filter_map(|(_, bytes)| bytes.parse::<u64>().ok())
             .sum()
     }
+
+    /// How often the kernel has killed a process of these groups because their
+    /// memory was used up.
+    pub(crate) fn oom_kills(&self) -> u64 {
+        let file = if kind_at(&self.root) == CgroupKind::Unified {
+            self.unified().map(|group| group.join("memory.events"))
+        } else {
+            self.legacy("memory").map(|group| group.join("memory.oom_control"))
+        };
+        let text = file.and_then(|file| fs::read_to_string(file).ok()).unwrap_or_default();
+        text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.parse().ok()).unwrap_or(0)
+    }
 }
 
 impl Write {
