@@ -121,17 +121,27 @@ pub(crate) fn unshare_network() -> io::Result<()> {
 
 /// Makes the child of `command` start with the signals as they are by default
 /// (who starts a daemon with `nohup` or in the background may have it ignore
-/// some), without capabilities or a way to gain them, with so many open files at
-/// most, and within `ruleset` of Landlock.
-pub(crate) fn confine(command: &mut Command, ruleset: Option<OwnedFd>, nofile: Option<u32>) {
-    let root = rustix::process::geteuid().is_root();
-    let confined = move || {
+/// some), and with so many open files at most.
+pub(crate) fn tame(command: &mut Command, nofile: Option<u32>) {
+    let tamed = move || {
         default_signals();
         if let Some(nofile) = nofile {
             let most = rustix::process::getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX);
             let limit = Some(u64::from(nofile).min(most));
             rustix::process::setrlimit(Resource::Nofile, Rlimit { current: limit, maximum: limit })?;
         }
+        Ok(())
+    };
+    // SAFETY: the closure makes system calls and allocates nothing.
+    unsafe { command.pre_exec(tamed) };
+}
+
+/// The same, without capabilities or a way to gain them, and within `ruleset` of
+/// Landlock.
+pub(crate) fn confine(command: &mut Command, ruleset: Option<OwnedFd>, nofile: Option<u32>) {
+    tame(command, nofile);
+    let root = rustix::process::geteuid().is_root();
+    let confined = move || {
         rustix::thread::set_no_new_privs(true)?;
         if root {
             // Out of the bounding set first: root gets the others back by exec.

@@ -43,7 +43,7 @@ struct Processes {
 impl Processes {
     async fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let runner = ProcessRunner::open(dir.path().join("state"), Unenforceable::Refuse).await.unwrap();
+        let runner = ProcessRunner::open_confined(dir.path().join("state"), Unenforceable::Refuse).await.unwrap();
         Self { dir, runner, slot: AtomicU32::new(0) }
     }
 }
@@ -55,7 +55,7 @@ impl Harness for Processes {
     }
 
     async fn reopen(&self) -> Arc<dyn Runner> {
-        Arc::new(ProcessRunner::open(self.dir.path().join("state"), Unenforceable::Refuse).await.unwrap())
+        Arc::new(ProcessRunner::open_confined(self.dir.path().join("state"), Unenforceable::Refuse).await.unwrap())
     }
 
     async fn spec(&self) -> ProjectSpec {
@@ -120,7 +120,7 @@ async fn what_lost_its_supervisor_ends_with_the_project() {
     assert!(!is_alive(&orphan), "found by its mark, and killed");
 
     world.runner.start(&spec).await.unwrap();
-    let again = ProcessRunner::open(world.dir.path().join("state"), Unenforceable::Refuse).await.unwrap();
+    let again = ProcessRunner::open_confined(world.dir.path().join("state"), Unenforceable::Refuse).await.unwrap();
     again.cleanup().await.unwrap();
     assert!(again.list().await.unwrap().is_empty());
     assert_eq!(world.runner.status(spec.project).await.unwrap().state, State::Stopped);
@@ -199,7 +199,7 @@ async fn a_project_is_confined_as_far_as_the_kernel_has_it() {
     let error = world.runner.start(&refused).await.unwrap_err();
     assert!(error.to_string().contains("memory"), "{error}");
     let state = world.dir.path().join("other-state");
-    let accepting = ProcessRunner::open(state, Unenforceable::Accept).await.unwrap();
+    let accepting = ProcessRunner::open_confined(state, Unenforceable::Accept).await.unwrap();
     accepting.start(&refused).await.unwrap();
     accepting.cleanup().await.unwrap();
     world.runner.cleanup().await.unwrap();

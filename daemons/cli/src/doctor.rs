@@ -63,7 +63,7 @@ fn look(options: &DirOption) -> Vec<Finding> {
     }
     add("cgroups", "ok", format!("{:?}", probe.cgroups).to_lowercase(), "");
     if probe.landlock {
-        add("plain processes", "ok", "confined by Landlock".into(), "");
+        add("plain processes", "ok", "can be confined by Landlock: confine_processes = true".into(), "");
     } else {
         add("plain processes", "weaker", "not confined: the kernel has no Landlock".into(), "");
     }

@@ -60,7 +60,7 @@ fn an_ordinary_user_gets_the_embedded_default() {
     let dir = tempfile::Builder::new().prefix("cocalc-user-").tempdir().unwrap();
     // The build directory may be where this user cannot look.
     let built = Path::new(federation::COCALC).parent().unwrap();
-    for name in ["cocalc", "cocalc-master", "cocalc-host", "cocalc-proxy"] {
+    for name in ["cocalc", "cocalc-master", "cocalc-host", "cocalc-proxy", "cocalc-backup-worker"] {
         std::fs::copy(built.join(name), dir.path().join(name)).unwrap();
     }
     chown(dir.path(), Some(NOBODY), Some(NOBODY)).unwrap();

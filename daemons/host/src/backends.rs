@@ -80,9 +80,13 @@ impl Backends {
                 (runner.clone(), runner)
             }
             RunnerKind::Process => {
-                let runner = ProcessRunner::open(config.data_dir.join("runner"), unenforceable)
-                    .await
-                    .map_err(|error| Error::open("process runner")(error.into()))?;
+                let state = config.data_dir.join("runner");
+                let opened = if config.confine_processes {
+                    ProcessRunner::open_confined(state, unenforceable).await
+                } else {
+                    ProcessRunner::open(state, unenforceable).await
+                };
+                let runner = opened.map_err(|error| Error::open("process runner")(error.into()))?;
                 let runner = Arc::new(runner);
                 (runner.clone(), runner)
             }

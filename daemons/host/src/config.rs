@@ -69,6 +69,11 @@ pub struct Config {
     /// which those are. Default: refuse.
     #[serde(default)]
     pub unenforceable_limits: UnenforceableLimits,
+    /// Whether plain processes (`runner = "process"`) lose their capabilities and,
+    /// where the kernel has Landlock, are kept to their homes and the system's
+    /// directories. Default: no, they may do what this host's user may.
+    #[serde(default)]
+    pub confine_processes: bool,
     /// What bounds the networks of its projects, whatever their own policies say.
     #[serde(default)]
     pub project_network: ProjectNetwork,

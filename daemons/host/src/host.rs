@@ -268,8 +268,7 @@ impl Host {
                 .build();
         let metered: Arc<dyn Runner> =
             Arc::new(Metered::new(Arc::clone(&backends.runner), meters, Source::Ssh));
-        let gate: Arc<dyn SshGate> =
-            Arc::new(LocalGate::new(auth, router, Arc::new(metered)).wake(wake));
+        let gate: Arc<dyn SshGate> = Arc::new(LocalGate::new(auth, router, Arc::new(metered)).wake(wake));
         let starts = lifecycle.gate().clone();
         let at_most = |limit: u32| usize::try_from(limit).unwrap_or(usize::MAX);
         let ssh = SshIngress::builder(Arc::clone(&gate), ssh_keys)

@@ -51,9 +51,10 @@ const MARK: &str = "COCALC_SUPERVISOR";
 /// Runs projects as ordinary processes of this user, each project below a
 /// supervisor of its own, for developing where containers can't be had.
 ///
-/// Where the kernel has Landlock, a project writes its own home alone, reads the
+/// One that [confines](Self::open_confined) them takes their capabilities, and
+/// where the kernel has Landlock, a project writes its own home alone, reads the
 /// system's directories, and reaches neither the processes of others nor those of
-/// the host; it never has capabilities. It is still this user, on this machine's
+/// the host. It is still this user, on this machine's
 /// network, and of the limits only that of open files is enforced. The rest of
 /// the contract it keeps: one instance, a true status, processes that end with
 /// their project, and ports that are only dialed if a process of the project
@@ -68,6 +69,7 @@ struct Shared {
     state_dir: PathBuf,
     helper: PathBuf,
     unenforceable: Unenforceable,
+    confined: bool,
     landlock: bool,
     projects: Mutex<BTreeMap<ProjectId, Arc<Project>>>,
 }
@@ -117,7 +119,25 @@ impl ProcessRunner {
     ///
     /// A directory that can't be made or written.
     pub async fn open(state_dir: impl Into<PathBuf>, unenforceable: Unenforceable) -> io::Result<Self> {
-        let state_dir = std::path::absolute(state_dir.into())?;
+        Self::open_as(state_dir.into(), unenforceable, false).await
+    }
+
+    /// The same, with projects that have no capabilities and, where the kernel has
+    /// Landlock, are kept to their homes and the system's directories. Their
+    /// homes must be writable by this user without a privilege.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](Self::open).
+    pub async fn open_confined(
+        state_dir: impl Into<PathBuf>,
+        unenforceable: Unenforceable,
+    ) -> io::Result<Self> {
+        Self::open_as(state_dir.into(), unenforceable, true).await
+    }
+
+    async fn open_as(state_dir: PathBuf, unenforceable: Unenforceable, confined: bool) -> io::Result<Self> {
+        let state_dir = std::path::absolute(state_dir)?;
         for dir in ["", "sockets", "projects", "logs"] {
             fs::DirBuilder::new().recursive(true).mode(0o700).create(state_dir.join(dir))?;
         }
@@ -139,8 +159,9 @@ impl ProcessRunner {
             projects.insert(project, Arc::new(Project { view: Mutex::new(view), ..Project::default() }));
         }
         let projects = Mutex::new(projects);
-        let landlock = confine::available();
-        Ok(Self { shared: Arc::new(Shared { state_dir, helper, unenforceable, landlock, projects }) })
+        let landlock = confined && confine::available();
+        let shared = Shared { state_dir, helper, unenforceable, confined, landlock, projects };
+        Ok(Self { shared: Arc::new(shared) })
     }
 
     /// Ends every project of this runner, also those that a killed daemon left;
@@ -312,9 +333,16 @@ impl Shared {
         let volume = std::path::absolute(&spec.volume)?;
         let mut private = vec![self.state_dir.clone()];
         private.extend(volume.parent().map(Path::to_owned));
-        let confinement = confine::Confinement::new(&home, &private, &self.helper)?;
-        let path = std::env::var_os("PATH").map(|path| confinement.search_path(&path));
-        kernel::confine(command.as_std_mut(), confinement.ruleset, spec.limits.nofile);
+        let mut path = std::env::var_os("PATH");
+        let mut temporary = true;
+        if self.confined {
+            let confinement = confine::Confinement::new(&home, &private, &self.helper)?;
+            path = path.map(|path| confinement.search_path(&path));
+            temporary = confinement.temporary;
+            kernel::confine(command.as_std_mut(), confinement.ruleset, spec.limits.nofile);
+        } else {
+            kernel::tame(command.as_std_mut(), spec.limits.nofile);
+        }
         let child = command.spawn()?;
         drop(command);
         let pid = child.id().map_or(0, u32::cast_signed);
@@ -322,7 +350,7 @@ impl Shared {
         let ticks = tree::start_ticks(pid).ok_or(io::ErrorKind::NotFound)?;
         let mut env = spec.env.clone();
         env.insert(MARK.into(), self.mark(project));
-        if !confinement.temporary {
+        if !temporary {
             let temporary = home.join(".cache/tmp");
             fs::create_dir_all(&temporary)?;
             env.entry("TMPDIR".into()).or_insert_with(|| temporary.display().to_string());
@@ -415,10 +443,12 @@ impl Runner for ProcessRunner {
         let mut weak = |what: &str| weaknesses.push(what.to_owned());
         if self.shared.landlock {
             weak("projects are this host's user: they read what that user can in the system's directories");
-        } else {
+        } else if self.shared.confined {
             weak(
                 "no isolation, for the kernel has no Landlock: a project can do whatever this host's user can",
             );
+        } else {
+            weak("no isolation, for none was asked for: a project can do whatever this host's user can");
         }
         weak("no limits on memory, processor or processes");
         weak("no image and no root: packages can't be installed, only the home moves");
