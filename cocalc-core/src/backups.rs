@@ -29,8 +29,8 @@ pub use error::Error;
 pub use fetched::{fetched_name, is_fetched};
 pub use keeper::{Keeper, KeeperParts, Numbers, Trial};
 pub use policy::{Policy, PolicyError, PolicyFields};
-pub use query::{Answer, Query, answer};
 pub(crate) use query::compare;
+pub use query::{Answer, Query, answer};
 pub use retention::superfluous;
 pub use status::{Failure, Last, Status, StatusStore, backup_error};
 pub use types::{

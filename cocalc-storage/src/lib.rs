@@ -41,7 +41,7 @@ mod tree;
 mod walk;
 
 pub use btrfs::{
-    Btrfs, BtrfsBuilder, ImageError, ImageHeader, ImageLimits, ImageRecord, ImageStream, OpenError, Probe, QuotaKind,
-    Scratch, StreamGuard, Trash, probe,
+    Btrfs, BtrfsBuilder, ImageError, ImageHeader, ImageLimits, ImageRecord, ImageStream, OpenError, Probe,
+    QuotaKind, Scratch, StreamGuard, Trash, probe,
 };
 pub use directory::{Directory, DirectoryError};

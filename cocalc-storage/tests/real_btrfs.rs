@@ -758,7 +758,8 @@ async fn images_are_imported_once_and_whole() {
     assert_eq!(f.a.import_image_file(&tar, &limits).await.unwrap(), digest, "it can be repeated");
     let stream = tokio::fs::File::open(&tar).await.unwrap();
     assert_eq!(f.a.import_image(Box::pin(stream), &limits).await.unwrap(), digest, "from a stream too");
-    let images = async || f.a.images().await.unwrap().into_iter().map(|(digest, _)| digest).collect::<Vec<_>>();
+    let images =
+        async || f.a.images().await.unwrap().into_iter().map(|(digest, _)| digest).collect::<Vec<_>>();
     assert_eq!(images().await, [digest]);
     // What has no place in an image is not in it: a device, and what would mean
     // something to the overlay of a project.

@@ -122,10 +122,9 @@ pub(crate) fn runtime_version(runtime: &str) -> String {
 /// Why a limit can't be enforced, and what mends it.
 pub(crate) fn unenforced_because(kind: LimitKind) -> (&'static str, &'static str) {
     match kind {
-        LimitKind::IoWeight => (
-            "no disk's scheduler shares its time by weight",
-            "echo bfq > /sys/block/<disk>/queue/scheduler",
-        ),
+        LimitKind::IoWeight => {
+            ("no disk's scheduler shares its time by weight", "echo bfq > /sys/block/<disk>/queue/scheduler")
+        }
         LimitKind::Swap => ("the kernel does not account swap (swapaccount=1)", ""),
         _ => ("the kernel has no control group for it", ""),
     }

@@ -43,7 +43,8 @@ struct Processes {
 impl Processes {
     async fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let runner = ProcessRunner::open_confined(dir.path().join("state"), Unenforceable::Refuse).await.unwrap();
+        let runner =
+            ProcessRunner::open_confined(dir.path().join("state"), Unenforceable::Refuse).await.unwrap();
         Self { dir, runner, slot: AtomicU32::new(0) }
     }
 }
@@ -55,7 +56,9 @@ impl Harness for Processes {
     }
 
     async fn reopen(&self) -> Arc<dyn Runner> {
-        Arc::new(ProcessRunner::open_confined(self.dir.path().join("state"), Unenforceable::Refuse).await.unwrap())
+        Arc::new(
+            ProcessRunner::open_confined(self.dir.path().join("state"), Unenforceable::Refuse).await.unwrap(),
+        )
     }
 
     async fn spec(&self) -> ProjectSpec {
@@ -120,7 +123,8 @@ async fn what_lost_its_supervisor_ends_with_the_project() {
     assert!(!is_alive(&orphan), "found by its mark, and killed");
 
     world.runner.start(&spec).await.unwrap();
-    let again = ProcessRunner::open_confined(world.dir.path().join("state"), Unenforceable::Refuse).await.unwrap();
+    let again =
+        ProcessRunner::open_confined(world.dir.path().join("state"), Unenforceable::Refuse).await.unwrap();
     again.cleanup().await.unwrap();
     assert!(again.list().await.unwrap().is_empty());
     assert_eq!(world.runner.status(spec.project).await.unwrap().state, State::Stopped);

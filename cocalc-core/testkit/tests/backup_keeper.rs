@@ -1,5 +1,7 @@
 //! The keeper of backups over memory backends and a clock that tests set.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests report by panicking, in helpers too")]
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::Path,

@@ -76,10 +76,7 @@ pub(crate) enum Answer {
 /// # Errors
 ///
 /// A message of more than 64 KiB; those of writing.
-pub async fn write<T: Serialize + Sync>(
-    to: &mut (impl AsyncWrite + Unpin),
-    message: &T,
-) -> io::Result<()> {
+pub async fn write<T: Serialize + Sync>(to: &mut (impl AsyncWrite + Unpin), message: &T) -> io::Result<()> {
     let body = serde_json::to_vec(message)?;
     let length = u32::try_from(body.len()).ok().filter(|length| *length <= MESSAGE_BYTES_MAX);
     let length = length.ok_or_else(|| invalid("the message is too long"))?;

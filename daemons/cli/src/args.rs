@@ -609,9 +609,9 @@ pub(crate) enum Backup {
         project: String,
         /// Its id, the beginning of it, or `latest`.
         backup: String,
-        /// In this one, rather than now.
+        /// Only below this directory.
         #[arg(long)]
-        to: Option<String>,
+        path: Option<String>,
     },
     /// Restore one, or all that a host had which is lost.
     Restore(Restore),

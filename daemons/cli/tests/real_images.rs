@@ -92,7 +92,10 @@ fn images_go_where_projects_need_them_and_projects_change_theirs() {
     assert!(!refused.status.success(), "it runs");
     let changed = federation.json(&["project", "image", &project, "--set", "small", "--restart"]);
     assert_eq!(changed["state"], "running");
-    assert_eq!(exec(&project, "cat /etc/which ~/mine; test -e /opt/made || echo apart"), "small\nmine\napart\n");
+    assert_eq!(
+        exec(&project, "cat /etc/which ~/mine; test -e /opt/made || echo apart"),
+        "small\nmine\napart\n"
+    );
     federation.json(&["project", "image", &project, "--set", &before, "--restart"]);
     assert_eq!(exec(&project, "cat ~/mine /opt/made"), "mine\nroot\n");
     let unknown = federation.cocalc(&["project", "image", &project, "--set", "nothing"]);

@@ -112,7 +112,8 @@ fn apps_secrets_logs_and_stats_in_containers_also_when_daemons_are_killed() {
     // Nothing on disk has them: master, host, volume with its snapshots, podman.
     let sync = Command::new("sync").status().unwrap();
     assert!(sync.success());
-    for needle in ["s3cr3t-canary"] {
+    {
+        let needle = "s3cr3t-canary";
         let found =
             Command::new("grep").args(["-r", "-l", "-a", needle]).arg(federation.data()).output().unwrap();
         let files = String::from_utf8_lossy(&found.stdout).into_owned();

@@ -258,6 +258,10 @@ fn the_command_line_does_all_that_there_is_to_do_with_backups() {
     world.line(&project, "test \"$(cat notes/text.old)\" = one && test \"$(cat notes/text)\" = two");
     ok(&["backup", "restore", &project, short, "--path", &path, "--replace"]);
     world.line(&project, "test \"$(cat notes/text)\" = one; echo four >notes/text; rm other");
+    let differs = ok(&["backup", "diff", &project, short]);
+    assert!(differs.contains(&format!("{folder}/text\n")) && differs.contains("other"), "{differs}");
+    let below = ok(&["backup", "diff", &project, short, "--path", &folder]);
+    assert!(below.contains("text.old") && !below.contains("other"), "{below}");
     // All of it, which is asked about.
     let asked = world.cocalc(&["backup", "restore", &project, short]);
     assert_eq!(asked.status.code(), Some(2), "{}", String::from_utf8_lossy(&asked.stderr));

@@ -171,6 +171,7 @@ impl News {
 
 /// Opens the keeper of backups; `None`, with a warning, if this host cannot
 /// make any.
+#[expect(clippy::too_many_arguments, reason = "what a keeper of backups works with")]
 pub(crate) async fn open(
     config: &Config,
     ledger: Ledger,

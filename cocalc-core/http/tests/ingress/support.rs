@@ -209,7 +209,13 @@ pub(crate) struct Ports {
 #[async_trait]
 impl Runner for Ports {
     fn capabilities(&self) -> Capabilities {
-        Capabilities { backend: "ports".to_owned(), isolation: false, limits: false, weaknesses: vec![], unenforced: vec![] }
+        Capabilities {
+            backend: "ports".to_owned(),
+            isolation: false,
+            limits: false,
+            weaknesses: vec![],
+            unenforced: vec![],
+        }
     }
 
     async fn prepare(&self, _: &ProjectSpec) -> runner::Result<()> {

@@ -188,12 +188,7 @@ impl Shared {
         Ok(entry.status())
     }
 
-    async fn launch(
-        &self,
-        entry: &Project,
-        spec: &ProjectSpec,
-        receipt: &mut Receipt,
-    ) -> Result<(), Launch> {
+    async fn launch(&self, entry: &Project, spec: &ProjectSpec, receipt: &mut Receipt) -> Result<(), Launch> {
         let project = spec.project;
         let failed = |error| Launch { missing: false, error };
         let name = self.container(project);

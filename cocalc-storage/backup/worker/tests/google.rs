@@ -115,7 +115,7 @@ async fn a_token_is_exchanged_for_one_of_the_repository() {
     let life = expires.unwrap().millis() - i64::try_from(now).unwrap();
     assert!(life <= 1_800_000 && life > 1_500_000, "it ends with the one it was made of: {life} ms");
 
-    let asked = asked.lock().unwrap();
+    let asked = asked.lock().unwrap().clone();
     let [(_, first), (path, second)] = &asked[..] else { panic!("{asked:?}") };
     let mut validation = Validation::new(Algorithm::RS256);
     validation.set_audience(&[format!("{url}/token")]);

@@ -170,7 +170,8 @@ impl Btrfs {
     ) -> Result<ImageDigest, ImageError> {
         let staged = self.stage_image().await?;
         let limits = *limits;
-        let mut record = ImageRecord::of_source(unpack::unpack(self, &staged.path(), archive, &limits).await?);
+        let mut record =
+            ImageRecord::of_source(unpack::unpack(self, &staged.path(), archive, &limits).await?);
         record.add(noted);
         let staged = self
             .image_work(move |_| {

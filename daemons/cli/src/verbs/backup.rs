@@ -46,10 +46,10 @@ pub(super) fn run(api: &Api, output: Output, verb: Backup) -> Result<(), Failure
             let query = format!("?limit={PAGE}&text={}", encoded(&text));
             entries(api, output, &format!("/projects/{project}/backups/{backup}/find{query}"), false)?;
         }
-        Backup::Diff { project, backup, to } => {
+        Backup::Diff { project, backup, path } => {
             let backup = named(api, &project, &backup)?;
-            let to = to.map(|to| named(api, &project, &to)).transpose()?;
-            changes(api, output, &format!("/projects/{project}/backups/{backup}/diff"), to.as_deref())?;
+            let below = path.map_or_else(String::new, |path| format!("&path={}", encoded(&path)));
+            changes(api, output, &format!("/projects/{project}/backups/{backup}/diff"), &below)?;
         }
         Backup::Restore(restore) => match &restore.all_of {
             Some(host) => restore_all(api, output, host, &restore)?,

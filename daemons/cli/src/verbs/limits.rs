@@ -110,7 +110,8 @@ pub(super) fn limits(api: &Api, output: Output, asked: &Limits) -> Result<(), Fa
 
 /// What the command says, by the names of the API; null for the default.
 fn said(asked: &Limits) -> Result<Vec<(&'static str, Value)>, Failure> {
-    let all: [(&'static str, &str, &Option<String>, fn(&str) -> Option<u64>); 10] = [
+    type Asked<'a> = (&'static str, &'a str, &'a Option<String>, fn(&str) -> Option<u64>);
+    let all: [Asked<'_>; 10] = [
         ("memory_bytes", "--memory", &asked.memory, bytes),
         ("swap_bytes", "--swap", &asked.swap, bytes),
         ("cpu_millis", "--cpu", &asked.cpu, thousandths),

@@ -39,12 +39,13 @@ pub(super) fn run(api: &Api, output: Output, verb: Snapshot) -> Result<(), Failu
 
 /// Prints what is different, page after page.
 fn diff(api: &Api, output: Output, project: &str, name: &str, to: Option<&str>) -> Result<(), Failure> {
-    changes(api, output, &format!("/projects/{project}/snapshots/{name}/diff"), to)
+    let to = to.map_or_else(String::new, |to| format!("&to={}", encoded(to)));
+    changes(api, output, &format!("/projects/{project}/snapshots/{name}/diff"), &to)
 }
 
 /// Prints the changes that `path` tells of, page after page.
-pub(super) fn changes(api: &Api, output: Output, path: &str, to: Option<&str>) -> Result<(), Failure> {
-    let mut query = to.map_or_else(String::new, |to| format!("&to={}", encoded(to)));
+pub(super) fn changes(api: &Api, output: Output, path: &str, fixed: &str) -> Result<(), Failure> {
+    let mut query = fixed.to_owned();
     let mut all = Vec::new();
     loop {
         let mut page = api.get(&format!("{path}?limit=1000{query}"))?;
@@ -63,10 +64,7 @@ pub(super) fn changes(api: &Api, output: Output, path: &str, to: Option<&str>) -
             }
         }
         let Some(next) = page["next"].as_str() else { break };
-        query = format!("&after={}", encoded(next));
-        if let Some(to) = to {
-            query.push_str(&format!("&to={}", encoded(to)));
-        }
+        query = format!("{fixed}&after={}", encoded(next));
     }
     if output == Output::Json {
         print(output, &json!({ "changes": all }), &[]);

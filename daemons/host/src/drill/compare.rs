@@ -191,7 +191,8 @@ mod tests {
 
     #[test]
     fn every_kind_of_difference_is_found() {
-        let changes: [(&str, &dyn Fn(&Path)); 8] = [
+        type Damage<'a> = (&'a str, &'a dyn Fn(&Path));
+        let changes: [Damage<'_>; 8] = [
             ("has other contents", &|root| {
                 fs::write(root.join("home/notes"), "hellO").unwrap();
             }),

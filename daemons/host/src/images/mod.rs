@@ -146,7 +146,7 @@ impl Images {
         let uses = uses(ledger);
         let digests = self.digests();
         let state = self.state();
-        digests.iter().filter_map(|digest| Some(state.report(digest, &uses)?)).collect()
+        digests.iter().filter_map(|digest| state.report(digest, &uses)).collect()
     }
 
     /// Hears that the images, or what is noted of them, have changed.

@@ -114,7 +114,9 @@ impl From<store::Error> for Problem {
             store::Error::Busy { operation } => {
                 Self { operation_id: Some(operation), ..Self::conflict("project_busy", detail) }
             }
-            store::Error::NotFenced => Self::conflict("host_not_fenced", format!("{detail}: cocalc host fence")),
+            store::Error::NotFenced => {
+                Self::conflict("host_not_fenced", format!("{detail}: cocalc host fence"))
+            }
             store::Error::WrongState { .. } => Self::conflict("wrong_state", detail),
             store::Error::Stale { .. } => Self::conflict("conflict", detail),
             store::Error::TooMany { .. } => Self::conflict("limit_reached", detail),

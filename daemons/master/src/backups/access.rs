@@ -111,7 +111,7 @@ impl Shared {
     }
 
     fn of_key(&self, host: HostId, request: &BackupAccess, kind: &str, reason: &str) -> Event {
-        let mut event = Event::new(kind, &shortened(reason.to_owned()), self.now());
+        let mut event = Event::new(kind, shortened(reason.to_owned()), self.now());
         event.project = Some(request.repository);
         event.epoch = Some(request.epoch);
         let access = match request.access {

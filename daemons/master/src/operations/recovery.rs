@@ -297,7 +297,9 @@ async fn newest(shared: &Shared, project: ProjectId) -> Result<Option<Backup>, S
     let Some(backups) = &shared.backups else { return Err("this federation has no backups".to_owned()) };
     match backups.browse(project, &Query::List).await {
         Ok(Answer::Backups { backups, .. }) => Ok(backups.into_iter().max_by_key(|backup| backup.taken)),
-        Ok(Answer::Entries(_) | Answer::Changes(_)) => Err("the repository's answer makes no sense".to_owned()),
+        Ok(Answer::Entries(_) | Answer::Changes(_)) => {
+            Err("the repository's answer makes no sense".to_owned())
+        }
         Err(error) => Err(format!("its repository cannot be read: {}", error.message)),
     }
 }

@@ -71,8 +71,8 @@ impl Directory {
         if !parent.is_dir() {
             let there = parent.ancestors().find(|above| above.is_dir()).unwrap_or(&self.root).to_owned();
             make(parent)?;
-            let made = parent.ancestors().skip(1).take_while(|above| above.starts_with(&there));
-            made.map(|above| File::open(above)?.sync_all()).collect::<io::Result<()>>()?;
+            let mut made = parent.ancestors().skip(1).take_while(|above| above.starts_with(&there));
+            made.try_for_each(|above| File::open(above)?.sync_all())?;
         }
         // A name that says what is in it takes what is there along: it is the
         // same, or damaged.
