@@ -178,7 +178,15 @@ async fn the_document_is_what_is_served() {
             // It is served: whoever has no token is told so, and nothing else.
             let place = path.replace("{id}", "x").replace("{token}", "x").replace("{account}", "x");
             let place = place.replace("{identity}", "x").replace("{backup}", "x");
-            let (status, answer) = world.call(&method, &place, "", Value::Null).await;
+            // There are more calls than one address may make at once.
+            let (status, answer) = loop {
+                let (status, answer) = world.call(&method, &place, "", Value::Null).await;
+                if status != 429 {
+                    break (status, answer);
+                }
+                let wait = answer["retry_after_secs"].as_u64().unwrap();
+                tokio::time::sleep(std::time::Duration::from_secs(wait)).await;
+            };
             let expected = match (open, method.as_str()) {
                 // What anybody may read needs no words either.
                 (true, "GET") => (200, ""),
