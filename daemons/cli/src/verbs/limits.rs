@@ -177,7 +177,7 @@ pub(crate) struct Isolation {
     /// What it reaches outside.
     #[arg(long, value_parser = ["full", "none", "only"])]
     network: Option<String>,
-    /// With `--network only`: NAME[:PORT], ADDRESS[:PORT] or NETWORK[:PORT]; again
+    /// With `--network only`: NAME, ADDRESS or NETWORK, each also with `:PORT`; again
     /// for each.
     #[arg(long, value_name = "DESTINATION", required_if_eq("network", "only"))]
     allow: Vec<String>,
