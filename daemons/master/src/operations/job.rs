@@ -94,7 +94,7 @@ impl From<store::Error> for Failure {
 }
 
 impl Failure {
-    fn ended(self, job: &Job, project: &Project) -> Ended {
+    pub(super) fn ended(self, job: &Job, project: &Project) -> Ended {
         let (code, detail) = match self {
             Self::Refused(error) => (code(error.code), error.message),
             Self::OtherHost => ("other_host", OTHER_HOST.to_owned()),

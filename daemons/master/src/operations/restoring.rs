@@ -82,10 +82,14 @@ async fn in_place(
         fetch(call, project, &from, &TreePath::root(), cancel).await?;
         if let Err(failure) = swap(call, project, &name, former).await {
             // Nothing has changed but that it was stopped.
-            if start && let Err(failure) = bring_up(call, project).await {
-                tracing::warn!(project = %id, ?failure, "not started again after a restore that failed");
+            let started = if start { bring_up(call, project).await.map(drop) } else { Ok(()) };
+            if let Err(left) = tidy(call, id, epoch, &name).await {
+                tracing::warn!(project = %id, ?left, "what a restore brought is left as a snapshot");
             }
-            tidy(call, id, epoch, &name).await?;
+            if let Err(second) = started {
+                tracing::warn!(project = %id, ?second, "not started again after a restore that failed");
+                return Ok(failure.ended(&Job::Start, project));
+            }
             return Err(failure);
         }
     }
@@ -93,7 +97,11 @@ async fn in_place(
     tidy(call, id, epoch, &name).await?;
     let report = if start {
         call.settle(STARTING).await;
-        bring_up(call, project).await?
+        match bring_up(call, project).await {
+            Ok(report) => report,
+            // It has been stopped, and does not keep its state.
+            Err(failure) => return Ok(failure.ended(&Job::Start, project)),
+        }
     } else {
         let command = HostCommand::Report { project: id };
         call.report("looking at it", command, Duration::from_secs(60), epoch).await?
