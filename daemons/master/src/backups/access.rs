@@ -104,9 +104,9 @@ impl Shared {
     async fn restores(&self, project: ProjectId, source: ProjectId) -> store::Result<bool> {
         let running = self.db(move |store| {
             let Some(id) = store.project(project)?.fence else { return Ok(None) };
-            Ok(Some((store.operation(id)?.job, store.creation(project)?.job)))
+            Ok(Some(store.operation(id)?.job))
         });
-        let restores = |(job, creation)| operations::restores_from(&job, &creation, source, project);
+        let restores = |job| operations::restores_from(&job, source, project);
         Ok(running.await?.is_some_and(restores))
     }
 

@@ -309,9 +309,17 @@ async fn create(
             };
             call.report("cloning", command, Duration::from_secs(600), epoch).await
         }
+        // To fill it again would throw away what is in it, and nobody knows here
+        // whether anything is.
+        Job::FromBackup { .. } if !call.operation.job.creates() => {
+            let message = "it could not be made from its backup: delete it, and restore the backup again";
+            Err(Failure::Refused(CommandError { code: ErrorCode::Invalid, message: message.into() }))
+        }
         Job::FromBackup { source, backup } => {
-            let command = HostCommand::Create { project: id, epoch, config };
-            call.report("creating", command, Duration::from_secs(120), epoch).await?;
+            if !restoring::is_filled(call.operation) {
+                let command = HostCommand::Create { project: id, epoch, config };
+                call.report("creating", command, Duration::from_secs(120), epoch).await?;
+            }
             let from = restoring::From { source, backup: &backup };
             restoring::fill(call, project, from, cancel).await
         }

@@ -44,6 +44,8 @@ const STOPS_MAX: usize = 5;
 /// not be done again.
 const SWAPPED: &str = "tidying up after a restore";
 const STARTING: &str = "starting again";
+/// The phase in which what was before is put back.
+const UNDOING: &str = "going on as before a restore that failed";
 
 /// A backup of a project as it is to be restored into another, or itself.
 pub(super) struct From<'a> {
@@ -77,36 +79,49 @@ async fn in_place(
     cancel: &mut watch::Receiver<bool>,
 ) -> Result<Ended, Failure> {
     let (id, epoch, name) = (project.id, project.epoch, fetched_name(call.operation.id));
-    let swapped = [SWAPPED, STARTING].contains(&&*call.operation.phase);
-    if !swapped {
+    if call.operation.phase == UNDOING {
+        let message = "it failed before the master was started again; what was there before is in place";
+        let failure = Failure::Refused(CommandError { code: ErrorCode::Failed, message: message.into() });
+        return undo(call, project, &name, start, failure).await;
+    }
+    if ![SWAPPED, STARTING].contains(&&*call.operation.phase) {
         fetch(call, project, &from, &TreePath::root(), cancel).await?;
         if let Err(failure) = swap(call, project, &name, former).await {
-            // Nothing has changed but that it was stopped.
-            let started = if start { bring_up(call, project).await.map(drop) } else { Ok(()) };
-            if let Err(left) = tidy(call, id, epoch, &name).await {
-                tracing::warn!(project = %id, ?left, "what a restore brought is left as a snapshot");
-            }
-            if let Err(second) = started {
-                tracing::warn!(project = %id, ?second, "not started again after a restore that failed");
-                return Ok(failure.ended(&Job::Start, project));
-            }
-            return Err(failure);
+            return undo(call, project, &name, start, failure).await;
         }
     }
     call.settle(SWAPPED).await;
-    tidy(call, id, epoch, &name).await?;
+    leave(call, id, epoch, &name, SWAPPED).await;
     let report = if start {
         call.settle(STARTING).await;
-        match bring_up(call, project).await {
+        match bring_up(call, project, STARTING).await {
             Ok(report) => report,
             // It has been stopped, and does not keep its state.
             Err(failure) => return Ok(failure.ended(&Job::Start, project)),
         }
     } else {
         let command = HostCommand::Report { project: id };
-        call.report("looking at it", command, Duration::from_secs(60), epoch).await?
+        call.report(SWAPPED, command, Duration::from_secs(60), epoch).await?
     };
     Ok(done(ProjectState::from(report.status.state), Some(report)))
+}
+
+/// Nothing has changed but that the project was stopped: it goes on.
+async fn undo(
+    call: &Call<'_>,
+    project: &Project,
+    name: &SnapshotName,
+    start: bool,
+    failure: Failure,
+) -> Result<Ended, Failure> {
+    call.settle(UNDOING).await;
+    let started = if start { bring_up(call, project, UNDOING).await.map(drop) } else { Ok(()) };
+    leave(call, project.id, project.epoch, name, UNDOING).await;
+    if let Err(second) = started {
+        tracing::warn!(project = %project.id, ?second, "not started again after a restore that failed");
+        return Ok(failure.ended(&Job::Start, project));
+    }
+    Err(failure)
 }
 
 /// Stops the project, and puts the restored files in the place of its own,
@@ -134,10 +149,10 @@ async fn swap(
     Err(Failure::NoReceipt)
 }
 
-async fn bring_up(call: &Call<'_>, project: &Project) -> Result<ProjectReport, Failure> {
+async fn bring_up(call: &Call<'_>, project: &Project, phase: &str) -> Result<ProjectReport, Failure> {
     let (id, epoch) = (project.id, project.epoch);
     let command = HostCommand::Start { project: id, epoch, config: project.config.clone() };
-    let report = call.report(STARTING, command, Duration::from_secs(300), epoch).await?;
+    let report = call.report(phase, command, Duration::from_secs(300), epoch).await?;
     if report.status.state == State::Stopped {
         let why = report.status.reason.as_deref().unwrap_or("it ended at once");
         let message = format!("it is restored, and does not start: {why}");
@@ -148,11 +163,28 @@ async fn bring_up(call: &Call<'_>, project: &Project) -> Result<ProjectReport, F
 
 /// The snapshot of the backup has done its service: what it holds is live.
 async fn tidy(call: &Call<'_>, id: ProjectId, epoch: Epoch, name: &SnapshotName) -> Result<(), Failure> {
+    tidy_in(call, id, epoch, name, SWAPPED).await
+}
+
+async fn tidy_in(
+    call: &Call<'_>,
+    id: ProjectId,
+    epoch: Epoch,
+    name: &SnapshotName,
+    phase: &str,
+) -> Result<(), Failure> {
     let command = HostCommand::DeleteSnapshot { project: id, epoch, name: name.clone() };
-    match call.perform(SWAPPED, command, Duration::from_secs(300)).await {
+    match call.perform(phase, command, Duration::from_secs(300)).await {
         // A transfer or backup of it goes on; it is deleted like others then.
         Err(Failure::Refused(error)) if error.code == ErrorCode::InUse => Ok(()),
         other => other.map(drop),
+    }
+}
+
+/// The same where nothing depends on it: a snapshot that is left costs room.
+async fn leave(call: &Call<'_>, id: ProjectId, epoch: Epoch, name: &SnapshotName, phase: &str) {
+    if let Err(failure) = tidy_in(call, id, epoch, name, phase).await {
+        tracing::warn!(project = %id, ?failure, "what a restore brought is left as a snapshot");
     }
 }
 
@@ -201,16 +233,26 @@ pub(super) async fn fill(
     cancel: &mut watch::Receiver<bool>,
 ) -> Result<ProjectReport, Failure> {
     let (id, epoch, name) = (project.id, project.epoch, fetched_name(call.operation.id));
+    if is_filled(call.operation) {
+        // It was filled before the master was started again, and may have been
+        // worked in since: it is not filled again.
+        let command = HostCommand::Report { project: id };
+        return call.report(SWAPPED, command, Duration::from_secs(60), epoch).await;
+    }
     fetch(call, project, &from, &TreePath::root(), cancel).await?;
-    // The same whichever operation makes the project, so that only what was
-    // empty is thrown away.
     let empty: SnapshotName = "before-first-restore".parse().map_err(|_| Failure::NoReceipt)?;
     let restore =
         HostCommand::RestoreSnapshot { project: id, epoch, name: name.clone(), former: empty.clone() };
     let report = call.report("putting it in place", restore, Duration::from_secs(300), epoch).await?;
-    tidy(call, id, epoch, &empty).await?;
-    tidy(call, id, epoch, &name).await?;
+    call.settle(SWAPPED).await;
+    leave(call, id, epoch, &empty, SWAPPED).await;
+    leave(call, id, epoch, &name, SWAPPED).await;
     Ok(report)
+}
+
+/// Whether the project of an operation that makes it has got its files.
+pub(super) fn is_filled(operation: &Operation) -> bool {
+    operation.phase == SWAPPED
 }
 
 /// Brings a backup, or a path of it, to the project's host, as a snapshot.
@@ -294,14 +336,11 @@ async fn cancelled(shared: &Shared, operation: &Operation, project: &Project) ->
     Failure::Refused(CommandError { code: ErrorCode::Cancelled, message: "cancelled".into() })
 }
 
-/// Whether the operation's job restores backups of `source` into its project,
-/// of which `creation` is the job that made it.
-pub(crate) fn restores_from(job: &Job, creation: &Job, source: ProjectId, project: ProjectId) -> bool {
+/// Whether an operation restores backups of `source` into its project.
+pub(crate) fn restores_from(job: &Job, source: ProjectId, project: ProjectId) -> bool {
     match job {
         Job::RestoreBackup { .. } => source == project,
         Job::FromBackup { source: of, .. } => *of == source,
-        // A creation that failed is made good.
-        Job::Start => matches!(creation, Job::FromBackup { source: of, .. } if *of == source),
         _ => false,
     }
 }
