@@ -59,6 +59,7 @@ impl Backups {
             mirror: config.mirror.as_ref().map(minter).transpose()?,
             config: config.clone(),
             wrapping,
+            rotation: tokio::sync::RwLock::default(),
             store,
             clock,
         });
@@ -103,6 +104,7 @@ impl Backups {
     /// How many there are, and the name of the new one.
     pub(crate) async fn rotate(&self) -> Result<(u64, String), BoxError> {
         let own = &self.repositories;
+        let _alone = own.rotation.write().await;
         let current = own.wrapping.rotate(own.clock.wall())?;
         let (mut after, mut count, mut left) = (String::new(), 0, 0);
         loop {
@@ -135,6 +137,9 @@ struct Own {
     minter: Minter,
     mirror: Option<Minter>,
     wrapping: Wrapping,
+    /// Held by who wraps a key until it is stored, and alone by a rotation: what
+    /// it retires wraps nothing that it has not seen.
+    rotation: tokio::sync::RwLock<()>,
     store: Arc<Store>,
     clock: Arc<dyn Clock>,
 }
@@ -153,6 +158,7 @@ impl Own {
     /// The repository of a project and its key; made, and kept, if there is
     /// none.
     async fn key(&self, project: ProjectId) -> Result<(RepositoryName, RepositoryKey), BoxError> {
+        let _wraps = self.rotation.read().await;
         let (now, shared) = (self.clock.wall(), self.config.layout == Layout::Shared);
         let per_shard = shared.then_some(self.config.projects_per_shard);
         if self.find(project).await?.is_none() {
