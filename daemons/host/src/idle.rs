@@ -293,12 +293,14 @@ impl Idle {
         let jobs = if IdleLimits::new(&parts.policy, &entry.config.idle).timeout.is_some() {
             jobs::declared(&*parts.storage, project, parts.clock.wall()).await
         } else {
-            BTreeMap::new()
+            Some(BTreeMap::new())
         };
         let mut watched = self.watched();
         let Some(one) = watched.get_mut(&project) else { return };
         one.sample = Some((now, stats));
-        one.record.declare(jobs.into_iter().map(|(name, left)| (name, now + left)).collect());
+        if let Some(jobs) = jobs {
+            one.record.declare(jobs.into_iter().map(|(name, left)| (name, now + left)).collect());
+        }
         let known = one.oom.map_or(0, |(count, _)| count);
         if stats.oom_kills > known {
             tracing::info!(%project, kills = stats.oom_kills, "processes were killed because its memory was used up");

@@ -327,8 +327,9 @@ impl Inner {
         };
         let busy =
             || Problem::unavailable("project_busy", "The project's files cannot be changed just now.", 2);
-        let alone = timeout(TURN_LIMIT, raw.changes(project).lock_owned()).await.map_err(|_| busy())?;
+        // The project's own turn first: who waits for that holds up nobody else.
         let turn = timeout(TURN_LIMIT, raw.files.turn(project)).await.ok().flatten().ok_or_else(busy)?;
+        let alone = timeout(TURN_LIMIT, raw.changes(project).lock_owned()).await.map_err(|_| busy())?;
         // An upload may have taken long.
         self.authorize(principal, project, Action::Write).await?;
         // In the turn, because a restore puts another directory there.

@@ -53,8 +53,9 @@ const MARK: &str = "COCALC_SUPERVISOR";
 ///
 /// One that [confines](Self::open_confined) them takes their capabilities, and
 /// where the kernel has Landlock, a project writes its own home alone, reads the
-/// system's directories, and reaches neither the processes of others nor those of
-/// the host. It is still this user, on this machine's
+/// system's directories, and neither signals nor traces the processes of others. It
+/// does not keep one from sockets that have a path, those of other projects'
+/// supervisors among them. It is still this user, on this machine's
 /// network, and of the limits only that of open files is enforced. The rest of
 /// the contract it keeps: one instance, a true status, processes that end with
 /// their project, and ports that are only dialed if a process of the project
@@ -443,6 +444,9 @@ impl Runner for ProcessRunner {
         let mut weak = |what: &str| weaknesses.push(what.to_owned());
         if self.shared.landlock {
             weak("projects are this host's user: they read what that user can in the system's directories");
+            weak(
+                "projects can talk to each other's supervisors: Landlock does not cover sockets with a path",
+            );
         } else if self.shared.confined {
             weak(
                 "no isolation, for the kernel has no Landlock: a project can do whatever this host's user can",

@@ -21,6 +21,7 @@ use super::{
     caller::Caller,
     input::{Asked, Body, Id, Ids, clean_name},
     problem::{Answer, Problem},
+    project_limits,
     projects::{Nothing, SETTLED, begin},
     view::Begun,
 };
@@ -227,8 +228,8 @@ async fn clone(
     let id = ProjectId::from_random_bytes(caller.new_id("project"));
     let operation = OperationId::from_random_bytes(caller.new_id("clone"));
     let job = Job::Clone { source, name: body.snapshot };
-    let project =
-        shared.create_project(id, operation, name, caller.id, original.config, original.host, job).await?;
+    let config = project_limits::of_copy(&shared, &caller, original.config);
+    let project = shared.create_project(id, operation, name, caller.id, config, original.host, job).await?;
     Ok((StatusCode::ACCEPTED, Json(Begun { operation_id: operation.to_string(), project: project.into() })))
 }
 

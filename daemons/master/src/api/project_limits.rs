@@ -107,6 +107,22 @@ impl From<AskedLimits> for Limits {
 }
 
 /// Refuses what is above a plan.
+/// How a new project of the caller is run that is made of another one: as that
+/// one, but within the plan of new projects. What an operator granted to the
+/// other one's owner is not the caller's to multiply.
+pub(super) fn of_copy(shared: &Shared, caller: &Caller, mut config: ProjectConfig) -> ProjectConfig {
+    config.idle.keep_until = None;
+    if caller.admin {
+        return config;
+    }
+    config.idle.plan_secs = None;
+    config.limits_max = shared.limits_max.clone();
+    if config.limits.above(&config.limits_max).is_some() {
+        config.limits = Limits::default();
+    }
+    config
+}
+
 pub(super) fn within(limits: &Limits, max: &Limits) -> Answer<()> {
     match limits.above(max) {
         None => Ok(()),

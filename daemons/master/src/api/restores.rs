@@ -16,6 +16,7 @@ use super::{
     hosts,
     input::{Body, Ids, clean_name},
     problem::{Answer, Problem},
+    project_limits,
     projects::chosen,
     view::Begun,
 };
@@ -137,7 +138,7 @@ async fn new_project(
         Some(host) => Some(hosts::find(shared, host).await?.id),
         None => None,
     };
-    let config = original.config;
+    let config = project_limits::of_copy(shared, caller, original.config);
     let host = chosen(shared, config.image, config.quota_bytes, only).await?;
     let id = ProjectId::from_random_bytes(caller.new_id("project"));
     caller.notes("project.create", id);
