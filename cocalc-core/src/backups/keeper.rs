@@ -690,7 +690,7 @@ impl Keeper {
             // whoever made it.
             None => {
                 let all = backups.list(project).await.map_err(|error| backup_error(&error))?;
-                let newest = all.into_iter().max_by(|a, b| (a.taken, &a.id).cmp(&(b.taken, &b.id)));
+                let newest = all.into_iter().max_by(Backup::order);
                 let moved = newest.is_some();
                 (newest.map(|backup| backup.id), moved)
             }

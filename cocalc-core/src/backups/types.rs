@@ -1,6 +1,6 @@
 //! What goes into a backup call, and what comes out.
 
-use std::{path::PathBuf, time::Duration};
+use std::{cmp::Ordering, path::PathBuf, time::Duration};
 
 use cocalc_ids::{Epoch, HostId, ProjectId, SnapshotName, Timestamp, TreePath};
 use serde::{Deserialize, Serialize};
@@ -86,6 +86,15 @@ pub struct Backup {
     pub files: u64,
     /// How many of them were new or had changed, so that they were read.
     pub files_read: u64,
+}
+
+impl Backup {
+    /// The order in which the backups of a project were made. A project has one
+    /// owner at a time, and each has a higher epoch than the one before; only
+    /// the backups of one owner are ordered by a clock, which is that owner's.
+    pub fn order(&self, other: &Self) -> Ordering {
+        (self.epoch, self.taken, &self.id).cmp(&(other.epoch, other.taken, &other.id))
+    }
 }
 
 /// How far a call has come. Numbers never go back while the phase is the same.
@@ -232,4 +241,30 @@ pub struct Erased {
     /// go with the first prune after its grace.
     #[serde(default)]
     pub marked_bytes: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_backup_is_the_last_owners_whatever_the_clocks_said() {
+        let project = ProjectId::random();
+        let backup = |id: &str, epoch: u64, secs: i64| Backup {
+            id: id.to_owned(),
+            project,
+            host: HostId::random(),
+            epoch: Epoch::new(epoch).unwrap(),
+            kind: BackupKind::Scheduled,
+            taken: Timestamp::from_secs(secs),
+            bytes: 0,
+            added_bytes: 0,
+            files: 0,
+            files_read: 0,
+        };
+        // The first host's clock was ahead by years.
+        let mut all = vec![backup("c", 1, 9_000), backup("a", 2, 20), backup("b", 2, 10), backup("d", 2, 20)];
+        all.sort_by(Backup::order);
+        assert_eq!(all.iter().map(|one| one.id.as_str()).collect::<Vec<_>>(), ["c", "b", "a", "d"]);
+    }
 }

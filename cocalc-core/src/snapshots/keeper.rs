@@ -13,10 +13,11 @@ use std::{
 
 use cocalc_ids::{ProjectId, SnapshotName, Timestamp};
 
-pub use self::numbers::Numbers;
 use self::{numbers::Counters, space::Space};
+pub use self::{numbers::Numbers, space::RaisedRoom};
 use super::{Outcome, Policy, Schedule, auto_name, latest, superfluous};
 use crate::{
+    backups::is_fetched,
     clock::Clock,
     control::ProjectConfig,
     grant::{Entry, Ledger},
@@ -31,6 +32,10 @@ const LOOK: Duration = Duration::from_secs(10);
 /// How long a project that is being started, stopped or restored is waited
 /// for, before the next one is looked at.
 const TURN_LIMIT: Duration = Duration::from_secs(2);
+
+/// How long what a restore has brought may wait for its use: longer than any
+/// operation goes on with a host or a master away.
+const FETCHED_MAX: Duration = Duration::from_secs(2 * 24 * 3_600);
 
 /// How a [`Keeper`] works.
 #[derive(Clone, Copy, Debug)]
@@ -206,6 +211,7 @@ impl Keeper {
         let known: Vec<Entry> = running.iter().filter_map(|project| self.0.ledger.entry(*project)).collect();
         let mut state = self.state();
         state.looked = Some(now);
+        state.space.doubt(held.iter().filter(|entry| entry.may_run().is_some()).map(|entry| entry.project));
         for entry in held.iter().filter(|entry| entry.may_run().is_some()) {
             state.schedule.rests(entry.project, self.policy(&entry.config).interval(), now);
         }
@@ -230,6 +236,9 @@ impl Keeper {
             state.space.forget(project);
             return Outcome::Done;
         };
+        if let Err(error) = self.sweep_fetched(project).await {
+            tracing::warn!(%project, error = %crate::chain(&error), "cannot look for what restores have left");
+        }
         let policy = self.policy(&entry.config);
         if !policy.fields().enabled {
             return Outcome::Done;
@@ -238,6 +247,19 @@ impl Keeper {
             Ok(()) => Outcome::Done,
             Err(_) => Outcome::Failed,
         }
+    }
+
+    /// Deletes what a restore brought and nobody has deleted: its master or this
+    /// host was away when it failed.
+    async fn sweep_fetched(&self, project: ProjectId) -> storage::Result<()> {
+        let now = self.0.clock.wall();
+        for snapshot in self.0.storage.snapshots(project).await? {
+            if is_fetched(&snapshot.name) && now.since(snapshot.created) >= FETCHED_MAX {
+                self.delete(project, &snapshot.name).await?;
+                tracing::info!(%project, name = %snapshot.name, "what a restore had left is deleted");
+            }
+        }
+        Ok(())
     }
 
     /// The project's turn, unless somebody has it for long.

@@ -18,7 +18,7 @@ mod relief;
 pub(crate) mod retention;
 mod schedule;
 
-pub use keeper::{Keeper, KeeperSettings, Numbers};
+pub use keeper::{Keeper, KeeperSettings, Numbers, RaisedRoom};
 pub use name::{AUTO_PREFIX, auto_name, auto_time};
 pub use policy::{Policy, PolicyError, PolicyFields};
 pub use relief::{Need, Relief};

@@ -70,7 +70,7 @@ impl Trial for Drill {
     ) -> Result<DrillReport, CommandError> {
         let _alone = self.alone.lock().await;
         let all = backups.list(project).await.map_err(|error| backup_error(&error))?;
-        let newest = all.into_iter().max_by(|a, b| (a.taken, &a.id).cmp(&(b.taken, &b.id)));
+        let newest = all.into_iter().max_by(Backup::order);
         let backup = newest.ok_or_else(|| refused(ErrorCode::NotFound, "the project has no backup yet"))?;
         let (free, needed) = ((self.free_bytes)(), backup.bytes.saturating_add(RESERVE_BYTES));
         if free < needed {

@@ -156,6 +156,8 @@ impl Host {
             keeper.clone(),
             Arc::new(move |digest| here.image(digest)),
         )
+        .keep_receipts(&config.data_dir.join("receipts"))
+        .map_err(|error| Error::open("receipts of commands")(error.into()))?
         .with_backups(backups.clone());
         let meters = Meters::new(Arc::new(SystemClock));
         let idle = Idle::new(idle::Parts {

@@ -7,7 +7,7 @@ mod once;
 use std::{
     collections::BTreeMap,
     fmt,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -51,7 +51,7 @@ pub struct Lifecycle {
     images: Arc<dyn Fn(ImageDigest) -> Option<PathBuf> + Send + Sync>,
     /// Why the last start of a project failed, until one succeeds.
     failures: Arc<Mutex<BTreeMap<ProjectId, String>>>,
-    once: Arc<Once>,
+    once: Once,
     gate: Gate,
     starts: Arc<Histogram>,
     /// Keeps the backups, if this host can make any.
@@ -84,13 +84,24 @@ impl Lifecycle {
             keeper,
             images,
             failures: Arc::default(),
-            once: Arc::default(),
+            once: Once::default(),
             gate: Gate::new(QueueLimits::for_cores(cores()), available_bytes),
             starts: Arc::new(Histogram::seconds()),
             inside: None,
             backups: None,
             idle: None,
         }
+    }
+
+    /// Keeps in `directory` which commands were begun and done that must not be
+    /// done twice. Default: in memory only.
+    ///
+    /// # Errors
+    ///
+    /// If what is there cannot be read.
+    pub fn keep_receipts(mut self, directory: &Path) -> std::io::Result<Self> {
+        self.once = Once::open(directory)?;
+        Ok(self)
     }
 
     /// Looks inside projects. Default: only what the runner itself tells.
@@ -400,10 +411,10 @@ impl Lifecycle {
         self.storage.delete_snapshot(project, name).await.map_err(storage_error)?;
         // The end of a restore from a backup, for which it was given room.
         if backups::is_fetched(name)
-            && let Some(backups) = &self.backups
-            && !backups.settle_limit(project, self.keeper.limit_bytes(&entry.config)).await
+            && let Err(error) = self.keeper.end_room(&entry, name).await
         {
-            tracing::info!(%project, "it keeps the room of its restore: the state before takes it");
+            let error = cocalc_core::chain(&error);
+            tracing::warn!(%project, error, "it keeps the room of its restore for a while");
         }
         Ok(HostReply::Snapshots { project, snapshots: vec![] })
     }

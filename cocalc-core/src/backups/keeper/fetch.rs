@@ -10,7 +10,8 @@ use crate::{
     backups::{Backup, Backups, Restored, Work, backup_error},
     control::{BackupsOutcome, CommandError, ErrorCode},
     moves::host::storage_error,
-    storage::{self, Snapshot},
+    snapshots::RaisedRoom,
+    storage::Snapshot,
 };
 
 /// What is kept free on the volume beside what comes.
@@ -104,67 +105,35 @@ impl Keeper {
             );
             return Err(CommandError { code: ErrorCode::NoSpace, message });
         }
-        let limit = self.make_room(project, needs).await?;
-        let outcome = async {
-            let place = storage.stage(project, &what.name).await.map_err(storage_error)?;
-            let progress = |state| work.progress(state);
-            let restored =
-                backups.restore(what.source, &what.backup, &what.path, place.path(), &progress).await;
-            let restored = restored.map_err(|error| backup_error(&error))?;
-            // Whoever took the project away meanwhile wants nothing of it.
-            self.may_fetch(project, epoch, what.move_id)?;
-            let snapshot = place.publish().await.map_err(storage_error)?;
-            Ok((snapshot, restored))
+        let room = self.make_room(project, what, needs).await?;
+        let place = storage.stage(project, &what.name).await.map_err(storage_error)?;
+        let progress = |state| work.progress(state);
+        let restored = backups.restore(what.source, &what.backup, &what.path, place.path(), &progress).await;
+        let restored = restored.map_err(|error| backup_error(&error))?;
+        // Whoever took the project away meanwhile wants nothing of it.
+        self.may_fetch(project, epoch, what.move_id)?;
+        let snapshot = place.publish().await.map_err(storage_error)?;
+        // Until the snapshot is deleted.
+        if let Some(room) = room {
+            room.keep();
         }
-        .await;
-        if outcome.is_err() {
-            self.set_limit(project, limit).await;
-        }
-        outcome
+        Ok((snapshot, restored))
     }
 
-    /// Lets the project take `bytes` more, for what comes beside what is there.
-    /// What the limit was.
-    async fn make_room(&self, project: ProjectId, bytes: u64) -> Result<Option<u64>, CommandError> {
-        let storage = &self.0.parts.storage;
-        let limit = match storage.usage(project).await {
-            Ok(usage) => usage.limit_bytes,
-            // One that was never here has no limit yet.
-            Err(storage::Error::NotFound { .. }) => None,
-            Err(error) => return Err(storage_error(error)),
-        };
-        let Some(before) = limit else { return Ok(None) };
-        match storage.set_limit(project, Some(before.saturating_add(bytes))).await {
-            Ok(()) | Err(storage::Error::Unsupported { .. } | storage::Error::NotFound { .. }) => Ok(limit),
-            Err(error) => Err(storage_error(error)),
+    /// Lets a project of this host take `bytes` more, for what comes beside what
+    /// is there. One that this host expects has no limit yet.
+    async fn make_room(
+        &self,
+        project: ProjectId,
+        what: &Fetch,
+        bytes: u64,
+    ) -> Result<Option<RaisedRoom>, CommandError> {
+        let entry = self.0.parts.ledger.known(project)?;
+        if what.move_id.is_some() || entry.may_run().is_none() {
+            return Ok(None);
         }
-    }
-
-    async fn set_limit(&self, project: ProjectId, limit: Option<u64>) {
-        if limit.is_none() {
-            return;
-        }
-        match self.0.parts.storage.set_limit(project, limit).await {
-            Ok(()) | Err(storage::Error::Unsupported { .. } | storage::Error::NotFound { .. }) => {}
-            Err(error) => {
-                tracing::warn!(%project, error = %crate::chain(&error), "cannot put the limit back");
-            }
-        }
-    }
-
-    /// A restore is over, and only its result and the state before are left:
-    /// the project is limited again as its plan says, if it fits.
-    pub async fn settle_limit(&self, project: ProjectId, limit: Option<u64>) -> bool {
-        let Some(wanted) = limit else { return true };
-        let fits = match self.0.parts.storage.usage(project).await {
-            // Nine tenths, so that somebody can go on working.
-            Ok(usage) => usage.charged_bytes <= wanted / 10 * 9,
-            Err(_) => true,
-        };
-        if fits {
-            self.set_limit(project, limit).await;
-        }
-        fits
+        let room = self.0.parts.snapshots.raise(&entry, what.name.clone(), bytes).await;
+        room.map(Some).map_err(storage_error)
     }
 }
 

@@ -1,11 +1,15 @@
 //! Sees to it that snapshots don't fill a project.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
-use cocalc_ids::ProjectId;
+use cocalc_ids::{ProjectId, SnapshotName};
 
 use super::{Keeper, names};
 use crate::{
+    control::ProjectConfig,
     grant::Entry,
     snapshots::{Need, Relief, expendable},
     storage::{self, Usage},
@@ -21,6 +25,10 @@ const COUNT: Duration = Duration::from_secs(3_600);
 /// How long counting may take.
 const COUNT_LIMIT: Duration = Duration::from_secs(120);
 
+/// How long a project may keep the room of a restore that is over, if it does
+/// not fit without: the time to delete the state before.
+const OVER_MAX: Duration = Duration::from_secs(24 * 3_600);
+
 /// What is known of the space of the projects that need it.
 #[derive(Debug, Default)]
 pub(super) struct Space {
@@ -29,6 +37,20 @@ pub(super) struct Space {
     /// The last project it has looked at.
     after: Option<ProjectId>,
     pressed: BTreeMap<ProjectId, Pressed>,
+    /// What projects may take beside their plan, and for what.
+    rooms: BTreeMap<ProjectId, BTreeMap<SnapshotName, Room>>,
+    /// Projects whose limit is to be looked at although they don't run: the
+    /// process before may have left it raised.
+    unsure: BTreeSet<ProjectId>,
+}
+
+/// Room for something that is there for a while.
+#[derive(Clone, Copy, Debug)]
+struct Room {
+    bytes: u64,
+    /// Since when what it was for is over: it goes as soon as the project fits
+    /// without, at the latest after [`OVER_MAX`].
+    over: Option<Duration>,
 }
 
 /// A project that is nearly full.
@@ -45,12 +67,128 @@ impl Space {
         self.pressed.get(&project)?.notice.clone()
     }
 
+    /// It is not this host's, or not any more.
     pub(super) fn forget(&mut self, project: ProjectId) {
         self.pressed.remove(&project);
+        self.unsure.remove(&project);
+        self.rooms.remove(&project);
+    }
+
+    /// Who is looked at although nothing of it may run.
+    fn attended(&self) -> impl Iterator<Item = ProjectId> {
+        self.pressed.keys().chain(self.rooms.keys()).chain(&self.unsure).copied()
+    }
+
+    /// Whose limits may have been left raised.
+    pub(super) fn doubt(&mut self, projects: impl IntoIterator<Item = ProjectId>) {
+        self.unsure.extend(projects);
+    }
+
+    /// What a project may take beside its plan.
+    fn room(&self, project: ProjectId) -> u64 {
+        let rooms = self.rooms.get(&project).into_iter().flat_map(BTreeMap::values);
+        rooms.fold(0, |sum, room| sum.saturating_add(room.bytes))
+    }
+
+    /// Takes back what is over, if the project fits without it.
+    fn take_back(&mut self, project: ProjectId, plan: Option<u64>, charged_bytes: u64, now: Duration) {
+        let Some(rooms) = self.rooms.get_mut(&project) else { return };
+        // Nine tenths, so that somebody can go on working.
+        let fits = plan.is_none_or(|limit| charged_bytes <= limit / 10 * 9);
+        rooms.retain(|_, room| room.over.is_none_or(|since| !fits && now < since + OVER_MAX));
+        if rooms.is_empty() {
+            self.rooms.remove(&project);
+        }
+    }
+
+    fn end(&mut self, project: ProjectId, name: &SnapshotName, now: Duration) {
+        if let Some(room) = self.rooms.get_mut(&project).and_then(|rooms| rooms.get_mut(name)) {
+            room.over.get_or_insert(now);
+        }
+    }
+}
+
+/// Room that a project has until [`Keeper::end_room`]; at once no more, if this
+/// is dropped before [`keep`](Self::keep): then what it was for did not come.
+#[derive(Debug)]
+pub struct RaisedRoom {
+    keeper: Keeper,
+    project: ProjectId,
+    name: Option<SnapshotName>,
+}
+
+impl RaisedRoom {
+    /// What it is for has come.
+    pub fn keep(mut self) {
+        self.name = None;
+    }
+}
+
+impl Drop for RaisedRoom {
+    fn drop(&mut self) {
+        if let Some(name) = self.name.take() {
+            let now = self.keeper.0.clock.boot();
+            self.keeper.state().space.end(self.project, &name, now);
+        }
     }
 }
 
 impl Keeper {
+    /// Lets a project take `bytes` more than its plan, for the snapshot `name`
+    /// that is about to come, until [`end_room`](Self::end_room); never more than
+    /// twice its plan's limit, whatever came before. The caller has the
+    /// project's grant, and its fence. With the process it ends by itself.
+    ///
+    /// # Errors
+    ///
+    /// As of the storage, but for a project that has no volume or a storage
+    /// without limits.
+    pub async fn raise(&self, entry: &Entry, name: SnapshotName, bytes: u64) -> storage::Result<RaisedRoom> {
+        let project = entry.project;
+        let bytes = self.limit_bytes(&entry.config).map_or(0, |limit| bytes.min(limit));
+        {
+            let mut state = self.state();
+            let rooms = state.space.rooms.entry(project).or_default();
+            // Room upon room would be a plan of one's own making.
+            rooms.clear();
+            rooms.insert(name.clone(), Room { bytes, over: None });
+        }
+        let raised = RaisedRoom { keeper: self.clone(), project, name: Some(name) };
+        self.set_limit(project, self.limit_now(&entry.config, project)).await?;
+        Ok(raised)
+    }
+
+    /// What had [room](Self::raise) is gone, or has become the project: that has
+    /// its plan's limit again as soon as it fits, a day later in any case. Does
+    /// nothing if there was no room. The caller has the project's turn.
+    ///
+    /// # Errors
+    ///
+    /// As of the storage; it is tried again by itself.
+    pub async fn end_room(&self, entry: &Entry, name: &SnapshotName) -> storage::Result<()> {
+        let (project, now) = (entry.project, self.0.clock.boot());
+        self.state().space.end(project, name, now);
+        let charged = match self.0.storage.usage(project).await {
+            Err(storage::Error::NotFound { .. }) => return Ok(()),
+            usage => usage?.charged_bytes,
+        };
+        self.state().space.take_back(project, self.limit_bytes(&entry.config), charged, now);
+        self.set_limit(project, self.limit_now(&entry.config, project)).await
+    }
+
+    /// The limit that a project has now: its plan's, and what it was given room
+    /// for.
+    pub fn limit_now(&self, config: &ProjectConfig, project: ProjectId) -> Option<u64> {
+        Some(self.limit_bytes(config)?.saturating_add(self.state().space.room(project)))
+    }
+
+    async fn set_limit(&self, project: ProjectId, limit: Option<u64>) -> storage::Result<()> {
+        match self.0.storage.set_limit(project, limit).await {
+            Err(storage::Error::Unsupported { .. } | storage::Error::NotFound { .. }) => Ok(()),
+            done => done,
+        }
+    }
+
     /// Looks at the usage of some running projects, and of those that were
     /// nearly full.
     pub(super) async fn sweep(&self) {
@@ -69,8 +207,7 @@ impl Keeper {
         let now = self.0.clock.boot();
         let mut state = self.state();
         let next: Vec<ProjectId> = {
-            let mut all: Vec<ProjectId> =
-                state.schedule.running().chain(state.space.pressed.keys().copied()).collect();
+            let mut all: Vec<ProjectId> = state.schedule.running().chain(state.space.attended()).collect();
             all.sort_unstable();
             all.dedup();
             let begin = state.space.after.map_or(0, |after| all.partition_point(|one| *one <= after));
@@ -99,25 +236,31 @@ impl Keeper {
             }
             usage => usage?,
         };
-        let limit = self.limit_bytes(&entry.config);
-        if usage.limit_bytes != limit {
+        let (plan, now) = (self.limit_bytes(&entry.config), self.0.clock.boot());
+        self.state().space.take_back(project, plan, usage.charged_bytes, now);
+        let limit = self.limit_now(&entry.config, project);
+        if usage.limit_bytes == limit {
+            self.state().space.unsure.remove(&project);
+        } else {
             let Some(_turn) = self.turn(project).await else { return Ok(()) };
             // A move may be about to take it away; then the limit is not ours.
             if self.0.ledger.entry(project).is_none_or(|now| now.may_run() != entry.may_run()) {
                 return Ok(());
             }
+            // Asked again in its turn: a restore may have been given room.
+            let limit = self.limit_now(&entry.config, project);
             tracing::info!(%project, was = usage.limit_bytes, now = limit, "its limit is set");
             self.0.storage.set_limit(project, limit).await?;
             usage.limit_bytes = limit;
+            self.state().space.unsure.remove(&project);
         }
-        let now = self.0.clock.boot();
         let need = {
             let mut state = self.state();
             let mut relief =
                 state.space.pressed.get(&project).map(|pressed| pressed.relief).unwrap_or_default();
             let need = relief.on_usage(&usage, now);
             match need {
-                Need::Nothing => state.space.forget(project),
+                Need::Nothing => drop(state.space.pressed.remove(&project)),
                 Need::Wait | Need::Delete(_) => {
                     state.space.pressed.entry(project).or_default().relief = relief
                 }

@@ -25,7 +25,11 @@ struct World {
 
 impl World {
     async fn new() -> Self {
-        let clock = ManualClock::new(Timestamp::from_secs(1_795_737_088));
+        Self::at(Timestamp::from_secs(1_795_737_088)).await
+    }
+
+    async fn at(now: Timestamp) -> Self {
+        let clock = ManualClock::new(now);
         let runner = MemoryRunner::new(Arc::new(clock.clone()));
         let storage = MemoryStorage::new();
         let host = cocalc_ids::HostId::random();
@@ -309,4 +313,73 @@ async fn one_that_is_switched_off_is_left_alone() {
     world.pass(INTERVAL * 2).await;
     world.keeper.stopped(&world.ledger.entry(project).unwrap()).await;
     assert_eq!(world.names(project).await, [old]);
+}
+
+const GIB: u64 = 1 << 30;
+
+impl World {
+    async fn limit(&self, project: ProjectId) -> Option<u64> {
+        self.storage.usage(project).await.unwrap().limit_bytes
+    }
+
+    fn entry(&self, project: ProjectId) -> crate::grant::Entry {
+        self.ledger.entry(project).unwrap()
+    }
+}
+
+fn planned() -> ProjectConfig {
+    ProjectConfig { quota_bytes: Some(GIB), ..ProjectConfig::default() }
+}
+
+#[tokio::test]
+async fn the_room_of_a_restore_stays_as_long_as_it_goes_on() {
+    let world = World::new().await;
+    let project = world.running(planned()).await;
+    let plan = world.limit(project).await.unwrap();
+    let name = crate::backups::fetched_name(cocalc_ids::OperationId::random());
+    let room = world.keeper.raise(&world.entry(project), name.clone(), 1000).await.unwrap();
+    room.keep();
+    world.pass(Duration::from_secs(60)).await;
+    assert_eq!(world.limit(project).await, Some(plan + 1000), "nobody takes it back meanwhile");
+    // Never more than the plan again.
+    let other = crate::backups::fetched_name(cocalc_ids::OperationId::random());
+    world.keeper.raise(&world.entry(project), other.clone(), u64::MAX).await.unwrap().keep();
+    assert_eq!(world.limit(project).await, Some(2 * plan));
+    world.keeper.end_room(&world.entry(project), &other).await.unwrap();
+    assert_eq!(world.limit(project).await, Some(plan));
+}
+
+#[tokio::test]
+async fn the_room_of_a_restore_that_failed_goes_by_itself() {
+    let mut world = World::new().await;
+    // It does not run, so nobody would look at it otherwise.
+    let project = world.project(planned()).await;
+    let plan = world.limit(project).await.unwrap();
+    let name = || crate::backups::fetched_name(cocalc_ids::OperationId::random());
+    drop(world.keeper.raise(&world.entry(project), name(), 1000).await.unwrap());
+    world.pass(Duration::from_secs(60)).await;
+    assert_eq!(world.limit(project).await, Some(plan));
+    // Nor does the end of the process leave it.
+    world.keeper.raise(&world.entry(project), name(), 1000).await.unwrap().keep();
+    assert_eq!(world.limit(project).await, Some(plan + 1000));
+    world.restart();
+    world.pass(Duration::from_secs(60)).await;
+    assert_eq!(world.limit(project).await, Some(plan));
+}
+
+#[tokio::test]
+async fn what_a_restore_has_left_is_deleted_in_the_end() {
+    // The storage goes by the machine's clock.
+    let world = World::at(Timestamp::now()).await;
+    let project = world.running(ProjectConfig::default()).await;
+    let left = crate::backups::fetched_name(cocalc_ids::OperationId::random());
+    let own: SnapshotName = "restored-by-hand".parse().unwrap();
+    for name in [&left, &own] {
+        world.storage.snapshot(project, name).await.unwrap();
+    }
+    world.pass(Duration::from_secs(3600)).await;
+    assert!(world.names(project).await.contains(&left), "an operation may go on");
+    world.pass(Duration::from_secs(3 * 24 * 3600)).await;
+    let names = world.names(project).await;
+    assert!(!names.contains(&left) && names.contains(&own), "{names:?}");
 }

@@ -100,7 +100,7 @@ impl Lifecycle {
         // Before anything is kept: limits that can't be are no wish of the project.
         let applied = self.limit(project, epoch, &config).await?;
         let entry = self.ledger.configure(project, epoch, config).await?;
-        match self.storage.set_limit(project, self.keeper.limit_bytes(&entry.config)).await {
+        match self.storage.set_limit(project, self.keeper.limit_now(&entry.config, project)).await {
             Ok(()) | Err(storage::Error::Unsupported { .. }) => {}
             Err(error) => return Err(storage_error(error)),
         }
@@ -145,12 +145,19 @@ impl Lifecycle {
         work: impl Future<Output = Result<HostReply, CommandError>>,
     ) -> Result<HostReply, CommandError> {
         let _turn = self.ledger.turn(project).await;
-        if let Some(done) = self.once.get(operation) {
+        if let Some(done) = self.once.begin(operation).await? {
             return Ok(done);
         }
-        let done = work.await?;
-        self.once.put(operation, done.clone());
-        Ok(done)
+        match work.await {
+            Ok(done) => {
+                self.once.done(operation, done.clone()).await;
+                Ok(done)
+            }
+            Err(error) => {
+                self.once.not_done(operation).await;
+                Err(error)
+            }
+        }
     }
 
     pub(super) async fn restore_path(

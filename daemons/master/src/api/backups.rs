@@ -214,9 +214,7 @@ pub(super) async fn named(shared: &Shared, project: &Project, id: Option<String>
     let found = match id {
         // One of those that are left out is looked for by whoever restores it.
         Some(id) => Some(id).filter(|id| truncated || backups.iter().any(|backup| backup.id == *id)),
-        None => {
-            backups.into_iter().max_by(|a, b| (a.taken, &a.id).cmp(&(b.taken, &b.id))).map(|last| last.id)
-        }
+        None => backups.into_iter().max_by(Backup::order).map(|last| last.id),
     };
     found.ok_or_else(|| Problem::not_found("backup"))
 }

@@ -296,7 +296,7 @@ async fn settled(shared: &Shared, id: OperationId) -> store::Result<Operation> {
 async fn newest(shared: &Shared, project: ProjectId) -> Result<Option<Backup>, String> {
     let Some(backups) = &shared.backups else { return Err("this federation has no backups".to_owned()) };
     match backups.browse(project, &Query::List).await {
-        Ok(Answer::Backups { backups, .. }) => Ok(backups.into_iter().max_by_key(|backup| backup.taken)),
+        Ok(Answer::Backups { backups, .. }) => Ok(backups.into_iter().max_by(Backup::order)),
         Ok(Answer::Entries(_) | Answer::Changes(_)) => {
             Err("the repository's answer makes no sense".to_owned())
         }
