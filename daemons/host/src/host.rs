@@ -160,6 +160,7 @@ impl Host {
         .map_err(|error| Error::open("receipts of commands")(error.into()))?
         .with_backups(backups.clone());
         let meters = Meters::new(Arc::new(SystemClock));
+        let backing_up = backups.clone();
         let idle = Idle::new(idle::Parts {
             policy: config.idle,
             clock: Arc::new(SystemClock),
@@ -167,6 +168,7 @@ impl Host {
             ledger: ledger.clone(),
             runner: Arc::clone(&backends.runner),
             storage: Arc::clone(&backends.storage),
+            occupied: Box::new(move |project| backing_up.as_ref()?.occupies(project)),
             directory: make_dir(&data.join("activity"))?,
         });
         let secrets = Secrets::new(

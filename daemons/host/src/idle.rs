@@ -47,6 +47,9 @@ pub(crate) struct Parts {
     pub(crate) ledger: Ledger,
     pub(crate) runner: Arc<dyn Runner>,
     pub(crate) storage: Arc<dyn Storage>,
+    /// What is done with a project that a stop must not come into, for instance
+    /// `a backup`. Must not block.
+    pub(crate) occupied: Box<dyn Fn(ProjectId) -> Option<&'static str> + Send + Sync>,
     /// Where records outlive the daemon.
     pub(crate) directory: PathBuf,
 }
@@ -58,7 +61,6 @@ pub struct Idle(Arc<Inner>);
 struct Inner {
     parts: Parts,
     watched: Mutex<BTreeMap<ProjectId, Watched>>,
-    busy: Mutex<BTreeMap<ProjectId, Vec<&'static str>>>,
 }
 
 impl std::fmt::Debug for Idle {
@@ -82,52 +84,18 @@ struct Watched {
     reason: Option<String>,
 }
 
-/// Says that something must not be cut off, until it is dropped.
-#[derive(Debug)]
-pub struct Busy {
-    idle: Idle,
-    project: ProjectId,
-    what: &'static str,
-}
-
-impl Drop for Busy {
-    fn drop(&mut self) {
-        let mut busy = self.idle.busy();
-        if let Some(all) = busy.get_mut(&self.project) {
-            if let Some(at) = all.iter().position(|what| *what == self.what) {
-                all.swap_remove(at);
-            }
-            if all.is_empty() {
-                busy.remove(&self.project);
-            }
-        }
-    }
-}
-
 impl Idle {
     pub(crate) fn new(parts: Parts) -> Self {
-        Self(Arc::new(Inner { parts, watched: Mutex::default(), busy: Mutex::default() }))
+        Self(Arc::new(Inner { parts, watched: Mutex::default() }))
     }
 
     fn watched(&self) -> MutexGuard<'_, BTreeMap<ProjectId, Watched>> {
         self.0.watched.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn busy(&self) -> MutexGuard<'_, BTreeMap<ProjectId, Vec<&'static str>>> {
-        self.0.busy.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The project is not stopped for being idle during `what`, for instance `a
-    /// backup`, until the returned value is dropped.
-    #[must_use]
-    pub fn during(&self, project: ProjectId, what: &'static str) -> Busy {
-        self.busy().entry(project).or_default().push(what);
-        Busy { idle: self.clone(), project, what }
-    }
-
     /// What a project must not be cut off from.
     fn occupation(&self, entry: Option<&Entry>, project: ProjectId) -> Option<&'static str> {
-        if let Some(what) = self.busy().get(&project).and_then(|all| all.first()) {
+        if let Some(what) = (self.0.parts.occupied)(project) {
             return Some(what);
         }
         let moving = |entry: &Entry| entry.frozen.is_some() || entry.reserved.is_some();

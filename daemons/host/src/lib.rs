@@ -47,7 +47,7 @@ pub use config::{
     BackupSettings, Config, Networks, ProjectNetwork, RunnerKind, StorageKind, UnenforceableLimits,
 };
 pub use host::Host;
-pub use idle::{Busy, Idle};
+pub use idle::Idle;
 pub use images::{ImageSettings, Images};
 pub use lifecycle::Lifecycle;
 pub use limits::HostLimits;

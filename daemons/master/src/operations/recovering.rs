@@ -39,6 +39,8 @@ const STEP_LIMIT: Duration = Duration::from_secs(300);
 const AWAY_MAX: Duration = Duration::from_secs(120);
 /// How long to wait before asking it again.
 const AGAIN: Duration = Duration::from_millis(500);
+/// How many operations of a project are looked through for earlier tries.
+const EARLIER_MAX: usize = 1_000;
 /// The phase from which on it is known what was fetched.
 const STAGING: &str = "staging";
 
@@ -153,6 +155,7 @@ impl Recover<'_> {
             Some(origin) => origin,
             None => {
                 self.shared.note(self.operation.id, "reserving", self.shown(json!({}))).await;
+                self.discard_earlier(cancel).await?;
                 let reserve = MoveCommand::Reserve {
                     epoch,
                     source: self.from,
@@ -174,6 +177,36 @@ impl Recover<'_> {
             MoveReply::Staged { origin: staged } if staged == origin => Ok(()),
             _ => Err(Failure::Nonsense),
         }
+    }
+
+    /// Discards what earlier tries of the same recovery may have left at the
+    /// other host, which expects one of them only: the word of their undo may
+    /// not have reached it.
+    async fn discard_earlier(&self, cancel: &watch::Receiver<bool>) -> Result<(), Failure> {
+        let (id, project) = (self.operation.id, self.operation.project);
+        let (to, epoch) = (self.to, self.epoch);
+        let found = self.shared.db(move |store| store.operations_of(project, EARLIER_MAX)).await;
+        let found = found.map_err(|error| {
+            tracing::error!(%project, error = %cocalc_core::chain(&error), "cannot read earlier recoveries");
+            Failure::Refused(CommandError {
+                code: ErrorCode::Failed,
+                message: "the master's database failed".into(),
+            })
+        })?;
+        for earlier in found {
+            let same = matches!(&earlier.job, Job::Recover { epoch: of, to: at, .. } if (*of, *at) == (epoch, to));
+            if !same || earlier.id == id {
+                continue;
+            }
+            let move_id = MoveId::from_bytes(*earlier.id.as_bytes());
+            match self.step_of(move_id, MoveCommand::Discard, LIMIT, Some(cancel)).await {
+                Ok(_) => {}
+                // It never heard of it.
+                Err(Failure::Refused(error)) if error.code == ErrorCode::NotFound => {}
+                Err(failure) => return Err(failure),
+            }
+        }
+        Ok(())
     }
 
     /// Has the backup restored, verified, as a snapshot at the other host.
@@ -244,7 +277,17 @@ impl Recover<'_> {
         limit: Duration,
         cancel: Option<&watch::Receiver<bool>>,
     ) -> Result<MoveReply, Failure> {
-        let (move_id, project) = (self.move_id, self.operation.project);
+        self.step_of(self.move_id, step, limit, cancel).await
+    }
+
+    async fn step_of(
+        &self,
+        move_id: MoveId,
+        step: MoveCommand,
+        limit: Duration,
+        cancel: Option<&watch::Receiver<bool>>,
+    ) -> Result<MoveReply, Failure> {
+        let project = self.operation.project;
         let command = HostCommand::Move { move_id, project, step };
         let mut away_since = None;
         loop {
