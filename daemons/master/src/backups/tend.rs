@@ -148,6 +148,10 @@ async fn forget(
 /// and breaks off what it makes if all are gone. Whether that is so.
 async fn tell_gone(shared: &Shared, id: ProjectId, backups: Vec<String>) -> bool {
     let Ok(project) = shared.db(move |store| store.project(id)).await else { return true };
+    // It gets no key, and its credentials have ended with its lease.
+    if shared.peers.is_fenced(Peer::Host(project.host)) {
+        return true;
+    }
     let what = BackupsCommand::Gone { backups };
     let command = HostCommand::Backups { project: id, epoch: project.epoch, what };
     matches!(shared.command(project.host, &command, TELL_LIMIT).await, Ok(HostReply::Backups { .. }))

@@ -17,7 +17,7 @@ use cocalc_core::{
     },
     moves::snapshot_prefix,
 };
-use cocalc_ids::{Epoch, HostId, MoveId, SnapshotName, TreePath, VolumeUuid};
+use cocalc_ids::{Epoch, HostId, MoveId, OperationId, SnapshotName, TreePath, VolumeUuid};
 use cocalc_sqlite::master::{self as store, Ended, Job, Operation, Outcome, Project, ProjectState};
 use serde_json::{Value, json};
 use tokio::sync::watch;
@@ -123,7 +123,8 @@ pub(super) async fn run(shared: &Arc<Shared>, operation: &Operation, mut cancel:
         match done {
             // What is stored now says how it goes on.
             Ok(()) => {}
-            Err(failure) => break recover.undo(failure).await,
+            // What was said of its state before is true again.
+            Err(failure) => break Ended { reason: project.reason, ..recover.undo(failure).await },
         }
     };
     shared.finish(operation.id, ended).await;
@@ -194,7 +195,8 @@ impl Recover<'_> {
             })
         })?;
         for earlier in found {
-            let same = matches!(&earlier.job, Job::Recover { epoch: of, to: at, .. } if (*of, *at) == (epoch, to));
+            let same =
+                matches!(&earlier.job, Job::Recover { epoch: of, to: at, .. } if (*of, *at) == (epoch, to));
             if !same || earlier.id == id {
                 continue;
             }
@@ -400,6 +402,17 @@ fn ended(report: ProjectReport) -> Ended {
     }
 }
 
+/// The operations that were to bring a project to the same host before `id`, in
+/// the same epoch: one of an earlier epoch the host discards by itself.
+fn earlier_tries(
+    operations: &[Operation],
+    id: OperationId,
+    place: (Epoch, HostId),
+) -> impl Iterator<Item = OperationId> {
+    let there = move |job: &Job| matches!(job, Job::Recover { epoch, to, .. } if (*epoch, *to) == place);
+    operations.iter().filter(move |one| one.id != id && there(&one.job)).map(|one| one.id)
+}
+
 /// The hosts that a project came from and went to by recoveries.
 pub(super) fn hosts(operations: &[store::Operation]) -> Vec<HostId> {
     let hosts = operations.iter().filter_map(|operation| match operation.job {
@@ -407,4 +420,40 @@ pub(super) fn hosts(operations: &[store::Operation]) -> Vec<HostId> {
         _ => None,
     });
     hosts.flatten().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use cocalc_ids::{AccountId, ProjectId, Timestamp};
+    use cocalc_sqlite::master::OperationState;
+
+    use super::*;
+
+    #[test]
+    fn only_earlier_tries_at_the_same_host_and_in_the_same_epoch_are_discarded() {
+        let (to, other) = (HostId::random(), HostId::random());
+        let recover = |epoch, to| Operation {
+            id: OperationId::random(),
+            project: ProjectId::random(),
+            account: AccountId::random(),
+            job: Job::Recover {
+                from: HostId::random(),
+                epoch,
+                to,
+                backup: "0123456789".into(),
+                was: ProjectState::Running,
+            },
+            state: OperationState::Failed,
+            cancel: false,
+            phase: String::new(),
+            progress: Value::Null,
+            error: None,
+            created: Timestamp::UNIX_EPOCH,
+            updated: Timestamp::UNIX_EPOCH,
+        };
+        let (one, later) = (Epoch::FIRST, Epoch::FIRST.next());
+        let all = [recover(one, to), recover(one, other), recover(later, to), recover(one, to)];
+        let found: Vec<_> = earlier_tries(&all, all[3].id, (one, to)).collect();
+        assert_eq!(found, [all[0].id]);
+    }
 }
