@@ -11,6 +11,7 @@ mod audit;
 mod backup;
 mod fence;
 mod idempotency;
+mod image;
 mod login;
 mod member;
 mod moves;
@@ -61,6 +62,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("schema_backups.sql"),
     include_str!("schema_secrets.sql"),
     include_str!("schema_fences.sql"),
+    include_str!("schema_images.sql"),
 ];
 
 /// The master's database.

@@ -681,3 +681,19 @@ fn a_host_is_believed_of_its_own_projects_backups_only() {
     assert_eq!(world.store.project(project.id).unwrap().backup, Some(status));
     assert_eq!(world.store.count_pending_backups().unwrap(), (1, 0));
 }
+
+#[test]
+fn a_name_means_the_image_that_was_said_last() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open(&directory.path().join("master.db")).unwrap();
+    let (one, two) =
+        (cocalc_ids::ImageDigest::from_bytes([1; 32]), cocalc_ids::ImageDigest::from_bytes([2; 32]));
+    let account = AccountId::random();
+    assert_eq!(store.image_named("debian").unwrap(), None);
+    for (name, digest) in [("debian", one), ("r", one), ("debian", two)] {
+        store.name_image(name, digest, account, Timestamp::from_secs(1)).unwrap();
+    }
+    assert_eq!(store.image_named("debian").unwrap(), Some(two));
+    let all: Vec<_> = store.image_names().unwrap().into_iter().collect();
+    assert_eq!(all, [("debian".to_owned(), two), ("r".to_owned(), one)]);
+}

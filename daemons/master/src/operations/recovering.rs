@@ -194,13 +194,8 @@ impl Recover<'_> {
                 message: "the master's database failed".into(),
             })
         })?;
-        for earlier in found {
-            let same =
-                matches!(&earlier.job, Job::Recover { epoch: of, to: at, .. } if (*of, *at) == (epoch, to));
-            if !same || earlier.id == id {
-                continue;
-            }
-            let move_id = MoveId::from_bytes(*earlier.id.as_bytes());
+        for earlier in earlier_tries(&found, id, (epoch, to)) {
+            let move_id = MoveId::from_bytes(*earlier.as_bytes());
             match self.step_of(move_id, MoveCommand::Discard, LIMIT, Some(cancel)).await {
                 Ok(_) => {}
                 // It never heard of it.
