@@ -39,6 +39,9 @@ const STOP_LIMIT: Duration = Duration::from_secs(60);
 /// How long measuring a project may take.
 const MEASURE_LIMIT: Duration = Duration::from_secs(5);
 
+/// What keeps a project from being stopped whose use cannot be measured.
+const UNSEEN: &str = "the time in which what it does cannot be measured";
+
 /// What an idle watch is built from.
 pub(crate) struct Parts {
     pub(crate) policy: IdlePolicy,
@@ -82,6 +85,8 @@ struct Watched {
     asked: Option<Duration>,
     /// Why it will have been stopped, once the master has agreed.
     reason: Option<String>,
+    /// Whether its use could not be measured the last time.
+    unseen: bool,
 }
 
 impl Idle {
@@ -101,7 +106,10 @@ impl Idle {
         let moving = |entry: &Entry| entry.frozen.is_some() || entry.reserved.is_some();
         let parked =
             || self.0.parts.ledger.route(project).is_some_and(|route| matches!(route.how, Reach::Parked));
-        (entry.is_some_and(moving) || parked()).then_some("a move")
+        if entry.is_some_and(moving) || parked() {
+            return Some("a move");
+        }
+        self.watched().get(&project).is_some_and(|one| one.unseen).then_some(UNSEEN)
     }
 
     /// Who uses a project, and until when it runs.
@@ -241,6 +249,7 @@ impl Idle {
                 saved: now.saturating_sub(SAVE_EVERY),
                 asked: None,
                 reason: None,
+                unseen: false,
             };
             self.watched().insert(*project, one);
             parts.meters.warn(*project, None);
@@ -257,7 +266,13 @@ impl Idle {
             _ => return,
         };
         let measured = tokio::time::timeout(MEASURE_LIMIT, parts.runner.stats(project)).await;
-        let Ok(Ok(stats)) = measured else { return };
+        let Ok(Ok(stats)) = measured else {
+            // What cannot be seen is not for that idle.
+            if let Some(one) = self.watched().get_mut(&project) {
+                one.unseen = true;
+            }
+            return;
+        };
         let jobs = if IdleLimits::new(&parts.policy, &entry.config.idle).timeout.is_some() {
             jobs::declared(&*parts.storage, project, parts.clock.wall()).await
         } else {
@@ -266,6 +281,7 @@ impl Idle {
         let mut watched = self.watched();
         let Some(one) = watched.get_mut(&project) else { return };
         one.sample = Some((now, stats));
+        one.unseen = false;
         if let Some(jobs) = jobs {
             one.record.declare(jobs.into_iter().map(|(name, left)| (name, now + left)).collect());
         }
