@@ -51,6 +51,7 @@ use crate::{
     inside_keys::VolumeKeys,
     lifecycle::Inside,
     lifecycle::Lifecycle,
+    names::LedgerNames,
     peers::Peers,
     registrar::Registrar,
     secrets::Secrets,
@@ -279,6 +280,7 @@ impl Host {
             .connections_max(at_most(config.limits.ssh_connections))
             .connections_per_address_max(at_most(config.limits.ssh_connections_per_source))
             .witness(Arc::clone(&visits) as _)
+            .names(Arc::new(LedgerNames(ledger.clone())))
             .build();
         let (offers, known) = (ssh.clone(), Arc::clone(&knowledge));
         let certified = cocalc_daemon::certify::keep_certified(
