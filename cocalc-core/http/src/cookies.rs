@@ -37,6 +37,17 @@ pub(crate) fn set_session(host: HostId, value: &Secret, scope: Scope<'_>) -> Vec
     cookies
 }
 
+/// The fields that have a browser forget its session.
+pub(crate) fn forget_session(host: HostId, scope: Scope<'_>) -> Vec<String> {
+    let prefix = if scope.mount.is_empty() { "__Host-" } else { "" };
+    let common = format!("Path={}/; Max-Age=0; HttpOnly", scope.mount);
+    let mut cookies = vec![format!("{prefix}{MARK}{host}=; {common}; Secure; SameSite=None; Partitioned")];
+    if !scope.https {
+        cookies.push(format!("{MARK}http-{host}=; {common}; SameSite=Lax"));
+    }
+    cookies
+}
+
 /// How many different values of one name are looked up; more are somebody's
 /// doing, and each costs a query.
 const VALUES_MAX: usize = 16;

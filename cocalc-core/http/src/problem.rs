@@ -27,6 +27,8 @@ pub(crate) struct Problem {
     /// Whether the connection's framing can no longer be trusted.
     pub(crate) close: bool,
     pub(crate) location: Option<String>,
+    /// What the project wrote last; for who may see that.
+    pub(crate) log: Option<String>,
     pub(crate) headers: Vec<(&'static str, String)>,
 }
 
@@ -41,6 +43,7 @@ impl Problem {
             refresh: false,
             close: false,
             location: None,
+            log: None,
             headers: Vec::new(),
         }
     }
@@ -115,6 +118,9 @@ impl Problem {
         if let Some(location) = &self.location {
             problem["location"] = json!(location);
         }
+        if let Some(log) = &self.log {
+            problem["log"] = json!(log);
+        }
         problem.to_string()
     }
 
@@ -125,7 +131,12 @@ impl Problem {
             }
             _ => String::new(),
         };
-        page(&self.message, &format!("{refresh}\n"), &format!("<p><code>{}</code></p>", escape(self.code)))
+        let again = if self.refresh { "<p>This page looks again by itself.</p>" } else { "" };
+        let log = self.log.as_ref().map_or_else(String::new, |log| {
+            format!("<h2>What it wrote last</h2><pre style=\"overflow:auto\">{}</pre>", escape(log))
+        });
+        let body = format!("{again}<p><code>{}</code></p>{log}", escape(self.code));
+        page(&self.message, &format!("{refresh}\n"), &body)
     }
 }
 

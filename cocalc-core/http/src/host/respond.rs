@@ -54,7 +54,8 @@ impl App {
         });
         if html {
             // Policies add up: this one only narrows what the app allows.
-            fields.append(header::CONTENT_SECURITY_POLICY, self.frame_ancestors.clone());
+            let policy = framed(fields).unwrap_or_else(|| self.frame_ancestors.clone());
+            fields.append(header::CONTENT_SECURITY_POLICY, policy);
         }
     }
 
@@ -68,6 +69,27 @@ impl App {
             return location.clone();
         }
         HeaderValue::from_bytes(&[self.taken.as_bytes(), bytes].concat()).unwrap_or_else(|_| location.clone())
+    }
+}
+
+/// What an app says of frames in the older way (RFC 7034), which browsers no
+/// longer look at once there is a policy that names ancestors. An app that has
+/// such a policy itself is believed there.
+fn framed(fields: &HeaderMap) -> Option<HeaderValue> {
+    let names_ancestors = |field: &HeaderValue| {
+        field.as_bytes().windows(15).any(|part| part.eq_ignore_ascii_case(b"frame-ancestors"))
+    };
+    if fields.get_all(header::CONTENT_SECURITY_POLICY).iter().any(names_ancestors) {
+        return None;
+    }
+    let said = fields.get(header::X_FRAME_OPTIONS)?.as_bytes();
+    let said = said.trim_ascii();
+    if said.eq_ignore_ascii_case(b"deny") {
+        Some(HeaderValue::from_static("frame-ancestors 'none'"))
+    } else if said.eq_ignore_ascii_case(b"sameorigin") {
+        Some(HeaderValue::from_static("frame-ancestors 'self'"))
+    } else {
+        None
     }
 }
 
@@ -133,6 +155,24 @@ mod tests {
                 "content-security-policy: frame-ancestors 'self'"
             ]
         );
+    }
+
+    #[test]
+    fn what_an_app_says_of_frames_in_the_older_way_still_holds() {
+        let by_name = App { frame_ancestors: frame_ancestors(Some("https://m.example")), ..app("", "") };
+        for (said, kept) in [("DENY", "'none'"), ("sameorigin", "'self'"), ("x", "'self' https://m.example")]
+        {
+            let fields = [("content-type", "text/html"), ("x-frame-options", said)];
+            let expected = format!("content-security-policy: frame-ancestors {kept}");
+            assert!(filtered(&by_name, &fields).contains(&expected), "{said}");
+        }
+        let both = [
+            ("content-type", "text/html"),
+            ("x-frame-options", "DENY"),
+            ("content-security-policy", "Frame-Ancestors *"),
+        ];
+        let expected = "content-security-policy: frame-ancestors 'self' https://m.example".to_owned();
+        assert!(filtered(&by_name, &both).contains(&expected));
     }
 
     #[test]
