@@ -27,6 +27,8 @@ pub(crate) struct Problem {
     /// Whether the connection's framing can no longer be trusted.
     pub(crate) close: bool,
     pub(crate) location: Option<String>,
+    /// The question of the address that browsers ask again.
+    pub(crate) again: String,
     /// What the project wrote last; for who may see that.
     pub(crate) log: Option<String>,
     pub(crate) headers: Vec<(&'static str, String)>,
@@ -43,6 +45,7 @@ impl Problem {
             refresh: false,
             close: false,
             location: None,
+            again: String::new(),
             log: None,
             headers: Vec::new(),
         }
@@ -127,7 +130,10 @@ impl Problem {
     fn page(&self) -> String {
         let refresh = match self.retry_after {
             Some(after) if self.refresh => {
-                format!("<meta http-equiv=\"refresh\" content=\"{}\">", seconds(after))
+                // With an address: an address with a part after `#` is otherwise
+                // only scrolled to. A question alone keeps the path.
+                let again = if self.again.is_empty() { "?" } else { &self.again };
+                format!("<meta http-equiv=\"refresh\" content=\"{};url={}\">", seconds(after), escape(again))
             }
             _ => String::new(),
         };

@@ -26,8 +26,9 @@
     }
     if (entry.kind === "file") {
       const save = made("a", "Download");
+      // Not the attribute: what browsers save by that, they ask for without the
+      // session that belongs to this frame.
       save.href = at(entry.href) + "?download";
-      save.download = "";
       save.setAttribute("aria-label", "Download " + entry.name);
       act.append(save);
       if (entry.bytes <= TEXT_BYTES_MAX) act.append(button("Edit", "Edit " + entry.name, () => edit(entry.name, entry.href)));

@@ -116,7 +116,12 @@ const cocalc = (() => {
       });
     }
     if (event.data.type === "cocalc:show" && views[event.data.view]) location.hash = event.data.view;
-    if (event.data.type === "cocalc:welcome") { keep = event.data.keep || null; welcome(); }
+    if (event.data.type === "cocalc:welcome") {
+      keep = event.data.keep || null;
+      // While it started, the address lost which part was asked for.
+      if (!location.hash && views[event.data.view]) history.replaceState(null, "", "#" + event.data.view);
+      welcome();
+    }
   });
   let welcome = () => {};
 

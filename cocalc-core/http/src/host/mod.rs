@@ -330,12 +330,13 @@ impl Handler for Inner {
     async fn handle(self: Arc<Self>, mut request: Request<Body>, connection: Connection) -> Response<Body> {
         self.requests.fetch_add(1, Ordering::Relaxed);
         let browser = wants_page(request.headers());
+        let again = if browser { session::question(request.uri()) } else { String::new() };
         let upgrade =
             request.headers().contains_key(header::UPGRADE).then(|| hyper::upgrade::on(&mut request));
         let (parts, body) = request.into_parts();
         match self.answer(parts, Rest { body, upgrade, connection }).await {
             Ok(response) => response,
-            Err(problem) => problem.response(browser),
+            Err(problem) => Problem { again, ..problem }.response(browser),
         }
     }
 }

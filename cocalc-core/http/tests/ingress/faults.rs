@@ -97,7 +97,10 @@ async fn a_stopped_project_is_woken() {
     let url = format!("http://localhost:{}{}/x", world.host_address.port(), world.mount());
     let page = curl(&["-i", "-H", "Accept: text/html", "-H", &bearer, &url]).await;
     assert!(page.starts_with("HTTP/1.1 503 ") && page.contains("retry-after: 1\r\n"), "{page}");
-    assert!(page.contains("mounting &lt;home&gt;") && page.contains("http-equiv=\"refresh\""), "{page}");
+    assert!(
+        page.contains("mounting &lt;home&gt;") && page.contains("http-equiv=\"refresh\" content=\"1;url=?\""),
+        "{page}"
+    );
     assert!(page.contains("cocalc-code: project_starting"), "{page}");
     assert!(!page.contains("no such file"), "what it wrote is on its own page only: {page}");
     *world.wake.calls.lock().unwrap() = 0;

@@ -84,7 +84,7 @@ await run(async () => {
   await shows(frame, "typed-42");
   await types(page, frame, "echo still-$kept; od -c text.txt | head -1\n");
   await shows(frame, "still-7");
-  await shows(frame, "t   h   r   e   e  \\r  \\n");
+  await shows(frame, "t   h   r   e   e  \\r");
 
   // Ports: one that answers, which may be shown, and one that may not.
   await types(page, frame, "python3 -m http.server --bind 127.0.0.1 8123 >/dev/null 2>&1 &\n");
@@ -118,7 +118,7 @@ h.HTTPServer(("127.0.0.1", 8124), H).serve_forever()' 2>/dev/null &\n`);
       await new Promise((resolve) => setTimeout(resolve, 40));
     }
   })();
-  await settle(await api("POST", `/projects/${id}/move`, { host: beta }));
+  await settle(await api("POST", `/projects/${id}/move`, { to: beta }));
   frame = await framed(page, HOSTS[1]);
   typing = false;
   await typist;
