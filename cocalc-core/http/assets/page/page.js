@@ -231,6 +231,5 @@ const cocalc = (() => {
     byId, made, button, say, ask, question, check, idle, gone, back, tell, views,
     terminals: told.terminals === "yes",
     kept: () => keep,
-    denied() { tell({ type: "cocalc:denied" }); gone("Your access to this project was withdrawn."); },
   };
 })();

@@ -95,7 +95,6 @@ cocalc.terminals && (() => {
 
     closed(event) {
       this.socket = null;
-      if (event.code === 1008) { say("Access was withdrawn."); cocalc.denied(); return; }
       if (this.over) return;
       this.again();
     }

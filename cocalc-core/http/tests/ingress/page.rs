@@ -4,8 +4,10 @@
 use std::{net::SocketAddr, sync::Arc, sync::atomic::Ordering, time::Duration};
 
 use cocalc_core::{
+    activity::{Source, Warning},
+    clock::{Clock, SystemClock},
     ids::Epoch,
-    runner::{Isolation, Limits, ProjectSpec, Runner},
+    runner::{Command as Run, ExecRequest, Isolation, Limits, ProjectSpec, Runner},
 };
 use cocalc_podman::{ProcessRunner, Unenforceable};
 use futures_util::{SinkExt, StreamExt};
@@ -370,5 +372,51 @@ async fn the_page_and_its_files_are_served_on_both_ways() {
     let nobody =
         curl(&["-i", &format!("http://localhost:{port}/{}/.cocalc/assets/page.js", world.project)]).await;
     assert!(nobody.starts_with("HTTP/1.1 401 "), "{nobody}");
+    shells.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_types_works_and_is_warned_before_an_idle_project_stops() {
+    let shells = Shells::new().await;
+    let (world, project) = (&shells.world, shells.world.project);
+    let mut screen = shells.terminal(0, "1").await.unwrap();
+    screen.types("(until test -e go; do sleep 0.01; done; echo shown) &\r").await;
+    screen.until("done;").await;
+    eventually("what was typed is work", || {
+        world.meters.take(project).work.iter().any(|(source, _)| *source == Source::WebSocket)
+    })
+    .await;
+    // What the shell shows by itself, and a page that looks how the project
+    // does, is no work.
+    let other = ExecRequest { command: Run::Line("touch go".to_owned()), ..ExecRequest::default() };
+    let mut other = shells.runner.exec(project, other).await.unwrap();
+    other.handle.wait().await.unwrap();
+    screen.until("shown").await;
+    let bearer = format!("Authorization: Bearer {}", world.token());
+    let own = format!("http://localhost:{}/{project}/.cocalc", world.host_address.port());
+    curl(&["-H", &bearer, &format!("{own}/status")]).await;
+    screen.say(json!({ "resize": { "cols": 90, "rows": 20 } })).await;
+    let noted = world.meters.take(project);
+    assert!(noted.work.is_empty() && !noted.presence.is_empty(), "{noted:?}");
+
+    let at = SystemClock.boot() + Duration::from_secs(300);
+    world.meters.warn(project, Some(Warning { at, text: "It is idle.".to_owned() }));
+    let idle = |screen: &Screen| screen.said.iter().rev().find_map(|said| said.get("idle").cloned());
+    while idle(&screen).is_none() {
+        assert!(screen.step().await);
+    }
+    let warned = idle(&screen).unwrap();
+    assert_eq!(warned["text"], "It is idle.");
+    assert!((200..=300).contains(&warned["secs"].as_u64().unwrap()), "{warned}");
+    let status: Value =
+        serde_json::from_str(&curl(&["-H", &bearer, &format!("{own}/status")]).await).unwrap();
+    assert!(status["idle_stop_secs"].as_u64().is_some(), "{status}");
+    // One click is enough.
+    curl(&["-X", "POST", "-H", &bearer, &format!("{own}/stay")]).await;
+    assert_eq!(world.meters.take(project).work.len(), 1);
+    world.meters.warn(project, None);
+    while idle(&screen) != Some(Value::Null) {
+        assert!(screen.step().await);
+    }
     shells.end().await;
 }

@@ -16,6 +16,7 @@ use std::{
 use async_trait::async_trait;
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use cocalc_core::{
+    activity::Meters,
     auth::{Admission, Auth, Context, Credential, Decision, Denial, Principal, Secret, Tier, Via},
     connector::{self, Connector, Service},
     ids::{AccountId, Action, Epoch, HostId, ProjectId, Scope},
@@ -384,6 +385,7 @@ pub(crate) struct World {
     pub(crate) pipes: Arc<Pipes>,
     pub(crate) ingress: HostIngress,
     pub(crate) home: Arc<Home>,
+    pub(crate) meters: Meters,
     pub(crate) app: App,
     pub(crate) echo: u16,
     stop: tokio_util::sync::CancellationToken,
@@ -422,12 +424,14 @@ impl World {
             thawed: AtomicBool::new(true),
             turn: Arc::default(),
         });
+        let meters = Meters::new(Arc::new(cocalc_core::clock::SystemClock));
         let ingress = HostIngress::builder(host, auth.clone(), table.clone(), ports.clone())
             .served(Served::new().domain(&domain("alpha", host_address)).unwrap())
             .wake(wake.clone())
             .bus(Arc::new(Parrot))
             .files(home.clone())
             .terminals(cocalc_http::TerminalLimits::default())
+            .meters(meters.clone())
             .endpoints(Arc::new(Health))
             .limits(limits.clone())
             .build();
@@ -465,6 +469,7 @@ impl World {
             pipes,
             ingress,
             home,
+            meters,
             app,
             echo,
             stop,
