@@ -380,7 +380,7 @@ async fn who_types_works_and_is_warned_before_an_idle_project_stops() {
     let shells = Shells::new().await;
     let (world, project) = (&shells.world, shells.world.project);
     let mut screen = shells.terminal(0, "1").await.unwrap();
-    screen.types("(until test -e go; do sleep 0.01; done; echo shown) &\r").await;
+    screen.types("(until test -e go; do sleep 0.01; done; echo sho''wn) &\r").await;
     screen.until("done;").await;
     eventually("what was typed is work", || {
         world.meters.take(project).work.iter().any(|(source, _)| *source == Source::WebSocket)
