@@ -78,3 +78,25 @@ fn a_project_is_used_in_a_frame_of_another_site() {
     let (world, told) = federation();
     drive("page.mjs", &world, told);
 }
+
+/// With `COCALC_FULL=1`: apps as their authors have them, from PyPI and npm.
+#[test]
+fn jupyterlab_and_a_dev_server_work_in_the_frame() {
+    if std::env::var_os("COCALC_FULL").is_none() {
+        println!("reduced: JupyterLab and Vite are tried with COCALC_FULL=1 only");
+        return;
+    }
+    let place = |variable: &str, usual: &str, part: &str| {
+        let place = std::env::var_os(variable).map_or_else(|| PathBuf::from(usual), PathBuf::from);
+        let needed = place.join(part);
+        assert!(needed.exists(), "{} is missing: run COCALC_FULL=1 .ci/setup.sh test", needed.display());
+        place
+    };
+    let jupyter = place("COCALC_JUPYTER", "/var/cache/cocalc/jupyter", "bin/jupyter-lab");
+    let vite = place("COCALC_VITE", "/var/cache/cocalc/vite", "node_modules/vite/bin/vite.js");
+    let (world, mut told) = federation();
+    told["jupyter"] = json!(jupyter);
+    told["vite"] = json!(vite);
+    told["volume"] = json!(world.dir.path().join("alpha/volume/projects"));
+    drive("apps.mjs", &world, told);
+}

@@ -14,6 +14,8 @@ pub(super) struct App {
     /// The external prefix that the app does not see: empty if it sees all.
     taken: String,
     frame_ancestors: HeaderValue,
+    /// Whether it is used in a frame of another site, and may keep cookies there.
+    embedded: bool,
 }
 
 impl App {
@@ -25,7 +27,14 @@ impl App {
             What::Proxy { prefix, .. } => format!("{}{prefix}", asked.view.prefix),
             _ => String::new(),
         };
-        Self { mount, taken, frame_ancestors: frame_ancestors(principal.embed_origin.as_deref()) }
+        // Elsewhere, browsers would not keep them at all.
+        let secure = asked.view.https || is_loopback(&asked.view.authority);
+        Self {
+            mount,
+            taken,
+            frame_ancestors: frame_ancestors(principal.embed_origin.as_deref()),
+            embedded: secure && principal.embed_origin.is_some(),
+        }
     }
 
     /// Keeps the app within its own place.
@@ -43,7 +52,8 @@ impl App {
         }
         if fields.contains_key(header::SET_COOKIE) {
             headers::rewrite_all(fields, header::SET_COOKIE, |field| {
-                cookies::confine(field, &self.mount, &self.taken)
+                let field = cookies::confine(field, &self.mount, &self.taken)?;
+                Some(if self.embedded { cookies::embed(&field) } else { field })
             });
         }
         if !self.taken.is_empty() && fields.contains_key(header::LOCATION) {
@@ -70,6 +80,12 @@ impl App {
         }
         HeaderValue::from_bytes(&[self.taken.as_bytes(), bytes].concat()).unwrap_or_else(|_| location.clone())
     }
+}
+
+/// Whether browsers trust the place without TLS.
+fn is_loopback(authority: &str) -> bool {
+    let host = authority.rsplit_once(':').map_or(authority, |(host, _)| host);
+    host == "127.0.0.1" || host == "localhost" || host.ends_with(".localhost")
 }
 
 /// What an app says of frames in the older way (RFC 7034), which browsers no
@@ -111,7 +127,12 @@ mod tests {
     use super::*;
 
     fn app(mount: &str, taken: &str) -> App {
-        App { mount: mount.to_owned(), taken: taken.to_owned(), frame_ancestors: frame_ancestors(None) }
+        App {
+            mount: mount.to_owned(),
+            taken: taken.to_owned(),
+            frame_ancestors: frame_ancestors(None),
+            embedded: false,
+        }
     }
 
     fn filtered(app: &App, fields: &[(&'static str, &'static str)]) -> Vec<String> {

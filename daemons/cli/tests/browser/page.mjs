@@ -107,6 +107,22 @@ h.HTTPServer(("127.0.0.1", 8124), H).serve_forever()' 2>/dev/null &\n`);
   await shot(tab, "app-in-a-tab");
   await tab.close();
 
+  // An app in the frame, chosen at the master: on an origin of its own.
+  await page.getByLabel("Show", { exact: true }).selectOption("8123");
+  const listed = await until("the app", () => page.frames().find((one) => one.url() === `https://8123--${id}.${HOSTS[0]}/`));
+  await listed.getByRole("heading", { name: /Directory listing/ }).waitFor();
+  await listed.getByRole("link", { name: "text.txt" }).waitFor();
+  await shot(page, "app-in-the-frame");
+  // And below the project's page, where it does not see its prefix.
+  await page.getByLabel("Show", { exact: true }).selectOption("ports");
+  frame = await framed(page, HOSTS[0]);
+  await frame.getByRole("link", { name: "proxy/8123/", exact: true }).click();
+  const below = await until("the app", () => page.frames().find((one) => one.url() === `https://${id}.${HOSTS[0]}/proxy/8123/`));
+  await below.getByRole("link", { name: "text.txt" }).click();
+  await until("its file", () => page.frames().some((one) => one.url() === `https://${id}.${HOSTS[0]}/proxy/8123/text.txt`));
+  await page.getByLabel("Show", { exact: true }).selectOption("terminal");
+  frame = await framed(page, HOSTS[0]);
+
   // It moves while somebody types.
   await frame.getByRole("link", { name: "Terminal" }).click();
   await types(page, frame, "echo before-the-move\n");
