@@ -140,6 +140,11 @@ const cocalc = (() => {
     tell({ type: "cocalc:view", view });
   }
 
+  // Whether pages in this frame may keep anything: some apps need it.
+  function storage() {
+    try { return Boolean(window.localStorage); } catch { return false; }
+  }
+
   // The ports that answer, and whether their apps may be shown in a frame.
   const policies = (headers) => (headers.get("content-security-policy") || "").split(",");
   function frameable(headers) {
@@ -219,7 +224,7 @@ const cocalc = (() => {
     if (embedder) {
       // What a former place has shown comes from the page around this one.
       const asked = new Promise((resolve) => { welcome = resolve; setTimeout(resolve, 1500); });
-      tell({ type: "cocalc:ready" });
+      tell({ type: "cocalc:ready", storage: storage() });
       await asked;
     }
     show();

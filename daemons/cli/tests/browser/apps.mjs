@@ -21,9 +21,12 @@ await run(async () => {
   const home = join(told.volume, id, "live/tree/home");
   const [lab, dev] = [await free(), await free()];
 
-  const cell = { cell_type: "code", id: "one", execution_count: null, metadata: {}, outputs: [], source: "print(6 * 7)" };
-  const kernel = { kernelspec: { name: "python3", display_name: "Python 3", language: "python" }, language_info: { name: "python" } };
-  writeFileSync(join(home, "nb.ipynb"), JSON.stringify({ cells: [cell], metadata: kernel, nbformat: 4, nbformat_minor: 5 }));
+  const notebook = (source) => {
+    const cell = { cell_type: "code", id: "one", execution_count: null, metadata: {}, outputs: [], source };
+    const kernelspec = { name: "python3", display_name: "Python 3", language: "python" };
+    const metadata = { kernelspec, language_info: { name: "python" } };
+    writeFileSync(join(home, "nb.ipynb"), JSON.stringify({ cells: [cell], metadata, nbformat: 4, nbformat_minor: 5 }));
+  };
   // It lets itself be shown in frames of its own origin only, unless it is told.
   writeFileSync(join(home, "jupyter_config.py"), `
 c.ServerApp.tornado_settings = {"headers": {"Content-Security-Policy": "frame-ancestors 'self' ${MASTER}"}}
@@ -59,34 +62,66 @@ import.meta.hot?.accept("./text.js", (fresh) => show(fresh.text));
   const running = await until("both apps", async () => {
     const { apps, complaint } = await api("GET", `/projects/${id}/apps`);
     assert.equal(complaint, null);
-    return apps.length === 2 && apps.every((app) => JSON.stringify(app.state).includes("up")) ? apps : null;
+    return apps.length === 2 && apps.every((app) => app.state === "ready") ? apps : null;
   });
   console.log(running.map((app) => `${app.name}: ${JSON.stringify(app.state)}`).join(", "));
 
-  const { page, complaints } = await browser("owner");
+  // A cell through its kernel's WebSocket, and a save, which needs a cookie.
+  const works = async (page, frame, said) => {
+    const input = frame.locator(".jp-Notebook .jp-Cell .cm-content").first();
+    await input.waitFor();
+    await until("the kernel", async () => (await frame.locator(".jp-Notebook-ExecutionIndicator").first().getAttribute("data-status").catch(() => "")) === "idle");
+    // It says that its kernel is idle before it listens to it.
+    const output = frame.locator(".jp-OutputArea-output").getByText(said, { exact: true });
+    await until("what the cell prints", async () => {
+      await input.click();
+      await page.keyboard.press("Control+Enter");
+      return output.waitFor({ timeout: 3000 }).then(() => true, () => false);
+    });
+    await page.keyboard.press("Control+s");
+    await until("a saved notebook", () => {
+      try {
+        return JSON.stringify(JSON.parse(readFileSync(join(home, "nb.ipynb"), "utf8")).cells[0].outputs).includes(said);
+      } catch { return false; }
+    });
+  };
+
+  // Where third-party cookies are blocked, pages in frames have no storage, and
+  // JupyterLab does not begin without: it is for a tab of its own.
+  notebook("print(6 * 7)");
+  const strict = await browser("strict");
+  await enter(strict.page, id, told.admin);
+  await framed(strict.page, HOSTS[0]);
+  await strict.page.getByLabel("Show", { exact: true }).selectOption("ports");
+  const list = await framed(strict.page, HOSTS[0]);
+  const popup = strict.page.context().waitForEvent("page");
+  await list.getByRole("button", { name: `Open port ${lab} at port/${lab}/ in a new tab` }).click();
+  const tab = await popup;
+  await works(tab, tab, "42");
+  await shot(tab, "jupyterlab-in-a-tab");
+  await strict.page.getByLabel("Show", { exact: true }).selectOption(String(dev));
+  await strict.page.getByText("This browser keeps nothing for pages in frames").waitFor();
+  await strict.context.close();
+
+  // Elsewhere it works in the frame, at the project's own origin, where an app
+  // sees its prefix.
+  notebook("print(7 * 7)");
+  const { page, complaints } = await browser("owner", true);
   await enter(page, id, told.admin);
   await framed(page, HOSTS[0]);
+  const below = async (port) => {
+    await page.getByLabel("Show", { exact: true }).selectOption("ports");
+    const ports = await framed(page, HOSTS[0]);
+    await ports.getByRole("link", { name: `port/${port}/`, exact: true }).click();
+    return until("its frame", () => page.frames().find((one) => one.url().startsWith(`https://${id}.${HOSTS[0]}/port/${port}/`)));
+  };
   const choose = async (name) => {
     const option = await until(name + " in the choice", () => page.locator("#app option").filter({ hasText: name }).first().getAttribute("value").catch(() => null));
     await page.getByLabel("Show", { exact: true }).selectOption(option);
     return until("its frame", () => page.frames().find((one) => one.name() === "project" && one.url().includes(`//${option}--${id}.${HOSTS[0]}/`)));
   };
-
-  // JupyterLab: a cell through its kernel's WebSocket, and a save, which needs a
-  // cookie of its own.
-  let frame = await choose("jupyterlab");
-  const input = frame.locator(".jp-Notebook .jp-Cell .cm-content").first();
-  await input.waitFor();
-  await frame.locator(".jp-NotebookPanel-toolbar").first().waitFor();
-  await until("the kernel", async () => (await frame.locator(".jp-Notebook-ExecutionIndicator").first().getAttribute("data-status").catch(() => "")) === "idle");
-  await input.click();
-  await page.keyboard.press("Shift+Enter");
-  await frame.locator(".jp-OutputArea-output").getByText("42", { exact: true }).waitFor();
-  await page.keyboard.press("Control+s");
-  await until("a saved notebook", () => {
-    const saved = JSON.parse(readFileSync(join(home, "nb.ipynb"), "utf8"));
-    return JSON.stringify(saved.cells[0].outputs).includes("42");
-  });
+  let frame = await below(lab);
+  await works(page, frame, "49");
   await shot(page, "jupyterlab");
 
   // A dev server: what is changed in the project shows without a reload.
@@ -98,11 +133,8 @@ import.meta.hot?.accept("./text.js", (fresh) => show(fresh.text));
   assert.equal(await frame.evaluate(() => window.here), true, "the page was loaded anew");
   await shot(page, "vite");
 
-  // The same at the project's own origin, where it sees its prefix, too.
-  await page.getByLabel("Show", { exact: true }).selectOption("ports");
-  frame = await framed(page, HOSTS[0]);
-  await frame.getByRole("link", { name: `port/${dev}/`, exact: true }).click();
-  frame = await until("its frame", () => page.frames().find((one) => one.url() === `https://${id}.${HOSTS[0]}/port/${dev}/`));
+  // The same below the project's page.
+  frame = await below(dev);
   await frame.getByRole("heading", { name: "second" }).waitFor();
   await frame.evaluate(() => { window.here = true; });
   writeFileSync(join(site, "text.js"), `export const text = "third";\n`);

@@ -76,11 +76,12 @@ export async function until(what, look) {
 
 const contexts = [];
 
-// A browser of somebody's own.
-export async function browser(name) {
+// A browser of somebody's own. With `lenient`, it keeps third-party cookies, and
+// the storage of pages in frames of other sites.
+export async function browser(name, lenient = false) {
   const profile = join(told.dir, name);
   mkdirSync(join(profile, "Default"), { recursive: true });
-  const preferences = { profile: { cookie_controls_mode: 1, block_third_party_cookies: true } };
+  const preferences = { profile: { cookie_controls_mode: lenient ? 0 : 1, block_third_party_cookies: !lenient } };
   writeFileSync(join(profile, "Default", "Preferences"), JSON.stringify(preferences));
   const context = await chromium.launchPersistentContext(profile, {
     executablePath: process.env.COCALC_CHROMIUM || "/usr/bin/chromium",
@@ -91,7 +92,6 @@ export async function browser(name) {
       "--no-sandbox",
       "--host-resolver-rules=MAP *.test 127.0.0.1, MAP *.example 127.0.0.1",
       "--ignore-certificate-errors",
-      "--test-third-party-cookie-phaseout",
     ],
   });
   contexts.push(context);
