@@ -51,7 +51,8 @@ show(text);
 import.meta.hot?.accept("./text.js", (fresh) => show(fresh.text));
 `);
   writeFileSync(join(site, "text.js"), `export const text = "first";\n`);
-  writeFileSync(join(site, "vite.config.js"), `export default { cacheDir: "${site}/.vite", server: { allowedHosts: true } };\n`);
+  // Not every file system tells of changes.
+  writeFileSync(join(site, "vite.config.js"), `export default { cacheDir: "${site}/.vite", server: { allowedHosts: true, watch: { usePolling: true, interval: 100 } } };\n`);
   mkdirSync(join(home, ".cocalc"), { recursive: true });
   const pieces = [
     ["jupyterlab", lab, `exec ${told.jupyter}/bin/jupyter-lab --config=$HOME/jupyter_config.py`],
