@@ -58,7 +58,8 @@
 //! # What path routing gives up
 //!
 //! With `/<project_id>/…` all projects of a host share one origin, so a page
-//! of one project can make requests to another in its user's name. Give each
+//! of one project can make requests to another in its user's name, and open its
+//! terminals, where they are served. Give each
 //! project its own origin ([`Served::domain`]) wherever names can be had.
 
 mod activity;

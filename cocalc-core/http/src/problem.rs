@@ -27,14 +27,33 @@ pub(crate) struct Problem {
     /// Whether the connection's framing can no longer be trusted.
     pub(crate) close: bool,
     pub(crate) location: Option<String>,
+    /// What few problems have.
+    pub(crate) details: Option<Box<Details>>,
+    pub(crate) headers: Vec<(&'static str, String)>,
+}
+
+/// What is said of a project that is on its way up.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Details {
     /// The question of the address that browsers ask again.
     pub(crate) again: String,
     /// What the project wrote last; for who may see that.
     pub(crate) log: Option<String>,
-    pub(crate) headers: Vec<(&'static str, String)>,
 }
 
 impl Problem {
+    /// The same, where browsers that ask again ask `question`.
+    pub(crate) fn asked_again(mut self, question: String) -> Self {
+        if self.refresh && !question.is_empty() {
+            self.details.get_or_insert_default().again = question;
+        }
+        self
+    }
+
+    fn log(&self) -> Option<&str> {
+        self.details.as_ref()?.log.as_deref()
+    }
+
     pub(crate) fn new(status: StatusCode, code: &'static str, message: impl Into<Cow<'static, str>>) -> Self {
         Self {
             status,
@@ -45,8 +64,7 @@ impl Problem {
             refresh: false,
             close: false,
             location: None,
-            again: String::new(),
-            log: None,
+            details: None,
             headers: Vec::new(),
         }
     }
@@ -121,7 +139,7 @@ impl Problem {
         if let Some(location) = &self.location {
             problem["location"] = json!(location);
         }
-        if let Some(log) = &self.log {
+        if let Some(log) = self.log() {
             problem["log"] = json!(log);
         }
         problem.to_string()
@@ -132,13 +150,14 @@ impl Problem {
             Some(after) if self.refresh => {
                 // With an address: an address with a part after `#` is otherwise
                 // only scrolled to. A question alone keeps the path.
-                let again = if self.again.is_empty() { "?" } else { &self.again };
+                let again = self.details.as_ref().map_or("", |details| &details.again);
+                let again = if again.is_empty() { "?" } else { again };
                 format!("<meta http-equiv=\"refresh\" content=\"{};url={}\">", seconds(after), escape(again))
             }
             _ => String::new(),
         };
         let again = if self.refresh { "<p>This page looks again by itself.</p>" } else { "" };
-        let log = self.log.as_ref().map_or_else(String::new, |log| {
+        let log = self.log().map_or_else(String::new, |log| {
             format!("<h2>What it wrote last</h2><pre style=\"overflow:auto\">{}</pre>", escape(log))
         });
         let body = format!("{again}<p><code>{}</code></p>{log}", escape(self.code));

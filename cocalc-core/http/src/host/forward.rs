@@ -236,11 +236,12 @@ impl Inner {
         if !running && let Err(problem) = self.wake(project).await {
             // What it says may be secret from who only sees some of its apps.
             let decision = self.auth.authorize(principal, project, Action::Use(Scope::Ws)).await;
-            let log = match decision.outcome {
-                Ok(()) => super::page::log_tail(&self.runner, project).await,
-                Err(_) => None,
-            };
-            return Err(Problem { log, ..problem });
+            let mut problem = problem;
+            if decision.outcome.is_ok() {
+                let log = super::page::log_tail(&self.runner, project).await;
+                problem.details.get_or_insert_default().log = log;
+            }
+            return Err(problem);
         }
         let stops_in = meter.and_then(|meter| meter.stops_in()).map(|left| left.as_secs());
         if crate::problem::wants_page(&asked.parts.headers) {

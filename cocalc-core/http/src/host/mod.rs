@@ -336,7 +336,7 @@ impl Handler for Inner {
         let (parts, body) = request.into_parts();
         match self.answer(parts, Rest { body, upgrade, connection }).await {
             Ok(response) => response,
-            Err(problem) => Problem { again, ..problem }.response(browser),
+            Err(problem) => problem.asked_again(again).response(browser),
         }
     }
 }
