@@ -49,6 +49,11 @@ const TURN_LIMIT: Duration = Duration::from_secs(2);
 const TURN_LIMIT_ASKED: Duration = Duration::from_secs(120);
 /// How long an answer about work may wait for news.
 const NEWS_MAX: Duration = Duration::from_secs(20);
+/// How many questions about what is in repositories are answered at once: each
+/// is a process that reads an index.
+const QUESTIONS_MAX: usize = 4;
+/// How long a question waits for others.
+const QUESTION_LIMIT: Duration = Duration::from_secs(20);
 /// How long work that is cancelled may take to end, before that is said.
 const CANCEL_LIMIT: Duration = Duration::from_secs(20);
 
@@ -115,6 +120,7 @@ struct Inner {
     parts: KeeperParts,
     places: Arc<Semaphore>,
     restores: Arc<Semaphore>,
+    questions: Semaphore,
     works: Works,
     state: Mutex<State>,
     counters: Counters,
@@ -130,6 +136,8 @@ struct State {
     looked: Option<Duration>,
     statuses: BTreeMap<ProjectId, Status>,
     running: BTreeMap<ProjectId, Running>,
+    /// How many restores into a project go on.
+    restoring: BTreeMap<ProjectId, usize>,
     /// One backup of a project after the other.
     gates: BTreeMap<ProjectId, Arc<tokio::sync::Mutex<()>>>,
 }
@@ -182,8 +190,10 @@ impl Keeper {
         };
         let places = Arc::new(Semaphore::new(parts.jobs_max.max(1)));
         let restores = Arc::new(Semaphore::new(parts.jobs_max.max(1)));
+        let questions = Semaphore::new(QUESTIONS_MAX);
         let (works, counters) = Default::default();
-        Ok(Self(Arc::new(Inner { parts, places, restores, works, state: Mutex::new(state), counters })))
+        let state = Mutex::new(state);
+        Ok(Self(Arc::new(Inner { parts, places, restores, questions, works, state, counters })))
     }
 
     /// Hears from the master how projects are backed up whose owners have said
@@ -273,6 +283,14 @@ impl Keeper {
             }
             BackupsCommand::Ask { query } => {
                 self.0.parts.ledger.permit(project, epoch)?;
+                let waiting = tokio::time::timeout(QUESTION_LIMIT, self.0.questions.acquire()).await;
+                let _place = match waiting {
+                    Ok(place) => place.map_err(|_| cancelled("the question"))?,
+                    Err(_) => {
+                        let message = "others ask about backups at this host; ask again in a minute";
+                        return Err(CommandError { code: ErrorCode::Busy, message: message.into() });
+                    }
+                };
                 let answer = match &query {
                     Query::Diff { .. } => return self.compare(project, epoch, &query).await,
                     _ => super::answer(&*self.0.parts.backups, project, &query).await,
@@ -474,6 +492,16 @@ impl Keeper {
     /// What the project's owner should know; `None` if all is well.
     pub fn notice(&self, project: ProjectId) -> Option<String> {
         self.state().statuses.get(&project)?.notice()
+    }
+
+    /// What is done with a project now that its end would not break off, but
+    /// that people wait for: a backup, or a restore of one.
+    pub fn occupies(&self, project: ProjectId) -> Option<&'static str> {
+        let state = self.state();
+        if state.running.contains_key(&project) {
+            return Some("a backup");
+        }
+        state.restoring.contains_key(&project).then_some("a restore")
     }
 
     /// Work that takes long, by operation.
@@ -836,6 +864,30 @@ struct Ends {
 impl Drop for Ends {
     fn drop(&mut self) {
         self.keeper.state().running.remove(&self.project);
+    }
+}
+
+/// A restore that goes on until this is dropped.
+struct Restoring {
+    keeper: Keeper,
+    project: ProjectId,
+}
+
+impl Restoring {
+    fn begin(keeper: &Keeper, project: ProjectId) -> Self {
+        *keeper.state().restoring.entry(project).or_default() += 1;
+        Self { keeper: keeper.clone(), project }
+    }
+}
+
+impl Drop for Restoring {
+    fn drop(&mut self) {
+        if let btree_map::Entry::Occupied(mut count) = self.keeper.state().restoring.entry(self.project) {
+            *count.get_mut() -= 1;
+            if *count.get() == 0 {
+                count.remove();
+            }
+        }
     }
 }
 

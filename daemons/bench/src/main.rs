@@ -116,7 +116,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("cocalc-bench: {error}");
+            eprintln!("cocalc-bench: {}", cocalc_core::chain(&*error));
             ExitCode::FAILURE
         }
     }

@@ -4,6 +4,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "../../../cocalc-storage/backup/worker/tests/common/emulators.rs"]
+#[expect(dead_code, reason = "the other store is tried with the worker alone")]
+mod emulators;
 mod federation;
 mod world;
 
@@ -511,6 +514,62 @@ fn a_stolen_host_opens_no_repository_but_those_of_its_own_projects() {
     std::fs::remove_dir_all(place).unwrap();
 }
 
+/// In a bucket, with credentials of a role that are made for one repository and
+/// do not live long; two projects share a repository and its copy.
+#[test]
+fn a_bucket_keeps_the_backups_of_hosts_that_never_see_its_keys() {
+    let store = emulators::s3();
+    let mirror = tempfile::tempdir().unwrap();
+    let table = format!(
+        "[backups]\nlayout = 'shared'\n[backups.mirror]\nkind = 'directory'\npath = '{}'\n\
+         [backups.place]\nkind = 's3'\nbucket = '{}'\nprefix = 'cocalc'\nregion = 'us-east-1'\n\
+         endpoint = '{url}'\n[backups.place.credentials]\nfrom = 'role'\n\
+         role_arn = 'arn:aws:iam::123456789012:role/backups'\nsts_endpoint = '{url}'\n\
+         [backups.place.credentials.keys]\naccess_key_id = 'operator'\n\
+         secret_access_key = 'the-operators-secret'\n",
+        mirror.path().display(),
+        emulators::BUCKET,
+        url = store.url(),
+    );
+    let mut world = World::new(&table);
+    world.add_host("alpha", "");
+    world.add_host("beta", "");
+    world.connected(2, 0);
+    let (one, two) = (world.project_on("alpha"), world.project_on("beta"));
+    // What both have is stored once.
+    let noise = "seq 1 400000 >noise";
+    for (project, text) in [(&one, "one"), (&two, "two")] {
+        world.write(project, &format!("{noise}; echo {text} >text"));
+    }
+    let back_up = |project: &str| world.done("POST", &format!("/projects/{project}/backups"), json!({}));
+    let (first, second) = (back_up(&one), back_up(&two));
+    assert!(second["added_bytes"].as_u64() < first["added_bytes"].as_u64(), "{first} {second}");
+    for (project, made) in [(&one, &first), (&two, &second)] {
+        let all = world.backups(project);
+        assert_eq!(all.len(), 1, "each has its own: {all:?}");
+        assert_eq!(all[0]["id"], made["backup_id"]);
+    }
+    world.write(&one, "echo lost >text; rm noise");
+    let id = first["backup_id"].as_str().unwrap();
+    let path = format!("/projects/{one}/backups/{id}/restore");
+    world.done("POST", &path, json!({ "to": "in_place" }));
+    world.write(&one, "test \"$(cat text)\" = one && test \"$(wc -l <noise)\" = 400000");
+    // Tidied up by the master, which copies it; and a project's go alone.
+    world.done("POST", &format!("/projects/{two}/backups/prune"), json!({}));
+    assert!(largest(mirror.path()).metadata().unwrap().len() > 10_000);
+    let erase = format!("/projects/{one}/backups/erase");
+    // Something that is due by itself may go on.
+    let erasing = until("its turn", || world.call("POST", &erase, json!({})).ok());
+    assert_eq!(world.ended(&erasing)["state"], "done");
+    assert_eq!(world.backups(&one).len(), 0);
+    assert_eq!(world.backups(&two).len(), 1);
+    // The keys themselves are nowhere but in the master's configuration.
+    for host in ["alpha", "beta"] {
+        assert!(!read_all(&world.dir.path().join(host)).contains("the-operators-secret"));
+    }
+    assert!(!world.log().contains("the-operators-secret"));
+}
+
 /// On Btrfs and podman: a whole machine, whose change is known in an instant,
 /// and a drill against the snapshot, byte by byte.
 #[test]
@@ -534,7 +593,7 @@ fn a_real_project_is_backed_up_whole_and_its_backup_tried_out() {
     };
     let path = format!("/projects/{project}/backups");
     let line = "mkdir -p ~/many; for i in $(seq 500); do echo $i >~/many/$i; done; ln ~/many/1 ~/hard; \
-        ln -s many ~/soft; touch /usr/local/bin/tool; chmod 4755 /usr/local/bin/tool; truncate -s 1G ~/hole";
+        ln -s many ~/soft; sudo touch /usr/local/bin/tool; sudo chmod 4755 /usr/local/bin/tool; truncate -s 1G ~/hole";
     assert!(federation.exec(line).status.success());
     let first = done(&path, json!({}));
     assert!(first["files"].as_u64() > Some(500), "{first}");
@@ -547,4 +606,30 @@ fn a_real_project_is_backed_up_whole_and_its_backup_tried_out() {
     assert!(moved["added_bytes"].as_u64() < first["added_bytes"].as_u64(), "{first} {moved}");
     let drill = done("/backups/drill", json!({ "host": "beta" }));
     assert_eq!((&drill["against"], &drill["wrong"]), (&json!("snapshot"), &json!([])), "{drill}");
+
+    // What root did to the machine comes back with it: what it has taken away of
+    // the image, too.
+    let root = |line: &str| {
+        let output = federation.exec(&format!("sudo sh -c '{line}'"));
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{line}: {said}\n{}", federation.log());
+    };
+    root(
+        "rm /etc/debian_version && rm -r /usr/share/common-licenses && mkdir /usr/share/common-licenses \
+          && echo own >/usr/share/common-licenses/own && chown 1234:4321 /usr/local/bin/tool \
+          && chmod 4755 /usr/local/bin/tool",
+    );
+    let kept = done(&path, json!({}));
+    root("rm /usr/local/bin/tool; echo other >/etc/debian_version; rm -r /usr/share/common-licenses");
+    assert!(federation.exec("rm -r ~/many ~/hard ~/hole").status.success());
+    let id = kept["backup_id"].as_str().unwrap();
+    done(&format!("{path}/{id}/restore"), json!({ "to": "in_place" }));
+    root(
+        "test ! -e /etc/debian_version && test \"$(ls /usr/share/common-licenses)\" = own \
+          && test \"$(stat -c %u:%g:%a /usr/local/bin/tool)\" = 1234:4321:4755",
+    );
+    let line = "test $(ls ~/many | wc -l) = 500 && test ~/many/1 -ef ~/hard && test $(stat -c %s ~/hole) = 1073741824 \
+         && test $(du -k ~/hole | cut -f1) -lt 1000 && test $(readlink ~/soft) = many";
+    let output = federation.exec(line);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }

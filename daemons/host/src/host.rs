@@ -51,6 +51,7 @@ use crate::{
     inside_keys::VolumeKeys,
     lifecycle::Inside,
     lifecycle::Lifecycle,
+    names::LedgerNames,
     peers::Peers,
     registrar::Registrar,
     secrets::Secrets,
@@ -160,6 +161,7 @@ impl Host {
         .map_err(|error| Error::open("receipts of commands")(error.into()))?
         .with_backups(backups.clone());
         let meters = Meters::new(Arc::new(SystemClock));
+        let backing_up = backups.clone();
         let idle = Idle::new(idle::Parts {
             policy: config.idle,
             clock: Arc::new(SystemClock),
@@ -167,6 +169,7 @@ impl Host {
             ledger: ledger.clone(),
             runner: Arc::clone(&backends.runner),
             storage: Arc::clone(&backends.storage),
+            occupied: Box::new(move |project| backing_up.as_ref()?.occupies(project)),
             directory: make_dir(&data.join("activity"))?,
         });
         let secrets = Secrets::new(
@@ -280,6 +283,7 @@ impl Host {
             .connections_max(at_most(config.limits.ssh_connections))
             .connections_per_address_max(at_most(config.limits.ssh_connections_per_source))
             .witness(Arc::clone(&visits) as _)
+            .names(Arc::new(LedgerNames(ledger.clone())))
             .build();
         let (offers, known) = (ssh.clone(), Arc::clone(&knowledge));
         let certified = cocalc_daemon::certify::keep_certified(

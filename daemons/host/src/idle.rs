@@ -39,6 +39,9 @@ const STOP_LIMIT: Duration = Duration::from_secs(60);
 /// How long measuring a project may take.
 const MEASURE_LIMIT: Duration = Duration::from_secs(5);
 
+/// What keeps a project from being stopped whose use cannot be measured.
+const UNSEEN: &str = "the time in which what it does cannot be measured";
+
 /// What an idle watch is built from.
 pub(crate) struct Parts {
     pub(crate) policy: IdlePolicy,
@@ -47,6 +50,9 @@ pub(crate) struct Parts {
     pub(crate) ledger: Ledger,
     pub(crate) runner: Arc<dyn Runner>,
     pub(crate) storage: Arc<dyn Storage>,
+    /// What is done with a project that a stop must not come into, for instance
+    /// `a backup`. Must not block.
+    pub(crate) occupied: Box<dyn Fn(ProjectId) -> Option<&'static str> + Send + Sync>,
     /// Where records outlive the daemon.
     pub(crate) directory: PathBuf,
 }
@@ -58,7 +64,6 @@ pub struct Idle(Arc<Inner>);
 struct Inner {
     parts: Parts,
     watched: Mutex<BTreeMap<ProjectId, Watched>>,
-    busy: Mutex<BTreeMap<ProjectId, Vec<&'static str>>>,
 }
 
 impl std::fmt::Debug for Idle {
@@ -80,60 +85,31 @@ struct Watched {
     asked: Option<Duration>,
     /// Why it will have been stopped, once the master has agreed.
     reason: Option<String>,
-}
-
-/// Says that something must not be cut off, until it is dropped.
-#[derive(Debug)]
-pub struct Busy {
-    idle: Idle,
-    project: ProjectId,
-    what: &'static str,
-}
-
-impl Drop for Busy {
-    fn drop(&mut self) {
-        let mut busy = self.idle.busy();
-        if let Some(all) = busy.get_mut(&self.project) {
-            if let Some(at) = all.iter().position(|what| *what == self.what) {
-                all.swap_remove(at);
-            }
-            if all.is_empty() {
-                busy.remove(&self.project);
-            }
-        }
-    }
+    /// Whether its use could not be measured the last time.
+    unseen: bool,
 }
 
 impl Idle {
     pub(crate) fn new(parts: Parts) -> Self {
-        Self(Arc::new(Inner { parts, watched: Mutex::default(), busy: Mutex::default() }))
+        Self(Arc::new(Inner { parts, watched: Mutex::default() }))
     }
 
     fn watched(&self) -> MutexGuard<'_, BTreeMap<ProjectId, Watched>> {
         self.0.watched.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn busy(&self) -> MutexGuard<'_, BTreeMap<ProjectId, Vec<&'static str>>> {
-        self.0.busy.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The project is not stopped for being idle during `what`, for instance `a
-    /// backup`, until the returned value is dropped.
-    #[must_use]
-    pub fn during(&self, project: ProjectId, what: &'static str) -> Busy {
-        self.busy().entry(project).or_default().push(what);
-        Busy { idle: self.clone(), project, what }
-    }
-
     /// What a project must not be cut off from.
     fn occupation(&self, entry: Option<&Entry>, project: ProjectId) -> Option<&'static str> {
-        if let Some(what) = self.busy().get(&project).and_then(|all| all.first()) {
+        if let Some(what) = (self.0.parts.occupied)(project) {
             return Some(what);
         }
         let moving = |entry: &Entry| entry.frozen.is_some() || entry.reserved.is_some();
         let parked =
             || self.0.parts.ledger.route(project).is_some_and(|route| matches!(route.how, Reach::Parked));
-        (entry.is_some_and(moving) || parked()).then_some("a move")
+        if entry.is_some_and(moving) || parked() {
+            return Some("a move");
+        }
+        self.watched().get(&project).is_some_and(|one| one.unseen).then_some(UNSEEN)
     }
 
     /// Who uses a project, and until when it runs.
@@ -273,6 +249,7 @@ impl Idle {
                 saved: now.saturating_sub(SAVE_EVERY),
                 asked: None,
                 reason: None,
+                unseen: false,
             };
             self.watched().insert(*project, one);
             parts.meters.warn(*project, None);
@@ -289,7 +266,13 @@ impl Idle {
             _ => return,
         };
         let measured = tokio::time::timeout(MEASURE_LIMIT, parts.runner.stats(project)).await;
-        let Ok(Ok(stats)) = measured else { return };
+        let Ok(Ok(stats)) = measured else {
+            // What cannot be seen is not for that idle.
+            if let Some(one) = self.watched().get_mut(&project) {
+                one.unseen = true;
+            }
+            return;
+        };
         let jobs = if IdleLimits::new(&parts.policy, &entry.config.idle).timeout.is_some() {
             jobs::declared(&*parts.storage, project, parts.clock.wall()).await
         } else {
@@ -298,6 +281,7 @@ impl Idle {
         let mut watched = self.watched();
         let Some(one) = watched.get_mut(&project) else { return };
         one.sample = Some((now, stats));
+        one.unseen = false;
         if let Some(jobs) = jobs {
             one.record.declare(jobs.into_iter().map(|(name, left)| (name, now + left)).collect());
         }

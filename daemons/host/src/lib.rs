@@ -32,6 +32,7 @@ mod inbox;
 mod inside_keys;
 mod lifecycle;
 mod limits;
+mod names;
 mod peers;
 mod registrar;
 mod secrets;
@@ -47,7 +48,7 @@ pub use config::{
     BackupSettings, Config, Networks, ProjectNetwork, RunnerKind, StorageKind, UnenforceableLimits,
 };
 pub use host::Host;
-pub use idle::{Busy, Idle};
+pub use idle::Idle;
 pub use images::{ImageSettings, Images};
 pub use lifecycle::Lifecycle;
 pub use limits::HostLimits;

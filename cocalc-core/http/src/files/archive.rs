@@ -6,7 +6,12 @@ use std::{
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
     pin::Pin,
-    task::{Context, Poll},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use bytes::{Bytes, BytesMut};
@@ -16,7 +21,10 @@ use rustix::{
     fs::{FileType, Stat},
     io::Errno,
 };
-use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::{
+    runtime::Handle,
+    sync::mpsc::{self, error::SendTimeoutError},
+};
 
 use super::tree::Node;
 
@@ -31,24 +39,30 @@ const DEPTH_MAX: usize = 100;
 /// Begins an archive of everything in `directory`, under the name `root`. What
 /// is neither file, directory nor link is left out, and so is what vanishes
 /// meanwhile. A file that becomes shorter is filled up with zeros, as GNU tar
-/// does; any other failure breaks the stream off. Runs until `permit`'s work is
-/// done or nobody listens.
-pub(crate) fn tar(directory: Node, root: &[u8], permit: OwnedSemaphorePermit) -> ArchiveBody {
+/// does; any other failure breaks the stream off. `held` is kept until it is
+/// done, nobody listens, or who listens takes nothing for as long as `idle`.
+pub(crate) fn tar(directory: Node, root: &[u8], idle: Duration, held: impl Send + 'static) -> ArchiveBody {
     let (sender, pieces) = mpsc::channel(PIECES_MAX);
+    let runtime = Handle::current();
+    let is_whole = Arc::new(AtomicBool::new(false));
+    let whole = Arc::clone(&is_whole);
     let root = PathBuf::from(OsStr::from_bytes(root));
     tokio::task::spawn_blocking(move || {
         let failed = sender.clone();
-        let mut builder = tar::Builder::new(Pieces { sender, held: BytesMut::new() });
+        let mut builder = tar::Builder::new(Pieces { sender, held: BytesMut::new(), runtime, idle });
         let written = walk(&mut builder, &directory, &root, DEPTH_MAX)
             .and_then(|()| builder.into_inner())
             .and_then(|mut pieces| pieces.flush());
         if let Err(error) = written {
-            // If nobody listens any more, nobody needs to know.
-            let _ = failed.blocking_send(Err(error));
+            // If nobody listens any more, nobody needs to know; if nothing more
+            // fits, the end of the stream tells that it is not the whole.
+            let _ = failed.try_send(Err(error));
+        } else {
+            whole.store(true, Ordering::Release);
         }
-        drop(permit);
+        drop((failed, held));
     });
-    ArchiveBody { pieces }
+    ArchiveBody { pieces, is_whole: Some(is_whole) }
 }
 
 fn walk(builder: &mut tar::Builder<Pieces>, directory: &Node, path: &Path, depth: usize) -> io::Result<()> {
@@ -123,6 +137,8 @@ fn header(stat: &Stat, kind: tar::EntryType, bytes: u64) -> tar::Header {
 struct Pieces {
     sender: mpsc::Sender<io::Result<Bytes>>,
     held: BytesMut,
+    runtime: Handle,
+    idle: Duration,
 }
 
 impl Write for Pieces {
@@ -139,7 +155,11 @@ impl Write for Pieces {
             return Ok(());
         }
         let piece = self.held.split().freeze();
-        self.sender.blocking_send(Ok(piece)).map_err(|_| io::ErrorKind::BrokenPipe.into())
+        match self.runtime.block_on(self.sender.send_timeout(Ok(piece), self.idle)) {
+            Ok(()) => Ok(()),
+            Err(SendTimeoutError::Closed(_)) => Err(io::ErrorKind::BrokenPipe.into()),
+            Err(SendTimeoutError::Timeout(_)) => Err(io::ErrorKind::TimedOut.into()),
+        }
     }
 }
 
@@ -147,6 +167,8 @@ impl Write for Pieces {
 #[derive(Debug)]
 pub(crate) struct ArchiveBody {
     pieces: mpsc::Receiver<io::Result<Bytes>>,
+    /// Whether everything is in it, until that has been asked.
+    is_whole: Option<Arc<AtomicBool>>,
 }
 
 impl HttpBody for ArchiveBody {
@@ -157,6 +179,45 @@ impl HttpBody for ArchiveBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        self.pieces.poll_recv(cx).map(|piece| Some(piece?.map(Frame::data).map_err(BoxError::from)))
+        let Some(piece) = ready!(self.pieces.poll_recv(cx)) else {
+            // An archive that is cut between two files looks like a whole one.
+            let whole = self.is_whole.take().is_none_or(|whole| whole.load(Ordering::Acquire));
+            let broken = || BoxError::from(io::Error::from(io::ErrorKind::UnexpectedEof));
+            return Poll::Ready((!whole).then(|| Err(broken())));
+        };
+        if piece.is_err() {
+            self.is_whole = None;
+        }
+        Poll::Ready(Some(piece.map(Frame::data).map_err(BoxError::from)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::BodyExt as _;
+
+    use super::*;
+
+    /// Whoever takes nothing is left, and gets no archive that looks whole.
+    #[tokio::test]
+    async fn a_reader_that_stops_gives_its_place_back_and_gets_a_broken_stream() {
+        let directory = tempfile::tempdir().unwrap();
+        for number in 0..20 {
+            std::fs::write(directory.path().join(number.to_string()), vec![1; 100_000]).unwrap();
+        }
+        let root = std::fs::File::open(directory.path()).unwrap();
+        let node = crate::files::tree::Tree(root.into())
+            .open(&super::super::path::FilePath::parse("").unwrap())
+            .unwrap();
+        let place = Arc::new(());
+        let mut body = tar(node, b"root", Duration::from_millis(50), Arc::clone(&place));
+        while Arc::strong_count(&place) > 1 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        let mut frames = Vec::new();
+        while let Some(frame) = body.frame().await {
+            frames.push(frame.is_ok());
+        }
+        assert!(frames.len() > 1 && frames.ends_with(&[false]), "{frames:?}");
     }
 }

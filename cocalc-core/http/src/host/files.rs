@@ -1,22 +1,27 @@
 //! Requests for raw files.
 
 use std::{
+    collections::BTreeMap,
     fs::File,
     io::{self, Write},
     os::unix::fs::PermissionsExt,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
 use bytes::{Bytes, BytesMut};
 use cocalc_core::{
+    activity::{Source, Use},
     auth::{Admission, Principal},
     ids::{Action, ProjectId, Scope},
 };
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, header};
 use http_body_util::BodyExt;
 use rustix::{fs::FileType, io::Errno};
-use tokio::{sync::Semaphore, time::timeout};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::timeout,
+};
 
 use super::{Asked, Inner, Rest, respond::frame_ancestors, session};
 use crate::{
@@ -37,6 +42,14 @@ use crate::{
 
 /// How many archives are made at a time; each reads as fast as it is taken.
 const ARCHIVES_MAX: usize = 16;
+/// How many of them one project has.
+const ARCHIVES_OF_ONE: usize = 2;
+/// How many folders are read for a listing at a time, and how many of them of
+/// one project: each may take its time, and a thread.
+const SCANS_MAX: usize = 16;
+const SCANS_OF_ONE: usize = 2;
+/// How long a listing waits for others.
+const SCAN_TURN: Duration = Duration::from_secs(10);
 /// How many entries a page of a listing has, unless fewer are asked for.
 const ENTRIES_MAX: usize = 1_000;
 /// Files up to this size are read when they are opened.
@@ -51,7 +64,8 @@ const METHODS: &str = "GET, HEAD, OPTIONS, PUT, DELETE, MKCOL";
 #[derive(Debug)]
 pub(super) struct Raw {
     files: Arc<dyn ProjectFiles>,
-    archives: Arc<Semaphore>,
+    archives: Places,
+    scans: Places,
     /// One change at a time per project, of those that come this way: between
     /// the look at what is there and the change, none of them changes it.
     changes: Vec<Arc<tokio::sync::Mutex<()>>>,
@@ -61,7 +75,8 @@ impl Raw {
     pub(super) fn new(files: Arc<dyn ProjectFiles>) -> Self {
         Self {
             files,
-            archives: Arc::new(Semaphore::new(ARCHIVES_MAX)),
+            archives: Places::new(ARCHIVES_MAX, ARCHIVES_OF_ONE),
+            scans: Places::new(SCANS_MAX, SCANS_OF_ONE),
             changes: (0..64).map(|_| Arc::default()).collect(),
         }
     }
@@ -71,6 +86,51 @@ impl Raw {
         let hash = std::hash::BuildHasherDefault::<std::hash::DefaultHasher>::default().hash_one(project);
         let shard = usize::try_from(hash % 64).unwrap_or(0);
         self.changes.get(shard).cloned().unwrap_or_default()
+    }
+}
+
+/// Places for something that is done a few times at once, of which one project
+/// gets a part only.
+#[derive(Debug)]
+struct Places {
+    all: Arc<Semaphore>,
+    of_one: usize,
+    by_project: Mutex<BTreeMap<ProjectId, Arc<Semaphore>>>,
+}
+
+/// A place, until it is dropped.
+#[derive(Debug)]
+struct Held {
+    _one: OwnedSemaphorePermit,
+    _all: OwnedSemaphorePermit,
+}
+
+impl Places {
+    fn new(all: usize, of_one: usize) -> Self {
+        Self { all: Arc::new(Semaphore::new(all)), of_one, by_project: Mutex::default() }
+    }
+
+    fn own(&self, project: ProjectId) -> Arc<Semaphore> {
+        let mut known = self.by_project.lock().unwrap_or_else(PoisonError::into_inner);
+        // Who waits or holds a place has one of them, too.
+        known.retain(|other, places| *other == project || Arc::strong_count(places) > 1);
+        let new = || Arc::new(Semaphore::new(self.of_one));
+        Arc::clone(known.entry(project).or_insert_with(new))
+    }
+
+    fn now(&self, project: ProjectId) -> Option<Held> {
+        let one = self.own(project).try_acquire_owned().ok()?;
+        Some(Held { _one: one, _all: Arc::clone(&self.all).try_acquire_owned().ok()? })
+    }
+
+    /// Waits, but not for long. Its own others first: who waits for those keeps
+    /// no place from anybody else.
+    async fn soon(&self, project: ProjectId) -> Option<Held> {
+        let places = async {
+            let one = self.own(project).acquire_owned().await.ok()?;
+            Some(Held { _one: one, _all: Arc::clone(&self.all).acquire_owned().await.ok()? })
+        };
+        timeout(SCAN_TURN, places).await.ok().flatten()
     }
 }
 
@@ -118,6 +178,10 @@ impl Inner {
             return Err(Problem::not_found());
         }
         let path = FilePath::parse(path).ok_or_else(Problem::not_found)?;
+        if let Some(meter) = self.meter(asked.place.project) {
+            // Its files are used, whether it runs or not.
+            meter.tap(Source::Http, Use::Work).moved();
+        }
         let method = asked.parts.method.clone();
         let mut response = match method.as_str() {
             "OPTIONS" => {
@@ -208,7 +272,7 @@ impl Inner {
                 let place = format!("{}{}/files", asked.view.prefix, asked.place.mount);
                 return session::redirect(&format!("{place}{}/{query}", path.encoded()));
             }
-            Found::Directory(node) => directory(raw, asked, &path, node).await?,
+            Found::Directory(node) => directory(raw, asked, &path, node, self.limits.body_idle).await?,
             Found::File(node, content) => file(asked, &path, &node, content)?,
         };
         let fields_out = response.headers_mut();
@@ -440,6 +504,7 @@ async fn directory(
     asked: &Asked<'_>,
     path: &FilePath,
     node: Node,
+    idle: Duration,
 ) -> Result<Response<Body>, Problem> {
     let bad = |message: &'static str| Problem::new(StatusCode::BAD_REQUEST, "bad_query", message);
     let (mut after, mut max, mut json) = (Vec::new(), ENTRIES_MAX, !wants_page(&asked.parts.headers));
@@ -467,14 +532,22 @@ async fn directory(
         headers::set(response.headers_mut(), header::CONTENT_TYPE, "application/x-tar");
         headers::set(response.headers_mut(), header::CACHE_CONTROL, "no-store");
         if asked.parts.method == Method::GET {
-            let permit = raw.archives.clone().try_acquire_owned().map_err(|_| {
+            let place = raw.archives.now(asked.place.project).ok_or_else(|| {
                 Problem::unavailable("archives_busy", "Too many folders are being downloaded. Try again.", 5)
             })?;
-            *response.body_mut() = Body::new(archive::tar(node, &name, permit));
+            *response.body_mut() = Body::new(archive::tar(node, &name, idle, place));
         }
         return Ok(response);
     }
-    let page = blocking(move || node.list(&after, max)).await?;
+    let place = raw.scans.soon(asked.place.project).await.ok_or_else(|| {
+        Problem::unavailable("listings_busy", "Too many folders are being listed. Try again.", 5)
+    })?;
+    let page = blocking(move || {
+        // Also if nobody waits for it any more.
+        let _place = place;
+        node.list(&after, max)
+    })
+    .await?;
     let (kind, text) = if json {
         ("application/json", listing::json(path, &page, max))
     } else {
@@ -640,5 +713,27 @@ fn refused(error: io::Error) -> Problem {
             tracing::warn!(%error, "a file operation failed");
             problem(StatusCode::INTERNAL_SERVER_ERROR, "files_error", "The files cannot be used.")
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn one_project_takes_a_part_of_the_places_only() {
+        let places = Places::new(3, 2);
+        let (greedy, other, third) = (ProjectId::random(), ProjectId::random(), ProjectId::random());
+        let first = places.now(greedy).unwrap();
+        let _second = places.now(greedy).unwrap();
+        assert!(places.now(greedy).is_none() && places.soon(greedy).await.is_none());
+        let last = places.now(other).unwrap();
+        assert!(places.soon(third).await.is_none(), "there are three in all");
+        let waiting = places.soon(third);
+        drop(last);
+        let held = waiting.await.unwrap();
+        drop((first, held));
+        assert!(places.now(other).is_some());
+        assert!(places.by_project.lock().unwrap().len() <= 3);
     }
 }

@@ -37,6 +37,10 @@ const PORT: u16 = 53;
 
 /// How many questions of one project wait for their answers.
 const QUESTIONS_MAX: usize = 64;
+/// How many questions of one project are asked on per second, and how many of
+/// them at once after a pause. A page of a browser asks a few dozen.
+const QUESTIONS_PER_SEC: u32 = 100;
+const QUESTIONS_BURST: u32 = 500;
 /// How many connections of one project are served.
 const CONNECTIONS_MAX: usize = 8;
 /// How long a server may take, and a connection may be idle.
@@ -112,6 +116,32 @@ struct Served {
     /// Until when addresses are open.
     open: Mutex<BTreeMap<Ipv4Addr, Instant>>,
     questions: Semaphore,
+    rate: Mutex<Rate>,
+}
+
+/// How often a project asks: the servers are its neighbours', too. A bucket that
+/// fills by [`QUESTIONS_PER_SEC`].
+#[derive(Debug)]
+struct Rate {
+    left: f64,
+    at: Instant,
+}
+
+impl Rate {
+    fn new(now: Instant) -> Self {
+        Self { left: QUESTIONS_BURST.into(), at: now }
+    }
+
+    fn take(&mut self, now: Instant) -> bool {
+        let passed = now.saturating_duration_since(self.at).as_secs_f64();
+        self.at = now;
+        self.left = (self.left + passed * f64::from(QUESTIONS_PER_SEC)).min(QUESTIONS_BURST.into());
+        let may = self.left >= 1.0;
+        if may {
+            self.left -= 1.0;
+        }
+        may
+    }
 }
 
 impl Resolver {
@@ -141,6 +171,7 @@ impl Resolver {
             servers: Arc::clone(servers),
             open: Mutex::default(),
             questions: Semaphore::new(QUESTIONS_MAX),
+            rate: Mutex::new(Rate::new(Instant::now())),
         });
         let task = tokio::spawn(async move {
             tokio::join!(datagrams(Arc::clone(&served), Arc::new(udp)), connections(served, tcp));
@@ -233,9 +264,13 @@ enum Over {
 }
 
 impl Served {
-    /// The answer to a question; `None` if there is none, or it made no sense.
+    /// The answer to a question; `None` if there is none, it made no sense, or
+    /// there were too many.
     async fn answer(&self, question: &[u8], over: Over) -> Option<Vec<u8>> {
         let _slot = self.questions.try_acquire().ok()?;
+        if !lock(&self.rate).take(Instant::now()) {
+            return None;
+        }
         let name = name_asked(question)?;
         let ports: Vec<Option<u16>> = match &self.only {
             None => Vec::new(),
@@ -366,6 +401,15 @@ mod tests {
     use simple_dns::{CLASS, Name, Question, ResourceRecord, rdata::A};
 
     use super::*;
+
+    #[test]
+    fn a_project_that_asks_all_the_time_is_slowed_down_and_others_are_not() {
+        let begun = Instant::now();
+        let (mut busy, mut calm) = (Rate::new(begun), Rate::new(begun));
+        let answered = (0..10_000).filter(|n| busy.take(begun + Duration::from_millis(*n))).count();
+        assert!((1_400..=1_510).contains(&answered), "{answered} in ten seconds");
+        assert!((0..50).all(|n| calm.take(begun + Duration::from_millis(n * 20))));
+    }
 
     fn question(name: &str) -> Vec<u8> {
         let mut packet = Packet::new_query(7);

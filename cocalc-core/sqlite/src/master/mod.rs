@@ -7,10 +7,12 @@
 
 mod access;
 mod account;
+mod alias;
 mod audit;
 mod backup;
 mod fence;
 mod idempotency;
+mod image;
 mod login;
 mod member;
 mod moves;
@@ -61,6 +63,8 @@ const MIGRATIONS: &[&str] = &[
     include_str!("schema_backups.sql"),
     include_str!("schema_secrets.sql"),
     include_str!("schema_fences.sql"),
+    include_str!("schema_images.sql"),
+    include_str!("schema_aliases.sql"),
 ];
 
 /// The master's database.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use cocalc_ids::{Epoch, MoveId, ProjectId, SnapshotName, TreePath};
 
-use super::{Keeper, cancelled};
+use super::{Keeper, Restoring, cancelled};
 use crate::{
     backups::{Backup, Backups, Restored, Work, backup_error},
     control::{BackupsOutcome, CommandError, ErrorCode},
@@ -43,6 +43,7 @@ impl Keeper {
         work: &Work,
     ) -> Result<BackupsOutcome, CommandError> {
         self.may_fetch(project, epoch, what.move_id)?;
+        let _going_on = Restoring::begin(self, project);
         let storage = &self.0.parts.storage;
         let backups = (self.0.parts.reading)(project, epoch);
         let found = find(&*backups, what.source, &what.backup).await?;

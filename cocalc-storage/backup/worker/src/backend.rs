@@ -51,6 +51,35 @@ pub(crate) struct Backend {
     written: Mutex<Vec<(String, u64)>>,
     reads: Rate,
     writes: Rate,
+    /// Parts of packs that are kept for a while.
+    windows: Mutex<Vec<Arc<Part>>>,
+}
+
+/// A part of a pack.
+struct Part {
+    pack: Id,
+    offset: u32,
+    bytes: Bytes,
+}
+
+impl Part {
+    fn slice(&self, pack: &Id, offset: u32, length: u32) -> Option<Bytes> {
+        let from = usize::try_from(offset.checked_sub(self.offset)?).ok()?;
+        let to = from.checked_add(usize::try_from(length).ok()?)?;
+        (self.pack == *pack && to <= self.bytes.len()).then(|| self.bytes.slice(from..to))
+    }
+}
+
+/// A part of a pack is kept until this is dropped.
+pub(crate) struct Window<'a> {
+    backend: &'a Backend,
+    part: Arc<Part>,
+}
+
+impl Drop for Window<'_> {
+    fn drop(&mut self) {
+        self.backend.windows().retain(|other| !Arc::ptr_eq(other, &self.part));
+    }
 }
 
 impl fmt::Debug for Backend {
@@ -78,7 +107,23 @@ impl Backend {
             written: Mutex::new(Vec::new()),
             reads: Rate::new(bounds.bytes_per_sec_max),
             writes: Rate::new(bounds.bytes_per_sec_max),
+            windows: Mutex::default(),
         })
+    }
+
+    fn windows(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Part>>> {
+        self.windows.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reads a part of a pack at once, for who is about to ask for it piece by
+    /// piece.
+    pub(crate) fn window(&self, pack: &Id, offset: u32, length: u32) -> RusticResult<Window<'_>> {
+        let name = name(FileType::Pack, pack);
+        let bytes = self.rustic(self.store.read_part(&name, offset.into(), length.into()))?;
+        self.reads.pass(bytes.len());
+        let part = Arc::new(Part { pack: *pack, offset, bytes });
+        self.windows().push(Arc::clone(&part));
+        Ok(Window { backend: self, part })
     }
 
     /// The first thing that failed in the store, if anything did.
@@ -291,6 +336,11 @@ impl ReadBackend for Backend {
         offset: u32,
         length: u32,
     ) -> RusticResult<Bytes> {
+        if kind == FileType::Pack
+            && let Some(bytes) = self.windows().iter().find_map(|part| part.slice(id, offset, length))
+        {
+            return Ok(bytes);
+        }
         let bytes = self.rustic(self.store.read_part(&name(kind, id), offset.into(), length.into()))?;
         self.reads.pass(bytes.len());
         Ok(bytes)

@@ -15,6 +15,7 @@ const NAMES: &[&str] = &[
     "backup.marked",
     "backup.listed",
     "restore.planned",
+    "restore.contents",
     "restore.written",
     "restore.compared",
     "restore.synced",

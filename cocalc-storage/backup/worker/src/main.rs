@@ -8,6 +8,7 @@ mod backend;
 mod backup;
 mod browse;
 mod check;
+mod contents;
 mod diff;
 mod excludes;
 mod fail;

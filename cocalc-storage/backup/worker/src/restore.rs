@@ -19,13 +19,13 @@ use rustic_core::{
     repofile::{Node, NodeType},
 };
 
-use crate::{backend::Backend, fail, failure::Failed, repository, root::Root, said};
+use crate::{backend::Backend, contents, fail, failure::Failed, repository, root::Root, said};
 
 /// How many differences are told.
 const DIFFERENCES_MAX: usize = 20;
 
 /// Everything that is restored, by its path below the target.
-type Nodes = Vec<(PathBuf, Node)>;
+pub(crate) type Nodes = Vec<(PathBuf, Node)>;
 
 pub(crate) fn restore(
     job: &Job,
@@ -42,12 +42,14 @@ pub(crate) fn restore(
     let stream = || nodes.iter().cloned().map(RusticResult::Ok);
 
     let destination = LocalDestination::new(place, false, false)?;
-    let mut options = RestoreOptions::default().numeric_id(true);
-    // The type of this option is not exported; its values are.
-    options.sparse = serde_json::from_str("\"ByContent\"")
-        .map_err(|error| Failed::new(FailureKind::Other, error.to_string()))?;
-    let plan = opened.prepare_restore(&options, stream(), &destination, false)?;
+    let options = RestoreOptions::default().numeric_id(true);
+    // The directories.
+    opened.prepare_restore(&options, stream(), &destination, false)?;
     fail::point("restore.planned");
+    contents::write(&opened, backend, target, &nodes)?;
+    fail::point("restore.contents");
+    // All but the contents, which are found to be there, by size and time.
+    let plan = opened.prepare_restore(&options, stream(), &destination, false)?;
     opened.restore(plan, &options, stream(), &destination)?;
     if path.is_root() {
         let root = Root::from_description(snapshot.description.as_deref())?;

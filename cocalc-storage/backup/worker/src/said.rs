@@ -141,6 +141,10 @@ impl RusticProgress for BytesBar {
 
     fn finish(&self) {
         let _telling = self.told.lock();
-        self.tell();
+        // Where there was nothing to do there is nothing to tell: it would look
+        // like going back to those who have heard of more.
+        if self.total.load(Ordering::Relaxed) > 0 || self.bytes.load(Ordering::Relaxed) > 0 {
+            self.tell();
+        }
     }
 }

@@ -16,9 +16,9 @@ use std::{
 use cocalc_backup::{Bounds, Rustic};
 use cocalc_core::{
     backups::{Backups, Error},
-    ids::ProjectId,
+    ids::{ProjectId, TreePath},
 };
-use cocalc_testkit::backups::Subject;
+use cocalc_testkit::backups::{Subject, differences, facts};
 use common::{noise, on_disk, over, small};
 
 /// Names the directory in which a child of the test makes a backup.
@@ -200,6 +200,33 @@ async fn a_worker_that_needs_too_much_memory_fails_alone() {
     assert!(!source.to_string().is_empty());
     assert_eq!(enough.list(project).await.unwrap(), std::slice::from_ref(&first));
     enough.back_up(&subject.source(project, &tree, Some(&first)), &|_| ()).await.unwrap();
+}
+
+/// What is small in the repository and large on the disk, in many packs.
+#[tokio::test]
+async fn a_restore_takes_no_more_memory_for_a_large_project() {
+    let root = tempfile::tempdir().unwrap();
+    let tree = root.path().join("tree");
+    small(&tree, 1);
+    for number in 0..12_u64 {
+        // Each 16 bytes of noise become 64: packs hold what becomes 4 times as much.
+        let mut content = Vec::new();
+        for piece in noise(500 + number, 4 << 20).chunks(16) {
+            content.extend_from_slice(&piece.repeat(4));
+        }
+        fs::write(tree.join(format!("home/large-{number}")), content).unwrap();
+    }
+    let keys = on_disk(root.path());
+    let enough = over(keys.clone(), Bounds::default());
+    let (project, subject) = (ProjectId::random(), Subject::new(&enough, root.path()));
+    let backup = enough.back_up(&subject.source(project, &tree, None), &|_| ()).await.unwrap();
+    assert!(backup.added_bytes < 100 << 20, "it is compressed: {backup:?}");
+    let little = over(keys, Bounds { memory_bytes_max: 224 << 20, ..Bounds::default() });
+    let target = root.path().join("target");
+    fs::create_dir(&target).unwrap();
+    little.restore(project, &backup.id, &TreePath::root(), &target, &|_| ()).await.unwrap();
+    let differences = differences(&facts(&tree), &facts(&target));
+    assert!(differences.is_empty(), "{differences:#?}");
 }
 
 #[tokio::test]

@@ -184,7 +184,9 @@ async fn a_restore_that_is_killed_writes_below_its_target_only_and_is_done_again
     let beside = place.root.path().join("beside");
     fs::create_dir(&beside).unwrap();
     fs::write(beside.join("precious"), "precious").unwrap();
-    for point in ["restore.planned", "restore.written", "restore.compared", "restore.synced"] {
+    for point in
+        ["restore.planned", "restore.contents", "restore.written", "restore.compared", "restore.synced"]
+    {
         let target = beside.join(point);
         fs::create_dir(&target).unwrap();
         let dying = place.dying(point, 1);

@@ -115,7 +115,7 @@ pub(super) async fn unpack(
         if store.free_bytes().map_err(bad)? < limits.free_bytes {
             return Err(ImageError::NoSpace);
         }
-        return Err(bad(format!("tar failed, {status}: {}", running.words())));
+        return Err(bad(format!("tar failed, {status}: {}", running.words().await)));
     }
     // tar takes an archive that is cut between two files for a whole one.
     if zeros < END_MARK {

@@ -29,3 +29,44 @@ fn a_reason_names_the_last_use_and_the_times() {
          2027-01-15T07:30:00Z by SSH or a terminal; its users were warned"
     );
 }
+
+#[tokio::test]
+async fn what_cannot_be_measured_is_not_taken_for_idle() {
+    use cocalc_core::{
+        grant::MemoryLedgerStore,
+        ids::HostId,
+        memory::{clock::ManualClock, runner::MemoryRunner, storage::MemoryStorage},
+    };
+    let directory = tempfile::tempdir().unwrap();
+    let clock = Arc::new(ManualClock::new(Timestamp::from_secs(1_800_000_000)));
+    let ledger = Ledger::open(HostId::random(), Arc::new(MemoryLedgerStore::default())).await.unwrap();
+    let project = ProjectId::random();
+    ledger.create(project, Epoch::FIRST, Default::default()).await.unwrap();
+    let idle = Idle::new(Parts {
+        policy: IdlePolicy::default(),
+        clock: clock.clone(),
+        meters: Meters::new(clock.clone()),
+        ledger: ledger.clone(),
+        // It does not know the project, so it cannot measure it.
+        runner: Arc::new(MemoryRunner::new(clock.clone())),
+        storage: Arc::new(MemoryStorage::new()),
+        occupied: Box::new(|_| None),
+        directory: directory.path().to_owned(),
+    });
+    let one = Watched {
+        record: Record::default(),
+        started: None,
+        limits: IdleLimits::new(&IdlePolicy::default(), &Default::default()),
+        sample: None,
+        oom: None,
+        saved: Duration::ZERO,
+        asked: None,
+        reason: None,
+        unseen: false,
+    };
+    idle.watched().insert(project, one);
+    let entry = ledger.entry(project).unwrap();
+    assert_eq!(idle.occupation(Some(&entry), project), None);
+    idle.sample(project, &entry).await;
+    assert_eq!(idle.occupation(Some(&entry), project), Some(UNSEEN));
+}

@@ -62,7 +62,9 @@ fn refused(error: CommandError) -> Problem {
     match error.code {
         ErrorCode::NotFound => Problem::new(StatusCode::NOT_FOUND, code, error.message),
         ErrorCode::Invalid => Problem::invalid(error.message),
-        ErrorCode::RepositoryUnavailable
+        // Whoever asked a question waited for others in vain.
+        ErrorCode::Busy
+        | ErrorCode::RepositoryUnavailable
         | ErrorCode::RepositoryDenied
         | ErrorCode::Unavailable
         | ErrorCode::Failed => Problem::unavailable(code, error.message),

@@ -53,8 +53,13 @@ fn refused(error: CommandError) -> Problem {
 }
 
 /// The image that is meant.
-pub(super) fn resolve(shared: &Shared, text: &str) -> Answer<ImageDigest> {
-    shared.images.resolve(text).map_err(|reason| Problem::conflict("no_image", reason))
+pub(super) async fn resolve(shared: &Shared, text: &str) -> Answer<ImageDigest> {
+    shared.resolve_image(text).await?.ok_or_else(|| {
+        let reason = format!(
+            "{text:?} is neither the digest nor the name of an image; `cocalc image list` shows them"
+        );
+        Problem::conflict("no_image", reason)
+    })
 }
 
 #[derive(Serialize, ToSchema)]
@@ -105,7 +110,6 @@ async fn list(State(shared): State<Arc<Shared>>, _caller: Caller) -> Answer<Json
                 projects: 0,
                 hosts: Vec::new(),
             });
-            view.names.extend(image.names);
             view.sources.extend(image.sources);
             view.bytes = view.bytes.max(image.bytes);
             view.projects += image.projects;
@@ -116,6 +120,11 @@ async fn list(State(shared): State<Arc<Shared>>, _caller: Caller) -> Answer<Json
                 used: image.used.map(time),
                 imported: image.imported.map(time),
             });
+        }
+    }
+    for (name, digest) in shared.db(|store| store.image_names()).await? {
+        if let Some(view) = found.get_mut(&digest) {
+            view.names.insert(name);
         }
     }
     Ok(Json(ImagesView { images: found.into_values().collect() }))
@@ -263,7 +272,7 @@ async fn fetch(
     Body(body): Body<FetchImage>,
 ) -> Answer<(StatusCode, Json<ImageBegun>)> {
     caller.require_admin()?;
-    let digest = resolve(&shared, &image)?;
+    let digest = resolve(&shared, &image).await?;
     let host = hosts::find(&shared, &body.host).await?.id;
     let task = ImageTask::Fetch { digest, from: host };
     begin(&shared, &caller, Some(&body.host), "image.fetch", task).await
@@ -298,7 +307,7 @@ async fn note(
     Body(body): Body<Note>,
 ) -> Answer<Json<Noted>> {
     caller.require_admin()?;
-    let digest = resolve(&shared, &image)?;
+    let digest = resolve(&shared, &image).await?;
     caller.notes("image.note", digest);
     let name = checked_name(body.name)?;
     let hosts: Vec<HostId> = match &body.host {
@@ -314,6 +323,7 @@ async fn note(
     if hosts.is_empty() {
         return Err(Problem::conflict("no_image", format!("image {digest} is on no connected host")));
     }
+    shared.name_image(name.clone(), digest, caller.id).await.map_err(refused)?;
     let mut noted = Vec::new();
     for host in hosts {
         let request = ImageRequest::Note { digest, pinned: body.pinned, name: name.clone() };
@@ -406,7 +416,7 @@ async fn set(
     Body(body): Body<SetImage>,
 ) -> Answer<(StatusCode, Json<Begun>)> {
     caller.project(&shared, id, Some(Action::Administer)).await?;
-    let image = resolve(&shared, &body.image)?;
+    let image = resolve(&shared, &body.image).await?;
     let allowed: &[ProjectState] = if body.restart {
         &[ProjectState::Stopped, ProjectState::Failed, ProjectState::Running]
     } else {

@@ -82,7 +82,10 @@ async fn create(
         Some(host) => Some(hosts::find(&shared, host).await?.id),
         None => None,
     };
-    let image = new.image.as_deref().map(|image| images::resolve(&shared, image)).transpose()?;
+    let image = match &new.image {
+        Some(image) => Some(images::resolve(&shared, image).await?),
+        None => None,
+    };
     let needs = Needs { image, quota_bytes: new.quota_bytes, only };
     let candidates = shared.candidates().await?;
     let host = placed(&candidates, &needs)?;

@@ -27,6 +27,10 @@ use self::keys::Wrapping;
 pub(crate) use self::tend::{LastDrill, Tended, keep_tending, tend};
 use crate::shared::on_store;
 
+/// How many questions about what is in repositories are answered at once: each
+/// is a process that reads an index.
+const QUESTIONS_MAX: usize = 4;
+
 /// The backups of a federation that has some.
 pub(crate) struct Backups {
     pub(crate) config: BackupsConfig,
@@ -34,6 +38,8 @@ pub(crate) struct Backups {
     rustic: Rustic,
     /// How many jobs go on at once.
     places: Arc<Semaphore>,
+    /// How many questions are answered at once.
+    questions: Semaphore,
     /// What was done.
     pub(crate) tended: Tended,
 }
@@ -68,7 +74,9 @@ impl Backups {
             rustic = rustic.worker(worker);
         }
         let places = Arc::new(Semaphore::new(config.jobs_max.into()));
-        Ok(Self { rustic: rustic.build()?, repositories, places, tended: Tended::default(), config })
+        let questions = Semaphore::new(QUESTIONS_MAX);
+        let rustic = rustic.build()?;
+        Ok(Self { rustic, repositories, places, questions, tended: Tended::default(), config })
     }
 
     /// For projects whose owners have said nothing.

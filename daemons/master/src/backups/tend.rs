@@ -71,10 +71,22 @@ fn add(counter: &AtomicU64, number: u64) {
     counter.fetch_add(number, Ordering::Relaxed);
 }
 
+/// How long a question waits for others, before whoever asked is told to ask
+/// again.
+const QUESTION_LIMIT: Duration = Duration::from_secs(20);
+
 impl Backups {
-    /// Answers a question from the repository itself.
+    /// Answers a question from the repository itself. Maintenance has places of
+    /// its own, so nobody who asks waits for that.
     pub(crate) async fn browse(&self, project: ProjectId, query: &Query) -> Result<Answer, CommandError> {
-        let _place = self.place().await?;
+        let waiting = tokio::time::timeout(QUESTION_LIMIT, self.questions.acquire()).await;
+        let _place = match waiting {
+            Ok(place) => place.map_err(|_| closed())?,
+            Err(_) => {
+                let message = "others ask about backups; ask again in a minute".to_owned();
+                return Err(CommandError { code: ErrorCode::Unavailable, message });
+            }
+        };
         answer(self.own(), project, query).await.map_err(|error| backup_error(&error))
     }
 
@@ -86,10 +98,12 @@ impl Backups {
 
     /// Waits until there are few enough jobs.
     async fn place(&self) -> Result<tokio::sync::OwnedSemaphorePermit, CommandError> {
-        let closed =
-            |_| CommandError { code: ErrorCode::Failed, message: "the master is shutting down".into() };
-        Arc::clone(&self.places).acquire_owned().await.map_err(closed)
+        Arc::clone(&self.places).acquire_owned().await.map_err(|_| closed())
     }
+}
+
+fn closed() -> CommandError {
+    CommandError { code: ErrorCode::Failed, message: "the master is shutting down".into() }
 }
 
 /// Does the work of an operation on a repository. What came of it, for people.
@@ -134,6 +148,10 @@ async fn forget(
 /// and breaks off what it makes if all are gone. Whether that is so.
 async fn tell_gone(shared: &Shared, id: ProjectId, backups: Vec<String>) -> bool {
     let Ok(project) = shared.db(move |store| store.project(id)).await else { return true };
+    // It gets no key, and its credentials have ended with its lease.
+    if shared.peers.is_fenced(Peer::Host(project.host)) {
+        return true;
+    }
     let what = BackupsCommand::Gone { backups };
     let command = HostCommand::Backups { project: id, epoch: project.epoch, what };
     matches!(shared.command(project.host, &command, TELL_LIMIT).await, Ok(HostReply::Backups { .. }))

@@ -7,7 +7,7 @@ use std::{
 };
 
 use cocalc_core::control::{CommandError, ErrorCode, ImageReport, ImageTask};
-use cocalc_ids::{AccountId, HostId, OperationId, Timestamp};
+use cocalc_ids::{AccountId, HostId, ImageDigest, OperationId, Timestamp};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
@@ -139,7 +139,18 @@ impl Shared {
                     .await
                     .map(|()| json!({ "digest": digest.to_string() })),
                 task => {
-                    shared.image_work(host, id, task, &mut cancel, &mut tell).await.map(|image| shown(&image))
+                    let name = match &task {
+                        ImageTask::Pull { name, .. }
+                        | ImageTask::Build { name, .. }
+                        | ImageTask::Import { name, .. } => name.clone(),
+                        ImageTask::Fetch { .. } => None,
+                    };
+                    match shared.image_work(host, id, task, &mut cancel, &mut tell).await {
+                        Ok(image) => {
+                            shared.name_image(name, image.digest, account).await.map(|()| shown(&image))
+                        }
+                        Err(error) => Err(error),
+                    }
                 }
             };
             shared.images.jobs.change(id, shared.now(), |job| match done {
@@ -155,6 +166,23 @@ impl Shared {
             });
         });
         Ok(())
+    }
+}
+
+impl Shared {
+    /// What an administrator called an image means it from now on.
+    pub(crate) async fn name_image(
+        &self,
+        name: Option<String>,
+        digest: ImageDigest,
+        account: AccountId,
+    ) -> Result<(), CommandError> {
+        let (Some(name), now) = (name, self.now()) else { return Ok(()) };
+        let named = self.db(move |store| store.name_image(&name, digest, account, now)).await;
+        named.map_err(|error| CommandError {
+            code: ErrorCode::Failed,
+            message: format!("image {digest} is there, but not its name: {}", cocalc_core::chain(&error)),
+        })
     }
 }
 

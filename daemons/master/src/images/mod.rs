@@ -9,7 +9,7 @@ mod ensure;
 mod jobs;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -20,6 +20,7 @@ use cocalc_core::{
     control::{CommandError, ErrorCode, ImageReply, ImageReport, ImageRequest, ImageTask, images_subject},
 };
 use cocalc_ids::{HostId, ImageDigest, OperationId};
+use cocalc_sqlite::master as store;
 use tokio::sync::watch;
 
 pub(crate) use self::jobs::ImageJob;
@@ -53,24 +54,6 @@ impl Images {
         self.hosts().clone()
     }
 
-    /// The image that `text` means: a digest, or a name.
-    pub(crate) fn resolve(&self, text: &str) -> Result<ImageDigest, String> {
-        if let Ok(digest) = text.parse() {
-            return Ok(digest);
-        }
-        let hosts = self.hosts();
-        let named = hosts.values().flatten().filter(|image| image.names.contains(text));
-        let found: BTreeSet<ImageDigest> = named.map(|image| image.digest).collect();
-        let mut found = found.into_iter();
-        match (found.next(), found.next()) {
-            (Some(digest), None) => Ok(digest),
-            (None, _) => Err(format!("{text:?} is neither the digest nor the name of an image here")),
-            (Some(one), Some(other)) => Err(format!(
-                "{text:?} means different images on different hosts, {one} and {other} among them; say the digest"
-            )),
-        }
-    }
-
     fn hosts(&self) -> MutexGuard<'_, BTreeMap<HostId, Vec<ImageReport>>> {
         self.hosts.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -81,6 +64,17 @@ impl Images {
 pub(crate) type Tell<'a> = dyn FnMut(&str, u64, Option<u64>) + Send + 'a;
 
 impl Shared {
+    /// The image that `text` means: a digest, or a name that an administrator
+    /// gave. What hosts call their images means nothing here: one of them may be
+    /// somebody else's by now.
+    pub(crate) async fn resolve_image(&self, text: &str) -> store::Result<Option<ImageDigest>> {
+        if let Ok(digest) = text.parse() {
+            return Ok(Some(digest));
+        }
+        let name = text.to_owned();
+        self.db(move |store| store.image_named(&name)).await
+    }
+
     /// Asks a host something about its images.
     pub(crate) async fn ask_images(
         &self,
@@ -149,37 +143,4 @@ impl Shared {
 
 fn nonsense() -> CommandError {
     CommandError { code: ErrorCode::Failed, message: "the host's answer makes no sense".to_owned() }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn image(id: u8, names: &[&str]) -> ImageReport {
-        ImageReport {
-            digest: ImageDigest::from_bytes([id; 32]),
-            names: names.iter().map(|name| (*name).to_owned()).collect(),
-            sources: BTreeSet::new(),
-            bytes: 0,
-            pinned: false,
-            projects: 0,
-            used: None,
-            imported: None,
-        }
-    }
-
-    #[test]
-    fn a_name_means_one_image_or_nothing() {
-        let images = Images::default();
-        let (one, two) = (HostId::random(), HostId::random());
-        images.heard(one, vec![image(1, &["debian", "base"]), image(2, &["r"])]);
-        images.heard(two, vec![image(1, &["debian"]), image(3, &["r"])]);
-        assert_eq!(images.resolve("debian").unwrap(), ImageDigest::from_bytes([1; 32]));
-        let digest = ImageDigest::from_bytes([9; 32]);
-        assert_eq!(images.resolve(&digest.to_string()).unwrap(), digest);
-        assert!(images.resolve("none").unwrap_err().contains("neither"));
-        assert!(images.resolve("r").unwrap_err().contains("different"));
-        images.heard(two, vec![]);
-        assert_eq!(images.resolve("r").unwrap(), ImageDigest::from_bytes([2; 32]));
-    }
 }

@@ -248,7 +248,10 @@ impl Shared {
             {
                 return Ok((answer, Some(project.host)));
             }
-            Ok(HostReply::Error(error)) if matches!(error.code, ErrorCode::NotFound | ErrorCode::Invalid) => {
+            // Nor is a busy host gone around: that would be twice the work.
+            Ok(HostReply::Error(error))
+                if matches!(error.code, ErrorCode::NotFound | ErrorCode::Invalid | ErrorCode::Busy) =>
+            {
                 return Err(error);
             }
             // Whatever keeps the host from it need not keep the master.

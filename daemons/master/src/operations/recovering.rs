@@ -17,7 +17,7 @@ use cocalc_core::{
     },
     moves::snapshot_prefix,
 };
-use cocalc_ids::{Epoch, HostId, MoveId, SnapshotName, TreePath, VolumeUuid};
+use cocalc_ids::{Epoch, HostId, MoveId, OperationId, SnapshotName, TreePath, VolumeUuid};
 use cocalc_sqlite::master::{self as store, Ended, Job, Operation, Outcome, Project, ProjectState};
 use serde_json::{Value, json};
 use tokio::sync::watch;
@@ -39,6 +39,8 @@ const STEP_LIMIT: Duration = Duration::from_secs(300);
 const AWAY_MAX: Duration = Duration::from_secs(120);
 /// How long to wait before asking it again.
 const AGAIN: Duration = Duration::from_millis(500);
+/// How many operations of a project are looked through for earlier tries.
+const EARLIER_MAX: usize = 1_000;
 /// The phase from which on it is known what was fetched.
 const STAGING: &str = "staging";
 
@@ -121,7 +123,8 @@ pub(super) async fn run(shared: &Arc<Shared>, operation: &Operation, mut cancel:
         match done {
             // What is stored now says how it goes on.
             Ok(()) => {}
-            Err(failure) => break recover.undo(failure).await,
+            // What was said of its state before is true again.
+            Err(failure) => break Ended { reason: project.reason, ..recover.undo(failure).await },
         }
     };
     shared.finish(operation.id, ended).await;
@@ -153,6 +156,7 @@ impl Recover<'_> {
             Some(origin) => origin,
             None => {
                 self.shared.note(self.operation.id, "reserving", self.shown(json!({}))).await;
+                self.discard_earlier(cancel).await?;
                 let reserve = MoveCommand::Reserve {
                     epoch,
                     source: self.from,
@@ -174,6 +178,32 @@ impl Recover<'_> {
             MoveReply::Staged { origin: staged } if staged == origin => Ok(()),
             _ => Err(Failure::Nonsense),
         }
+    }
+
+    /// Discards what earlier tries of the same recovery may have left at the
+    /// other host, which expects one of them only: the word of their undo may
+    /// not have reached it.
+    async fn discard_earlier(&self, cancel: &watch::Receiver<bool>) -> Result<(), Failure> {
+        let (id, project) = (self.operation.id, self.operation.project);
+        let (to, epoch) = (self.to, self.epoch);
+        let found = self.shared.db(move |store| store.operations_of(project, EARLIER_MAX)).await;
+        let found = found.map_err(|error| {
+            tracing::error!(%project, error = %cocalc_core::chain(&error), "cannot read earlier recoveries");
+            Failure::Refused(CommandError {
+                code: ErrorCode::Failed,
+                message: "the master's database failed".into(),
+            })
+        })?;
+        for earlier in earlier_tries(&found, id, (epoch, to)) {
+            let move_id = MoveId::from_bytes(*earlier.as_bytes());
+            match self.step_of(move_id, MoveCommand::Discard, LIMIT, Some(cancel)).await {
+                Ok(_) => {}
+                // It never heard of it.
+                Err(Failure::Refused(error)) if error.code == ErrorCode::NotFound => {}
+                Err(failure) => return Err(failure),
+            }
+        }
+        Ok(())
     }
 
     /// Has the backup restored, verified, as a snapshot at the other host.
@@ -244,7 +274,17 @@ impl Recover<'_> {
         limit: Duration,
         cancel: Option<&watch::Receiver<bool>>,
     ) -> Result<MoveReply, Failure> {
-        let (move_id, project) = (self.move_id, self.operation.project);
+        self.step_of(self.move_id, step, limit, cancel).await
+    }
+
+    async fn step_of(
+        &self,
+        move_id: MoveId,
+        step: MoveCommand,
+        limit: Duration,
+        cancel: Option<&watch::Receiver<bool>>,
+    ) -> Result<MoveReply, Failure> {
+        let project = self.operation.project;
         let command = HostCommand::Move { move_id, project, step };
         let mut away_since = None;
         loop {
@@ -357,6 +397,17 @@ fn ended(report: ProjectReport) -> Ended {
     }
 }
 
+/// The operations that were to bring a project to the same host before `id`, in
+/// the same epoch: one of an earlier epoch the host discards by itself.
+fn earlier_tries(
+    operations: &[Operation],
+    id: OperationId,
+    place: (Epoch, HostId),
+) -> impl Iterator<Item = OperationId> {
+    let there = move |job: &Job| matches!(job, Job::Recover { epoch, to, .. } if (*epoch, *to) == place);
+    operations.iter().filter(move |one| one.id != id && there(&one.job)).map(|one| one.id)
+}
+
 /// The hosts that a project came from and went to by recoveries.
 pub(super) fn hosts(operations: &[store::Operation]) -> Vec<HostId> {
     let hosts = operations.iter().filter_map(|operation| match operation.job {
@@ -364,4 +415,40 @@ pub(super) fn hosts(operations: &[store::Operation]) -> Vec<HostId> {
         _ => None,
     });
     hosts.flatten().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use cocalc_ids::{AccountId, ProjectId, Timestamp};
+    use cocalc_sqlite::master::OperationState;
+
+    use super::*;
+
+    #[test]
+    fn only_earlier_tries_at_the_same_host_and_in_the_same_epoch_are_discarded() {
+        let (to, other) = (HostId::random(), HostId::random());
+        let recover = |epoch, to| Operation {
+            id: OperationId::random(),
+            project: ProjectId::random(),
+            account: AccountId::random(),
+            job: Job::Recover {
+                from: HostId::random(),
+                epoch,
+                to,
+                backup: "0123456789".into(),
+                was: ProjectState::Running,
+            },
+            state: OperationState::Failed,
+            cancel: false,
+            phase: String::new(),
+            progress: Value::Null,
+            error: None,
+            created: Timestamp::UNIX_EPOCH,
+            updated: Timestamp::UNIX_EPOCH,
+        };
+        let (one, later) = (Epoch::FIRST, Epoch::FIRST.next());
+        let all = [recover(one, to), recover(one, other), recover(later, to), recover(one, to)];
+        let found: Vec<_> = earlier_tries(&all, all[3].id, (one, to)).collect();
+        assert_eq!(found, [all[0].id]);
+    }
 }

@@ -315,6 +315,8 @@ async fn fetch(
         let since = *away_since.get_or_insert_with(|| shared.clock.boot());
         if shared.clock.boot().saturating_sub(since) >= AWAY_MAX {
             let message = format!("{waiting} took too long; nothing was changed");
+            // It may be there, and only busy; else it finds what is left itself.
+            end_fetch(shared, operation, project).await;
             return Err(Failure::Refused(CommandError { code: ErrorCode::Unavailable, message }));
         }
         shared.note(operation.id, waiting, json!({ "cancellable": true })).await;
@@ -324,6 +326,11 @@ async fn fetch(
 
 async fn cancelled(shared: &Shared, operation: &Operation, project: &Project) -> Failure {
     shared.note(operation.id, "cancelling", json!({})).await;
+    end_fetch(shared, operation, project).await;
+    Failure::Refused(CommandError { code: ErrorCode::Cancelled, message: "cancelled".into() })
+}
+
+async fn end_fetch(shared: &Shared, operation: &Operation, project: &Project) {
     let what = BackupsCommand::Cancel { operation: operation.id };
     let command = HostCommand::Backups { project: project.id, epoch: project.epoch, what };
     // What it may have brought just before is deleted.
@@ -333,7 +340,6 @@ async fn cancelled(shared: &Shared, operation: &Operation, project: &Project) ->
     if !matches!(shared.command(project.host, &tidy, LIMIT).await, Ok(HostReply::Snapshots { .. })) {
         tracing::warn!(project = %project.id, operation = %operation.id, "what a restore brought may be left");
     }
-    Failure::Refused(CommandError { code: ErrorCode::Cancelled, message: "cancelled".into() })
 }
 
 /// Whether an operation restores backups of `source` into its project.

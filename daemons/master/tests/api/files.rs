@@ -1,7 +1,7 @@
 //! Files of projects: differences, copies, clones, usage, policies.
 
 use cocalc_core::{
-    control::HostCommand,
+    control::{HostCommand, PeerRequest},
     storage::{Storage, VolumeOptions},
 };
 use cocalc_ids::ProjectId;
@@ -268,4 +268,31 @@ async fn a_policy_is_checked_and_reaches_the_host_and_the_next_start() {
     let snapshots = format!("/projects/{id}/snapshots");
     let body = json!({ "name": "auto-2026-11-26T23-51-28Z" });
     assert_eq!(world.call("POST", &snapshots, &world.admin, body).await.0, 400);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_host_does_not_say_what_the_name_of_an_image_means() {
+    let world = World::new().await;
+    let host = world.host("alpha").await;
+    let digest = cocalc_ids::ImageDigest::from_bytes([7; 32]);
+    let image = cocalc_core::control::ImageReport {
+        digest,
+        names: ["debian".to_owned()].into(),
+        sources: Default::default(),
+        bytes: 1,
+        pinned: false,
+        projects: 0,
+        used: None,
+        imported: None,
+    };
+    host.ask(&PeerRequest::Images { images: vec![image] }).await;
+    let all = world.ok("GET", "/images", Value::Null).await;
+    assert_eq!(
+        (&all["images"][0]["digest"], &all["images"][0]["names"]),
+        (&json!(digest.to_string()), &json!([])),
+        "{all}"
+    );
+    let body = json!({ "name": "p", "image": "debian" });
+    let (status, refused) = world.call("POST", "/projects", &world.admin, body).await;
+    assert_eq!((status, &refused["code"]), (409, &json!("no_image")), "{refused}");
 }

@@ -1,0 +1,245 @@
+//! Writing the contents of files.
+//!
+//! rustic would read twenty packs at once, whatever they become when they are
+//! decompressed: more than a gigabyte for ordinary files. Here a bounded part of
+//! a pack is read at once, and one blob of it at a time is decompressed. All
+//! else of a restore is rustic's.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    fs::{File, FileTimes, OpenOptions},
+    io,
+    os::unix::fs::{FileExt as _, OpenOptionsExt as _},
+    path::{Path, PathBuf},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, SystemTime},
+};
+
+use cocalc_backup::protocol::FailureKind;
+use cocalc_core::backups::Phase;
+use rustic_core::{
+    DataId, Id, IndexedFullStatus, ProgressBars as _, ProgressType, Repository,
+    repofile::{BlobType, Node},
+};
+
+use crate::{backend::Backend, failure::Failed, restore::Nodes, said::Bars};
+
+/// How much of a pack is read at once.
+const WINDOW_BYTES: u32 = 8 << 20;
+/// How much between two blobs is read although nobody needs it, to read both at
+/// once.
+const GAP_BYTES: u32 = 256 << 10;
+/// How many parts of packs are worked on at once: enough that a store which is
+/// far away is not waited for.
+const WORKERS: usize = 8;
+
+/// A blob, and where it goes.
+struct Piece {
+    blob: DataId,
+    length: u32,
+    to: Vec<(usize, u64)>,
+}
+
+/// Blobs that are read from their pack at once.
+struct Window {
+    pack: Id,
+    offset: u32,
+    length: u32,
+    pieces: Vec<Piece>,
+}
+
+/// What is to be written, by the places of the blobs.
+#[derive(Default)]
+struct Plan {
+    files: Vec<(PathBuf, u64, Option<SystemTime>)>,
+    pieces: BTreeMap<(Id, u32), Piece>,
+    bytes: u64,
+}
+
+impl Plan {
+    fn new(opened: &Repository<IndexedFullStatus>, target: &Path, nodes: &Nodes) -> Result<Self, Failed> {
+        let mut plan = Self::default();
+        let mut linked = HashSet::new();
+        for (path, node) in nodes.iter().filter(|(_, node)| node.is_file()) {
+            // rustic links the others to the first one.
+            if !is_first(&mut linked, node) {
+                continue;
+            }
+            let (file, mut at) = (plan.files.len(), 0);
+            for blob in node.content.iter().flatten() {
+                let entry = opened.get_index_entry(blob)?;
+                let place = entry.location;
+                if place.length < 32 {
+                    return Err(Failed::new(FailureKind::Damaged, "the index has a blob that cannot be"));
+                }
+                let piece = Piece { blob: *blob, length: place.length, to: Vec::new() };
+                plan.pieces.entry((*entry.pack, place.offset)).or_insert(piece).to.push((file, at));
+                at += u64::from(place.data_length());
+            }
+            plan.bytes += at;
+            plan.files.push((target.join(path), at, node.meta.mtime.and_then(time)));
+        }
+        Ok(plan)
+    }
+
+    /// Parts of packs that are read at once, in the order of the packs.
+    fn windows(pieces: BTreeMap<(Id, u32), Piece>) -> Vec<Window> {
+        let mut windows: Vec<Window> = Vec::new();
+        for ((pack, offset), piece) in pieces {
+            let end = offset.saturating_add(piece.length);
+            match windows.last_mut() {
+                Some(last)
+                    if last.pack == pack
+                        && offset <= (last.offset + last.length).saturating_add(GAP_BYTES)
+                        && end - last.offset <= WINDOW_BYTES =>
+                {
+                    last.length = last.length.max(end - last.offset);
+                    last.pieces.push(piece);
+                }
+                _ => windows.push(Window { pack, offset, length: piece.length, pieces: vec![piece] }),
+            }
+        }
+        windows
+    }
+}
+
+/// Writes the contents of all regular files among `nodes` below `target`, whose
+/// directories are there, and sets their times of modification, by which
+/// rustic knows that they are done.
+pub(crate) fn write(
+    opened: &Repository<IndexedFullStatus>,
+    backend: &Backend,
+    target: &Path,
+    nodes: &Nodes,
+) -> Result<(), Failed> {
+    let Plan { files, pieces, bytes } = Plan::new(opened, target, nodes)?;
+    for (path, size, _) in &files {
+        let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
+        // What is never written stays a hole.
+        made.and_then(|file| file.set_len(*size)).map_err(|error| unwritten(path, &error))?;
+    }
+    let bar = Bars(Phase::Restoring).progress(ProgressType::Bytes, "");
+    bar.set_length(bytes);
+    let windows = Mutex::new(Plan::windows(pieces).into_iter());
+    let failed = AtomicBool::new(false);
+    let work = || -> Result<(), Failed> {
+        while !failed.load(Ordering::Acquire) {
+            let next = windows.lock().unwrap_or_else(PoisonError::into_inner).next();
+            let Some(window) = next else { break };
+            let _read = backend.window(&window.pack, window.offset, window.length)?;
+            for piece in window.pieces {
+                let data = opened.cat_blob(BlobType::Data, piece.blob.to_hex().as_str())?;
+                let is_hole = data.iter().all(|byte| *byte == 0);
+                for (file, at) in piece.to {
+                    let Some((path, ..)) = files.get(file).filter(|_| !is_hole) else { continue };
+                    let written = open(path).and_then(|file| file.write_all_at(&data, at));
+                    written.map_err(|error| unwritten(path, &error))?;
+                }
+                bar.inc(data.len() as u64);
+            }
+        }
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let stopping = || {
+            let done = work();
+            if done.is_err() {
+                failed.store(true, Ordering::Release);
+            }
+            done
+        };
+        let workers: Vec<_> = (0..WORKERS).map(|_| scope.spawn(stopping)).collect();
+        let ended = workers.into_iter().map(|worker| {
+            worker.join().unwrap_or_else(|_| Err(Failed::new(FailureKind::Other, "a worker panicked")))
+        });
+        // All of them are waited for.
+        ended.fold(Ok(()), |all: Result<(), Failed>, one| all.and(one))
+    })?;
+    bar.finish();
+    for (path, _, time) in &files {
+        let Some(time) = time else { continue };
+        let set = open(path).and_then(|file| file.set_times(FileTimes::new().set_modified(*time)));
+        set.map_err(|error| unwritten(path, &error))?;
+    }
+    Ok(())
+}
+
+/// Whether a file is the first of those that are one file; as rustic decides.
+fn is_first(seen: &mut HashSet<(u64, u64)>, node: &Node) -> bool {
+    let meta = &node.meta;
+    let is_linked = meta.links > 1 && meta.device_id != 0 && meta.inode != 0;
+    !is_linked || seen.insert((meta.device_id, meta.inode))
+}
+
+fn open(path: &Path) -> io::Result<File> {
+    let no_follow = rustix::fs::OFlags::NOFOLLOW.bits();
+    OpenOptions::new().write(true).custom_flags(no_follow.cast_signed()).open(path)
+}
+
+fn time(at: jiff::Timestamp) -> Option<SystemTime> {
+    let nanos = at.as_nanosecond();
+    let (secs, below) = (nanos.div_euclid(1_000_000_000), nanos.rem_euclid(1_000_000_000));
+    let (secs, below) = (i64::try_from(secs).ok()?, Duration::from_nanos(u64::try_from(below).ok()?));
+    let whole = Duration::from_secs(secs.unsigned_abs());
+    let second = if secs < 0 {
+        SystemTime::UNIX_EPOCH.checked_sub(whole)
+    } else {
+        SystemTime::UNIX_EPOCH.checked_add(whole)
+    };
+    second?.checked_add(below)
+}
+
+fn unwritten(path: &Path, error: &io::Error) -> Failed {
+    let words = format!("cannot write {}: {error}", path.display());
+    Failed::new(crate::failure::local(&words).unwrap_or(FailureKind::Other), words)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_near_in_a_pack_is_read_at_once_and_never_too_much() {
+        let id = |byte: u8| -> Id { format!("{byte:02x}").repeat(32).parse().unwrap() };
+        let blob: DataId = "00".repeat(32).parse().unwrap();
+        let mib = 1 << 20;
+        let places = [
+            (1, 0, mib),
+            (1, mib, mib),
+            // Too far away.
+            (1, 3 * mib, mib),
+            // Another pack.
+            (2, 0, 6 * mib),
+            (2, 6 * mib, 4 * mib),
+        ];
+        let pieces =
+            places.map(|(pack, offset, length)| ((id(pack), offset), Piece { blob, length, to: Vec::new() }));
+        let windows = Plan::windows(pieces.into_iter().collect());
+        let seen: Vec<_> = windows.iter().map(|w| (w.pack, w.offset, w.length, w.pieces.len())).collect();
+        assert_eq!(
+            seen,
+            [
+                (id(1), 0, 2 * mib, 2),
+                (id(1), 3 * mib, mib, 1),
+                (id(2), 0, 6 * mib, 1),
+                (id(2), 6 * mib, 4 * mib, 1)
+            ]
+        );
+    }
+
+    #[test]
+    fn times_before_the_epoch_are_times_too() {
+        for nanos in [-1_500_000_001_i128, 0, 1_234_567_890_123_456_789] {
+            let at = time(jiff::Timestamp::from_nanosecond(nanos).unwrap()).unwrap();
+            let back = match at.duration_since(SystemTime::UNIX_EPOCH) {
+                Ok(after) => after.as_nanos().cast_signed(),
+                Err(before) => -before.duration().as_nanos().cast_signed(),
+            };
+            assert_eq!(back, nanos);
+        }
+    }
+}
