@@ -126,7 +126,11 @@ import.meta.hot?.accept("./text.js", (fresh) => show(fresh.text));
   await shot(page, "jupyterlab");
 
   // A dev server: what is changed in the project shows without a reload.
+  // What is changed before its client listens would be missed.
+  const listens = () => page.waitForEvent("console", (message) => message.text() === "[vite] connected.");
+  let connected = listens();
   frame = await choose("vite");
+  await connected;
   await frame.getByRole("heading", { name: "first" }).waitFor();
   await frame.evaluate(() => { window.here = true; });
   writeFileSync(join(site, "text.js"), `export const text = "second";\n`);
@@ -135,7 +139,9 @@ import.meta.hot?.accept("./text.js", (fresh) => show(fresh.text));
   await shot(page, "vite");
 
   // The same below the project's page.
+  connected = listens();
   frame = await below(dev);
+  await connected;
   await frame.getByRole("heading", { name: "second" }).waitFor();
   await frame.evaluate(() => { window.here = true; });
   writeFileSync(join(site, "text.js"), `export const text = "third";\n`);
