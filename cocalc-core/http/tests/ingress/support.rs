@@ -26,7 +26,7 @@ use cocalc_core::{
 };
 use cocalc_http::{
     Body, BusEndpoint, Client, Endpoints, HostIngress, Limits, Opening, ProjectFiles, ProxyIngress, Served,
-    TokenHost, TokenPrecheck,
+    Tls, TokenHost, TokenPrecheck,
 };
 use serde_json::json;
 use tokio::{
@@ -184,7 +184,8 @@ impl Table {
     }
 
     pub(crate) fn waiting(&self) -> usize {
-        self.changes.receiver_count()
+        // The ingress itself listens, too.
+        self.changes.receiver_count().saturating_sub(1)
     }
 }
 
@@ -402,6 +403,11 @@ impl World {
     }
 
     pub(crate) async fn with(limits: Limits) -> Self {
+        Self::over(limits, None).await
+    }
+
+    /// Over HTTPS, where there is a certificate.
+    pub(crate) async fn over(limits: Limits, tls: Option<Tls>) -> Self {
         let (project, host) = (ProjectId::random(), HostId::random());
         let (auth, table, proxy_table) = (FakeAuth::new(), Table::new(), Table::new());
         let ports = Arc::new(Ports { running: Mutex::new(true) });
@@ -422,6 +428,7 @@ impl World {
             .bus(Arc::new(Parrot))
             .files(home.clone())
             .endpoints(Arc::new(Health))
+            .tls(tls.clone())
             .limits(limits.clone())
             .build();
         let pipes = Arc::new(Pipes::default());
@@ -434,6 +441,7 @@ impl World {
                     .base_path("/some/base")
                     .unwrap(),
             )
+            .tls(tls)
             .limits(limits)
             .build();
         let stop = tokio_util::sync::CancellationToken::new();
@@ -502,6 +510,8 @@ pub(crate) struct App {
     /// The heads of all requests.
     pub(crate) seen: Arc<Mutex<Vec<String>>>,
     pub(crate) connections: Arc<AtomicUsize>,
+    /// How many of them have ended.
+    pub(crate) ended: Arc<AtomicUsize>,
     _task: AbortOnDropHandle<()>,
 }
 
@@ -512,17 +522,20 @@ impl App {
         let log = seen.clone();
         let accepted = Arc::new(AtomicUsize::new(0));
         let count = accepted.clone();
+        let ended = Arc::new(AtomicUsize::new(0));
+        let over = ended.clone();
         let task = own(async move {
             let mut connections = tokio::task::JoinSet::new();
             while let Ok((stream, _)) = listener.accept().await {
-                let log = log.clone();
+                let (log, over) = (log.clone(), over.clone());
                 count.fetch_add(1, Ordering::Relaxed);
                 connections.spawn(async move {
                     let _ = answer(stream, &log).await;
+                    over.fetch_add(1, Ordering::Relaxed);
                 });
             }
         });
-        Self { port: address.port(), seen, connections: accepted, _task: task }
+        Self { port: address.port(), seen, connections: accepted, ended, _task: task }
     }
 
     pub(crate) fn has_seen(&self, what: &str) -> bool {
