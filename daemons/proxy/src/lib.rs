@@ -20,6 +20,7 @@
 mod certificate;
 mod config;
 mod endpoints;
+mod names;
 mod pinned;
 mod proxy;
 mod registrar;

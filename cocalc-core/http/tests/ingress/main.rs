@@ -6,6 +6,7 @@
 mod faults;
 mod files;
 mod https;
+mod page;
 mod probes;
 mod sessions;
 mod streams;

@@ -106,12 +106,13 @@ impl From<AskedLimits> for Limits {
     }
 }
 
-/// Refuses what is above a plan.
 /// How a new project of the caller is run that is made of another one: as that
 /// one, but within the plan of new projects. What an operator granted to the
 /// other one's owner is not the caller's to multiply.
 pub(super) fn of_copy(shared: &Shared, caller: &Caller, mut config: ProjectConfig) -> ProjectConfig {
     config.idle.keep_until = None;
+    // Of a name there is one.
+    config.alias = None;
     if caller.admin {
         return config;
     }
@@ -123,6 +124,7 @@ pub(super) fn of_copy(shared: &Shared, caller: &Caller, mut config: ProjectConfi
     config
 }
 
+/// Refuses what is above a plan.
 pub(super) fn within(limits: &Limits, max: &Limits) -> Answer<()> {
     match limits.above(max) {
         None => Ok(()),
