@@ -13,8 +13,11 @@
 //! apps and logs, and end open WebSockets and long responses at once when the
 //! right to them is withdrawn.
 //!
-//! This is not a general reverse proxy: it speaks HTTP/1.1 only, terminates no
-//! TLS, rewrites no bodies, and caches nothing.
+//! Users come over HTTP/1.1, or over HTTPS ([`Tls`]) and then also over HTTP/2,
+//! WebSockets included (RFC 8441); apps are spoken to in HTTP/1.1.
+//!
+//! This is not a general reverse proxy: it rewrites no bodies, and caches
+//! nothing.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -73,6 +76,7 @@ mod framing;
 pub mod fuzzing;
 mod headers;
 mod host;
+mod http2;
 mod limits;
 mod page;
 pub mod path;
@@ -80,6 +84,7 @@ mod pool;
 mod problem;
 mod proxy;
 mod server;
+mod tls;
 mod upstream;
 mod websocket;
 mod wire;
@@ -93,3 +98,4 @@ pub use path::{Served, ServedError};
 pub use problem::CODE_HEADER;
 pub use proxy::{ProxyIngress, ProxyIngressBuilder, TokenHost, TokenPrecheck};
 pub use server::Client;
+pub use tls::{Tls, TlsError};

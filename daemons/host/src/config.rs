@@ -27,7 +27,14 @@ pub struct Config {
     pub ssh_listen: SocketAddr,
     /// Where it serves its peers: other hosts, and proxies.
     pub peer_listen: SocketAddr,
-    /// How users reach `listen`. Default: `http://<listen>`.
+    /// The file with the chain of certificates for `listen`, in PEM, the
+    /// server's own first; with `tls_key`. Read again when it changes, within
+    /// 10 s. Default: none, plain HTTP.
+    pub tls_cert: Option<PathBuf>,
+    /// The file with the certificate's private key, in PEM.
+    pub tls_key: Option<PathBuf>,
+    /// How users reach `listen`. Default: `http://<listen>`, or `https://` where
+    /// there is a certificate.
     pub public_url: Option<String>,
     /// How users reach `ssh_listen`, as `host:port`. Default: `ssh_listen`.
     pub public_ssh: Option<String>,
@@ -314,6 +321,13 @@ impl Config {
                 self.master_url
             ));
         }
+        if self.tls_cert.is_some() != self.tls_key.is_some() {
+            return Err("tls_cert: goes with tls_key; set both or none".into());
+        }
+        let plain = |url: &String| url.starts_with("http://");
+        if self.tls_cert.is_some() && self.public_url.as_ref().is_some_and(plain) {
+            return Err("public_url: begins with http://, but tls_cert is set; use https://".into());
+        }
         if self.runner == RunnerKind::Podman && self.storage != StorageKind::Btrfs {
             return Err("runner: podman keeps each project's root in a Btrfs subvolume; set storage = \"btrfs\", or runner = \"process\"".into());
         }
@@ -357,6 +371,12 @@ mod tests {
             ("storage='btrfs'", "storage='ext4'", "storage"),
             ("master_url='http:", "master_url='ftp:", "master_url"),
             ("name='alpha'", "name='Alpha'", "name"),
+            ("name='alpha'", "name='alpha'\ntls_cert='/c'", "tls_key"),
+            (
+                "name='alpha'",
+                "name='alpha'\ntls_cert='/c'\ntls_key='/k'\npublic_url='http://a.example'",
+                "public_url",
+            ),
             ("data_dir='/a'", "data_dir='/v/a'", "data_dir"),
             ("data_dir='/a'", "data_dir='/a'\nundo_hours=9000", "undo_hours"),
             ("runner='podman'", "runner='podman'\n[idle]\nsample_secs=0", "idle.sample_secs"),

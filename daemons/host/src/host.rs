@@ -30,7 +30,7 @@ use cocalc_daemon::{
     probe::Metrics,
     start::{Error, listen, make_dir},
 };
-use cocalc_http::{HostIngress, Served};
+use cocalc_http::{HostIngress, Served, Tls};
 use cocalc_sqlite::{HostAcl, HostLedger};
 use cocalc_ssh::{Gate as SshGate, HostKeys, LocalGate, SshIngress, SshPeers};
 use cocalc_transfer::{DirectConnector, Incoming, PeerHandler, PeerListener, PeerTransfer, SnapshotReceiver};
@@ -41,6 +41,7 @@ use crate::{
     apps::Apps,
     backends::Backends,
     backups::{self, FromMaster},
+    certificate,
     config::Config,
     drill::Drill,
     endpoints::HostEndpoints,
@@ -103,7 +104,7 @@ impl Host {
     }
 
     async fn start_with(config: Config, backends: Backends, foundation: Foundation) -> Result<Self, Error> {
-        let Foundation { id, issuer, identity, address, listeners, lock } = foundation;
+        let Foundation { id, issuer, identity, address, listeners, tls, lock } = foundation;
         let data = &config.data_dir;
         let open = |part| Error::open(part);
 
@@ -269,6 +270,7 @@ impl Host {
                 .files(Arc::new(files))
                 .served(served)
                 .https(address.url.starts_with("https://"))
+                .tls(tls.clone())
                 .limits(config.limits.http());
         if let Some(terminals) = config.terminals.limits() {
             http = http.terminals(terminals);
@@ -309,6 +311,9 @@ impl Host {
 
         let mut background = JoinSet::new();
         background.spawn(certified);
+        if let Some(tls) = tls {
+            background.spawn(async move { tls.keep_fresh().await });
+        }
         background.spawn(inbox::serve(Arc::clone(&bus), id, lifecycle.clone()));
         background.spawn(async move {
             match apps {
@@ -388,6 +393,7 @@ struct Foundation {
     identity: Arc<Identity>,
     address: HostAddress,
     listeners: Listeners,
+    tls: Option<Tls>,
     lock: File,
 }
 
@@ -403,6 +409,7 @@ impl Foundation {
         let file = |error: std::io::Error| Error::File { path: data.clone(), source: error.into() };
         let lock = cocalc_daemon::files::lock_directory(&data).map_err(file)?;
         let identity = join::identity(&data, config.join_token_file.as_deref())?;
+        let tls = certificate::open(config.tls_cert.as_deref(), config.tls_key.as_deref()).await?;
         let listeners = Listeners {
             http: listen("listen", config.listen).await?,
             ssh: listen("ssh_listen", config.ssh_listen).await?,
@@ -412,7 +419,10 @@ impl Foundation {
         let address = HostAddress {
             url: match &config.public_url {
                 Some(url) => url.trim_end_matches('/').to_owned(),
-                None => format!("http://{}", at(&listeners.http).map_err(file)?),
+                None => {
+                    let scheme = if config.tls_cert.is_some() { "https" } else { "http" };
+                    format!("{scheme}://{}", at(&listeners.http).map_err(file)?)
+                }
             },
             domain: config.domain.clone(),
             ssh: config.public_ssh.clone().map_or_else(|| at(&listeners.ssh), Ok).map_err(file)?,
@@ -435,7 +445,7 @@ impl Foundation {
             });
             joined.await.map_err(|error| Error::open("membership")(error.into()))??
         };
-        Ok(Self { id: membership.id, issuer: membership.issuer, identity, address, listeners, lock })
+        Ok(Self { id: membership.id, issuer: membership.issuer, identity, address, listeners, tls, lock })
     }
 }
 

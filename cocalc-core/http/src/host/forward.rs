@@ -6,7 +6,7 @@ use cocalc_core::{
     activity::{Meter, Source, Tap, Use},
     auth::{Admission, Denial, Principal},
     chain,
-    ids::{Action, ProjectId, Scope},
+    ids::{Action, Epoch, ProjectId, Scope},
     runner,
     stream::BoxStream,
     wake::Awake,
@@ -69,7 +69,7 @@ impl Inner {
         rest: Rest,
         principal: &Principal,
         action: Action,
-        port: u16,
+        (epoch, port): (Epoch, u16),
     ) -> Result<Response<Body>, Problem> {
         let project = asked.place.project;
         let app = App::of(&asked, principal);
@@ -89,7 +89,7 @@ impl Inner {
         let dial = || self.dial(project, port);
         let exchange = upstream::exchange(
             &self.pool,
-            Key::App(project, port),
+            Key::App(project, epoch, port),
             &self.limits,
             CODES,
             request,

@@ -27,7 +27,7 @@ use cocalc_core::{
 };
 use cocalc_http::{
     Body, BusEndpoint, Client, Endpoints, HostIngress, Limits, Opening, ProjectFiles, ProxyIngress, Served,
-    TokenHost, TokenPrecheck,
+    Tls, TokenHost, TokenPrecheck,
 };
 use serde_json::json;
 use tokio::{
@@ -185,7 +185,8 @@ impl Table {
     }
 
     pub(crate) fn waiting(&self) -> usize {
-        self.changes.receiver_count()
+        // The ingress itself listens, too.
+        self.changes.receiver_count().saturating_sub(1)
     }
 }
 
@@ -410,6 +411,11 @@ impl World {
     }
 
     pub(crate) async fn with(limits: Limits) -> Self {
+        Self::over(limits, None).await
+    }
+
+    /// Over HTTPS, where there is a certificate.
+    pub(crate) async fn over(limits: Limits, tls: Option<Tls>) -> Self {
         let (project, host) = (ProjectId::random(), HostId::random());
         let (auth, table, proxy_table) = (FakeAuth::new(), Table::new(), Table::new());
         let ports = Arc::new(Ports { running: Mutex::new(true), shells: Mutex::default() });
@@ -433,6 +439,7 @@ impl World {
             .terminals(cocalc_http::TerminalLimits::default())
             .meters(meters.clone())
             .endpoints(Arc::new(Health))
+            .tls(tls.clone())
             .limits(limits.clone())
             .build();
         let pipes = Arc::new(Pipes::default());
@@ -445,6 +452,7 @@ impl World {
                     .base_path("/some/base")
                     .unwrap(),
             )
+            .tls(tls)
             .limits(limits)
             .build();
         let stop = tokio_util::sync::CancellationToken::new();
@@ -514,6 +522,8 @@ pub(crate) struct App {
     /// The heads of all requests.
     pub(crate) seen: Arc<Mutex<Vec<String>>>,
     pub(crate) connections: Arc<AtomicUsize>,
+    /// How many of them have ended.
+    pub(crate) ended: Arc<AtomicUsize>,
     _task: AbortOnDropHandle<()>,
 }
 
@@ -524,17 +534,20 @@ impl App {
         let log = seen.clone();
         let accepted = Arc::new(AtomicUsize::new(0));
         let count = accepted.clone();
+        let ended = Arc::new(AtomicUsize::new(0));
+        let over = ended.clone();
         let task = own(async move {
             let mut connections = tokio::task::JoinSet::new();
             while let Ok((stream, _)) = listener.accept().await {
-                let log = log.clone();
+                let (log, over) = (log.clone(), over.clone());
                 count.fetch_add(1, Ordering::Relaxed);
                 connections.spawn(async move {
                     let _ = answer(stream, &log).await;
+                    over.fetch_add(1, Ordering::Relaxed);
                 });
             }
         });
-        Self { port: address.port(), seen, connections: accepted, _task: task }
+        Self { port: address.port(), seen, connections: accepted, ended, _task: task }
     }
 
     pub(crate) fn has_seen(&self, what: &str) -> bool {
