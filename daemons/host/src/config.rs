@@ -5,6 +5,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use cocalc_backup::Bounds;
 use cocalc_core::{activity::IdlePolicy, ids::HostName, runner::Network, snapshots::Policy};
 use cocalc_http::TerminalLimits;
+use cocalc_ssh::HostKeyType;
 use serde::Deserialize;
 
 use crate::{images::ImageSettings, limits::HostLimits};
@@ -27,6 +28,10 @@ pub struct Config {
     pub ssh_listen: SocketAddr,
     /// Where it serves its peers: other hosts, and proxies.
     pub peer_listen: SocketAddr,
+    /// The types of SSH host keys that it has beside Ed25519: `rsa` (3072 bits)
+    /// and `ecdsa` (P-256), for clients that know nothing newer. Default: none.
+    #[serde(default)]
+    pub ssh_more_host_keys: Vec<HostKeyType>,
     /// The file with the chain of certificates for `listen`, in PEM, the
     /// server's own first; with `tls_key`. Read again when it changes, within
     /// 10 s. Default: none, plain HTTP.

@@ -216,8 +216,13 @@ impl Host {
             lifecycle: lifecycle.clone(),
             starts: Arc::new(Starts::default()),
         });
-        let ssh_keys = HostKeys::load_or_create(&data.join("ssh_host_ed25519_key"))
+        let mut ssh_keys = HostKeys::load_or_create(&data.join("ssh_host_ed25519_key"))
             .map_err(|e| open("SSH host key")(e.into()))?;
+        for kind in &config.ssh_more_host_keys {
+            ssh_keys = ssh_keys
+                .and_load_or_create(&data.join(kind.file_name()), *kind)
+                .map_err(|e| open("SSH host key")(e.into()))?;
+        }
 
         let peers = Arc::new(Peers::default());
         let registrar = Registrar {

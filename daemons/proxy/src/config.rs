@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use cocalc_core::ids::HostName;
+use cocalc_ssh::HostKeyType;
 use serde::Deserialize;
 
 /// What a proxy is told. Every key is also `COCALC_PROXY_<KEY>`.
@@ -21,6 +22,10 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Where it serves SSH.
     pub ssh_listen: SocketAddr,
+    /// The types of SSH host keys that it has beside Ed25519: `rsa` (3072 bits)
+    /// and `ecdsa` (P-256), for clients that know nothing newer. Default: none.
+    #[serde(default)]
+    pub ssh_more_host_keys: Vec<HostKeyType>,
     /// The file with the chain of certificates for `listen`, in PEM, the
     /// server's own first; with `tls_key`. Read again when it changes, within
     /// 10 s. Default: none, plain HTTP.

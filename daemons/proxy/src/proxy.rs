@@ -97,8 +97,13 @@ impl Proxy {
         let audit =
             AuditLog::open(&make_dir(&data.join("audit"))?).map_err(|e| open("audit log")(e.into()))?;
         let table = TableRouter::new(lookup(Arc::clone(&bus), peer));
-        let ssh_keys = HostKeys::load_or_create(&data.join("ssh_host_ed25519_key"))
+        let mut ssh_keys = HostKeys::load_or_create(&data.join("ssh_host_ed25519_key"))
             .map_err(|e| open("SSH host key")(e.into()))?;
+        for kind in &config.ssh_more_host_keys {
+            ssh_keys = ssh_keys
+                .and_load_or_create(&data.join(kind.file_name()), *kind)
+                .map_err(|e| open("SSH host key")(e.into()))?;
+        }
         let registrar = Registrar {
             name: config.name.clone(),
             session: SessionId::random(),
