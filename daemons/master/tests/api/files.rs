@@ -272,7 +272,7 @@ async fn a_policy_is_checked_and_reaches_the_host_and_the_next_start() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_host_does_not_say_what_the_name_of_an_image_means() {
-    let mut world = World::new().await;
+    let world = World::new().await;
     let host = world.host("alpha").await;
     let digest = cocalc_ids::ImageDigest::from_bytes([7; 32]);
     let image = cocalc_core::control::ImageReport {
