@@ -58,7 +58,8 @@
 //! # What path routing gives up
 //!
 //! With `/<project_id>/…` all projects of a host share one origin, so a page
-//! of one project can make requests to another in its user's name. Give each
+//! of one project can make requests to another in its user's name, and open its
+//! terminals, where they are served. Give each
 //! project its own origin ([`Served::domain`]) wherever names can be had.
 
 mod activity;
@@ -73,6 +74,7 @@ pub mod fuzzing;
 mod headers;
 mod host;
 mod limits;
+mod page;
 pub mod path;
 mod pool;
 mod problem;
@@ -86,6 +88,7 @@ pub use body::{Body, BodyError};
 pub use files::ProjectFiles;
 pub use host::{BusEndpoint, Endpoints, HostIngress, HostIngressBuilder, Opening, Stats};
 pub use limits::Limits;
+pub use page::TerminalLimits;
 pub use path::{Served, ServedError};
 pub use problem::CODE_HEADER;
 pub use proxy::{ProxyIngress, ProxyIngressBuilder, TokenHost, TokenPrecheck};

@@ -27,7 +27,7 @@ mod uuid_id;
 pub use access::{Action, Role, Scope};
 pub use digest::ImageDigest;
 pub use epoch::Epoch;
-pub use name::{HostName, SnapshotName};
+pub use name::{HostName, ProjectAlias, SnapshotName};
 pub use restrictions::{Ports, Restrictions};
 pub use time::Timestamp;
 pub use tree_path::TreePath;

@@ -72,6 +72,22 @@ name!(
         && s.bytes().all(|b| b.is_ascii_alphanumeric() || b"._:+-".contains(&b))
 );
 name!(
+    /// Another name of a project, unique within a federation, under which SSH
+    /// reaches it; one label of a DNS name (RFC 1035, lower case). Nothing that
+    /// can be the id of a project, and none of the names that mean something to
+    /// SSH servers here.
+    ProjectAlias,
+    "project alias",
+    "3 to 32 of a-z 0-9 -, beginning with a letter, not ending with -, not project-..., jump, or 32 hex digits",
+    |s| (3..=32).contains(&s.len())
+        && s.as_bytes()[0].is_ascii_lowercase()
+        && !s.ends_with('-')
+        && s.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+        && !s.starts_with("project-")
+        && s != "jump"
+        && !(s.len() == 32 && s.bytes().all(|b| b.is_ascii_hexdigit()))
+);
+name!(
     /// Names a host or a proxy for people, unique within a federation; one
     /// label of a DNS name (RFC 1035, lower case).
     HostName,

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use cocalc_ids::{
-    Epoch, HostId, ImageDigest, MoveId, OperationId, ProjectId, SnapshotName, TreePath, VolumeUuid,
+    Epoch, HostId, ImageDigest, MoveId, OperationId, ProjectAlias, ProjectId, SnapshotName, TreePath,
+    VolumeUuid,
 };
 use serde::{Deserialize, Serialize};
 
@@ -416,6 +417,10 @@ pub struct ProjectConfig {
     /// leaves open is this as well.
     #[serde(default)]
     pub limits_max: Limits,
+    /// Under what name SSH reaches it, besides its id. The master sees to it that
+    /// no other project has it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alias: Option<ProjectAlias>,
     /// How it is kept apart.
     #[serde(default)]
     pub isolation: Isolation,

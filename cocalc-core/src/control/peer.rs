@@ -1,7 +1,7 @@
 //! What hosts and proxies ask of the master.
 
 use cocalc_ids::{
-    Epoch, HostId, HostName, ImageDigest, MoveId, ProjectId, SessionId, SnapshotName, Timestamp,
+    Epoch, HostId, HostName, ImageDigest, MoveId, ProjectAlias, ProjectId, SessionId, SnapshotName, Timestamp,
 };
 use serde::{Deserialize, Serialize};
 
@@ -40,6 +40,11 @@ pub enum PeerRequest {
     Route {
         /// Which project.
         project: ProjectId,
+    },
+    /// Which project has this name? Proxies.
+    Alias {
+        /// The name.
+        alias: ProjectAlias,
     },
     /// The state of a project changed by itself. Hosts.
     Changed(ProjectReport),
@@ -121,6 +126,11 @@ pub enum PeerReply {
     Route {
         /// Where it is.
         route: Option<crate::router::Route>,
+    },
+    /// To `Alias`; `None` if no project has it.
+    Alias {
+        /// Which project.
+        project: Option<ProjectId>,
     },
     /// To `BackupAccess`.
     BackupAccess {

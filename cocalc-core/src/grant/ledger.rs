@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use cocalc_ids::{Epoch, HostId, MoveId, ProjectId};
+use cocalc_ids::{Epoch, HostId, MoveId, ProjectAlias, ProjectId};
 use tokio::sync::{OwnedMutexGuard, broadcast};
 
 use super::{Entry, LedgerStore, Refusal};
@@ -106,6 +106,13 @@ impl Ledger {
     /// What is known of `project`.
     pub fn entry(&self, project: ProjectId) -> Option<Entry> {
         self.state().entries.get(&project).cloned()
+    }
+
+    /// The project of that other name, among those that this host may run.
+    pub fn named(&self, alias: &ProjectAlias) -> Option<ProjectId> {
+        let state = self.state();
+        let has = |entry: &&Entry| entry.config.alias.as_ref() == Some(alias) && entry.may_run().is_some();
+        state.entries.values().find(has).map(|entry| entry.project)
     }
 
     /// Everything that is known, ordered by project.

@@ -3,6 +3,7 @@
 use std::{
     borrow::Cow,
     collections::{BTreeMap, HashMap},
+    hash::{Hash as _, Hasher as _},
     net::IpAddr,
     sync::{
         Arc,
@@ -13,7 +14,7 @@ use std::{
 
 use cocalc_core::{
     auth::{Credential, Secret},
-    ids::{Ports, ProjectId, Restrictions},
+    ids::{Ports, ProjectAlias, ProjectId, Restrictions},
     runner::{Command, ExecRequest, Pty, WindowSize},
 };
 use russh::{
@@ -29,7 +30,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    Attempt, Gate, Login, Passage, Refusal, Witness,
+    Attempt, Gate, Login, Names, Passage, Refusal, Witness,
     channel::{self, Ends, Outward, Target, Wishes, signal_name},
     drive::Control,
     environment,
@@ -58,6 +59,8 @@ const LISTENERS_MAX: usize = 32;
 const LISTEN_MAX: std::time::Duration = std::time::Duration::from_secs(60);
 /// The longest path of a socket: what the kernel takes.
 const SOCKET_BYTES_MAX: usize = 107;
+/// How long it may take to find what a name means.
+const NAME_MAX: std::time::Duration = std::time::Duration::from_secs(5);
 /// How long a gate may think.
 const LOGIN_MAX: std::time::Duration = std::time::Duration::from_secs(60);
 
@@ -69,6 +72,7 @@ pub(crate) struct Surroundings {
     pub(crate) budget: Arc<Budget>,
     pub(crate) passage: Option<Arc<dyn Passage>>,
     pub(crate) witness: Option<Arc<dyn Witness>>,
+    pub(crate) names: Option<Arc<dyn Names>>,
 }
 
 /// Somebody who has logged in.
@@ -95,6 +99,7 @@ pub(crate) struct Connection {
     /// Where `jump` leads.
     passage: Option<Arc<dyn Passage>>,
     witness: Option<Arc<dyn Witness>>,
+    names: Option<Arc<dyn Names>>,
     meter: Option<Arc<Meter>>,
     /// Whether a credential was refused.
     refused: Arc<AtomicBool>,
@@ -131,6 +136,28 @@ enum State {
     },
 }
 
+/// The project that a name means: an id in one of its forms, or another name.
+async fn named(names: Option<&Arc<dyn Names>>, name: &str) -> Option<ProjectId> {
+    if let Some(project) = project_of_user(name) {
+        return Some(project);
+    }
+    let (names, alias) = (names?, name.parse::<ProjectAlias>().ok()?);
+    timeout(NAME_MAX, names.project(&alias)).await.ok().flatten()
+}
+
+/// An id that no project has, always the same for one name.
+fn nobodys(name: &str) -> ProjectId {
+    let hash = |salt: u8| {
+        let mut hasher = std::hash::DefaultHasher::new();
+        (salt, name).hash(&mut hasher);
+        hasher.finish().to_be_bytes()
+    };
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&hash(0));
+    bytes[8..].copy_from_slice(&hash(1));
+    ProjectId::from_random_bytes(bytes)
+}
+
 impl Connection {
     /// A handler that sends the login to the returned receiver.
     pub(crate) fn new(
@@ -140,7 +167,7 @@ impl Connection {
         over: CancellationToken,
         refused: Arc<AtomicBool>,
     ) -> (Self, oneshot::Receiver<Admitted>) {
-        let Surroundings { gate, channels_max, budget, passage, witness } = surroundings;
+        let Surroundings { gate, channels_max, budget, passage, witness, names } = surroundings;
         let (announce, announced) = oneshot::channel();
         let connection = Self {
             gate,
@@ -151,6 +178,7 @@ impl Connection {
             budget,
             passage,
             witness,
+            names,
             meter: None,
             refused,
             refusal: None,
@@ -169,19 +197,24 @@ impl Connection {
 
     /// Decides on this one attempt: its user name and its credential together.
     async fn attempt(&mut self, user: &str, credential: Credential) -> Auth {
-        let refusal = match project_of_user(user) {
-            None => Refusal::access_denied(),
-            Some(project) => match self.ask_gate(project, credential).await {
-                Ok(login) => {
-                    self.admit(login);
-                    return Auth::Accept;
-                }
-                Err(refusal) => refusal,
-            },
+        // A name that means nothing is asked for like one that does: it costs as
+        // much, and is refused in the same words.
+        let project = self.project(user).await.unwrap_or_else(|| nobodys(user));
+        let refusal = match self.ask_gate(project, credential).await {
+            Ok(login) => {
+                self.admit(login);
+                return Auth::Accept;
+            }
+            Err(refusal) => refusal,
         };
         self.refusal = Some(refusal);
         self.refused.store(true, Ordering::Release);
         reject(&METHODS)
+    }
+
+    /// The project that a user name means.
+    async fn project(&self, user: &str) -> Option<ProjectId> {
+        named(self.names.as_ref(), user).await
     }
 
     fn admit(&mut self, login: Login) {
@@ -570,7 +603,7 @@ impl Handler for Connection {
             return Ok(());
         };
         let target = if let Login::Passage(_) = &*login {
-            let Some(project) = project_of_user(host_to_connect) else {
+            let Some(project) = self.project(host_to_connect).await else {
                 reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await;
                 return Ok(());
             };

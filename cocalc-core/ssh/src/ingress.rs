@@ -26,7 +26,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    Gate, HostCertificateError, HostKeys, Login, Passage, Witness,
+    Gate, HostCertificateError, HostKeys, Login, Names, Passage, Witness,
     algorithms::preferred,
     connection::{Admitted, Connection, METHODS, Surroundings},
     input::{Budget, WINDOW_BYTES},
@@ -105,6 +105,7 @@ pub struct SshIngressBuilder {
     keepalive: Duration,
     passage: Option<Arc<dyn Passage>>,
     witness: Option<Arc<dyn Witness>>,
+    names: Option<Arc<dyn Names>>,
 }
 
 impl SshIngress {
@@ -126,6 +127,7 @@ impl SshIngress {
             keepalive: Duration::from_secs(30),
             passage: None,
             witness: None,
+            names: None,
         }
     }
 
@@ -287,6 +289,12 @@ impl SshIngressBuilder {
         self
     }
 
+    /// Takes other names of projects than their ids, too. Default: ids only.
+    pub fn names(mut self, names: Arc<dyn Names>) -> Self {
+        self.names = Some(names);
+        self
+    }
+
     /// Makes the ingress.
     pub fn build(self) -> SshIngress {
         let config = config(&self.keys, self.keepalive, Vec::new());
@@ -298,6 +306,7 @@ impl SshIngressBuilder {
                     budget: Budget::new(self.limits.input_bytes_max),
                     passage: self.passage,
                     witness: self.witness,
+                    names: self.names,
                 },
                 config: Mutex::new(Arc::new(config)),
                 keys: self.keys,

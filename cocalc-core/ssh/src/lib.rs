@@ -81,7 +81,7 @@ mod user;
 mod wire;
 mod witness;
 
-pub use gate::{Access, Attempt, Gate, LocalGate, Login, Moved, Passage, Refusal, RemoteGate};
+pub use gate::{Access, Attempt, Gate, LocalGate, Login, Moved, Names, Passage, Refusal, RemoteGate};
 pub use host_keys::{HostCertificateError, HostKeyError, HostKeys};
 pub use ingress::{SshIngress, SshIngressBuilder};
 pub use peers::SshPeers;

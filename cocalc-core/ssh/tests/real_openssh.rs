@@ -7,7 +7,9 @@
 mod common;
 
 use std::{
+    collections::BTreeMap,
     process::Stdio,
+    sync::{Arc, Mutex, atomic::Ordering},
     time::{Duration, Instant},
 };
 
@@ -287,13 +289,23 @@ async fn ports_are_forwarded_into_the_project() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn strangers_are_refused_in_the_same_words() {
-    let world = World::new().await;
+    let book = Arc::new(Book::default());
+    let names = book.clone();
+    let world = World::with(move |builder| builder.names(names.clone())).await;
+    book.0.lock().unwrap().insert("thesis".parse().unwrap(), world.project);
     let unknown = cocalc_core::ids::ProjectId::random().to_string();
     for port in [world.direct, world.proxied] {
         let mut words = Vec::new();
-        for (key, user) in
-            [("stranger", world.project.to_string()), ("id", unknown.clone()), ("stranger", "root".into())]
-        {
+        let asked = world.rights.asked.load(Ordering::SeqCst);
+        let mut work = Vec::new();
+        for (key, user) in [
+            ("stranger", world.project.to_string()),
+            ("stranger", "thesis".into()),
+            ("id", unknown.clone()),
+            ("id", "no-such-name".into()),
+            ("stranger", "root".into()),
+            ("id", "project-5".into()),
+        ] {
             let mut command = tokio::process::Command::new("ssh");
             command
                 .args(world.options(key))
@@ -302,15 +314,36 @@ async fn strangers_are_refused_in_the_same_words() {
             let output = finish(command, b"").await;
             assert_eq!(output.status.code(), Some(255));
             words.push(text(&output.stderr).replace(&user, "USER"));
+            work.push(world.rights.asked.load(Ordering::SeqCst) - asked - work.iter().sum::<usize>());
         }
+        // A host verifies for each as often as for the others; a proxy asks one.
+        assert!(work[0] > 0 && work.iter().all(|other| *other == work[0]), "{work:?}");
         assert!(words[0].contains("Permission denied"), "{words:?}");
         assert!(words.iter().all(|other| *other == words[0]), "{words:?}");
     }
-    // The three spellings of a project are one.
-    for user in [format!("project-{}", world.project), world.project.to_string().replace('-', "")] {
-        let output = finish(world.ssh(world.direct, &["-l", &user, "127.0.0.1", "echo in"]), b"").await;
-        // The first -l counts: it is given again as an option.
-        assert_eq!(text(&output.stdout), "in\n", "{}", text(&output.stderr));
+    // The three spellings of a project are one, and its other name is a fourth.
+    let id = world.project.to_string();
+    for user in [format!("project-{id}"), id.replace('-', ""), "thesis".to_owned()] {
+        for port in [world.direct, world.proxied] {
+            let mut command = tokio::process::Command::new("ssh");
+            command
+                .args(world.options("id"))
+                .args(["-o", "BatchMode=yes", "-p", &port.to_string(), "-l", &user, "127.0.0.1", "echo in"])
+                .kill_on_drop(true);
+            let output = finish(command, b"").await;
+            assert_eq!(text(&output.stdout), "in\n", "{user}: {}", text(&output.stderr));
+        }
+    }
+}
+
+/// What the master would know.
+#[derive(Debug, Default)]
+struct Book(Mutex<BTreeMap<cocalc_core::ids::ProjectAlias, cocalc_core::ids::ProjectId>>);
+
+#[async_trait::async_trait]
+impl cocalc_ssh::Names for Book {
+    async fn project(&self, alias: &cocalc_core::ids::ProjectAlias) -> Option<cocalc_core::ids::ProjectId> {
+        self.0.lock().unwrap().get(alias).copied()
     }
 }
 

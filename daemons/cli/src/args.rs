@@ -211,6 +211,17 @@ pub(crate) enum Project {
     Stop { id: String },
     /// Delete it, with its snapshots.
     Delete { id: String },
+    /// Give it a name under which `ssh NAME@...` reaches it besides its id.
+    Alias {
+        id: String,
+        /// 3 to 32 of a-z, 0-9 and -, beginning with a letter; no other project
+        /// has it.
+        #[arg(required_unless_present = "remove")]
+        name: Option<String>,
+        /// It has no such name any more.
+        #[arg(long, conflicts_with = "name")]
+        remove: bool,
+    },
     /// Run a command in it; exits with the command's status.
     Exec {
         id: String,

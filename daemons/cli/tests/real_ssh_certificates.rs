@@ -253,6 +253,13 @@ fn the_command_line_needs_no_key(world: &World) {
 fn a_written_configuration_leads_through_the_proxy(world: &World) {
     use std::io::Write;
     let key = world.path("id").display().to_string();
+    // Another name, which is known at host and proxy.
+    let named = world.federation.json(&["project", "alias", &world.project, "thesis"]);
+    assert_eq!(named["alias"], "thesis", "{named}");
+    for bad in ["project-5", "x", "jump", "Thesis"] {
+        let refused = world.cocalc(None, &["project", "alias", &world.project, bad]);
+        assert_eq!(refused.status.code(), Some(2), "{bad}: {}", err(&refused));
+    }
     let written = world.cocalc(None, &["ssh-config", "--identity", &key]);
     assert!(written.status.success(), "{}", err(&written));
     let known = world.path("known_hosts");
@@ -270,6 +277,13 @@ fn a_written_configuration_leads_through_the_proxy(world: &World) {
     };
     let output = ssh(&[&world.project, "echo in; exit 5"]);
     assert_eq!((out(&output).as_str(), output.status.code()), ("in\n", Some(5)), "{}", err(&output));
+    let output = ssh(&["cocalc-thesis", "echo by name"]);
+    assert_eq!(out(&output), "by name\n", "{}", err(&output));
+    for address in [&world.direct, &world.proxy] {
+        let (server, port) = address.rsplit_once(':').unwrap();
+        let output = ssh(&["-i", &key, "-p", port, &format!("thesis@{server}"), "echo by name"]);
+        assert_eq!(out(&output), "by name\n", "{}", err(&output));
+    }
     // Ports of the project lead to the user, through the helper inside.
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let here = listener.local_addr().unwrap().port();

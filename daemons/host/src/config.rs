@@ -1,9 +1,10 @@
 //! A host's configuration.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use cocalc_backup::Bounds;
 use cocalc_core::{activity::IdlePolicy, ids::HostName, runner::Network, snapshots::Policy};
+use cocalc_http::TerminalLimits;
 use serde::Deserialize;
 
 use crate::{images::ImageSettings, limits::HostLimits};
@@ -83,6 +84,9 @@ pub struct Config {
     /// How much one user, one address and all of them may ask.
     #[serde(default)]
     pub limits: HostLimits,
+    /// The terminals of the project page.
+    #[serde(default)]
+    pub terminals: TerminalSettings,
     /// How this host comes by images, and when they go.
     #[serde(default)]
     pub images: ImageSettings,
@@ -90,6 +94,62 @@ pub struct Config {
     /// master says.
     #[serde(default)]
     pub backups: BackupSettings,
+}
+
+/// The terminals of the project page.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq)]
+#[serde(default, deny_unknown_fields)]
+pub struct TerminalSettings {
+    /// Whether there are any. Default: yes.
+    pub enabled: bool,
+    /// Of one project, 1 to 1000. Default: 16.
+    pub per_project: u16,
+    /// Of all projects. Default: 1024.
+    pub total: u32,
+    /// How much of what each has shown is kept, in bytes; 4096 to 16777216.
+    /// Default: 262144.
+    pub scrollback_bytes: u32,
+    /// How long one goes on that nobody looks at and that shows nothing, in
+    /// seconds; 1 to 31536000. Default: 86400.
+    pub detached_secs: u32,
+}
+
+impl Default for TerminalSettings {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            per_project: 16,
+            total: 1024,
+            scrollback_bytes: 256 * 1024,
+            detached_secs: 86_400,
+        }
+    }
+}
+
+impl TerminalSettings {
+    /// `None` if there are to be none.
+    pub(crate) fn limits(&self) -> Option<TerminalLimits> {
+        let size = |number: u32| usize::try_from(number).unwrap_or(usize::MAX);
+        let limits = TerminalLimits::default()
+            .per_project(self.per_project.into())
+            .total(size(self.total))
+            .scrollback_bytes(size(self.scrollback_bytes))
+            .detached(Duration::from_secs(self.detached_secs.into()));
+        self.enabled.then_some(limits)
+    }
+
+    fn validate(&self) -> Result<(), String> {
+        if !(1..=1000).contains(&self.per_project) {
+            return Err("terminals.per_project: 1 to 1000".into());
+        }
+        if !(4096..=16 << 20).contains(&self.scrollback_bytes) {
+            return Err("terminals.scrollback_bytes: 4096 to 16777216".into());
+        }
+        if !(1..=31_536_000).contains(&self.detached_secs) {
+            return Err("terminals.detached_secs: 1 to 31536000, a year".into());
+        }
+        Ok(())
+    }
 }
 
 /// How backups are made on a host.
@@ -271,6 +331,7 @@ impl Config {
         }
         self.backups.validate()?;
         self.idle.validate().map_err(|error| format!("idle.{error}"))?;
+        self.terminals.validate()?;
         self.images.validate()?;
         self.limits.validate()
     }

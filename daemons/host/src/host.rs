@@ -51,6 +51,7 @@ use crate::{
     inside_keys::VolumeKeys,
     lifecycle::Inside,
     lifecycle::Lifecycle,
+    names::LedgerNames,
     peers::Peers,
     registrar::Registrar,
     secrets::Secrets,
@@ -260,7 +261,7 @@ impl Host {
             audit: audit.clone(),
         };
         let files = VolumeFiles { storage: Arc::clone(&backends.storage), ledger: ledger.clone() };
-        let http =
+        let mut http =
             HostIngress::builder(id, Arc::clone(&auth), Arc::clone(&router), Arc::clone(&backends.runner))
                 .wake(Arc::clone(&wake))
                 .meters(meters.clone())
@@ -268,8 +269,11 @@ impl Host {
                 .files(Arc::new(files))
                 .served(served)
                 .https(address.url.starts_with("https://"))
-                .limits(config.limits.http())
-                .build();
+                .limits(config.limits.http());
+        if let Some(terminals) = config.terminals.limits() {
+            http = http.terminals(terminals);
+        }
+        let http = http.build();
         let metered: Arc<dyn Runner> =
             Arc::new(Metered::new(Arc::clone(&backends.runner), meters, Source::Ssh));
         let gate: Arc<dyn SshGate> = Arc::new(LocalGate::new(auth, router, Arc::new(metered)).wake(wake));
@@ -279,6 +283,7 @@ impl Host {
             .connections_max(at_most(config.limits.ssh_connections))
             .connections_per_address_max(at_most(config.limits.ssh_connections_per_source))
             .witness(Arc::clone(&visits) as _)
+            .names(Arc::new(LedgerNames(ledger.clone())))
             .build();
         let (offers, known) = (ssh.clone(), Arc::clone(&knowledge));
         let certified = cocalc_daemon::certify::keep_certified(

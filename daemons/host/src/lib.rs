@@ -32,6 +32,7 @@ mod inbox;
 mod inside_keys;
 mod lifecycle;
 mod limits;
+mod names;
 mod peers;
 mod registrar;
 mod secrets;

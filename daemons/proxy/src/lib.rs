@@ -19,6 +19,7 @@
 
 mod config;
 mod endpoints;
+mod names;
 mod pinned;
 mod proxy;
 mod registrar;

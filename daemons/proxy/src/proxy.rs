@@ -31,7 +31,9 @@ use cocalc_transfer::DirectConnector;
 use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use crate::{config::Config, endpoints::ProxyEndpoints, pinned::Pinned, registrar::Registrar};
+use crate::{
+    config::Config, endpoints::ProxyEndpoints, names::MasterNames, pinned::Pinned, registrar::Registrar,
+};
 
 /// How long the master may take to say where a project is.
 const LOOKUP_LIMIT: Duration = Duration::from_secs(2);
@@ -142,7 +144,11 @@ impl Proxy {
         let _ = built.set(http.clone());
         let gate =
             Arc::new(RemoteGate::new(router, connector).decoy(move |project| strangers.decoy(project)));
-        let ssh = SshIngress::builder(Arc::clone(&gate) as _, ssh_keys).passage(gate).build();
+        let names = MasterNames::new(Arc::clone(&bus), peer);
+        let ssh = SshIngress::builder(Arc::clone(&gate) as _, ssh_keys)
+            .passage(gate)
+            .names(Arc::new(names))
+            .build();
         let (offers, known) = (ssh.clone(), Arc::clone(&knowledge));
         let certified = cocalc_daemon::certify::keep_certified(
             peer,

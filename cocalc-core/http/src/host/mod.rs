@@ -4,6 +4,7 @@ mod bus;
 mod files;
 mod forward;
 mod moved;
+mod page;
 mod respond;
 mod session;
 mod view;
@@ -51,6 +52,7 @@ use crate::{
     files::ProjectFiles,
     headers::check_request,
     limits::Limits,
+    page::{TerminalLimits, terminals::Terminals},
     path::{Origin, Place, SESSION_PATH, Served, Target, What},
     pool::Pool,
     problem::{Problem, wants_page},
@@ -89,6 +91,7 @@ pub struct HostIngressBuilder {
     bus: Option<Arc<dyn BusEndpoint>>,
     meters: Option<Meters>,
     files: Option<Arc<dyn ProjectFiles>>,
+    terminals: Option<TerminalLimits>,
     served: Served,
     https: bool,
     limits: Limits,
@@ -119,6 +122,7 @@ struct Inner {
     bus: Option<Arc<dyn BusEndpoint>>,
     meters: Option<Meters>,
     raw: Option<Raw>,
+    terminals: Option<Terminals>,
     served: Served,
     /// What proxies call this host, on connections of their own.
     internal: Served,
@@ -152,6 +156,7 @@ impl HostIngress {
             bus: None,
             meters: None,
             files: None,
+            terminals: None,
             served: Served::new(),
             https: false,
             limits: Limits::default(),
@@ -256,6 +261,13 @@ impl HostIngressBuilder {
         self
     }
 
+    /// Serves terminals to the project page of who may use everything in the
+    /// project: shells that go on when a connection breaks. Default: none.
+    pub fn terminals(mut self, limits: TerminalLimits) -> Self {
+        self.terminals = Some(limits);
+        self
+    }
+
     /// Bounds. Default: [`Limits::default`].
     pub fn limits(mut self, limits: Limits) -> Self {
         self.limits = limits;
@@ -266,7 +278,9 @@ impl HostIngressBuilder {
     pub fn build(self) -> HostIngress {
         let server = Arc::new(Server::new(self.limits.clone()));
         let closing = Arc::new(server.closing().clone().drop_guard());
+        let terminals = self.terminals.map(|limits| Terminals::new(Arc::clone(&self.runner), limits));
         let inner = Inner {
+            terminals,
             host: self.host,
             auth: self.auth,
             router: self.router,
@@ -316,12 +330,13 @@ impl Handler for Inner {
     async fn handle(self: Arc<Self>, mut request: Request<Body>, connection: Connection) -> Response<Body> {
         self.requests.fetch_add(1, Ordering::Relaxed);
         let browser = wants_page(request.headers());
+        let again = if browser { session::question(request.uri()) } else { String::new() };
         let upgrade =
             request.headers().contains_key(header::UPGRADE).then(|| hyper::upgrade::on(&mut request));
         let (parts, body) = request.into_parts();
         match self.answer(parts, Rest { body, upgrade, connection }).await {
             Ok(response) => response,
-            Err(problem) => problem.response(browser),
+            Err(problem) => problem.asked_again(again).response(browser),
         }
     }
 }
@@ -410,7 +425,8 @@ impl Inner {
 
         let mut response = match asked.place.what {
             What::Bare => session::redirect(&format!("{}{}/", asked.view.prefix, asked.place.mount))?,
-            What::Root => self.front_page(project, &asked).await?,
+            What::Root => self.front_page(project, &asked, &principal).await?,
+            What::Page { rest: path } => self.own_page(asked, rest, &principal, path).await?,
             What::Proxy { rest: "", prefix, .. }
                 if matches!(asked.parts.method, Method::GET | Method::HEAD)
                     && asked.wish != Wish::WebSocket =>

@@ -5,6 +5,7 @@
 
 mod faults;
 mod files;
+mod page;
 mod probes;
 mod sessions;
 mod streams;

@@ -16,6 +16,7 @@ use std::{
 use async_trait::async_trait;
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use cocalc_core::{
+    activity::Meters,
     auth::{Admission, Auth, Context, Credential, Decision, Denial, Principal, Secret, Tier, Via},
     connector::{self, Connector, Service},
     ids::{AccountId, Action, Epoch, HostId, ProjectId, Scope},
@@ -131,7 +132,7 @@ impl Auth for FakeAuth {
 
     async fn authorize(&self, _: &Principal, _: ProjectId, action: Action) -> Decision {
         let mut outcome = self.revoked.borrow().clone().map_or(Ok(()), Err);
-        if action == Action::Write && self.viewers.load(Ordering::Relaxed) {
+        if matches!(action, Action::Write | Action::Use(Scope::Ws)) && self.viewers.load(Ordering::Relaxed) {
             outcome = Err(Denial::Forbidden("a viewer".to_owned()));
         }
         Decision { outcome, staleness: Duration::ZERO, tier: *self.tier.lock().unwrap() }
@@ -204,6 +205,8 @@ impl Router for Table {
 #[derive(Debug, Default)]
 pub(crate) struct Ports {
     pub(crate) running: Mutex<bool>,
+    /// What runs processes, for the tests that have some.
+    pub(crate) shells: Mutex<Option<Arc<dyn Runner>>>,
 }
 
 #[async_trait]
@@ -243,8 +246,12 @@ impl Runner for Ports {
         Ok(vec![])
     }
 
-    async fn exec(&self, project: ProjectId, _: ExecRequest) -> runner::Result<Process> {
-        Err(runner::Error::NotRunning { project })
+    async fn exec(&self, project: ProjectId, request: ExecRequest) -> runner::Result<Process> {
+        let shells = self.shells.lock().unwrap().clone();
+        match shells {
+            Some(shells) => shells.exec(project, request).await,
+            None => Err(runner::Error::NotRunning { project }),
+        }
     }
 
     async fn dial(&self, project: ProjectId, port: u16) -> runner::Result<BoxStream> {
@@ -266,7 +273,7 @@ impl Runner for Ports {
     }
 
     async fn logs(&self, _: ProjectId, _: usize) -> runner::Result<String> {
-        Ok(String::new())
+        Ok("startup: <b>no such file</b>\n".to_owned())
     }
 }
 
@@ -378,6 +385,7 @@ pub(crate) struct World {
     pub(crate) pipes: Arc<Pipes>,
     pub(crate) ingress: HostIngress,
     pub(crate) home: Arc<Home>,
+    pub(crate) meters: Meters,
     pub(crate) app: App,
     pub(crate) echo: u16,
     stop: tokio_util::sync::CancellationToken,
@@ -404,7 +412,7 @@ impl World {
     pub(crate) async fn with(limits: Limits) -> Self {
         let (project, host) = (ProjectId::random(), HostId::random());
         let (auth, table, proxy_table) = (FakeAuth::new(), Table::new(), Table::new());
-        let ports = Arc::new(Ports { running: Mutex::new(true) });
+        let ports = Arc::new(Ports { running: Mutex::new(true), shells: Mutex::default() });
         let wake = Arc::new(SlowWake { ports: ports.clone(), calls: Mutex::new(0) });
         table.set(project, host, 1, Reach::Local);
         proxy_table.set(project, host, 1, Reach::Remote(HostAddress::default()));
@@ -416,11 +424,14 @@ impl World {
             thawed: AtomicBool::new(true),
             turn: Arc::default(),
         });
+        let meters = Meters::new(Arc::new(cocalc_core::clock::SystemClock));
         let ingress = HostIngress::builder(host, auth.clone(), table.clone(), ports.clone())
             .served(Served::new().domain(&domain("alpha", host_address)).unwrap())
             .wake(wake.clone())
             .bus(Arc::new(Parrot))
             .files(home.clone())
+            .terminals(cocalc_http::TerminalLimits::default())
+            .meters(meters.clone())
             .endpoints(Arc::new(Health))
             .limits(limits.clone())
             .build();
@@ -458,6 +469,7 @@ impl World {
             pipes,
             ingress,
             home,
+            meters,
             app,
             echo,
             stop,

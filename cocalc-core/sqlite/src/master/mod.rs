@@ -7,6 +7,7 @@
 
 mod access;
 mod account;
+mod alias;
 mod audit;
 mod backup;
 mod fence;
@@ -63,6 +64,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("schema_secrets.sql"),
     include_str!("schema_fences.sql"),
     include_str!("schema_images.sql"),
+    include_str!("schema_aliases.sql"),
 ];
 
 /// The master's database.

@@ -697,3 +697,27 @@ fn a_name_means_the_image_that_was_said_last() {
     let all: Vec<_> = store.image_names().unwrap().into_iter().collect();
     assert_eq!(all, [("debian".to_owned(), two), ("r".to_owned(), one)]);
 }
+
+#[test]
+fn an_alias_is_one_projects_until_that_is_deleted() {
+    let world = World::new(1);
+    let (one, two) = (world.stopped(1), world.stopped(2));
+    let alias = |text: &str| Some(text.parse::<cocalc_ids::ProjectAlias>().unwrap());
+    let named = world.store.set_alias(one.id, alias("thesis")).unwrap();
+    assert_eq!(named.config.alias, alias("thesis"));
+    assert_eq!(world.store.project_of_alias(&alias("thesis").unwrap()).unwrap(), Some(one.id));
+    let taken = world.store.set_alias(two.id, alias("thesis"));
+    assert!(matches!(taken, Err(Error::Exists { .. })), "{taken:?}");
+    assert_eq!(world.store.project(two.id).unwrap().config.alias, None, "nothing half done");
+    // Another one in its place frees the first.
+    world.store.set_alias(one.id, alias("paper")).unwrap();
+    world.store.set_alias(two.id, alias("thesis")).unwrap();
+    world.store.set_alias(two.id, None).unwrap();
+    assert_eq!(world.store.project_of_alias(&alias("thesis").unwrap()).unwrap(), None);
+    // With its project it goes.
+    let delete = OperationId::from_bytes([9; 16]);
+    world.store.begin(delete, one.id, world.owner, &Job::Delete, &ANY, NOW).unwrap();
+    world.end(delete, ProjectState::Deleted);
+    assert_eq!(world.store.project_of_alias(&alias("paper").unwrap()).unwrap(), None);
+    world.store.set_alias(two.id, alias("paper")).unwrap();
+}

@@ -9,7 +9,7 @@ use std::{fmt, net::IpAddr, sync::Arc};
 use async_trait::async_trait;
 use cocalc_core::{
     auth::{Admission, Credential, Denial},
-    ids::{AccountId, ProjectId, Restrictions},
+    ids::{AccountId, ProjectAlias, ProjectId, Restrictions},
     stream::BoxStream,
 };
 
@@ -42,6 +42,19 @@ pub trait Passage: fmt::Debug + Send + Sync + 'static {
     /// A new connection to the SSH server of `project`'s host, for a user at
     /// `source`.
     async fn pass(&self, project: ProjectId, source: Option<IpAddr>) -> Result<BoxStream, Refusal>;
+}
+
+/// Knows projects by other names than their ids.
+///
+/// # Contract
+///
+/// - Whoever asks has proved nothing. What it is asked for is any text that can
+///   be such a name; a wrong answer lets nobody in.
+#[async_trait]
+pub trait Names: fmt::Debug + Send + Sync + 'static {
+    /// The project of that name, if there is one, as far as it can be known
+    /// within a few seconds.
+    async fn project(&self, alias: &ProjectAlias) -> Option<ProjectId>;
 }
 
 /// Somebody asks to be let into a project. The possession of a key has been

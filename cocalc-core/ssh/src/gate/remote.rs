@@ -54,10 +54,10 @@ impl RemoteGate {
         Self { router, connector, decoy: None }
     }
 
-    /// Passes connections to projects that nobody knows on to the host that
-    /// `decoy` names, always the same for one project, which refuses them as it
-    /// refuses everybody. Default: they are closed, which tells that there is no
-    /// such project.
+    /// Asks for projects that nobody knows at the host that `decoy` names, always
+    /// the same for one project, which refuses them as it refuses everybody, and
+    /// passes connections to them on to it. Default: they are refused and closed
+    /// at once, which tells that there is no such project.
     pub fn decoy(mut self, decoy: impl Fn(ProjectId) -> Option<HostId> + Send + Sync + 'static) -> Self {
         self.decoy = Some(Arc::new(decoy));
         self
@@ -79,10 +79,18 @@ impl RemoteGate {
 impl Gate for RemoteGate {
     async fn login(&self, attempt: Attempt) -> Result<Login, Refusal> {
         let project = attempt.project;
-        let route = self.router.route(project).await.map_err(|error| {
-            tracing::info!(%project, reason = %cocalc_core::chain(&error), "SSH login refused");
-            Refusal::access_denied()
-        })?;
+        let route = match self.router.route(project).await {
+            Ok(route) => route,
+            Err(error) => {
+                tracing::info!(%project, reason = %cocalc_core::chain(&error), "SSH login refused");
+                // What nobody knows takes as long as what is forbidden: a host is
+                // asked, which does not know it either.
+                if let Some(host) = self.decoy.as_ref().and_then(|decoy| decoy(project)) {
+                    let _ = self.ask(host, &attempt).await;
+                }
+                return Err(Refusal::access_denied());
+            }
+        };
         let Reach::Remote(_) = route.how else { return Err(Refusal::access_denied()) };
         let mut host = route.host;
         for _ in 0..HOPS_MAX {

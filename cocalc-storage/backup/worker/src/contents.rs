@@ -86,7 +86,8 @@ impl Plan {
         Ok(plan)
     }
 
-    /// Parts of packs that are read at once, in the order of the packs.
+    /// Parts of packs that are read at once, in the order of the files: what is
+    /// written one after the other lies so on the disk, too.
     fn windows(pieces: BTreeMap<(Id, u32), Piece>) -> Vec<Window> {
         let mut windows: Vec<Window> = Vec::new();
         for ((pack, offset), piece) in pieces {
@@ -103,6 +104,8 @@ impl Plan {
                 _ => windows.push(Window { pack, offset, length: piece.length, pieces: vec![piece] }),
             }
         }
+        let first = |window: &Window| window.pieces.iter().flat_map(|piece| &piece.to).min().copied();
+        windows.sort_by_key(first);
         windows
     }
 }
@@ -131,13 +134,18 @@ pub(crate) fn write(
             let next = windows.lock().unwrap_or_else(PoisonError::into_inner).next();
             let Some(window) = next else { break };
             let _read = backend.window(&window.pack, window.offset, window.length)?;
+            let mut last = None;
             for piece in window.pieces {
                 let data = opened.cat_blob(BlobType::Data, piece.blob.to_hex().as_str())?;
                 let is_hole = data.iter().all(|byte| *byte == 0);
                 for (file, at) in piece.to {
                     let Some((path, ..)) = files.get(file).filter(|_| !is_hole) else { continue };
-                    let written = open(path).and_then(|file| file.write_all_at(&data, at));
-                    written.map_err(|error| unwritten(path, &error))?;
+                    let opened = match last.take() {
+                        Some((of, opened)) if of == file => Ok(opened),
+                        _ => open(path),
+                    };
+                    let written = opened.and_then(|opened| opened.write_all_at(&data, at).map(|()| opened));
+                    last = Some((file, written.map_err(|error| unwritten(path, &error))?));
                 }
                 bar.inc(data.len() as u64);
             }

@@ -117,6 +117,10 @@ pub(super) fn run(api: &Api, output: Output, verb: Project) -> Result<ExitCode, 
         }
         Project::Env(verb) => variable(api, output, "env", verb)?,
         Project::Secret(verb) => variable(api, output, "secrets", verb)?,
+        Project::Alias { id, name, remove: _ } => {
+            let project = api.put(&format!("/projects/{id}/alias"), &json!({ "alias": name }))?;
+            print(output, &project, &["id", "name", "alias"]);
+        }
         Project::Keep { id, time } => {
             let secs = seconds(&time).ok_or_else(|| not_a_time("--for", &time))?;
             let answer = api.post(&format!("/projects/{id}/keep"), &json!({ "for_secs": secs }))?;

@@ -29,8 +29,9 @@ pub(super) fn show(api: &Api, output: Output, direct: bool, identity: Option<&Pa
                 continue;
             };
             let Some(server) = hosts.iter().find(|server| server.id == host) else { continue };
-            let name = project["name"].as_str().unwrap_or_default();
-            entries.push(entry(id, name, server, jump.as_ref(), identity));
+            let names = [project["name"].as_str(), project["alias"].as_str()].into_iter().flatten();
+            let names: Vec<&str> = names.collect();
+            entries.push(entry(id, &names, server, jump.as_ref(), identity));
         }
         match page.last().and_then(|project| project["id"].as_str()) {
             Some(last) if page.len() == PAGE => after = format!("&after={last}"),
@@ -64,13 +65,19 @@ fn servers(answer: &Value, list: &str) -> Vec<Server> {
     .collect()
 }
 
-/// An entry. The name is the user's, and only counts where it can be one for
-/// ssh.
-fn entry(id: &str, name: &str, host: &Server, jump: Option<&Server>, identity: Option<&Path>) -> String {
+/// An entry. The names are their owners', so each counts only where it can be
+/// one for ssh, and never without what tells it from the user's other hosts.
+fn entry(id: &str, names: &[&str], host: &Server, jump: Option<&Server>, identity: Option<&Path>) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-    let usable = !name.is_empty() && !name.starts_with(['-', '.']) && name.chars().all(plain);
-    let names = if usable { format!("{id} cocalc-{name}") } else { id.to_owned() };
-    let mut lines = vec![format!("Host {names}"), format!("  User {id}")];
+    let usable = |name: &str| !name.is_empty() && !name.starts_with(['-', '.']) && name.chars().all(plain);
+    let mut first = format!("Host {id}");
+    for (at, name) in names.iter().enumerate() {
+        if usable(name) && !names[..at].contains(name) {
+            first.push_str(" cocalc-");
+            first.push_str(name);
+        }
+    }
+    let mut lines = vec![first, format!("  User {id}")];
     match jump {
         Some(proxy) => {
             // The proxy knows where the project is; its host proves itself by
@@ -103,10 +110,10 @@ mod tests {
     fn an_entry_leads_through_the_proxy() {
         let server = |name: &str, port| Server { id: "h".into(), name: name.into(), port };
         let host = server("alpha.example", 2222);
-        let through = entry("id-1", "My-project", &host, Some(&server("::1", 22)), None);
-        assert!(through.starts_with("Host id-1 cocalc-My-project\n  User id-1\n"), "{through}");
+        let through = entry("id-1", &["My-project", "mine"], &host, Some(&server("::1", 22)), None);
+        assert!(through.starts_with("Host id-1 cocalc-My-project cocalc-mine\n  User id-1\n"), "{through}");
         assert!(through.contains("HostKeyAlias alpha.example\n  ProxyJump jump@[::1]:22"), "{through}");
-        let direct = entry("id-1", "two words\nProxyCommand x", &host, None, Some(Path::new("/k")));
+        let direct = entry("id-1", &["two words\nProxyCommand x"], &host, None, Some(Path::new("/k")));
         assert!(direct.starts_with("Host id-1\n"), "{direct}");
         assert!(direct.contains("HostName alpha.example\n  Port 2222\n  IdentityFile /k"), "{direct}");
         assert!(!direct.contains("ProxyCommand"));

@@ -2,6 +2,7 @@
 
 mod access;
 mod accounts;
+mod alias;
 mod backups;
 mod caller;
 mod connect;
@@ -75,6 +76,7 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
         .merge(ssh_ca::routes())
         .merge(hosts::routes())
         .merge(fences::routes())
+        .merge(alias::routes())
         .merge(restores::routes())
         .merge(operations::routes())
         .merge(keys::routes())

@@ -110,6 +110,8 @@ impl From<AskedLimits> for Limits {
 /// other one's owner is not the caller's to multiply.
 pub(super) fn of_copy(shared: &Shared, caller: &Caller, mut config: ProjectConfig) -> ProjectConfig {
     config.idle.keep_until = None;
+    // Of a name there is one.
+    config.alias = None;
     if caller.admin {
         return config;
     }

@@ -58,6 +58,8 @@ pub(crate) struct ProjectView {
     owner: String,
     /// The image it runs; none: its host's default.
     image: Option<String>,
+    /// Under what name SSH reaches it, besides its id.
+    alias: Option<String>,
     /// The exclusive operation that is under way.
     operation_id: Option<String>,
     created: String,
@@ -80,6 +82,7 @@ impl From<Project> for ProjectView {
             epoch: project.epoch.number(),
             owner: project.owner.to_string(),
             image: project.config.image.map(|image| image.to_string()),
+            alias: project.config.alias.map(|alias| alias.to_string()),
             operation_id: project.fence.map(|id| id.to_string()),
             created: time(project.created),
             started: project.started.map(time),

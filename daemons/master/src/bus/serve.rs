@@ -155,6 +155,10 @@ async fn respond(shared: &Arc<Shared>, peer: Peer, request: PeerRequest) -> stor
         PeerRequest::Route { project } => {
             return Ok(PeerReply::Route { route: route(shared, project).await? });
         }
+        PeerRequest::Alias { alias } => {
+            let project = shared.db(move |store| store.project_of_alias(&alias)).await?;
+            return Ok(PeerReply::Alias { project });
+        }
         PeerRequest::Changed(report) => {
             let Peer::Host(host) = peer else { return Ok(hosts_only()) };
             shared.db(move |store| store.observe(host, &report)).await?;

@@ -122,6 +122,7 @@ const CALLS: &[&str] = &[
     "POST /ssh-ca/withdraw",
     "POST /ssh-keys",
     "PUT /accounts/{id}/password",
+    "PUT /projects/{id}/alias",
     "PUT /projects/{id}/backups/policy",
     "PUT /projects/{id}/env/{name}",
     "PUT /projects/{id}/image",
@@ -250,6 +251,8 @@ async fn every_error_is_a_problem_with_its_code() {
     let connect = format!("{project}/connect");
     let admin = world.ok("GET", "/account", Value::Null).await["id"].as_str().unwrap().to_owned();
     let text = |value: Value| value.to_string();
+    world.ok("PUT", &format!("/projects/{id}/alias"), json!({ "alias": "thesis" })).await;
+    let other = format!("/api/v1/projects/{}/alias", world.project("alpha").await);
     for (method, path, body, status, code) in [
         ("GET", "/api/v1/nothing".to_owned(), String::new(), 404, "not_found"),
         ("GET", "/nothing".into(), String::new(), 404, "not_found"),
@@ -264,6 +267,8 @@ async fn every_error_is_a_problem_with_its_code() {
         ("POST", connect.clone(), text(json!({ "scopes": [] })), 400, "invalid_request"),
         ("POST", connect, text(json!({ "embed_origin": "x" })), 400, "invalid_request"),
         ("POST", format!("{project}/move"), text(json!({ "to": "alpha" })), 409, "already_there"),
+        ("PUT", other.clone(), text(json!({ "alias": "thesis" })), 409, "alias_taken"),
+        ("PUT", other, text(json!({ "alias": "Thesis" })), 400, "invalid_request"),
         ("POST", format!("{project}/snapshots/x/restore"), "[]".into(), 400, "invalid_request"),
         ("POST", format!("/api/v1/accounts/{admin}/ban"), String::new(), 409, "own_account"),
         ("POST", "/api/v1/keys/rotate".into(), String::new(), 409, "too_early"),
