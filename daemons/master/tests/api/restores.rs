@@ -122,9 +122,7 @@ async fn a_project_made_from_a_backup_is_filled_once_also_if_the_master_dies() {
             let fetched = fetches(&host);
             let started = world.ok("POST", &format!("/projects/{id}/start"), json!({})).await;
             assert_eq!(world.settled(&started).await["state"], "done");
-            let script = host.script.lock().unwrap();
-            assert_eq!(script.swaps.len(), before + 1, "{step} {fall:?}");
-            drop(script);
+            assert_eq!(host.script.lock().unwrap().swaps.len(), before + 1, "{step} {fall:?}");
             assert_eq!(fetches(&host), fetched);
             world.settled(&world.ok("DELETE", &format!("/projects/{id}"), Value::Null).await).await;
         }
