@@ -216,9 +216,11 @@ async fn a_restore_that_does_not_fit_changes_nothing_and_is_done_when_there_is_r
     let deadline = Instant::now() + Duration::from_secs(60);
     while let Err(error) = fs::write(live.join("home/more"), noise(7, 4 * MIB)) {
         assert!(Instant::now() < deadline, "what was staged is charged for ever: {error}");
+        rustix::fs::syncfs(File::open(&live).unwrap()).unwrap();
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     fs::remove_file(live.join("home/more")).unwrap();
+    let before = told(&live);
     store.set_limit(project, None).await.unwrap();
 
     // The volume: less is left than comes.
@@ -376,12 +378,14 @@ async fn links_that_are_planted_while_a_restore_goes_on_lead_nowhere() {
                 for (place, aside) in [("outer", "aside"), ("outer/inner", "outer/aside")] {
                     let (place, aside) = (home.join(place), home.join(aside));
                     if fs::rename(&place, &aside).is_ok() {
-                        symlink(&canary, &place).unwrap();
+                        let _ = symlink(&canary, &place);
                         thread::yield_now();
-                        // What a restore put in the place of the link is taken away.
-                        let _ = fs::remove_file(&place);
-                        let _ = fs::remove_dir_all(&place);
-                        fs::rename(&aside, &place).unwrap();
+                        // What a restore put there meanwhile is taken away, as
+                        // often as it does.
+                        while fs::rename(&aside, &place).is_err() {
+                            let _ = fs::remove_file(&place);
+                            let _ = fs::remove_dir_all(&place);
+                        }
                         swaps += 1;
                     }
                 }
