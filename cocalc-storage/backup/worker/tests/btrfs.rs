@@ -187,17 +187,17 @@ fn noise(seed: u64, bytes: usize) -> Vec<u8> {
 async fn a_restore_that_does_not_fit_changes_nothing_and_is_done_when_there_is_room() {
     const MIB: usize = 1 << 20;
     let root = tempfile::tempdir().unwrap();
-    let (_mounted, store) = volume(root.path(), "volume", 512 << 20).await;
+    let (_mounted, store) = volume(root.path(), "volume", 256 << 20).await;
     let (project, other) = (ProjectId::random(), ProjectId::random());
     let live = store.create(project, &VolumeOptions::default()).await.unwrap().path.unwrap();
-    for number in 0..48 {
+    for number in 0..32 {
         fs::write(live.join(format!("home/{number}")), noise(number + 1, MIB)).unwrap();
     }
     let backups = over(on_disk(root.path()), Bounds::default());
     let backup = back_up(&backups, root.path(), &store, project, "first").await;
     let backed_up = told(&live);
     store.delete_snapshot(project, &"first".parse().unwrap()).await.unwrap();
-    for number in 0..48 {
+    for number in 0..32 {
         fs::remove_file(live.join(format!("home/{number}"))).unwrap();
     }
     fs::write(live.join("home/newer"), "newer").unwrap();
@@ -206,7 +206,7 @@ async fn a_restore_that_does_not_fit_changes_nothing_and_is_done_when_there_is_r
     let snapshots = || async { store.snapshots(project).await.unwrap() };
 
     // The project's own limit.
-    store.set_limit(project, Some(16 << 20)).await.unwrap();
+    store.set_limit(project, Some(12 << 20)).await.unwrap();
     let failed = fetch(&backups, &store, project, &backup, &all, &name).await;
     assert!(matches!(failed, Err(Error::Full { .. })), "{failed:?}");
     assert_nothing_staged(&store).await;
@@ -225,9 +225,9 @@ async fn a_restore_that_does_not_fit_changes_nothing_and_is_done_when_there_is_r
 
     // The volume: less is left than comes.
     let full = store.create(other, &VolumeOptions::default()).await.unwrap().path.unwrap();
-    let mut written = 0;
+    let (mut written, block) = (0, noise(1000, MIB));
     while let Ok(()) = File::create(full.join(format!("home/{written}")))
-        .and_then(|file| Ok((&file).write_all(&noise(1000 + written, MIB)).and_then(|()| file.sync_all())?))
+        .and_then(|file| Ok((&file).write_all(&block).and_then(|()| file.sync_all())?))
     {
         written += 1;
         assert!(written < 512, "more fits than there is");
