@@ -24,7 +24,7 @@ use serde_json::Value;
 
 /// Every wait has an end; none is what is measured.
 const LIMIT: Duration = Duration::from_secs(240);
-const APPS: &str = "[apps.small]\\ncommand = \\\"echo $$ >~/small.pid; exec sleep 86400\\\"\\n";
+const APPS: &str = "[apps.small]\ncommand = \"echo $$ >~/small.pid; exec sleep 86400\"";
 
 /// What is needed to call the command line from several threads.
 #[derive(Clone)]
@@ -140,7 +140,7 @@ fn nothing_is_restarted_lost_or_left_over_when_the_daemon_dies_under_load() {
     let (steady, others) = projects.split_at(run);
     each(steady, |_, project| {
         cli.ok(&["project", "start", project]);
-        let declare = format!("mkdir -p ~/.cocalc && printf \"{APPS}\" >~/.cocalc/apps.toml");
+        let declare = format!("mkdir -p ~/.cocalc && cat >~/.cocalc/apps.toml <<'END'\n{APPS}\nEND");
         cli.exec(project, &declare).unwrap();
     });
     let mut before = BTreeMap::new();
