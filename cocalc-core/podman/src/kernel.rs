@@ -111,6 +111,16 @@ pub(crate) fn spawn_in_network(command: &mut tokio::process::Command, network: O
     unsafe { command.pre_exec(enter) };
 }
 
+/// Has the child of `command` keep an open file, which it finds under the name
+/// that is returned. Nobody else gets it.
+pub(crate) fn hand_over(command: &mut tokio::process::Command, file: std::fs::File) -> String {
+    let name = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let keep = move || Ok(rustix::io::fcntl_setfd(&file, rustix::io::FdFlags::empty())?);
+    // SAFETY: the closure makes one system call and allocates nothing.
+    unsafe { command.pre_exec(keep) };
+    name
+}
+
 /// Puts this thread into a new network namespace. For a thread that ends soon.
 pub(crate) fn unshare_network() -> io::Result<()> {
     // SAFETY: only this thread's view of the network changes; no descriptor

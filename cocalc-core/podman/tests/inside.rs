@@ -109,6 +109,22 @@ async fn a_project_whose_helper_is_dead_silent_or_lies_is_entered_without_it() {
     let refused = world.podman.exec(project, terminal).await.unwrap_err();
     assert!(refused.to_string().contains("without it there are no terminals"), "{refused}");
 
+    // What is in its environment is on no command line that others can read.
+    let mut request = line("echo up; exec sleep 87654");
+    request.env.insert("TOLD".into(), "an-environment-canary".into());
+    let mut process = world.podman.exec(project, request).await.unwrap();
+    let mut up = [0; 3];
+    process.stdout.read_exact(&mut up).await.unwrap();
+    let lines: Vec<String> = std::fs::read_dir("/proc")
+        .unwrap()
+        .flatten()
+        .filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok())
+        .map(|line| String::from_utf8_lossy(&line).into_owned())
+        .collect();
+    assert!(lines.iter().any(|line| line.contains("87654")), "its own is there");
+    assert!(!lines.iter().any(|line| line.contains("an-environment-canary")));
+    drop(process);
+
     // Dropping it ends the process inside, not the runtime's own only.
     let mut process = world.podman.exec(project, line("echo up; exec sleep 98765")).await.unwrap();
     let mut up = [0; 3];

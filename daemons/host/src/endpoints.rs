@@ -104,6 +104,33 @@ impl HostEndpoints {
         gauge("cocalc_host_starts_waiting_count", help, number(waiting));
         let help = "Time from when a project was to be started until it ran.";
         self.metrics.times("cocalc_host_start_seconds", help, self.lifecycle.starts());
+        let dying = number(self.lifecycle.deaths().loops());
+        let help = "Projects that have ended by themselves again and again, soon after their start.";
+        gauge("cocalc_host_projects_dying_count", help, dying);
+        if let Some(idle) = self.lifecycle.use_of_projects() {
+            let totals = idle.totals();
+            gauge("cocalc_host_projects_running_count", "Projects that run.", totals.running);
+            gauge(
+                "cocalc_host_projects_memory_bytes",
+                "Memory of the projects that run.",
+                totals.memory_bytes,
+            );
+            let help = "Processes and threads of the projects that run.";
+            gauge("cocalc_host_projects_pids_count", help, totals.pids);
+            let used = totals.used;
+            let help = "CPU time of all projects, in microseconds, since the daemon started.";
+            counter("cocalc_host_projects_cpu_micros_total", help, used.cpu_micros);
+            let help = "Bytes that projects read from disks, since the daemon started.";
+            counter("cocalc_host_projects_read_bytes_total", help, used.read_bytes);
+            let help = "Bytes that projects wrote to disks, since the daemon started.";
+            counter("cocalc_host_projects_written_bytes_total", help, used.written_bytes);
+            let help = "Bytes that projects received over their own networks, since the daemon started.";
+            counter("cocalc_host_projects_received_bytes_total", help, used.received_bytes);
+            let help = "Bytes that projects sent over their own networks, since the daemon started.";
+            counter("cocalc_host_projects_sent_bytes_total", help, used.sent_bytes);
+            let help = "Processes of projects that were killed because their memory was used up.";
+            counter("cocalc_host_projects_oom_kills_total", help, used.oom_kills);
+        }
         let images = self.backends.images.digests().len();
         gauge("cocalc_host_images_count", "Images on this host.", number(images));
         let kept = self.keeper.numbers();

@@ -1,6 +1,8 @@
 //! The parts of a host, put together.
 
-use std::{fs::File, os::unix::fs::DirBuilderExt as _, path::Path, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet, fs::File, os::unix::fs::DirBuilderExt as _, path::Path, sync::Arc, time::Duration,
+};
 
 use async_trait::async_trait;
 use cocalc_auth::identity::Identity;
@@ -54,6 +56,7 @@ use crate::{
     lifecycle::Lifecycle,
     names::LedgerNames,
     peers::Peers,
+    ran::Ran,
     registrar::Registrar,
     secrets::Secrets,
     visits::Visits,
@@ -65,6 +68,8 @@ use crate::{
 const RESERVE_BYTES: u64 = 256 << 20;
 /// How long what is open may take to end.
 const DRAIN_LIMIT: Duration = Duration::from_secs(5);
+/// How long the master is waited for before what ran is brought up again.
+const MASTER_FIRST: Duration = Duration::from_secs(60);
 /// How long the master may take, at the end, to hear where the audit log ends.
 const REPORT_LIMIT: Duration = Duration::from_secs(2);
 
@@ -180,15 +185,24 @@ impl Host {
             ledger.clone(),
             Arc::clone(&backends.runner),
         );
+        let ran = Ran::open(&make_dir(&data.join("ran"))?)
+            .map_err(|error| open("notes of what ran")(error.into()))?;
         if let Some(startup) = &backends.startup {
             startup.before(Arc::new(secrets.clone()));
+            startup.note(ran.clone());
+        }
+        // What was started before there were notes.
+        for status in backends.runner.list().await.unwrap_or_default() {
+            if let (State::Running, Some(epoch)) = (status.state, status.epoch) {
+                ran.note(status.project, epoch).await;
+            }
         }
         let apps = backends.services.clone().map(|services| {
             let (runner, storage) = (Arc::clone(&backends.runner), Arc::clone(&backends.storage));
             Apps::new(Arc::new(SystemClock), runner, services, storage)
         });
         let inside = Inside { apps: apps.clone(), secrets: Some(secrets) };
-        let lifecycle = lifecycle.idle(idle.clone()).inside(inside);
+        let lifecycle = lifecycle.idle(idle.clone()).inside(inside).ran(ran);
         // Before anybody can ask for anything: what a crash cut off is ended.
         moves.recover().await;
 
@@ -344,15 +358,16 @@ impl Host {
             Arc::clone(&bus),
             ledger.clone(),
             Arc::clone(&backends.runner),
-            lifecycle,
+            lifecycle.clone(),
         ));
+        let again = lifecycle;
         background.spawn(watch::departures(ledger.clone(), knowledge));
         background.spawn(keeper.run());
         background.spawn(news.tell(id, Arc::clone(&bus)));
         if let Some(backups) = backups {
             background.spawn(backups.run());
         }
-        background.spawn(start_pending(ledger, moves, starts));
+        background.spawn(come_back(ledger, moves, starts, again, driver.connected()));
 
         let shutdown = CancellationToken::new();
         let mut serving = JoinSet::new();
@@ -463,17 +478,40 @@ fn mark(id: HostId) -> Option<std::path::PathBuf> {
     Some(dir.join(format!("{id}.position")))
 }
 
-/// Starts what was granted to be started when a crash came in between: one
-/// first, and then a few at a time.
-async fn start_pending(ledger: Ledger, moves: MoveHost, gate: Gate) {
-    let pending = ledger.entries().into_iter().filter(|entry| entry.start_pending);
-    let pending: Vec<ProjectId> = pending.map(|entry| entry.project).collect();
+/// Starts what was granted to be started when a crash came in between, and what
+/// ran when the machine went down: one first, and then a few at a time.
+async fn come_back(
+    ledger: Ledger,
+    moves: MoveHost,
+    gate: Gate,
+    lifecycle: Lifecycle,
+    mut connected: tokio::sync::watch::Receiver<bool>,
+) {
+    let entries = ledger.entries();
+    let pending: BTreeSet<ProjectId> =
+        entries.iter().filter(|entry| entry.start_pending).map(|entry| entry.project).collect();
+    let cut_off = entries.iter().filter(|entry| lifecycle.is_cut_off(entry)).map(|entry| entry.project);
+    let all: Vec<ProjectId> =
+        pending.iter().copied().chain(cut_off.filter(|project| !pending.contains(project))).collect();
+    if all.len() > pending.len() {
+        // Who was taken for dead while the machine was down may own nothing more.
+        // Without the master the grants decide, as they do for what runs.
+        let heard = connected.wait_for(|connected| *connected);
+        let _ = tokio::time::timeout(MASTER_FIRST, heard).await;
+        tracing::info!(count = all.len(), "bringing up what ran before the reboot");
+    }
     let start = |project| {
-        let (moves, gate) = (moves.clone(), gate.clone());
+        let (moves, gate, lifecycle) = (moves.clone(), gate.clone(), lifecycle.clone());
+        let pending = pending.contains(&project);
         async move {
-            // Without a place it is started all the same: it was granted to be.
-            let _turn = gate.enter(Urgency::Background).await;
-            match moves.start_if_pending(project).await {
+            let started = if pending {
+                // Without a place it is started all the same: it was granted to be.
+                let _turn = gate.enter(Urgency::Background).await;
+                moves.start_if_pending(project).await
+            } else {
+                lifecycle.start_cut_off(project).await
+            };
+            match started {
                 Ok(report) => report.status.state == State::Running,
                 Err(error) => {
                     tracing::warn!(%project, error = %error.message, "cannot start");
@@ -482,7 +520,7 @@ async fn start_pending(ledger: Ledger, moves: MoveHost, gate: Gate) {
             }
         }
     };
-    wave::run(pending, WaveSettings::default(), start).await;
+    wave::run(all, WaveSettings::default(), start).await;
 }
 
 /// Whether a project of this configuration and size can come here.

@@ -7,6 +7,7 @@
 
 mod jobs;
 mod saved;
+mod totals;
 
 use std::{
     collections::BTreeMap,
@@ -27,6 +28,8 @@ use cocalc_core::{
     runner::{Runner, State, Stats},
     storage::Storage,
 };
+
+use self::totals::{Totals, Used};
 
 /// How often verdicts are looked at, at most.
 const TICK: Duration = Duration::from_secs(5);
@@ -64,6 +67,7 @@ pub struct Idle(Arc<Inner>);
 struct Inner {
     parts: Parts,
     watched: Mutex<BTreeMap<ProjectId, Watched>>,
+    used: Mutex<Used>,
 }
 
 impl std::fmt::Debug for Idle {
@@ -91,11 +95,24 @@ struct Watched {
 
 impl Idle {
     pub(crate) fn new(parts: Parts) -> Self {
-        Self(Arc::new(Inner { parts, watched: Mutex::default() }))
+        Self(Arc::new(Inner { parts, watched: Mutex::default(), used: Mutex::default() }))
     }
 
     fn watched(&self) -> MutexGuard<'_, BTreeMap<ProjectId, Watched>> {
         self.0.watched.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What all projects together use, as of the last looks at them.
+    pub(crate) fn totals(&self) -> Totals {
+        let used = *self.0.used.lock().unwrap_or_else(PoisonError::into_inner);
+        let watched = self.watched();
+        let samples = || watched.values().filter_map(|one| one.sample.as_ref().map(|(_, stats)| stats));
+        Totals {
+            running: u64::try_from(watched.len()).unwrap_or(u64::MAX),
+            memory_bytes: samples().map(|stats| stats.memory_bytes).sum(),
+            pids: samples().map(|stats| stats.pids).sum(),
+            used,
+        }
     }
 
     /// What a project must not be cut off from.
@@ -291,6 +308,7 @@ impl Idle {
             one.oom = Some((stats.oom_kills, now));
         }
         let Some((since, then)) = before else { return };
+        self.0.used.lock().unwrap_or_else(PoisonError::into_inner).add(&then, &stats);
         let millis = u64::try_from(now.saturating_sub(since).as_millis()).unwrap_or(u64::MAX).max(1);
         // Microseconds in a millisecond are thousandths of a core.
         let cpu = stats.cpu_micros.saturating_sub(then.cpu_micros) / millis;

@@ -15,6 +15,7 @@ use std::{
 use cocalc_core::{
     admission::{Gate, QueueLimits, Urgency},
     backups,
+    clock::SystemClock,
     control::{
         BackupsCommand, CommandError, ErrorCode, HeldProject, HostCommand, HostReply, ProjectConfig,
         ProjectReport,
@@ -29,7 +30,7 @@ use cocalc_core::{
 
 use cocalc_daemon::probe::Histogram;
 
-use crate::idle::Idle;
+use crate::{deaths::Deaths, idle::Idle, ran::Ran};
 
 pub(crate) use self::inside::Inside;
 use self::{
@@ -58,6 +59,8 @@ pub struct Lifecycle {
     backups: Option<backups::Keeper>,
     idle: Option<Idle>,
     inside: Option<Inside>,
+    deaths: Deaths,
+    ran: Option<Ran>,
 }
 
 impl fmt::Debug for Lifecycle {
@@ -90,6 +93,8 @@ impl Lifecycle {
             inside: None,
             backups: None,
             idle: None,
+            deaths: Deaths::new(Arc::new(SystemClock)),
+            ran: None,
         }
     }
 
@@ -108,6 +113,57 @@ impl Lifecycle {
     pub(crate) fn inside(mut self, inside: Inside) -> Self {
         self.inside = Some(inside);
         self
+    }
+
+    /// Knows what ran before a reboot. Default: nothing did.
+    #[must_use]
+    pub(crate) fn ran(self, ran: Ran) -> Self {
+        Self { ran: Some(ran), ..self }
+    }
+
+    /// Who has ended by itself.
+    pub(crate) fn deaths(&self) -> &Deaths {
+        &self.deaths
+    }
+
+    /// Who uses the projects, if this host knows.
+    pub(crate) fn use_of_projects(&self) -> Option<&Idle> {
+        self.idle.as_ref()
+    }
+
+    /// Whether a reboot has cut a project off, which this host may run.
+    pub(crate) fn is_cut_off(&self, entry: &Entry) -> bool {
+        self.ran.as_ref().is_some_and(|ran| ran.cut_off(entry.project, entry.may_run()))
+    }
+
+    /// It ended by itself, and has rested since then: a reboot is no reason to
+    /// start it.
+    pub(crate) async fn let_rest(&self, project: ProjectId) {
+        let _turn = self.ledger.turn(project).await;
+        let stopped = self.runner.status(project).await.is_ok_and(|status| status.state == State::Stopped);
+        let entry = self.ledger.entry(project);
+        // One that a reboot has cut off may still be waiting for its turn.
+        if let Some(ran) = &self.ran
+            && stopped
+            && !entry.is_some_and(|entry| self.is_cut_off(&entry))
+        {
+            ran.forget(project).await;
+        }
+    }
+
+    /// Brings up what a reboot has cut off, unless it was stopped or has left since.
+    ///
+    /// # Errors
+    ///
+    /// If it does not start. Then it is not tried again.
+    pub(crate) async fn start_cut_off(&self, project: ProjectId) -> Result<ProjectReport, CommandError> {
+        let _turn = self.ledger.turn(project).await;
+        let entry = self.ledger.known(project)?;
+        if !self.is_cut_off(&entry) {
+            return self.report(project, vec![]).await;
+        }
+        let phases = self.remember(project, self.bring_up(&entry, Urgency::Background).await)?;
+        self.report(project, phases).await
     }
 
     /// Knows who uses the projects. Default: nobody does.
@@ -206,7 +262,7 @@ impl Lifecycle {
         let started = async {
             self.check_image(&config)?;
             let entry = self.ledger.configure(project, epoch, config).await?;
-            self.bring_up(&entry).await
+            self.bring_up(&entry, Urgency::Asked).await
         };
         let phases = self.remember(project, started.await)?;
         self.report(project, phases).await.map(HostReply::Project)
@@ -244,18 +300,23 @@ impl Lifecycle {
     pub async fn start_held(&self, project: ProjectId) -> Result<ProjectReport, CommandError> {
         let _turn = self.ledger.turn(project).await;
         let entry = self.ledger.known(project)?;
-        let phases = self.bring_up(&entry).await?;
+        let phases = self.bring_up(&entry, Urgency::Asked).await?;
         self.report(project, phases).await
     }
 
-    async fn bring_up(&self, entry: &Entry) -> Result<Vec<(String, u64)>, CommandError> {
+    async fn bring_up(&self, entry: &Entry, urgency: Urgency) -> Result<Vec<(String, u64)>, CommandError> {
         let spec: ProjectSpec = self.moves.spec(entry).await?;
         let project = spec.project;
         let begun = Instant::now();
-        let turn = self.gate.enter(Urgency::Asked).await.map_err(|full| CommandError {
-            code: ErrorCode::Busy,
-            message: format!("project {project} cannot start now: {full}"),
-        })?;
+        let turn = match self.gate.enter(urgency).await {
+            Ok(turn) => Some(turn),
+            // A few at a time come so, and nobody would ask for them again.
+            Err(_) if urgency == Urgency::Background => None,
+            Err(full) => {
+                let message = format!("project {project} cannot start now: {full}");
+                return Err(CommandError { code: ErrorCode::Busy, message });
+            }
+        };
         let mut phases = vec![("turn".to_owned(), millis(begun))];
         let prepared = Instant::now();
         self.runner.prepare(&spec).await.map_err(runner_error)?;
@@ -305,6 +366,7 @@ impl Lifecycle {
         let _turn = self.ledger.turn(project).await;
         let entry = self.ledger.permit(project, epoch)?;
         self.runner.stop(project, grace).await.map_err(runner_error)?;
+        self.deaths.forget(project);
         let idle = self.idle.as_ref().and_then(|idle| idle.stopped(project));
         self.keeper.stopped(&entry).await;
         // A stop waits for its snapshot; the backup follows.
@@ -339,6 +401,7 @@ impl Lifecycle {
         self.storage.delete(project).await.map_err(storage_error)?;
         self.ledger.free_slot(project).await?;
         self.forget_failure(project);
+        self.deaths.forget(project);
         Ok(HostReply::Deleted { project, epoch })
     }
 
@@ -450,7 +513,10 @@ impl Lifecycle {
         project: ProjectId,
         phases: Vec<(String, u64)>,
     ) -> Result<ProjectReport, CommandError> {
-        let status = self.runner.status(project).await.map_err(runner_error)?;
+        let mut status = self.runner.status(project).await.map_err(runner_error)?;
+        if let Some(left_alone) = self.deaths.wait(&status) {
+            status.reason = Some(left_alone);
+        }
         let epoch = self.ledger.entry(project).and_then(|entry| entry.granted);
         Ok(ProjectReport { project, epoch, status, phases })
     }

@@ -17,6 +17,8 @@ use cocalc_core::{
     stream::BoxStream,
 };
 
+use crate::ran::Ran;
+
 /// What runs: `~/.cocalc/startup`, if it is there and executable, in a session
 /// of its own, with its output in `~/.cocalc/startup.log`.
 const STARTUP: &str = "test -x ~/.cocalc/startup || exit 0; \
@@ -51,6 +53,8 @@ pub struct Startup {
     runner: Arc<dyn Runner>,
     /// What comes before the start-up program.
     before: OnceLock<Arc<dyn BeforeStartup>>,
+    /// Where it is noted what is to run.
+    ran: OnceLock<Ran>,
     /// The projects that were started a moment ago.
     fresh: Mutex<BTreeMap<ProjectId, Instant>>,
 }
@@ -58,13 +62,18 @@ pub struct Startup {
 impl Startup {
     /// Wraps a runner.
     pub fn new(runner: Arc<dyn Runner>) -> Self {
-        Self { runner, before: OnceLock::new(), fresh: Mutex::default() }
+        Self { runner, before: OnceLock::new(), ran: OnceLock::new(), fresh: Mutex::default() }
     }
 
     /// Does this before a start-up program runs; once, for all projects.
     pub(crate) fn before(&self, before: Arc<dyn BeforeStartup>) {
         // A second one would be a mistake of this crate, and is passed over.
         let _ = self.before.set(before);
+    }
+
+    /// Notes there what runs and what was stopped, from now on.
+    pub(crate) fn note(&self, ran: Ran) {
+        let _ = self.ran.set(ran);
     }
 
     fn fresh(&self) -> MutexGuard<'_, BTreeMap<ProjectId, Instant>> {
@@ -87,7 +96,18 @@ impl Runner for Startup {
 
     async fn start(&self, spec: &ProjectSpec) -> Result<Status> {
         let before = self.runner.status(spec.project).await?;
-        let status = self.runner.start(spec).await?;
+        let status = match self.ran.get() {
+            None => self.runner.start(spec).await?,
+            Some(ran) => {
+                // At the same time: nobody waits for the disk.
+                let noted = ran.note(spec.project, spec.epoch);
+                let (status, ()) = tokio::join!(self.runner.start(spec), noted);
+                if status.is_err() && before.state != State::Running {
+                    ran.forget(spec.project).await;
+                }
+                status?
+            }
+        };
         let contained = self.runner.capabilities().isolation;
         let was_down = before.state != State::Running;
         if was_down {
@@ -115,11 +135,19 @@ impl Runner for Startup {
     }
 
     async fn stop(&self, project: ProjectId, grace: Duration) -> Result<Status> {
-        self.runner.stop(project, grace).await
+        let status = self.runner.stop(project, grace).await?;
+        if let Some(ran) = self.ran.get() {
+            ran.forget(project).await;
+        }
+        Ok(status)
     }
 
     async fn remove(&self, project: ProjectId) -> Result<()> {
-        self.runner.remove(project).await
+        self.runner.remove(project).await?;
+        if let Some(ran) = self.ran.get() {
+            ran.forget(project).await;
+        }
+        Ok(())
     }
 
     async fn status(&self, project: ProjectId) -> Result<Status> {

@@ -85,7 +85,11 @@ impl Wake for HostWake {
     async fn wake(&self, project: ProjectId) -> Awake {
         match self.runner.status(project).await {
             Ok(status) if status.state == State::Running => return Awake::Running,
-            Ok(_) => {}
+            Ok(status) => {
+                if let Some(reason) = self.lifecycle.deaths().wait(&status) {
+                    return Awake::Failed { reason };
+                }
+            }
             Err(error) => return Awake::Failed { reason: cocalc_core::chain(&error) },
         }
         let Some(epoch) = self.ledger.entry(project).and_then(|entry| entry.may_run()) else {

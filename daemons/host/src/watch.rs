@@ -1,7 +1,7 @@
 //! Notices what happens by itself: projects that end, and grants that leave.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -12,7 +12,7 @@ use cocalc_core::{
     connector::Peer,
     control::{PeerRequest, api_subject},
     grant::Ledger,
-    ids::{MoveId, ProjectId},
+    ids::{MoveId, ProjectId, Timestamp},
     moves::host::{MoveHost, Sending},
     router::Reach,
     runner::{Runner, State},
@@ -23,6 +23,9 @@ use crate::{backends::Backends, lifecycle::Lifecycle};
 
 /// How often the runner is asked what runs.
 const INTERVAL: Duration = Duration::from_secs(2);
+/// What has ended by itself so long ago is not brought back by a reboot. While the
+/// machine goes down its projects end, too.
+const REST: Duration = Duration::from_secs(600);
 /// How long the master may take to hear of a change.
 const TELL_LIMIT: Duration = Duration::from_secs(5);
 
@@ -35,7 +38,9 @@ pub(crate) async fn states(
     runner: Arc<dyn Runner>,
     lifecycle: Lifecycle,
 ) {
-    let mut told: BTreeMap<ProjectId, State> = BTreeMap::new();
+    // Of which run, too: one that was started and died between two looks is news.
+    let mut told: BTreeMap<ProjectId, (State, Option<Timestamp>)> = BTreeMap::new();
+    let mut resting: BTreeMap<ProjectId, (Instant, Option<Timestamp>)> = BTreeMap::new();
     loop {
         tokio::time::sleep(INTERVAL).await;
         let running = match runner.list().await {
@@ -45,17 +50,35 @@ pub(crate) async fn states(
                 continue;
             }
         };
-        told.retain(|project, _| running.iter().any(|status| status.project == *project));
+        let here: BTreeSet<ProjectId> = running.iter().map(|status| status.project).collect();
+        told.retain(|project, _| here.contains(project));
+        resting.retain(|project, _| here.contains(project));
         for status in running {
             // Passing states are reported by whoever brings them about.
             let settled = matches!(status.state, State::Running | State::Stopped);
-            if !settled || told.get(&status.project) == Some(&status.state) {
+            lifecycle.deaths().seen(&status);
+            if status.state == State::Stopped {
+                let (since, run) =
+                    resting.entry(status.project).or_insert_with(|| (Instant::now(), status.started));
+                if *run != status.started {
+                    (*since, *run) = (Instant::now(), status.started);
+                }
+                if since.elapsed() >= REST {
+                    lifecycle.let_rest(status.project).await;
+                    // Not again for as long.
+                    *since = Instant::now();
+                }
+            } else {
+                resting.remove(&status.project);
+            }
+            let now = (status.state, status.started);
+            if !settled || told.get(&status.project) == Some(&now) {
                 continue;
             }
             let held = ledger.entry(status.project).is_some_and(|entry| entry.may_run().is_some());
             let Ok(report) = lifecycle.report(status.project, vec![]).await else { continue };
             if !held || tell(&*bus, peer, PeerRequest::Changed(report)).await {
-                told.insert(status.project, status.state);
+                told.insert(status.project, now);
             }
         }
     }

@@ -7,7 +7,8 @@
 //! has no terminals: enough to look, to save files, and to mend.
 
 use std::{
-    fs, io,
+    fs,
+    io::{self, Write as _},
     path::{Path, PathBuf},
     pin::Pin,
     process::{ExitStatus, Stdio},
@@ -37,7 +38,9 @@ impl Shared {
     /// The runtime enters the user namespace first, and may not enter the network
     /// from there, which is not of that namespace but ours. So it is started in
     /// that network, and told of none.
-    fn without_network(&self, container: &str) -> io::Result<PathBuf> {
+    ///
+    /// Says also whether its processes may gain no privileges.
+    fn without_network(&self, container: &str) -> io::Result<(PathBuf, bool)> {
         // A name of podman's, but it becomes a path.
         if container.is_empty() || !container.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
             return Err(io::ErrorKind::InvalidInput.into());
@@ -54,7 +57,7 @@ impl Shared {
         let directory = root.join(container);
         fs::create_dir_all(&directory)?;
         super::builder::write_file(&directory.join("state.json"), &serde_json::to_vec(&state)?, 0o600)?;
-        Ok(root)
+        Ok((root, state["config"]["no_new_privileges"].as_bool().unwrap_or(false)))
     }
 
     /// Starts a process without the helper.
@@ -91,19 +94,28 @@ impl Shared {
         let name = format!("exec-{}-{number}.pid", std::process::id());
         let pid_file = self.dirs.sockets.join(name);
         let enter = |error| backend("enter", project, error);
-        let root = self.without_network(&running.container).map_err(enter)?;
+        let (root, strict) = self.without_network(&running.container).map_err(enter)?;
         let network = fs::File::open(self.network.path(project)).map_err(enter)?;
-        let mut command = tokio::process::Command::new(&self.cli.runtime);
-        crate::kernel::spawn_in_network(&mut command, network.into());
-        command.arg("--root").arg(root).arg("exec").arg("--pid-file").arg(&pid_file);
-        command.args(["--user", &format!("{id}:{id}"), "--cwd", "/"]);
         let own = [("PATH", SEARCH_PATH), ("HOME", home), ("LANG", "C.UTF-8")];
         let own = own.iter().map(|(name, value)| format!("{name}={value}"));
         let given = env.into_iter().chain(&request.env).map(|(name, value)| format!("{name}={value}"));
-        for pair in own.chain(given) {
-            command.args(["--env", &pair]);
-        }
-        command.arg(&running.container).args(args);
+        let process = serde_json::json!({
+            "terminal": false,
+            "user": { "uid": id, "gid": id },
+            "args": args,
+            "env": own.chain(given).collect::<Vec<_>>(),
+            "cwd": "/",
+            "noNewPrivileges": strict,
+        });
+        let described = in_memory(process.to_string().as_bytes()).map_err(enter)?;
+        let mut command = tokio::process::Command::new(&self.cli.runtime);
+        crate::kernel::spawn_in_network(&mut command, network.into());
+        command.arg("--root").arg(root).arg("exec").arg("--pid-file").arg(&pid_file);
+        // Whoever is on the machine may read command lines, and an environment is
+        // the project's own.
+        let described = crate::kernel::hand_over(&mut command, described);
+        command.arg("--process").arg(described);
+        command.arg(&running.container);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         let mut child = command.spawn().map_err(|error| backend("enter", project, error))?;
         let (Some(stdin), Some(stdout), Some(stderr)) =
@@ -118,6 +130,14 @@ impl Shared {
             handle: Box::new(Entered { child, pid_file, container: running.container.clone(), ended: None }),
         })
     }
+}
+
+/// A file that is nowhere but in memory, and nobody's who is not given it.
+fn in_memory(bytes: &[u8]) -> io::Result<fs::File> {
+    let file = rustix::fs::memfd_create("process", rustix::fs::MemfdFlags::CLOEXEC)?;
+    let mut file = fs::File::from(file);
+    file.write_all(bytes)?;
+    Ok(file)
 }
 
 /// A process that the runtime has started, and the runtime's own beside it.
