@@ -239,11 +239,14 @@ fn each<T: Send>(
     };
     thread::scope(|scope| {
         let workers: Vec<_> = (0..WORKERS).map(|_| scope.spawn(until_one_fails)).collect();
-        let ended = workers.into_iter().map(|worker| {
-            worker.join().unwrap_or_else(|_| Err(Failed::new(FailureKind::Other, "a worker panicked")))
-        });
         // All of them are waited for.
-        ended.fold(Ok(()), |all: Result<(), Failed>, one| all.and(one))
+        let mut ended = Ok(());
+        for worker in workers {
+            let one =
+                worker.join().unwrap_or_else(|_| Err(Failed::new(FailureKind::Other, "a worker panicked")));
+            ended = ended.and(one);
+        }
+        ended
     })
 }
 

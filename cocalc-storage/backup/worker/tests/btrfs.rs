@@ -227,7 +227,7 @@ async fn a_restore_that_does_not_fit_changes_nothing_and_is_done_when_there_is_r
     let full = store.create(other, &VolumeOptions::default()).await.unwrap().path.unwrap();
     let (mut written, block) = (0, noise(1000, MIB));
     while let Ok(()) = File::create(full.join(format!("home/{written}")))
-        .and_then(|file| Ok((&file).write_all(&block).and_then(|()| file.sync_all())?))
+        .and_then(|file| (&file).write_all(&block).and_then(|()| file.sync_all()))
     {
         written += 1;
         assert!(written < 512, "more fits than there is");
