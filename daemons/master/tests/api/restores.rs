@@ -57,6 +57,7 @@ async fn a_master_that_dies_at_any_step_of_a_restore_leaves_what_was_or_what_was
             let swaps = &script.swaps[before..];
             assert_eq!(swaps.len(), 1, "once, whatever was repeated: {step} {fall:?}: {swaps:?}");
             let (_, fetched, former) = &swaps[0];
+            assert!(script.fetched.contains(fetched), "{step} {fall:?}: {fetched} never came");
             let left = &script.snapshots[&project];
             assert!(left.contains(former) && !left.contains(fetched), "{step} {fall:?}: {left:?}");
             drop(script);

@@ -348,6 +348,8 @@ pub(crate) struct Script {
     pub(crate) slow: Duration,
     /// Backups never get here.
     pub(crate) fetches_for_ever: bool,
+    /// The snapshots as which backups ever came.
+    pub(crate) fetched: std::collections::BTreeSet<SnapshotName>,
     /// Snapshots whose files were put in place, with that for which the state
     /// before was kept.
     pub(crate) swaps: Vec<(ProjectId, SnapshotName, SnapshotName)>,
@@ -705,7 +707,7 @@ impl Script {
                 let names = self.snapshots.entry(project).or_default();
                 // A repeated one finds what it kept.
                 if !names.contains(&former) {
-                    if !names.contains(&name) {
+                    if self.fetched.contains(&name) && !names.contains(&name) {
                         let message = format!("there is no snapshot {name}");
                         return HostReply::Error(CommandError { code: ErrorCode::NotFound, message });
                     }
@@ -747,6 +749,7 @@ impl Script {
                 if !names.contains(&name) {
                     names.push(name.clone());
                 }
+                self.fetched.insert(name.clone());
                 let snapshot = storage::Snapshot {
                     project,
                     name,
