@@ -17,7 +17,7 @@ packages=(
 case $goal in
   demo) ;;
   test) packages+=(
-          attr busybox-static curl docker-registry dropbear-bin faketime openssh-server openssl
+          attr busybox-static chromium curl docker-registry dropbear-bin faketime openssh-server openssl
           python3-cryptography python3-jwt python3-venv restic rsync sshfs xauth
         ) ;;
   bench) packages+=(curl nginx-light openssh-server restic rsync time wrk) ;;
@@ -63,9 +63,39 @@ ssh_clients() {
   fi
 }
 
+# What drives Chromium, which is Debian's; with COCALC_FULL also the apps that the
+# tests open in it.
+browser() {
+  local place=${COCALC_BROWSER:-/var/cache/cocalc/browser} wanted=playwright-core@1.65.1
+  [ "$goal" = test ] || return 0
+  npm_packages "$place" "$wanted"
+  [ -n "${COCALC_FULL:-}" ] || return 0
+  npm_packages "${COCALC_VITE:-/var/cache/cocalc/vite}" vite@8.3.8
+  place=${COCALC_JUPYTER:-/var/cache/cocalc/jupyter} wanted=jupyterlab==4.6.6
+  [ "$(cat "$place/installed" 2>/dev/null)" = "$wanted" ] && return 0
+  echo "installing $wanted into $place"
+  if mkdir -p "$place" && python3 -m venv "$place" && "$place/bin/pip" install --quiet "$wanted"; then
+    echo "$wanted" >"$place/installed"
+  else
+    echo "JupyterLab is not installed: its test will fail" >&2
+  fi
+}
+
+npm_packages() {
+  local place=$1 wanted=$2
+  [ "$(cat "$place/installed" 2>/dev/null)" = "$wanted" ] && return 0
+  echo "installing $wanted into $place"
+  if mkdir -p "$place" && (cd "$place" && PLAYWRIGHT_SKIP_BROWSER_DOWNLOAD=1 npm install --silent --no-audit --no-fund "$wanted"); then
+    echo "$wanted" >"$place/installed"
+  else
+    echo "$wanted is not installed: the tests in a browser will fail" >&2
+  fi
+}
+
 if [ ${#missing[@]} -eq 0 ]; then
   emulators
   ssh_clients
+  browser
   exit 0
 fi
 
@@ -82,3 +112,4 @@ apt-get update -qq || echo "apt-get update failed; trying with what is known" >&
 apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 emulators
 ssh_clients
+browser

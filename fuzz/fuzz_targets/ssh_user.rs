@@ -1,8 +1,8 @@
-//! SSH user names: nothing panics, and only the three spellings of a project
-//! are taken.
+//! SSH user names: nothing panics, only the three spellings of a project are
+//! taken for its id, and an alias is never one of them.
 #![no_main]
 
-use cocalc_ids::ProjectId;
+use cocalc_ids::{ProjectAlias, ProjectId};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|user: &str| {
@@ -11,5 +11,12 @@ fuzz_target!(|user: &str| {
     if let Some(project) = parsed {
         let id = project.to_string();
         assert!(user == id || user == format!("project-{id}") || user == id.replace('-', ""), "{user:?}");
+    }
+    if let Ok(alias) = user.parse::<ProjectAlias>() {
+        assert_eq!(alias.as_str(), user);
+        assert!(parsed.is_none() && user != "jump" && !user.starts_with('-'), "{user:?}");
+        // It becomes a word of ~/.ssh/config as it is.
+        assert!((3..=32).contains(&user.len()), "{user:?}");
+        assert!(user.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-'), "{user:?}");
     }
 });

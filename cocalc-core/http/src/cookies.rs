@@ -37,6 +37,17 @@ pub(crate) fn set_session(host: HostId, value: &Secret, scope: Scope<'_>) -> Vec
     cookies
 }
 
+/// The fields that have a browser forget its session.
+pub(crate) fn forget_session(host: HostId, scope: Scope<'_>) -> Vec<String> {
+    let prefix = if scope.mount.is_empty() { "__Host-" } else { "" };
+    let common = format!("Path={}/; Max-Age=0; HttpOnly", scope.mount);
+    let mut cookies = vec![format!("{prefix}{MARK}{host}=; {common}; Secure; SameSite=None; Partitioned")];
+    if !scope.https {
+        cookies.push(format!("{MARK}http-{host}=; {common}; SameSite=Lax"));
+    }
+    cookies
+}
+
 /// How many different values of one name are looked up; more are somebody's
 /// doing, and each costs a query.
 const VALUES_MAX: usize = 16;
@@ -178,6 +189,21 @@ fn is_ours(name: &[u8]) -> bool {
     name.to_ascii_lowercase().windows(MARK.len()).any(|part| part == MARK.as_bytes())
 }
 
+/// An app's `Set-Cookie` where the app is in a frame of another site: browsers
+/// that block third-party cookies keep those that belong to that frame alone.
+/// That no other site makes requests with them is seen to on every request.
+pub(crate) fn embed(field: &HeaderValue) -> HeaderValue {
+    let Ok(text) = str::from_utf8(field.as_bytes()) else { return field.clone() };
+    let replaced = |attribute: &&str| {
+        let name = attribute.split('=').next().unwrap_or_default().trim();
+        !["samesite", "secure", "partitioned"].iter().any(|other| name.eq_ignore_ascii_case(other))
+    };
+    let mut attributes = text.split(';');
+    let pair = attributes.next().unwrap_or_default();
+    let kept = std::iter::once(pair).chain(attributes.filter(replaced)).collect::<Vec<_>>().join(";");
+    HeaderValue::try_from(format!("{kept}; Secure; SameSite=None; Partitioned")).unwrap_or(field.clone())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -280,5 +306,16 @@ mod tests {
         assert_eq!(confined("cocalc-session-x=y", "", ""), None);
         assert_eq!(confined("__Host-Cocalc-Session-x=y; Secure; Path=/", "", ""), None);
         assert_eq!(confined(" __host-cocalc-session-x=y", "/id", ""), None);
+    }
+
+    #[test]
+    fn cookies_in_a_frame_belong_to_it_alone() {
+        let embedded =
+            |text: &'static str| embed(&HeaderValue::from_static(text)).to_str().unwrap().to_owned();
+        assert_eq!(
+            embedded("_xsrf=secure; Path=/; samesite=Lax; SECURE; HttpOnly"),
+            "_xsrf=secure; Path=/; HttpOnly; Secure; SameSite=None; Partitioned"
+        );
+        assert_eq!(embedded("Secure=1"), "Secure=1; Secure; SameSite=None; Partitioned");
     }
 }

@@ -13,8 +13,11 @@
 //! apps and logs, and end open WebSockets and long responses at once when the
 //! right to them is withdrawn.
 //!
-//! This is not a general reverse proxy: it speaks HTTP/1.1 only, terminates no
-//! TLS, rewrites no bodies, and caches nothing.
+//! Users come over HTTP/1.1, or over HTTPS ([`Tls`]) and then also over HTTP/2,
+//! WebSockets included (RFC 8441); apps are spoken to in HTTP/1.1.
+//!
+//! This is not a general reverse proxy: it rewrites no bodies, and caches
+//! nothing.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -58,7 +61,8 @@
 //! # What path routing gives up
 //!
 //! With `/<project_id>/…` all projects of a host share one origin, so a page
-//! of one project can make requests to another in its user's name. Give each
+//! of one project can make requests to another in its user's name, and open its
+//! terminals, where they are served. Give each
 //! project its own origin ([`Served::domain`]) wherever names can be had.
 
 mod activity;
@@ -72,12 +76,15 @@ mod framing;
 pub mod fuzzing;
 mod headers;
 mod host;
+mod http2;
 mod limits;
+mod page;
 pub mod path;
 mod pool;
 mod problem;
 mod proxy;
 mod server;
+mod tls;
 mod upstream;
 mod websocket;
 mod wire;
@@ -86,7 +93,9 @@ pub use body::{Body, BodyError};
 pub use files::ProjectFiles;
 pub use host::{BusEndpoint, Endpoints, HostIngress, HostIngressBuilder, Opening, Stats};
 pub use limits::Limits;
+pub use page::TerminalLimits;
 pub use path::{Served, ServedError};
 pub use problem::CODE_HEADER;
 pub use proxy::{ProxyIngress, ProxyIngressBuilder, TokenHost, TokenPrecheck};
 pub use server::Client;
+pub use tls::{Tls, TlsError};

@@ -80,6 +80,11 @@ pub enum What<'a> {
         /// What follows `/files`: empty, or beginning with a slash.
         rest: &'a str,
     },
+    /// The ingress's own pages of a project.
+    Page {
+        /// What follows `/.cocalc`, beginning with a slash.
+        rest: &'a str,
+    },
     /// The message bus.
     Bus {
         /// What follows `/conat`: empty, or beginning with a slash.
@@ -191,7 +196,7 @@ impl Served {
             Origin::Port(project, _) | Origin::Project(project) if path == SESSION_PATH => {
                 place(project, "", What::Session)
             }
-            Origin::Port(..) | Origin::Project(_) if is_under(path, "/.cocalc") => None,
+            Origin::Port(..) if is_under(path, "/.cocalc") => None,
             Origin::Port(project, port) => place(project, "", What::Port { port }),
             Origin::Project(project) => place(project, "", what(path, path)?),
             Origin::Base => {
@@ -232,10 +237,26 @@ fn what<'a>(path: &'a str, rest: &'a str) -> Option<What<'a>> {
     if is_under(rest, "/files") {
         return Some(What::Files { rest: &rest["/files".len()..] });
     }
+    if let Some(rest) = rest.strip_prefix("/.cocalc").filter(|rest| is_page(rest)) {
+        return Some(What::Page { rest });
+    }
     if is_under(rest, "/conat") {
         return Some(What::Bus { rest: &rest["/conat".len()..] });
     }
     None
+}
+
+/// What there is below `/.cocalc` of a project, but for its session.
+fn is_page(rest: &str) -> bool {
+    matches!(rest, "/ports" | "/status" | "/stay" | "/terminals")
+        || ["/assets/", "/terminal/"].iter().any(|under| rest.strip_prefix(under).is_some_and(is_plain))
+}
+
+/// Whether a last segment needs no second look.
+fn is_plain(name: &str) -> bool {
+    !name.is_empty()
+        && !name.starts_with('.')
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'.')
 }
 
 /// Splits `80/rest` or `80` into the port and `/rest` or nothing.
@@ -383,6 +404,8 @@ mod tests {
         assert_eq!(at(&format!("/{ID}/proxy/8888/a//b/../%2e")), proxy("/a//b/../%2e"));
         assert_eq!(at(&format!("/{ID}/files/a/b")), "Files { rest: \"/a/b\" }");
         assert_eq!(at(&format!("/{ID}/conat/")), "Bus { rest: \"/\" }");
+        assert_eq!(at(&format!("/{ID}/.cocalc/terminal/a-1")), "Page { rest: \"/terminal/a-1\" }");
+        assert_eq!(at(&format!("/{ID}/.cocalc/assets/page.js")), "Page { rest: \"/assets/page.js\" }");
         assert_eq!(base("/healthz"), Some(Target::Own("/healthz")));
         assert_eq!(base("/.cocalc/session"), Some(Target::Own("/.cocalc/session")));
         assert_eq!(base("/conat/?"), Some(Target::Own("/conat/?")));
@@ -420,6 +443,13 @@ mod tests {
             format!("/{ID}/Port/80/"),
             format!("/{ID}/.cocalc/session/"),
             format!("/{ID}/.cocalc"),
+            format!("/{ID}/.cocalc/status/"),
+            format!("/{ID}/.cocalc/terminal/"),
+            format!("/{ID}/.cocalc/terminal/a/b"),
+            format!("/{ID}/.cocalc/terminal/%61"),
+            format!("/{ID}/.cocalc/assets/.."),
+            format!("/{ID}/.cocalc/assets/../status"),
+            format!("/{ID}//.cocalc/status"),
             format!("/{}/port/80/", ID.replace('-', "")),
             format!("/{{{ID}}}/port/80/"),
             format!("/{upper}/port/80/"),
@@ -445,6 +475,7 @@ mod tests {
         assert_eq!(at(project, "/port/80/x"), "Port { port: 80 }");
         assert_eq!(at(project, "/proxy/80/x"), "Proxy { port: 80, prefix: \"/proxy/80\", rest: \"/x\" }");
         assert_eq!(at(project, "/.cocalc/session"), "Session");
+        assert_eq!(at(project, "/.cocalc/status"), "Page { rest: \"/status\" }");
         for nothing in ["/healthz", "/metrics", "/.cocalc/x", "//port/80/", "/index.html"] {
             assert_eq!(at(project, nothing), "None", "{nothing}");
         }
@@ -453,7 +484,10 @@ mod tests {
             assert_eq!(at(port, anything), "Port { port: 80 }", "{anything}");
         }
         assert_eq!(at(port, "/.cocalc/session"), "Session");
-        assert_eq!(at(port, "/.cocalc/other"), "None");
+        // An app's own origin has no project page, and no terminals.
+        for nothing in ["/.cocalc/other", "/.cocalc/terminal/1", "/.cocalc/status"] {
+            assert_eq!(at(port, nothing), "None", "{nothing}");
+        }
     }
 
     #[test]
@@ -519,6 +553,7 @@ mod tests {
                     }
                     What::Files { rest } => format!("{mount}/files{rest}"),
                     What::Bus { rest } => format!("{mount}/conat{rest}"),
+                    What::Page { rest } => format!("{mount}/.cocalc{rest}"),
                 };
                 prop_assert_eq!(rebuilt, path);
             }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use cocalc_core::{
-    ids::{HostId, ProjectId},
+    ids::{Epoch, HostId, ProjectId},
     stream::BoxStream,
 };
 use hyper::client::conn::http1::{Builder, SendRequest};
@@ -19,7 +19,8 @@ use crate::{body::Body, limits::Limits};
 /// To whom a connection leads.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub(crate) enum Key {
-    App(ProjectId, u16),
+    /// A port of a project, for as long as this host owns it in this epoch.
+    App(ProjectId, Epoch, u16),
     Host(HostId),
 }
 
@@ -134,6 +135,16 @@ impl Pool {
             });
             !senders.is_empty()
         });
+        idle.count = idle.targets.values().map(Vec::len).sum();
+    }
+
+    /// Closes what is idle to the apps of a project, but for those of the epoch
+    /// in which it is here.
+    pub(crate) fn forget(&self, project: ProjectId, here: Option<Epoch>) {
+        let mut idle = self.lock();
+        idle.targets.retain(
+            |key, _| !matches!(key, Key::App(of, epoch, _) if *of == project && Some(*epoch) != here),
+        );
         idle.count = idle.targets.values().map(Vec::len).sum();
     }
 

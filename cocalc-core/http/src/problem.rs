@@ -27,10 +27,33 @@ pub(crate) struct Problem {
     /// Whether the connection's framing can no longer be trusted.
     pub(crate) close: bool,
     pub(crate) location: Option<String>,
+    /// What few problems have.
+    pub(crate) details: Option<Box<Details>>,
     pub(crate) headers: Vec<(&'static str, String)>,
 }
 
+/// What is said of a project that is on its way up.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Details {
+    /// The question of the address that browsers ask again.
+    pub(crate) again: String,
+    /// What the project wrote last; for who may see that.
+    pub(crate) log: Option<String>,
+}
+
 impl Problem {
+    /// The same, where browsers that ask again ask `question`.
+    pub(crate) fn asked_again(mut self, question: String) -> Self {
+        if self.refresh && !question.is_empty() {
+            self.details.get_or_insert_default().again = question;
+        }
+        self
+    }
+
+    fn log(&self) -> Option<&str> {
+        self.details.as_ref()?.log.as_deref()
+    }
+
     pub(crate) fn new(status: StatusCode, code: &'static str, message: impl Into<Cow<'static, str>>) -> Self {
         Self {
             status,
@@ -41,6 +64,7 @@ impl Problem {
             refresh: false,
             close: false,
             location: None,
+            details: None,
             headers: Vec::new(),
         }
     }
@@ -115,17 +139,29 @@ impl Problem {
         if let Some(location) = &self.location {
             problem["location"] = json!(location);
         }
+        if let Some(log) = self.log() {
+            problem["log"] = json!(log);
+        }
         problem.to_string()
     }
 
     fn page(&self) -> String {
         let refresh = match self.retry_after {
             Some(after) if self.refresh => {
-                format!("<meta http-equiv=\"refresh\" content=\"{}\">", seconds(after))
+                // With an address: an address with a part after `#` is otherwise
+                // only scrolled to. A question alone keeps the path.
+                let again = self.details.as_ref().map_or("", |details| &details.again);
+                let again = if again.is_empty() { "?" } else { again };
+                format!("<meta http-equiv=\"refresh\" content=\"{};url={}\">", seconds(after), escape(again))
             }
             _ => String::new(),
         };
-        page(&self.message, &format!("{refresh}\n"), &format!("<p><code>{}</code></p>", escape(self.code)))
+        let again = if self.refresh { "<p>This page looks again by itself.</p>" } else { "" };
+        let log = self.log().map_or_else(String::new, |log| {
+            format!("<h2>What it wrote last</h2><pre style=\"overflow:auto\">{}</pre>", escape(log))
+        });
+        let body = format!("{again}<p><code>{}</code></p>{log}", escape(self.code));
+        page(&self.message, &format!("{refresh}\n"), &body)
     }
 }
 

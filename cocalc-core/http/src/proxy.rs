@@ -50,6 +50,7 @@ use crate::{
     pool::{Key, Lease, Pool},
     problem::{CODE_HEADER, Problem, wants_page},
     server::{Client, Connection, Handler, Server},
+    tls::Tls,
     upstream::{self, Codes},
     websocket::{self, Wish},
     wire,
@@ -106,6 +107,7 @@ pub struct ProxyIngressBuilder {
     decoy: Decoy,
     served: Served,
     https: bool,
+    tls: Option<Tls>,
     limits: Limits,
 }
 
@@ -128,6 +130,7 @@ struct Inner {
     endpoints: Option<Arc<dyn Endpoints>>,
     served: Served,
     https: bool,
+    tls: Option<Tls>,
     limits: Limits,
     pool: Arc<Pool>,
     server: Arc<Server>,
@@ -153,6 +156,7 @@ impl ProxyIngress {
             decoy: Decoy(Arc::new(|_| None)),
             served: Served::new(),
             https: false,
+            tls: None,
             limits: Limits::default(),
         }
     }
@@ -164,7 +168,8 @@ impl ProxyIngress {
     ///
     /// When the future is dropped, its connections are closed.
     pub async fn serve(&self, listener: TcpListener, shutdown: impl Future<Output = ()> + Send) {
-        self.inner.server.serve(&self.inner, &self.inner.pool, listener, shutdown).await;
+        let inner = &self.inner;
+        inner.server.serve(inner, &inner.pool, listener, inner.tls.as_ref(), shutdown).await;
     }
 
     /// Serves one connection to its end.
@@ -220,6 +225,12 @@ impl ProxyIngressBuilder {
         self
     }
 
+    /// Speaks TLS on the listeners of `serve`, which means HTTPS. Default: no.
+    pub fn tls(mut self, tls: Option<Tls>) -> Self {
+        self.tls = tls;
+        self
+    }
+
     /// Answers the daemon's own paths. Default: they are 404.
     pub fn endpoints(mut self, endpoints: Arc<dyn Endpoints>) -> Self {
         self.endpoints = Some(endpoints);
@@ -252,7 +263,8 @@ impl ProxyIngressBuilder {
             precheck: self.precheck,
             endpoints: self.endpoints,
             served: self.served,
-            https: self.https,
+            https: self.https || self.tls.is_some(),
+            tls: self.tls,
             pool: Pool::new(&self.limits),
             failures: Failures::new(self.limits.failures_per_source, self.limits.failure_recovery),
             limits: self.limits,

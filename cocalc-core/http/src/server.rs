@@ -15,7 +15,11 @@ use std::{
 };
 
 use http::{Request, Response, header};
-use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper::{
+    body::Incoming,
+    server::conn::{http1, http2},
+    service::service_fn,
+};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -25,7 +29,27 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{body::Body, framing::Guarded, limits::Limits, pool::Pool, problem::Problem};
+use crate::{
+    activity::Activity, body::Body, framing::Guarded, limits::Limits, pool::Pool, problem::Problem, tls::Tls,
+};
+
+/// How long a TLS handshake may take.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+
+/// Requests at a time on one HTTP/2 connection. Browsers are content with 100.
+const STREAMS_MAX: u32 = 128;
+/// Streams that were reset before they were accepted, and that we reset because
+/// of errors; beyond, the connection is closed (CVE-2023-44487, CVE-2025-8671).
+const RESETS_MAX: usize = 20;
+const OWN_RESETS_MAX: usize = 256;
+/// How much a client may send of one body, and of all of a connection, before
+/// it is asked for more; and how much waits to be sent of a response.
+const STREAM_WINDOW: u32 = 256 << 10;
+const CONNECTION_WINDOW: u32 = 1 << 20;
+const SEND_BUFFER: usize = 64 << 10;
+/// A peer that answers no ping is gone.
+const PING_EVERY: Duration = Duration::from_secs(30);
+const PING_LIMIT: Duration = Duration::from_secs(20);
 
 /// Who is at the other end of a connection.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -47,6 +71,44 @@ pub(crate) struct Connection {
     pub(crate) closing: CancellationToken,
     /// Whatever outlives the request runs here.
     pub(crate) tasks: TaskTracker,
+    /// The server's name as the client gave it in the TLS handshake.
+    pub(crate) name: Option<Arc<str>>,
+}
+
+impl Connection {
+    /// Whether a request is for another name than the connection: HTTP/2
+    /// clients send requests for every name that the certificate covers, and
+    /// projects are kept apart by names (RFC 9110, 7.4).
+    fn is_misdirected<B>(&self, request: &Request<B>) -> bool {
+        let Some(name) = &self.name else { return false };
+        let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
+        let host = host.or_else(|| request.uri().authority().map(|authority| authority.as_str()));
+        // None at all is refused further on.
+        let Some(host) = host else { return false };
+        let bare = match host.rsplit_once(':') {
+            Some((bare, port)) if port.bytes().all(|b| b.is_ascii_digit()) => bare,
+            _ => host,
+        };
+        !bare.eq_ignore_ascii_case(name)
+    }
+}
+
+fn misdirected() -> Response<Body> {
+    let message = "This connection was opened for another name.";
+    Problem::new(http::StatusCode::MISDIRECTED_REQUEST, "host_mismatch", message).response(false)
+}
+
+/// Runs the streams of an HTTP/2 connection where its end is waited for.
+#[derive(Clone, Debug)]
+struct InTasks(TaskTracker);
+
+impl<F> hyper::rt::Executor<F> for InTasks
+where
+    F: Future<Output: Send> + Send + 'static,
+{
+    fn execute(&self, future: F) {
+        self.0.spawn(future);
+    }
 }
 
 /// Answers requests.
@@ -97,6 +159,7 @@ impl Server {
             draining: self.draining.clone(),
             closing: self.closing.clone(),
             tasks: self.tasks.clone(),
+            name: None,
         }
     }
 
@@ -106,6 +169,7 @@ impl Server {
         handler: &Arc<H>,
         pool: &Arc<Pool>,
         listener: TcpListener,
+        tls: Option<&Tls>,
         shutdown: impl Future<Output = ()> + Send,
     ) {
         let connection = Connection {
@@ -113,6 +177,7 @@ impl Server {
             draining: self.draining.child_token(),
             closing: self.closing.child_token(),
             tasks: TaskTracker::new(),
+            name: None,
         };
         // Also when this future is dropped.
         let _end = connection.closing.clone().drop_guard();
@@ -148,8 +213,12 @@ impl Server {
                 ..connection.clone()
             };
             let (server, handler) = (self.clone(), handler.clone());
+            let tls = tls.cloned();
             connection.tasks.clone().spawn(async move {
-                server.run(handler, stream, connection).await;
+                match tls {
+                    None => server.run(handler, stream, connection).await,
+                    Some(tls) => server.run_tls(handler, &tls, stream, connection).await,
+                }
                 drop((permit, counted));
             });
         }
@@ -174,6 +243,106 @@ impl Server {
         self.closing.cancel();
     }
 
+    /// Serves one connection over TLS to its end, in the protocol that was
+    /// agreed on.
+    async fn run_tls<H: Handler>(
+        self: Arc<Self>,
+        handler: Arc<H>,
+        tls: &Tls,
+        stream: TcpStream,
+        connection: Connection,
+    ) {
+        let shaken = tokio::select! {
+            shaken = timeout(HANDSHAKE, tls.accept(stream)) => shaken,
+            () = connection.closing.cancelled() => return,
+        };
+        let stream = match shaken {
+            Ok(Ok(stream)) => stream,
+            Ok(Err(error)) => return tracing::debug!(%error, "no TLS connection came about"),
+            Err(_) => return tracing::debug!("a TLS handshake took too long"),
+        };
+        let session = stream.get_ref().1;
+        let name = session.server_name().map(|name| Arc::from(name.to_ascii_lowercase()));
+        let two = session.alpn_protocol() == Some(b"h2");
+        let connection = Connection { name, ..connection };
+        if two {
+            self.run_http2(handler, stream, connection).await;
+        } else {
+            self.run(handler, stream, connection).await;
+        }
+    }
+
+    /// Serves one HTTP/2 connection to its end.
+    async fn run_http2<H: Handler>(
+        self: Arc<Self>,
+        handler: Arc<H>,
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        connection: Connection,
+    ) {
+        self.open.fetch_add(1, Ordering::Relaxed);
+        let _open = Leave(&self.open);
+        let clock = Arc::new(Activity::new());
+        let service = {
+            let (connection, clock) = (connection.clone(), clock.clone());
+            service_fn(move |mut request: Request<Incoming>| {
+                clock.moved();
+                let (handler, connection) = (handler.clone(), connection.clone());
+                async move {
+                    let websocket = match crate::http2::into_http1(&mut request) {
+                        Ok(websocket) => websocket,
+                        Err(problem) => {
+                            return Ok::<_, Infallible>(crate::http2::from_http1(
+                                problem.response(false),
+                                false,
+                            ));
+                        }
+                    };
+                    if connection.is_misdirected(&request) {
+                        return Ok(crate::http2::from_http1(misdirected(), false));
+                    }
+                    let response = handler.handle(request.map(Body::incoming), connection).await;
+                    Ok(crate::http2::from_http1(response, websocket))
+                }
+            })
+        };
+        let head_bytes = u32::try_from(self.limits.head_bytes.max(8 * 1024)).unwrap_or(u32::MAX);
+        let served = http2::Builder::new(InTasks(connection.tasks.clone()))
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(STREAMS_MAX)
+            .max_header_list_size(head_bytes)
+            .max_pending_accept_reset_streams(RESETS_MAX)
+            .max_local_error_reset_streams(OWN_RESETS_MAX)
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_send_buf_size(SEND_BUFFER)
+            .keep_alive_interval(PING_EVERY)
+            .keep_alive_timeout(PING_LIMIT)
+            .enable_connect_protocol()
+            .serve_connection(TokioIo::new(stream), service);
+        let mut served = pin!(served);
+        // After so long without a new request the client is asked to make the
+        // next one on a new connection; what is open goes on.
+        let ended = tokio::select! {
+            ended = served.as_mut() => ended,
+            () = connection.closing.cancelled() => return,
+            () = async {
+                tokio::select! {
+                    () = connection.draining.cancelled() => {}
+                    () = clock.idle(self.limits.head_timeout) => {}
+                }
+            } => {
+                served.as_mut().graceful_shutdown();
+                tokio::select! {
+                    ended = served.as_mut() => ended,
+                    () = connection.closing.cancelled() => return,
+                }
+            }
+        };
+        if let Err(error) = ended {
+            tracing::debug!(error = %cocalc_core::chain(&error), "a connection ended");
+        }
+    }
+
     /// Serves one connection to its end.
     pub(crate) async fn run<H: Handler>(
         self: Arc<Self>,
@@ -196,6 +365,9 @@ impl Server {
                     if refused {
                         let problem = Problem::bad_request("The request's framing is ambiguous.");
                         return Ok::<_, Infallible>(problem.response(false));
+                    }
+                    if connection.is_misdirected(&request) {
+                        return Ok(misdirected());
                     }
                     let upgrading = request.headers().contains_key(header::UPGRADE);
                     let mut response = handler.handle(request.map(Body::incoming), connection).await;

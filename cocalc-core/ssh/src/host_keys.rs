@@ -9,14 +9,58 @@ use std::{
 };
 
 use russh::keys::{
-    Algorithm, Certificate, PrivateKey,
-    ssh_key::{LineEnding, certificate::CertType},
+    Algorithm, Certificate, EcdsaCurve, PrivateKey,
+    ssh_key::{LineEnding, certificate::CertType, private::RsaKeypair},
 };
+use serde::Deserialize;
 
 /// The longest certificate, as text.
 const CERTIFICATE_BYTES_MAX: usize = 16 * 1024;
 
-/// The host keys of one server: one Ed25519 key, kept in a file.
+/// The bits of an RSA host key: what clients and scanners call enough today.
+const RSA_BITS: usize = 3072;
+
+/// A type of host key that a server may have beside its Ed25519 key.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum HostKeyType {
+    /// ECDSA on NIST's curve P-256. `ssh-audit` calls that curve a failure.
+    Ecdsa,
+    /// RSA of 3072 bits, which signs with SHA-2 only.
+    Rsa,
+}
+
+impl HostKeyType {
+    /// How OpenSSH calls the file of such a key.
+    pub fn file_name(self) -> &'static str {
+        match self {
+            Self::Ecdsa => "ssh_host_ecdsa_key",
+            Self::Rsa => "ssh_host_rsa_key",
+        }
+    }
+
+    fn is(self, algorithm: &Algorithm) -> bool {
+        match self {
+            Self::Ecdsa => matches!(algorithm, Algorithm::Ecdsa { curve: EcdsaCurve::NistP256 }),
+            Self::Rsa => matches!(algorithm, Algorithm::Rsa { .. }),
+        }
+    }
+
+    fn generate(self) -> Result<PrivateKey, HostKeyError> {
+        // The generator below panics where this fails.
+        getrandom::fill(&mut [0; 32]).map_err(|_| HostKeyError::NoRandomness)?;
+        let mut rng = russh::keys::key::safe_rng();
+        let made = match self {
+            Self::Ecdsa => PrivateKey::random(&mut rng, Algorithm::Ecdsa { curve: EcdsaCurve::NistP256 }),
+            Self::Rsa => RsaKeypair::random(&mut rng, RSA_BITS).map(PrivateKey::from),
+        };
+        made.map_err(|_| HostKeyError::NoRandomness)
+    }
+}
+
+/// The host keys of one server, each kept in a file: an Ed25519 key, and what
+/// was added to it.
 #[derive(Clone)]
 pub struct HostKeys {
     pub(crate) keys: Vec<PrivateKey>,
@@ -32,44 +76,23 @@ impl HostKeys {
     /// something else than an unencrypted Ed25519 key. An existing file is
     /// never replaced: users have pinned that key.
     pub fn load_or_create(path: &Path) -> Result<Self, HostKeyError> {
-        let failed = |source| HostKeyError::File { path: path.to_owned(), source };
-        match File::open(path) {
-            Ok(file) => Self::load(path, file),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let key = Self::generate()?;
-                let text = key.keys[0]
-                    .to_openssh(LineEnding::LF)
-                    .map_err(|_| HostKeyError::Unusable(path.to_owned()))?;
-                // Written aside and linked: a crash leaves no half key, and of
-                // two processes that start at once one wins.
-                let aside = path.with_extension(format!("new-{}", std::process::id()));
-                let _ = std::fs::remove_file(&aside);
-                let mut file = OpenOptions::new()
-                    .write(true)
-                    .create_new(true)
-                    .mode(0o600)
-                    .open(&aside)
-                    .map_err(failed)?;
-                let linked = file
-                    .write_all(text.as_bytes())
-                    .and_then(|()| file.sync_all())
-                    .and_then(|()| std::fs::hard_link(&aside, path));
-                let _ = std::fs::remove_file(&aside);
-                match linked {
-                    Ok(()) => {
-                        if let Some(directory) = path.parent().filter(|d| !d.as_os_str().is_empty()) {
-                            File::open(directory).and_then(|d| d.sync_all()).map_err(failed)?;
-                        }
-                        Ok(key)
-                    }
-                    Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                        Self::load(path, File::open(path).map_err(failed)?)
-                    }
-                    Err(error) => Err(failed(error)),
-                }
-            }
-            Err(error) => Err(failed(error)),
-        }
+        let ed25519 = |algorithm: &Algorithm| *algorithm == Algorithm::Ed25519;
+        let key = load_or_create(path, ed25519, || Ok(Self::generate()?.keys.remove(0)))?;
+        Ok(Self { keys: vec![key] })
+    }
+
+    /// Adds a key of another type, which is read from the OpenSSH file `path`, or
+    /// made there: for clients that know no Ed25519. An RSA key takes a second
+    /// or more to make.
+    ///
+    /// # Errors
+    ///
+    /// As of [`load_or_create`](Self::load_or_create).
+    pub fn and_load_or_create(mut self, path: &Path, kind: HostKeyType) -> Result<Self, HostKeyError> {
+        let key = load_or_create(path, |algorithm| kind.is(algorithm), || kind.generate())?;
+        self.keys.retain(|one| !kind.is(&one.algorithm()));
+        self.keys.push(key);
+        Ok(self)
     }
 
     /// Makes a key that lives as long as this process.
@@ -82,23 +105,6 @@ impl HostKeys {
         getrandom::fill(&mut seed).map_err(|_| HostKeyError::NoRandomness)?;
         let pair = russh::keys::ssh_key::private::Ed25519Keypair::from_seed(&seed);
         Ok(Self { keys: vec![PrivateKey::from(pair)] })
-    }
-
-    fn load(path: &Path, file: File) -> Result<Self, HostKeyError> {
-        use std::os::unix::fs::PermissionsExt;
-        let failed = |source| HostKeyError::File { path: path.to_owned(), source };
-        let mode = file.metadata().map_err(failed)?.permissions().mode();
-        if mode & 0o077 != 0 {
-            return Err(HostKeyError::Readable(path.to_owned()));
-        }
-        let mut text = String::new();
-        file.take(16 * 1024).read_to_string(&mut text).map_err(failed)?;
-        match PrivateKey::from_openssh(&text) {
-            Ok(key) if key.algorithm() == Algorithm::Ed25519 && !key.is_encrypted() => {
-                Ok(Self { keys: vec![key] })
-            }
-            _ => Err(HostKeyError::Unusable(path.to_owned())),
-        }
     }
 
     /// Reads a host certificate (OpenSSH text) of one of these keys.
@@ -118,6 +124,62 @@ impl HostKeys {
     /// for clients to pin.
     pub fn public(&self) -> Vec<String> {
         self.keys.iter().filter_map(|key| key_text(key.public_key())).collect()
+    }
+}
+
+/// Reads the key in `path`, which must be what `is` says, or puts there what
+/// `make` makes.
+fn load_or_create(
+    path: &Path,
+    is: impl Fn(&Algorithm) -> bool,
+    make: impl FnOnce() -> Result<PrivateKey, HostKeyError>,
+) -> Result<PrivateKey, HostKeyError> {
+    let failed = |source| HostKeyError::File { path: path.to_owned(), source };
+    match File::open(path) {
+        Ok(file) => load(path, file, is),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let key = make()?;
+            let text = key.to_openssh(LineEnding::LF).map_err(|_| HostKeyError::Unusable(path.to_owned()))?;
+            // Written aside and linked: a crash leaves no half key, and of
+            // two processes that start at once one wins.
+            let aside = path.with_extension(format!("new-{}", std::process::id()));
+            let _ = std::fs::remove_file(&aside);
+            let mut file =
+                OpenOptions::new().write(true).create_new(true).mode(0o600).open(&aside).map_err(failed)?;
+            let linked = file
+                .write_all(text.as_bytes())
+                .and_then(|()| file.sync_all())
+                .and_then(|()| std::fs::hard_link(&aside, path));
+            let _ = std::fs::remove_file(&aside);
+            match linked {
+                Ok(()) => {
+                    if let Some(directory) = path.parent().filter(|d| !d.as_os_str().is_empty()) {
+                        File::open(directory).and_then(|d| d.sync_all()).map_err(failed)?;
+                    }
+                    Ok(key)
+                }
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                    load(path, File::open(path).map_err(failed)?, is)
+                }
+                Err(error) => Err(failed(error)),
+            }
+        }
+        Err(error) => Err(failed(error)),
+    }
+}
+
+fn load(path: &Path, file: File, is: impl Fn(&Algorithm) -> bool) -> Result<PrivateKey, HostKeyError> {
+    use std::os::unix::fs::PermissionsExt;
+    let failed = |source| HostKeyError::File { path: path.to_owned(), source };
+    let mode = file.metadata().map_err(failed)?.permissions().mode();
+    if mode & 0o077 != 0 {
+        return Err(HostKeyError::Readable(path.to_owned()));
+    }
+    let mut text = String::new();
+    file.take(16 * 1024).read_to_string(&mut text).map_err(failed)?;
+    match PrivateKey::from_openssh(&text) {
+        Ok(key) if is(&key.algorithm()) && !key.is_encrypted() => Ok(key),
+        _ => Err(HostKeyError::Unusable(path.to_owned())),
     }
 }
 
@@ -162,8 +224,8 @@ pub enum HostKeyError {
     /// Others than the owner can read it.
     #[error("the SSH host key {} can be read by others: chmod 600 it, or remove it if it may be known", .0.display())]
     Readable(PathBuf),
-    /// It is no Ed25519 private key.
-    #[error("{} is not an unencrypted Ed25519 key in OpenSSH's format", .0.display())]
+    /// It is no private key of the type that belongs there.
+    #[error("{} is not an unencrypted key of its type in OpenSSH's format", .0.display())]
     Unusable(PathBuf),
     /// The system gives no randomness.
     #[error("the system gives no randomness")]
@@ -187,6 +249,28 @@ mod tests {
         assert!(first.public()[0].starts_with("ssh-ed25519 AAAA"));
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
         assert!(!format!("{first:?}").contains("PRIVATE"));
+    }
+
+    #[test]
+    fn keys_of_other_types_are_made_once_and_kept() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        let load = || {
+            HostKeys::load_or_create(&at("ed25519"))
+                .unwrap()
+                .and_load_or_create(&at("ecdsa"), HostKeyType::Ecdsa)
+                .unwrap()
+                .and_load_or_create(&at("rsa"), HostKeyType::Rsa)
+                .unwrap()
+        };
+        let first = load().public();
+        let types: Vec<_> = first.iter().filter_map(|key| key.split(' ').next()).collect();
+        assert_eq!(types, ["ssh-ed25519", "ecdsa-sha2-nistp256", "ssh-rsa"]);
+        assert_eq!(load().public(), first);
+        // A key of another type in its place is refused, and stays.
+        let keys = HostKeys::load_or_create(&at("ed25519")).unwrap();
+        let swapped = keys.and_load_or_create(&at("ed25519"), HostKeyType::Ecdsa);
+        assert!(matches!(swapped, Err(HostKeyError::Unusable(_))));
     }
 
     #[test]

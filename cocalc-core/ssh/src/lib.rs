@@ -82,7 +82,7 @@ mod wire;
 mod witness;
 
 pub use gate::{Access, Attempt, Gate, LocalGate, Login, Moved, Names, Passage, Refusal, RemoteGate};
-pub use host_keys::{HostCertificateError, HostKeyError, HostKeys};
+pub use host_keys::{HostCertificateError, HostKeyError, HostKeyType, HostKeys};
 pub use ingress::{SshIngress, SshIngressBuilder};
 pub use peers::SshPeers;
 pub use sessions::Sessions;

@@ -9,6 +9,7 @@ mod common;
 
 use std::{net::IpAddr, path::PathBuf, process::Stdio, sync::atomic::Ordering, time::Duration};
 
+use cocalc_ssh::{HostKeyType, HostKeys, SshIngress};
 use common::{World, finish, text, until, within};
 use tokio::{
     io::AsyncReadExt,
@@ -149,7 +150,15 @@ async fn security_keys_log_in_and_their_flags_are_signed() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ssh_audit_finds_no_weak_algorithm() {
     let world = World::new().await;
-    for port in [world.direct, world.proxied] {
+    // With an RSA key beside the Ed25519 key, too. (One of ECDSA it calls a
+    // failure, for its curve.)
+    let keys =
+        HostKeys::generate().unwrap().and_load_or_create(&world.path("rsa"), HostKeyType::Rsa).unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let both = listener.local_addr().unwrap().port();
+    let ingress = SshIngress::builder(world.gate.clone(), keys).build();
+    tokio::spawn(async move { ingress.serve(listener, std::future::pending()).await });
+    for port in [world.direct, world.proxied, both] {
         let mut audit = client("ssh-audit");
         audit.args(["--skip-rate-test", "-n", "-l", "warn", "-p", &port.to_string(), "127.0.0.1"]);
         let output = finish(audit, b"").await;
@@ -160,6 +169,12 @@ async fn ssh_audit_finds_no_weak_algorithm() {
         let bad = |line: &&str| (line.contains("[fail]") || line.contains("[warn]")) && !line.contains(known);
         assert_eq!(said.lines().filter(bad).collect::<Vec<_>>(), Vec::<&str>::new(), "{said}");
         assert!(said.contains("(kex) curve25519-sha256 "), "it looked at something else: {said}");
+        if port == both {
+            let mut audit = client("ssh-audit");
+            audit.args(["--skip-rate-test", "-n", "-p", &port.to_string(), "127.0.0.1"]);
+            let said = text(&finish(audit, b"").await.stdout);
+            assert!(said.contains("(key) rsa-sha2-512 (3072-bit)"), "{said}");
+        }
     }
 }
 
@@ -558,4 +573,49 @@ async fn who_only_fails_is_barred_for_a_while() {
     // Others are.
     let output = world.run(world.direct, "echo in", b"").await;
     assert_eq!(text(&output.stdout), "in\n");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_that_take_one_type_of_host_key_get_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let world = World::new().await;
+    let keys = HostKeys::load_or_create(&directory.path().join("ed25519"))
+        .unwrap()
+        .and_load_or_create(&directory.path().join("ecdsa"), HostKeyType::Ecdsa)
+        .unwrap()
+        .and_load_or_create(&directory.path().join("rsa"), HostKeyType::Rsa)
+        .unwrap();
+    let public = keys.public();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let ingress = SshIngress::builder(world.gate.clone(), keys).build();
+    let _server = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(async move {
+        let _ = ingress.serve(listener, std::future::pending()).await;
+    }));
+    for (key, algorithm) in public
+        .iter()
+        .zip(["ssh-ed25519", "ecdsa-sha2-nistp256", "rsa-sha2-512"])
+        .chain([(&public[2], "rsa-sha2-256")])
+    {
+        let known = directory.path().join("known");
+        std::fs::write(&known, format!("[127.0.0.1]:{port} {key}\n")).unwrap();
+        let mut command = tokio::process::Command::new("ssh");
+        command
+            .args(["-F", "/dev/null", "-o", &format!("UserKnownHostsFile={}", known.display())])
+            .args(["-o", "StrictHostKeyChecking=yes", "-o", &format!("HostKeyAlgorithms={algorithm}")])
+            .args(world.options("id"))
+            .args(["-o", "BatchMode=yes", "-p", &port.to_string()])
+            .args(["-l", &world.project.to_string(), "127.0.0.1", "echo in"])
+            .kill_on_drop(true);
+        let output = finish(command, b"").await;
+        assert_eq!(text(&output.stdout), "in\n", "{algorithm}: {}", text(&output.stderr));
+    }
+    // Nobody signs with SHA-1.
+    let mut command = tokio::process::Command::new("ssh");
+    command
+        .args(["-F", "/dev/null", "-o", "HostKeyAlgorithms=ssh-rsa", "-o", "BatchMode=yes"])
+        .args(["-p", &port.to_string(), "127.0.0.1", "true"])
+        .kill_on_drop(true);
+    let output = finish(command, b"").await;
+    assert!(text(&output.stderr).contains("no matching host key type"), "{}", text(&output.stderr));
 }

@@ -1,9 +1,11 @@
 //! A host's configuration.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use cocalc_backup::Bounds;
 use cocalc_core::{activity::IdlePolicy, ids::HostName, runner::Network, snapshots::Policy};
+use cocalc_http::TerminalLimits;
+use cocalc_ssh::HostKeyType;
 use serde::Deserialize;
 
 use crate::{images::ImageSettings, limits::HostLimits};
@@ -26,7 +28,18 @@ pub struct Config {
     pub ssh_listen: SocketAddr,
     /// Where it serves its peers: other hosts, and proxies.
     pub peer_listen: SocketAddr,
-    /// How users reach `listen`. Default: `http://<listen>`.
+    /// The types of SSH host keys that it has beside Ed25519: `rsa` (3072 bits)
+    /// and `ecdsa` (P-256), for clients that know nothing newer. Default: none.
+    #[serde(default)]
+    pub ssh_more_host_keys: Vec<HostKeyType>,
+    /// The file with the chain of certificates for `listen`, in PEM, the
+    /// server's own first; with `tls_key`. Read again when it changes, within
+    /// 10 s. Default: none, plain HTTP.
+    pub tls_cert: Option<PathBuf>,
+    /// The file with the certificate's private key, in PEM.
+    pub tls_key: Option<PathBuf>,
+    /// How users reach `listen`. Default: `http://<listen>`, or `https://` where
+    /// there is a certificate.
     pub public_url: Option<String>,
     /// How users reach `ssh_listen`, as `host:port`. Default: `ssh_listen`.
     pub public_ssh: Option<String>,
@@ -83,6 +96,9 @@ pub struct Config {
     /// How much one user, one address and all of them may ask.
     #[serde(default)]
     pub limits: HostLimits,
+    /// The terminals of the project page.
+    #[serde(default)]
+    pub terminals: TerminalSettings,
     /// How this host comes by images, and when they go.
     #[serde(default)]
     pub images: ImageSettings,
@@ -90,6 +106,62 @@ pub struct Config {
     /// master says.
     #[serde(default)]
     pub backups: BackupSettings,
+}
+
+/// The terminals of the project page.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq)]
+#[serde(default, deny_unknown_fields)]
+pub struct TerminalSettings {
+    /// Whether there are any. Default: yes.
+    pub enabled: bool,
+    /// Of one project, 1 to 1000. Default: 16.
+    pub per_project: u16,
+    /// Of all projects. Default: 1024.
+    pub total: u32,
+    /// How much of what each has shown is kept, in bytes; 4096 to 16777216.
+    /// Default: 262144.
+    pub scrollback_bytes: u32,
+    /// How long one goes on that nobody looks at and that shows nothing, in
+    /// seconds; 1 to 31536000. Default: 86400.
+    pub detached_secs: u32,
+}
+
+impl Default for TerminalSettings {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            per_project: 16,
+            total: 1024,
+            scrollback_bytes: 256 * 1024,
+            detached_secs: 86_400,
+        }
+    }
+}
+
+impl TerminalSettings {
+    /// `None` if there are to be none.
+    pub(crate) fn limits(&self) -> Option<TerminalLimits> {
+        let size = |number: u32| usize::try_from(number).unwrap_or(usize::MAX);
+        let limits = TerminalLimits::default()
+            .per_project(self.per_project.into())
+            .total(size(self.total))
+            .scrollback_bytes(size(self.scrollback_bytes))
+            .detached(Duration::from_secs(self.detached_secs.into()));
+        self.enabled.then_some(limits)
+    }
+
+    fn validate(&self) -> Result<(), String> {
+        if !(1..=1000).contains(&self.per_project) {
+            return Err("terminals.per_project: 1 to 1000".into());
+        }
+        if !(4096..=16 << 20).contains(&self.scrollback_bytes) {
+            return Err("terminals.scrollback_bytes: 4096 to 16777216".into());
+        }
+        if !(1..=31_536_000).contains(&self.detached_secs) {
+            return Err("terminals.detached_secs: 1 to 31536000, a year".into());
+        }
+        Ok(())
+    }
 }
 
 /// How backups are made on a host.
@@ -254,6 +326,13 @@ impl Config {
                 self.master_url
             ));
         }
+        if self.tls_cert.is_some() != self.tls_key.is_some() {
+            return Err("tls_cert: goes with tls_key; set both or none".into());
+        }
+        let plain = |url: &String| url.starts_with("http://");
+        if self.tls_cert.is_some() && self.public_url.as_ref().is_some_and(plain) {
+            return Err("public_url: begins with http://, but tls_cert is set; use https://".into());
+        }
         if self.runner == RunnerKind::Podman && self.storage != StorageKind::Btrfs {
             return Err("runner: podman keeps each project's root in a Btrfs subvolume; set storage = \"btrfs\", or runner = \"process\"".into());
         }
@@ -271,6 +350,7 @@ impl Config {
         }
         self.backups.validate()?;
         self.idle.validate().map_err(|error| format!("idle.{error}"))?;
+        self.terminals.validate()?;
         self.images.validate()?;
         self.limits.validate()
     }
@@ -296,6 +376,12 @@ mod tests {
             ("storage='btrfs'", "storage='ext4'", "storage"),
             ("master_url='http:", "master_url='ftp:", "master_url"),
             ("name='alpha'", "name='Alpha'", "name"),
+            ("name='alpha'", "name='alpha'\ntls_cert='/c'", "tls_key"),
+            (
+                "name='alpha'",
+                "name='alpha'\ntls_cert='/c'\ntls_key='/k'\npublic_url='http://a.example'",
+                "public_url",
+            ),
             ("data_dir='/a'", "data_dir='/v/a'", "data_dir"),
             ("data_dir='/a'", "data_dir='/a'\nundo_hours=9000", "undo_hours"),
             ("runner='podman'", "runner='podman'\n[idle]\nsample_secs=0", "idle.sample_secs"),

@@ -32,7 +32,7 @@ use cocalc_daemon::{
     probe::Metrics,
     start::{Error, listen, make_dir},
 };
-use cocalc_http::{HostIngress, Served};
+use cocalc_http::{HostIngress, Served, Tls};
 use cocalc_sqlite::{HostAcl, HostLedger};
 use cocalc_ssh::{Gate as SshGate, HostKeys, LocalGate, SshIngress, SshPeers};
 use cocalc_transfer::{DirectConnector, Incoming, PeerHandler, PeerListener, PeerTransfer, SnapshotReceiver};
@@ -43,6 +43,7 @@ use crate::{
     apps::Apps,
     backends::Backends,
     backups::{self, FromMaster},
+    certificate,
     config::Config,
     drill::Drill,
     endpoints::HostEndpoints,
@@ -108,7 +109,7 @@ impl Host {
     }
 
     async fn start_with(config: Config, backends: Backends, foundation: Foundation) -> Result<Self, Error> {
-        let Foundation { id, issuer, identity, address, listeners, lock } = foundation;
+        let Foundation { id, issuer, identity, address, listeners, tls, lock } = foundation;
         let data = &config.data_dir;
         let open = |part| Error::open(part);
 
@@ -229,8 +230,13 @@ impl Host {
             lifecycle: lifecycle.clone(),
             starts: Arc::new(Starts::default()),
         });
-        let ssh_keys = HostKeys::load_or_create(&data.join("ssh_host_ed25519_key"))
+        let mut ssh_keys = HostKeys::load_or_create(&data.join("ssh_host_ed25519_key"))
             .map_err(|e| open("SSH host key")(e.into()))?;
+        for kind in &config.ssh_more_host_keys {
+            ssh_keys = ssh_keys
+                .and_load_or_create(&data.join(kind.file_name()), *kind)
+                .map_err(|e| open("SSH host key")(e.into()))?;
+        }
 
         let peers = Arc::new(Peers::default());
         let registrar = Registrar {
@@ -275,7 +281,7 @@ impl Host {
             audit: audit.clone(),
         };
         let files = VolumeFiles { storage: Arc::clone(&backends.storage), ledger: ledger.clone() };
-        let http =
+        let mut http =
             HostIngress::builder(id, Arc::clone(&auth), Arc::clone(&router), Arc::clone(&backends.runner))
                 .wake(Arc::clone(&wake))
                 .meters(meters.clone())
@@ -283,8 +289,12 @@ impl Host {
                 .files(Arc::new(files))
                 .served(served)
                 .https(address.url.starts_with("https://"))
-                .limits(config.limits.http())
-                .build();
+                .tls(tls.clone())
+                .limits(config.limits.http());
+        if let Some(terminals) = config.terminals.limits() {
+            http = http.terminals(terminals);
+        }
+        let http = http.build();
         let metered: Arc<dyn Runner> =
             Arc::new(Metered::new(Arc::clone(&backends.runner), meters, Source::Ssh));
         let gate: Arc<dyn SshGate> = Arc::new(LocalGate::new(auth, router, Arc::new(metered)).wake(wake));
@@ -320,6 +330,9 @@ impl Host {
 
         let mut background = JoinSet::new();
         background.spawn(certified);
+        if let Some(tls) = tls {
+            background.spawn(async move { tls.keep_fresh().await });
+        }
         background.spawn(inbox::serve(Arc::clone(&bus), id, lifecycle.clone()));
         background.spawn(async move {
             match apps {
@@ -400,6 +413,7 @@ struct Foundation {
     identity: Arc<Identity>,
     address: HostAddress,
     listeners: Listeners,
+    tls: Option<Tls>,
     lock: File,
 }
 
@@ -415,6 +429,7 @@ impl Foundation {
         let file = |error: std::io::Error| Error::File { path: data.clone(), source: error.into() };
         let lock = cocalc_daemon::files::lock_directory(&data).map_err(file)?;
         let identity = join::identity(&data, config.join_token_file.as_deref())?;
+        let tls = certificate::open(config.tls_cert.as_deref(), config.tls_key.as_deref()).await?;
         let listeners = Listeners {
             http: listen("listen", config.listen).await?,
             ssh: listen("ssh_listen", config.ssh_listen).await?,
@@ -424,7 +439,10 @@ impl Foundation {
         let address = HostAddress {
             url: match &config.public_url {
                 Some(url) => url.trim_end_matches('/').to_owned(),
-                None => format!("http://{}", at(&listeners.http).map_err(file)?),
+                None => {
+                    let scheme = if config.tls_cert.is_some() { "https" } else { "http" };
+                    format!("{scheme}://{}", at(&listeners.http).map_err(file)?)
+                }
             },
             domain: config.domain.clone(),
             ssh: config.public_ssh.clone().map_or_else(|| at(&listeners.ssh), Ok).map_err(file)?,
@@ -447,7 +465,7 @@ impl Foundation {
             });
             joined.await.map_err(|error| Error::open("membership")(error.into()))??
         };
-        Ok(Self { id: membership.id, issuer: membership.issuer, identity, address, listeners, lock })
+        Ok(Self { id: membership.id, issuer: membership.issuer, identity, address, listeners, tls, lock })
     }
 }
 

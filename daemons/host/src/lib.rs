@@ -21,6 +21,7 @@
 mod apps;
 mod backends;
 mod backups;
+mod certificate;
 mod config;
 mod deaths;
 mod drill;

@@ -41,6 +41,7 @@ mod server;
 mod shared;
 mod signing;
 mod ssh_ca;
+mod turns;
 
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
@@ -196,6 +197,7 @@ impl Master {
             backups,
             secrets,
             untold: std::sync::Mutex::default(),
+            turns: turns::Turns::default(),
             settings: config.settings(),
             store,
             issuer,

@@ -37,6 +37,7 @@ use crate::{
     secrets::SecretsKey,
     signing::Signing,
     ssh_ca::SshCa,
+    turns::Turns,
 };
 
 /// A running master's state.
@@ -70,6 +71,9 @@ pub(crate) struct Shared {
     pub(crate) secrets: SecretsKey,
     /// Projects whose host has not heard of how they are run now.
     pub(crate) untold: Mutex<BTreeSet<ProjectId>>,
+    /// Who changes how a project is run, and tells its host, one after the
+    /// other: what is said last is what is stored.
+    pub(crate) turns: Turns,
 }
 
 impl fmt::Debug for Shared {
@@ -95,6 +99,8 @@ pub(crate) async fn on_store<T: Send + 'static>(
 
 /// How long a host may take to note how a project is run.
 const CONFIGURE_LIMIT: Duration = Duration::from_secs(5);
+/// How long somebody waits who is to tell a host, while others do.
+const TURN_LIMIT: Duration = Duration::from_secs(30);
 /// How often a host that is back is told of something, until it answers.
 const UNTOLD_TRIES: u32 = 10;
 /// How long a host that was withdrawn may take to hear of it.
@@ -165,10 +171,30 @@ impl Shared {
 
     /// Tells a project's host how it is run now. A host that is away, or just
     /// coming back, hears of it when it registers, or with the next start.
-    pub(crate) async fn configure_at_host(&self, project: &store::Project) {
-        let (id, epoch, config) = (project.id, project.epoch, project.config.clone());
-        let command = HostCommand::Configure { project: id, epoch, config };
-        let told = match self.command(project.host, &command, CONFIGURE_LIMIT).await {
+    ///
+    /// What is told is what is stored when its turn has come, so that of two
+    /// changes the host does not keep the earlier one.
+    pub(crate) async fn configure_at_host(&self, id: ProjectId) {
+        let told = match self.turns.of(id, TURN_LIMIT).await {
+            Some(_turn) => self.say_how_it_runs(id).await,
+            None => false,
+        };
+        self.note_told(id, told);
+    }
+
+    /// The same for whoever has the project's turn. Whether the host has heard.
+    pub(crate) async fn say_how_it_runs(&self, id: ProjectId) -> bool {
+        let project = match self.db(move |store| store.project(id)).await {
+            Ok(project) => project,
+            // There is nobody to be told.
+            Err(store::Error::NotFound { .. }) => return true,
+            Err(error) => {
+                tracing::error!(project = %id, error = %cocalc_core::chain(&error), "cannot read how a project is run");
+                return false;
+            }
+        };
+        let command = HostCommand::Configure { project: id, epoch: project.epoch, config: project.config };
+        match self.command(project.host, &command, CONFIGURE_LIMIT).await {
             Ok(HostReply::Error(error)) => {
                 tracing::warn!(project = %id, error = %error.message, "the host does not take what was changed");
                 true
@@ -178,7 +204,11 @@ impl Shared {
                 tracing::info!(project = %id, "the host hears of what was changed when it is back");
                 false
             }
-        };
+        }
+    }
+
+    /// Remembers whether a project's host knows how it is run now.
+    pub(crate) fn note_told(&self, id: ProjectId, told: bool) {
         if told {
             self.untold().remove(&id);
         } else {
@@ -202,7 +232,7 @@ impl Shared {
                 // It may register before it hears commands.
                 for _ in 0..UNTOLD_TRIES {
                     match task.db(move |store| store.project(id)).await {
-                        Ok(project) if project.host == host => task.configure_at_host(&project).await,
+                        Ok(project) if project.host == host => task.configure_at_host(id).await,
                         Ok(_) => break,
                         Err(_) => drop(task.untold().remove(&id)),
                     }

@@ -53,7 +53,7 @@ const asked = [];
 const world = {
   document: { getElementById: (id) => byId.get(id) ?? null, createElement: (kind) => new Node(kind) },
   sessionStorage: {}, location: { origin: "http://master.example" }, URL, URLSearchParams, Date, Math, Number, JSON, String, Error,
-  setInterval: () => 0,
+  setInterval: () => 0, setTimeout: () => 0, clearTimeout() {}, addEventListener() {}, window: {}, Map, Object, Array, Promise,
   confirm: (text) => { asked.push(text); return sure; },
   fetch: async (path, { method, body }) => {
     calls.push({ method, path, body: body && JSON.parse(body) });

@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use cocalc_core::ids::HostName;
+use cocalc_ssh::HostKeyType;
 use serde::Deserialize;
 
 /// What a proxy is told. Every key is also `COCALC_PROXY_<KEY>`.
@@ -21,7 +22,18 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Where it serves SSH.
     pub ssh_listen: SocketAddr,
-    /// How users reach `listen`. Default: `http://<listen>`.
+    /// The types of SSH host keys that it has beside Ed25519: `rsa` (3072 bits)
+    /// and `ecdsa` (P-256), for clients that know nothing newer. Default: none.
+    #[serde(default)]
+    pub ssh_more_host_keys: Vec<HostKeyType>,
+    /// The file with the chain of certificates for `listen`, in PEM, the
+    /// server's own first; with `tls_key`. Read again when it changes, within
+    /// 10 s. Default: none, plain HTTP.
+    pub tls_cert: Option<PathBuf>,
+    /// The file with the certificate's private key, in PEM.
+    pub tls_key: Option<PathBuf>,
+    /// How users reach `listen`. Default: `http://<listen>`, or `https://` where
+    /// there is a certificate.
     pub public_url: Option<String>,
     /// How users reach `ssh_listen`, as `host:port`. Default: `ssh_listen`.
     pub public_ssh: Option<String>,
@@ -43,6 +55,13 @@ impl Config {
                 "master_url: {:?} begins with neither http:// nor https://",
                 self.master_url
             ));
+        }
+        if self.tls_cert.is_some() != self.tls_key.is_some() {
+            return Err("tls_cert: goes with tls_key; set both or none".into());
+        }
+        let plain = |url: &String| url.starts_with("http://");
+        if self.tls_cert.is_some() && self.public_url.as_ref().is_some_and(plain) {
+            return Err("public_url: begins with http://, but tls_cert is set; use https://".into());
         }
         Ok(())
     }

@@ -17,6 +17,7 @@
 //! }
 //! ```
 
+mod certificate;
 mod config;
 mod endpoints;
 mod names;

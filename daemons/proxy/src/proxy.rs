@@ -32,7 +32,8 @@ use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    config::Config, endpoints::ProxyEndpoints, names::MasterNames, pinned::Pinned, registrar::Registrar,
+    certificate, config::Config, endpoints::ProxyEndpoints, names::MasterNames, pinned::Pinned,
+    registrar::Registrar,
 };
 
 /// How long the master may take to say where a project is.
@@ -65,13 +66,17 @@ impl Proxy {
         let file = |error: std::io::Error| Error::File { path: data.clone(), source: error.into() };
         let lock = cocalc_daemon::files::lock_directory(&data).map_err(file)?;
         let identity = Arc::new(join::identity(&data, config.join_token_file.as_deref())?);
+        let tls = certificate::open(config.tls_cert.as_deref(), config.tls_key.as_deref()).await?;
         let http_listener = listen("listen", config.listen).await?;
         let ssh_listener = listen("ssh_listen", config.ssh_listen).await?;
         let at = |listener: &TcpListener| listener.local_addr().map(|address| address.to_string());
         let address = HostAddress {
             url: match &config.public_url {
                 Some(url) => url.trim_end_matches('/').to_owned(),
-                None => format!("http://{}", at(&http_listener).map_err(file)?),
+                None => {
+                    let scheme = if config.tls_cert.is_some() { "https" } else { "http" };
+                    format!("{scheme}://{}", at(&http_listener).map_err(file)?)
+                }
             },
             domain: config.domain.clone(),
             ssh: config.public_ssh.clone().map_or_else(|| at(&ssh_listener), Ok).map_err(file)?,
@@ -92,8 +97,13 @@ impl Proxy {
         let audit =
             AuditLog::open(&make_dir(&data.join("audit"))?).map_err(|e| open("audit log")(e.into()))?;
         let table = TableRouter::new(lookup(Arc::clone(&bus), peer));
-        let ssh_keys = HostKeys::load_or_create(&data.join("ssh_host_ed25519_key"))
+        let mut ssh_keys = HostKeys::load_or_create(&data.join("ssh_host_ed25519_key"))
             .map_err(|e| open("SSH host key")(e.into()))?;
+        for kind in &config.ssh_more_host_keys {
+            ssh_keys = ssh_keys
+                .and_load_or_create(&data.join(kind.file_name()), *kind)
+                .map_err(|e| open("SSH host key")(e.into()))?;
+        }
         let registrar = Registrar {
             name: config.name.clone(),
             session: SessionId::random(),
@@ -137,6 +147,7 @@ impl Proxy {
         let http = ProxyIngress::builder(Arc::clone(&router), Arc::clone(&connector), precheck)
             .served(served)
             .https(address.url.starts_with("https://"))
+            .tls(tls.clone())
             .endpoints(Arc::new(endpoints))
             .decoy(move |project| decoys.decoy(project))
             .build();
@@ -160,6 +171,9 @@ impl Proxy {
         let shutdown = CancellationToken::new();
         let mut background = JoinSet::new();
         background.spawn(certified);
+        if let Some(tls) = tls {
+            background.spawn(async move { tls.keep_fresh().await });
+        }
         let mut serving = JoinSet::new();
         let stop = shutdown.clone();
         serving.spawn(async move { http.serve(http_listener, stop.cancelled_owned()).await });

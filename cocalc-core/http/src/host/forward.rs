@@ -6,7 +6,7 @@ use cocalc_core::{
     activity::{Meter, Source, Tap, Use},
     auth::{Admission, Denial, Principal},
     chain,
-    ids::{Action, ProjectId},
+    ids::{Action, Epoch, ProjectId, Scope},
     runner,
     stream::BoxStream,
     wake::Awake,
@@ -21,7 +21,7 @@ use crate::{
     headers::{self, X_FORWARDED_FOR, X_FORWARDED_HOST, X_FORWARDED_PREFIX, X_FORWARDED_PROTO},
     path::What,
     pool::{Key, Lease},
-    problem::{Problem, escape, page},
+    problem::Problem,
     server::Connection,
     upstream::{self, Codes},
     websocket::{self, Wish},
@@ -69,7 +69,7 @@ impl Inner {
         rest: Rest,
         principal: &Principal,
         action: Action,
-        port: u16,
+        (epoch, port): (Epoch, u16),
     ) -> Result<Response<Body>, Problem> {
         let project = asked.place.project;
         let app = App::of(&asked, principal);
@@ -89,7 +89,7 @@ impl Inner {
         let dial = || self.dial(project, port);
         let exchange = upstream::exchange(
             &self.pool,
-            Key::App(project, port),
+            Key::App(project, epoch, port),
             &self.limits,
             CODES,
             request,
@@ -205,11 +205,13 @@ impl Inner {
         }
     }
 
-    /// The project's own page: that it runs, and what is where.
+    /// The project's own page, or for programs that it runs. It starts the
+    /// project, and shows meanwhile how far that is.
     pub(super) async fn front_page(
         &self,
         project: ProjectId,
         asked: &Asked<'_>,
+        principal: &Principal,
     ) -> Result<Response<Body>, Problem> {
         if !matches!(asked.parts.method, http::Method::GET | http::Method::HEAD) {
             let problem =
@@ -231,31 +233,25 @@ impl Inner {
         if let Some(meter) = &meter {
             meter.tap(Source::Http, use_of(&asked.parts, false)).moved();
         }
-        if !running {
-            self.wake(project).await?;
+        if !running && let Err(problem) = self.wake(project).await {
+            // What it says may be secret from who only sees some of its apps.
+            let decision = self.auth.authorize(principal, project, Action::Use(Scope::Ws)).await;
+            let mut problem = problem;
+            if decision.outcome.is_ok() {
+                let log = super::page::log_tail(&self.runner, project).await;
+                problem.details.get_or_insert_default().log = log;
+            }
+            return Err(problem);
         }
         let stops_in = meter.and_then(|meter| meter.stops_in()).map(|left| left.as_secs());
-        let mount = format!("{}{}", asked.view.prefix, asked.place.mount);
-        let (kind, text) = if crate::problem::wants_page(&asked.parts.headers) {
-            let body = format!(
-                "<p>Project <code>{project}</code> is running.</p>{warning}\
-                 <p>Apps are at <code>{mount}/port/&lt;port&gt;/</code>, or, without the prefix, at \
-                 <code>{mount}/proxy/&lt;port&gt;/</code>.</p>",
-                mount = escape(&mount),
-                warning = stops_in.map_or_else(String::new, |secs| format!(
-                    "<p><strong>It is idle, and will be stopped in {} min unless it is used.</strong></p>",
-                    secs.div_ceil(60)
-                )),
-            );
-            ("text/html; charset=utf-8", page("Project", "", &body))
-        } else {
-            let json = serde_json::json!({
-                "project": project.to_string(), "state": "running", "idle_stop_secs": stops_in,
-            });
-            ("application/json", json.to_string())
-        };
-        let mut response = Response::new(Body::from(text));
-        headers::set(response.headers_mut(), header::CONTENT_TYPE, kind);
+        if crate::problem::wants_page(&asked.parts.headers) {
+            return Ok(self.project_page(asked, principal, stops_in).await);
+        }
+        let json = serde_json::json!({
+            "project": project.to_string(), "state": "running", "idle_stop_secs": stops_in,
+        });
+        let mut response = Response::new(Body::from(json.to_string()));
+        headers::set(response.headers_mut(), header::CONTENT_TYPE, "application/json");
         headers::set(response.headers_mut(), header::CACHE_CONTROL, "no-store");
         Ok(response)
     }

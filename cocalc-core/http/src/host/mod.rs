@@ -4,6 +4,7 @@ mod bus;
 mod files;
 mod forward;
 mod moved;
+mod page;
 mod respond;
 mod session;
 mod view;
@@ -25,7 +26,7 @@ use cocalc_core::{
     BoxError,
     activity::{Meter, Meters},
     auth::{Auth, Context, Credential, Decision, Denial, Principal, Tier, Via},
-    ids::{Action, HostId, ProjectId, Scope},
+    ids::{Action, Epoch, HostId, ProjectId, Scope},
     router::{self, Reach, Router},
     runner::Runner,
     wake::Wake,
@@ -51,10 +52,12 @@ use crate::{
     files::ProjectFiles,
     headers::check_request,
     limits::Limits,
+    page::{TerminalLimits, terminals::Terminals},
     path::{Origin, Place, SESSION_PATH, Served, Target, What},
     pool::Pool,
     problem::{Problem, wants_page},
     server::{Client, Connection, Handler, Server},
+    tls::Tls,
     websocket::{self, Wish},
 };
 
@@ -89,8 +92,10 @@ pub struct HostIngressBuilder {
     bus: Option<Arc<dyn BusEndpoint>>,
     meters: Option<Meters>,
     files: Option<Arc<dyn ProjectFiles>>,
+    terminals: Option<TerminalLimits>,
     served: Served,
     https: bool,
+    tls: Option<Tls>,
     limits: Limits,
 }
 
@@ -119,10 +124,12 @@ struct Inner {
     bus: Option<Arc<dyn BusEndpoint>>,
     meters: Option<Meters>,
     raw: Option<Raw>,
+    terminals: Option<Terminals>,
     served: Served,
     /// What proxies call this host, on connections of their own.
     internal: Served,
     https: bool,
+    tls: Option<Tls>,
     limits: Limits,
     pool: Arc<Pool>,
     server: Arc<Server>,
@@ -152,8 +159,10 @@ impl HostIngress {
             bus: None,
             meters: None,
             files: None,
+            terminals: None,
             served: Served::new(),
             https: false,
+            tls: None,
             limits: Limits::default(),
         }
     }
@@ -165,7 +174,12 @@ impl HostIngress {
     ///
     /// When the future is dropped, its connections are closed.
     pub async fn serve(&self, listener: TcpListener, shutdown: impl Future<Output = ()> + Send) {
-        self.inner.server.serve(&self.inner, &self.inner.pool, listener, shutdown).await;
+        let inner = &self.inner;
+        let serving = inner.server.serve(inner, &inner.pool, listener, inner.tls.as_ref(), shutdown);
+        tokio::select! {
+            () = serving => {}
+            () = inner.forget_moved() => {}
+        }
     }
 
     /// Serves one connection to its end. `trusted` is for connections on which
@@ -231,6 +245,12 @@ impl HostIngressBuilder {
         self
     }
 
+    /// Speaks TLS on the listeners of `serve`, which means HTTPS. Default: no.
+    pub fn tls(mut self, tls: Option<Tls>) -> Self {
+        self.tls = tls;
+        self
+    }
+
     /// Answers the daemon's own paths. Default: they are 404.
     pub fn endpoints(mut self, endpoints: Arc<dyn Endpoints>) -> Self {
         self.endpoints = Some(endpoints);
@@ -256,6 +276,13 @@ impl HostIngressBuilder {
         self
     }
 
+    /// Serves terminals to the project page of who may use everything in the
+    /// project: shells that go on when a connection breaks. Default: none.
+    pub fn terminals(mut self, limits: TerminalLimits) -> Self {
+        self.terminals = Some(limits);
+        self
+    }
+
     /// Bounds. Default: [`Limits::default`].
     pub fn limits(mut self, limits: Limits) -> Self {
         self.limits = limits;
@@ -266,7 +293,9 @@ impl HostIngressBuilder {
     pub fn build(self) -> HostIngress {
         let server = Arc::new(Server::new(self.limits.clone()));
         let closing = Arc::new(server.closing().clone().drop_guard());
+        let terminals = self.terminals.map(|limits| Terminals::new(Arc::clone(&self.runner), limits));
         let inner = Inner {
+            terminals,
             host: self.host,
             auth: self.auth,
             router: self.router,
@@ -278,7 +307,8 @@ impl HostIngressBuilder {
             raw: self.files.map(Raw::new),
             served: self.served,
             internal: view::internal(),
-            https: self.https,
+            https: self.https || self.tls.is_some(),
+            tls: self.tls,
             pool: Pool::new(&self.limits),
             failures: Failures::new(self.limits.failures_per_source, self.limits.failure_recovery),
             parked: Semaphore::new(self.limits.parked.min(Semaphore::MAX_PERMITS)),
@@ -316,12 +346,13 @@ impl Handler for Inner {
     async fn handle(self: Arc<Self>, mut request: Request<Body>, connection: Connection) -> Response<Body> {
         self.requests.fetch_add(1, Ordering::Relaxed);
         let browser = wants_page(request.headers());
+        let again = if browser { session::question(request.uri()) } else { String::new() };
         let upgrade =
             request.headers().contains_key(header::UPGRADE).then(|| hyper::upgrade::on(&mut request));
         let (parts, body) = request.into_parts();
         match self.answer(parts, Rest { body, upgrade, connection }).await {
             Ok(response) => response,
-            Err(problem) => problem.response(browser),
+            Err(problem) => problem.asked_again(again).response(browser),
         }
     }
 }
@@ -372,14 +403,17 @@ impl Inner {
         let shown = shown.map_err(|denial| self.denied(project, &denial))?;
         self.check_origin(&asked, &shown)?;
         let principal = self.verify(&shown, project, &asked.view).await?;
-        if let Err(problem) = self.here(&asked, project).await {
-            if rest.connection.client.trusted {
-                // A proxy that is still sending would see a broken connection
-                // instead of the answer, and could not say what has happened.
-                rest.connection.tasks.spawn(rest.body.drained(DRAIN_BYTES, DRAIN_TIME));
+        let epoch = match self.here(&asked, project).await {
+            Ok(epoch) => epoch,
+            Err(problem) => {
+                if rest.connection.client.trusted {
+                    // A proxy that is still sending would see a broken connection
+                    // instead of the answer, and could not say what has happened.
+                    rest.connection.tasks.spawn(rest.body.drained(DRAIN_BYTES, DRAIN_TIME));
+                }
+                return Err(problem);
             }
-            return Err(problem);
-        }
+        };
 
         let web = if asked.wish == Wish::WebSocket { Scope::Ws } else { Scope::Http };
         let action = match asked.place.what {
@@ -410,7 +444,8 @@ impl Inner {
 
         let mut response = match asked.place.what {
             What::Bare => session::redirect(&format!("{}{}/", asked.view.prefix, asked.place.mount))?,
-            What::Root => self.front_page(project, &asked).await?,
+            What::Root => self.front_page(project, &asked, &principal).await?,
+            What::Page { rest: path } => self.own_page(asked, rest, &principal, path).await?,
             What::Proxy { rest: "", prefix, .. }
                 if matches!(asked.parts.method, Method::GET | Method::HEAD)
                     && asked.wish != Wish::WebSocket =>
@@ -420,7 +455,7 @@ impl Inner {
                 session::redirect(&format!("{}{prefix}/{query}", asked.view.prefix))?
             }
             What::Port { port } | What::Proxy { port, .. } => {
-                self.forward(asked, rest, &principal, action, port).await?
+                self.forward(asked, rest, &principal, action, (epoch, port)).await?
             }
             What::Bus { .. } => self.bus(asked, rest, principal, action).await?,
             What::Files { rest: path } => self.files(asked, rest, &principal, action, path).await?,
@@ -431,6 +466,22 @@ impl Inner {
             response.headers_mut().insert("cocalc-tier", grace);
         }
         Ok(response)
+    }
+
+    /// Closes idle connections to the apps of projects that leave this host,
+    /// or come back to it, as soon as that is known. Never returns.
+    async fn forget_moved(&self) {
+        let mut changes = self.router.changes();
+        loop {
+            match changes.recv().await {
+                Ok(route) => {
+                    let here = matches!(route.how, Reach::Local).then_some(route.epoch);
+                    self.pool.forget(route.project, here);
+                }
+                Err(RecvError::Lagged(_)) => self.pool.clear(),
+                Err(RecvError::Closed) => std::future::pending().await,
+            }
+        }
     }
 
     /// Where the use of a project is noted. For authorized users only.
@@ -500,7 +551,7 @@ impl Inner {
 
     /// Waits while a move cuts over, and returns when the project is here; who
     /// asks has been authenticated.
-    async fn here(&self, asked: &Asked<'_>, project: ProjectId) -> Result<(), Problem> {
+    async fn here(&self, asked: &Asked<'_>, project: ProjectId) -> Result<Epoch, Problem> {
         let full = || Problem::unavailable("project_parked", "The project is moving. Try again.", 1);
         let mut waiting = None;
         let until = Instant::now() + self.limits.parked_wait;
@@ -519,7 +570,7 @@ impl Inner {
                 }
             };
             match route.how {
-                Reach::Local => return Ok(()),
+                Reach::Local => return Ok(route.epoch),
                 Reach::Remote(ref address) => return Err(moved::problem(asked, &route, address)),
                 Reach::Parked => {}
                 _ => return Err(self.denied(project, &Denial::NotHere("unknown reach".to_owned()))),

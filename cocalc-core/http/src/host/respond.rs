@@ -14,6 +14,8 @@ pub(super) struct App {
     /// The external prefix that the app does not see: empty if it sees all.
     taken: String,
     frame_ancestors: HeaderValue,
+    /// Whether it is used in a frame of another site, and may keep cookies there.
+    embedded: bool,
 }
 
 impl App {
@@ -25,7 +27,14 @@ impl App {
             What::Proxy { prefix, .. } => format!("{}{prefix}", asked.view.prefix),
             _ => String::new(),
         };
-        Self { mount, taken, frame_ancestors: frame_ancestors(principal.embed_origin.as_deref()) }
+        // Elsewhere, browsers would not keep them at all.
+        let secure = asked.view.https || is_loopback(&asked.view.authority);
+        Self {
+            mount,
+            taken,
+            frame_ancestors: frame_ancestors(principal.embed_origin.as_deref()),
+            embedded: secure && principal.embed_origin.is_some(),
+        }
     }
 
     /// Keeps the app within its own place.
@@ -43,7 +52,8 @@ impl App {
         }
         if fields.contains_key(header::SET_COOKIE) {
             headers::rewrite_all(fields, header::SET_COOKIE, |field| {
-                cookies::confine(field, &self.mount, &self.taken)
+                let field = cookies::confine(field, &self.mount, &self.taken)?;
+                Some(if self.embedded { cookies::embed(&field) } else { field })
             });
         }
         if !self.taken.is_empty() && fields.contains_key(header::LOCATION) {
@@ -54,7 +64,8 @@ impl App {
         });
         if html {
             // Policies add up: this one only narrows what the app allows.
-            fields.append(header::CONTENT_SECURITY_POLICY, self.frame_ancestors.clone());
+            let policy = framed(fields).unwrap_or_else(|| self.frame_ancestors.clone());
+            fields.append(header::CONTENT_SECURITY_POLICY, policy);
         }
     }
 
@@ -68,6 +79,33 @@ impl App {
             return location.clone();
         }
         HeaderValue::from_bytes(&[self.taken.as_bytes(), bytes].concat()).unwrap_or_else(|_| location.clone())
+    }
+}
+
+/// Whether browsers trust the place without TLS.
+fn is_loopback(authority: &str) -> bool {
+    let host = authority.rsplit_once(':').map_or(authority, |(host, _)| host);
+    host == "127.0.0.1" || host == "localhost" || host.ends_with(".localhost")
+}
+
+/// What an app says of frames in the older way (RFC 7034), which browsers no
+/// longer look at once there is a policy that names ancestors. An app that has
+/// such a policy itself is believed there.
+fn framed(fields: &HeaderMap) -> Option<HeaderValue> {
+    let names_ancestors = |field: &HeaderValue| {
+        field.as_bytes().windows(15).any(|part| part.eq_ignore_ascii_case(b"frame-ancestors"))
+    };
+    if fields.get_all(header::CONTENT_SECURITY_POLICY).iter().any(names_ancestors) {
+        return None;
+    }
+    let said = fields.get(header::X_FRAME_OPTIONS)?.as_bytes();
+    let said = said.trim_ascii();
+    if said.eq_ignore_ascii_case(b"deny") {
+        Some(HeaderValue::from_static("frame-ancestors 'none'"))
+    } else if said.eq_ignore_ascii_case(b"sameorigin") {
+        Some(HeaderValue::from_static("frame-ancestors 'self'"))
+    } else {
+        None
     }
 }
 
@@ -89,7 +127,12 @@ mod tests {
     use super::*;
 
     fn app(mount: &str, taken: &str) -> App {
-        App { mount: mount.to_owned(), taken: taken.to_owned(), frame_ancestors: frame_ancestors(None) }
+        App {
+            mount: mount.to_owned(),
+            taken: taken.to_owned(),
+            frame_ancestors: frame_ancestors(None),
+            embedded: false,
+        }
     }
 
     fn filtered(app: &App, fields: &[(&'static str, &'static str)]) -> Vec<String> {
@@ -133,6 +176,24 @@ mod tests {
                 "content-security-policy: frame-ancestors 'self'"
             ]
         );
+    }
+
+    #[test]
+    fn what_an_app_says_of_frames_in_the_older_way_still_holds() {
+        let by_name = App { frame_ancestors: frame_ancestors(Some("https://m.example")), ..app("", "") };
+        for (said, kept) in [("DENY", "'none'"), ("sameorigin", "'self'"), ("x", "'self' https://m.example")]
+        {
+            let fields = [("content-type", "text/html"), ("x-frame-options", said)];
+            let expected = format!("content-security-policy: frame-ancestors {kept}");
+            assert!(filtered(&by_name, &fields).contains(&expected), "{said}");
+        }
+        let both = [
+            ("content-type", "text/html"),
+            ("x-frame-options", "DENY"),
+            ("content-security-policy", "Frame-Ancestors *"),
+        ];
+        let expected = "content-security-policy: frame-ancestors 'self' https://m.example".to_owned();
+        assert!(filtered(&by_name, &both).contains(&expected));
     }
 
     #[test]

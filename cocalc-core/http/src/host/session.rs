@@ -37,13 +37,18 @@ impl Inner {
     /// `POST /.cocalc/session` of a project.
     pub(super) async fn session(&self, asked: Asked<'_>, body: Body) -> Result<Response<Body>, Problem> {
         let project = asked.place.project;
+        if asked.parts.method == Method::DELETE {
+            // Not because a page of another site wishes it.
+            self.check_origin(&asked, &Shown::Cookies(cookies::Found::default()))?;
+            return Ok(self.forget(&asked));
+        }
         if asked.parts.method != Method::POST {
             let problem = Problem::new(
                 StatusCode::METHOD_NOT_ALLOWED,
                 "method_not_allowed",
-                "A session is opened with POST.",
+                "A session is opened with POST, and forgotten with DELETE.",
             );
-            return Err(problem.header("allow", "POST".to_owned()));
+            return Err(problem.header("allow", "POST, DELETE".to_owned()));
         }
         let (token, next) = self.posted(&asked.parts, body, project).await?;
         let principal = self.verify(&Shown::Bearer(token), project, &asked.view).await?;

@@ -97,8 +97,22 @@ async fn a_stopped_project_is_woken() {
     let url = format!("http://localhost:{}{}/x", world.host_address.port(), world.mount());
     let page = curl(&["-i", "-H", "Accept: text/html", "-H", &bearer, &url]).await;
     assert!(page.starts_with("HTTP/1.1 503 ") && page.contains("retry-after: 1\r\n"), "{page}");
-    assert!(page.contains("mounting &lt;home&gt;") && page.contains("http-equiv=\"refresh\""), "{page}");
+    assert!(
+        page.contains("mounting &lt;home&gt;") && page.contains("http-equiv=\"refresh\" content=\"1;url=?\""),
+        "{page}"
+    );
     assert!(page.contains("cocalc-code: project_starting"), "{page}");
+    assert!(!page.contains("no such file"), "what it wrote is on its own page only: {page}");
+    *world.wake.calls.lock().unwrap() = 0;
+    let front = format!("http://localhost:{}/{}/", world.host_address.port(), world.project);
+    let page = curl(&["-H", "Accept: text/html", "-H", &bearer, &front]).await;
+    assert!(page.contains("startup: &lt;b&gt;no such file&lt;/b&gt;"), "{page}");
+    assert!(!page.contains("<script"), "it works without: {page}");
+    *world.wake.calls.lock().unwrap() = 0;
+    world.auth.viewers.store(true, std::sync::atomic::Ordering::Relaxed);
+    let page = curl(&["-H", "Accept: text/html", "-H", &bearer, &front]).await;
+    assert!(page.contains("mounting") && !page.contains("no such file"), "{page}");
+    *world.wake.calls.lock().unwrap() = 1;
     assert!(curl(&["-H", &bearer, &url]).await.starts_with("GET /x "));
     assert_eq!(*world.wake.calls.lock().unwrap(), 2);
 }

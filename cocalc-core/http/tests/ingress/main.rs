@@ -5,6 +5,8 @@
 
 mod faults;
 mod files;
+mod https;
+mod page;
 mod probes;
 mod sessions;
 mod streams;

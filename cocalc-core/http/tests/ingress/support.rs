@@ -16,6 +16,7 @@ use std::{
 use async_trait::async_trait;
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use cocalc_core::{
+    activity::Meters,
     auth::{Admission, Auth, Context, Credential, Decision, Denial, Principal, Secret, Tier, Via},
     connector::{self, Connector, Service},
     ids::{AccountId, Action, Epoch, HostId, ProjectId, Scope},
@@ -26,7 +27,7 @@ use cocalc_core::{
 };
 use cocalc_http::{
     Body, BusEndpoint, Client, Endpoints, HostIngress, Limits, Opening, ProjectFiles, ProxyIngress, Served,
-    TokenHost, TokenPrecheck,
+    Tls, TokenHost, TokenPrecheck,
 };
 use serde_json::json;
 use tokio::{
@@ -131,7 +132,7 @@ impl Auth for FakeAuth {
 
     async fn authorize(&self, _: &Principal, _: ProjectId, action: Action) -> Decision {
         let mut outcome = self.revoked.borrow().clone().map_or(Ok(()), Err);
-        if action == Action::Write && self.viewers.load(Ordering::Relaxed) {
+        if matches!(action, Action::Write | Action::Use(Scope::Ws)) && self.viewers.load(Ordering::Relaxed) {
             outcome = Err(Denial::Forbidden("a viewer".to_owned()));
         }
         Decision { outcome, staleness: Duration::ZERO, tier: *self.tier.lock().unwrap() }
@@ -184,7 +185,8 @@ impl Table {
     }
 
     pub(crate) fn waiting(&self) -> usize {
-        self.changes.receiver_count()
+        // The ingress itself listens, too.
+        self.changes.receiver_count().saturating_sub(1)
     }
 }
 
@@ -204,6 +206,8 @@ impl Router for Table {
 #[derive(Debug, Default)]
 pub(crate) struct Ports {
     pub(crate) running: Mutex<bool>,
+    /// What runs processes, for the tests that have some.
+    pub(crate) shells: Mutex<Option<Arc<dyn Runner>>>,
 }
 
 #[async_trait]
@@ -243,8 +247,12 @@ impl Runner for Ports {
         Ok(vec![])
     }
 
-    async fn exec(&self, project: ProjectId, _: ExecRequest) -> runner::Result<Process> {
-        Err(runner::Error::NotRunning { project })
+    async fn exec(&self, project: ProjectId, request: ExecRequest) -> runner::Result<Process> {
+        let shells = self.shells.lock().unwrap().clone();
+        match shells {
+            Some(shells) => shells.exec(project, request).await,
+            None => Err(runner::Error::NotRunning { project }),
+        }
     }
 
     async fn dial(&self, project: ProjectId, port: u16) -> runner::Result<BoxStream> {
@@ -266,7 +274,7 @@ impl Runner for Ports {
     }
 
     async fn logs(&self, _: ProjectId, _: usize) -> runner::Result<String> {
-        Ok(String::new())
+        Ok("startup: <b>no such file</b>\n".to_owned())
     }
 }
 
@@ -378,6 +386,7 @@ pub(crate) struct World {
     pub(crate) pipes: Arc<Pipes>,
     pub(crate) ingress: HostIngress,
     pub(crate) home: Arc<Home>,
+    pub(crate) meters: Meters,
     pub(crate) app: App,
     pub(crate) echo: u16,
     stop: tokio_util::sync::CancellationToken,
@@ -402,9 +411,14 @@ impl World {
     }
 
     pub(crate) async fn with(limits: Limits) -> Self {
+        Self::over(limits, None).await
+    }
+
+    /// Over HTTPS, where there is a certificate.
+    pub(crate) async fn over(limits: Limits, tls: Option<Tls>) -> Self {
         let (project, host) = (ProjectId::random(), HostId::random());
         let (auth, table, proxy_table) = (FakeAuth::new(), Table::new(), Table::new());
-        let ports = Arc::new(Ports { running: Mutex::new(true) });
+        let ports = Arc::new(Ports { running: Mutex::new(true), shells: Mutex::default() });
         let wake = Arc::new(SlowWake { ports: ports.clone(), calls: Mutex::new(0) });
         table.set(project, host, 1, Reach::Local);
         proxy_table.set(project, host, 1, Reach::Remote(HostAddress::default()));
@@ -416,12 +430,16 @@ impl World {
             thawed: AtomicBool::new(true),
             turn: Arc::default(),
         });
+        let meters = Meters::new(Arc::new(cocalc_core::clock::SystemClock));
         let ingress = HostIngress::builder(host, auth.clone(), table.clone(), ports.clone())
             .served(Served::new().domain(&domain("alpha", host_address)).unwrap())
             .wake(wake.clone())
             .bus(Arc::new(Parrot))
             .files(home.clone())
+            .terminals(cocalc_http::TerminalLimits::default())
+            .meters(meters.clone())
             .endpoints(Arc::new(Health))
+            .tls(tls.clone())
             .limits(limits.clone())
             .build();
         let pipes = Arc::new(Pipes::default());
@@ -434,6 +452,7 @@ impl World {
                     .base_path("/some/base")
                     .unwrap(),
             )
+            .tls(tls)
             .limits(limits)
             .build();
         let stop = tokio_util::sync::CancellationToken::new();
@@ -458,6 +477,7 @@ impl World {
             pipes,
             ingress,
             home,
+            meters,
             app,
             echo,
             stop,
@@ -502,6 +522,8 @@ pub(crate) struct App {
     /// The heads of all requests.
     pub(crate) seen: Arc<Mutex<Vec<String>>>,
     pub(crate) connections: Arc<AtomicUsize>,
+    /// How many of them have ended.
+    pub(crate) ended: Arc<AtomicUsize>,
     _task: AbortOnDropHandle<()>,
 }
 
@@ -512,17 +534,20 @@ impl App {
         let log = seen.clone();
         let accepted = Arc::new(AtomicUsize::new(0));
         let count = accepted.clone();
+        let ended = Arc::new(AtomicUsize::new(0));
+        let over = ended.clone();
         let task = own(async move {
             let mut connections = tokio::task::JoinSet::new();
             while let Ok((stream, _)) = listener.accept().await {
-                let log = log.clone();
+                let (log, over) = (log.clone(), over.clone());
                 count.fetch_add(1, Ordering::Relaxed);
                 connections.spawn(async move {
                     let _ = answer(stream, &log).await;
+                    over.fetch_add(1, Ordering::Relaxed);
                 });
             }
         });
-        Self { port: address.port(), seen, connections: accepted, _task: task }
+        Self { port: address.port(), seen, connections: accepted, ended, _task: task }
     }
 
     pub(crate) fn has_seen(&self, what: &str) -> bool {

@@ -426,6 +426,8 @@ pub struct World {
     pub ingresses: Vec<SshIngress>,
     pub direct: u16,
     pub proxied: u16,
+    /// The host's.
+    pub gate: Arc<dyn cocalc_ssh::Gate>,
     _servers: tokio::task::JoinSet<()>,
 }
 
@@ -475,7 +477,8 @@ impl World {
         let mut servers = tokio::task::JoinSet::new();
         let (mut ports, mut ingresses) = (Vec::new(), Vec::new());
         let mut known = String::new();
-        for gate in [gate as Arc<dyn cocalc_ssh::Gate>, remote] {
+        let gate: Arc<dyn cocalc_ssh::Gate> = gate;
+        for gate in [gate.clone(), remote] {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let port = listener.local_addr().unwrap().port();
             known += &format!("[127.0.0.1]:{port} {}\n", host_keys[0]);
@@ -497,6 +500,7 @@ impl World {
             ingresses,
             direct: ports[0],
             proxied: ports[1],
+            gate,
             _servers: servers,
         }
     }

@@ -126,6 +126,16 @@ pub(super) async fn identity(subject: &Subject<'_>) {
         assert!(bytes.is_sorted(), "progress went back: {bytes:?}");
         assert!(bytes.last().is_some_and(|bytes| *bytes > 0), "nothing was told of {phase:?}: {told:?}");
     }
+    // Who waits sees what goes on before there are bytes to count, and how much
+    // of a restore is left, to its end.
+    let mut phases: Vec<_> = told.iter().map(|state| state.phase).collect();
+    phases.dedup();
+    let all = [Phase::Opening, Phase::Storing, Phase::Opening, Phase::Restoring, Phase::Verifying];
+    assert_eq!(phases, all, "{told:?}");
+    for phase in [Phase::Restoring, Phase::Verifying] {
+        let last = told.iter().rfind(|state| state.phase == phase).unwrap();
+        assert_eq!(last.total_bytes, Some(last.bytes), "the end of {phase:?} was not told: {told:?}");
+    }
     let checked =
         subject.backups.check(project, &CheckOptions { read_data: true, ..Default::default() }).await;
     assert!(checked.unwrap().is_sound());

@@ -25,6 +25,7 @@ pub(crate) fn back_up(job: &Job, backend: &Arc<Backend>, source: &BackupSource) 
         return Err(invalid(format!("{} is not a directory", source.path.display())));
     }
     let path = source.path.to_str().ok_or_else(|| invalid("the path of the snapshot is not UTF-8".into()))?;
+    said::phase(Phase::Opening);
     let opened = repository::open_or_create(job, backend, Phase::Storing)?;
     let root = Root::of(&source.path)
         .and_then(|mut root| {
@@ -55,6 +56,7 @@ pub(crate) fn back_up(job: &Job, backend: &Arc<Backend>, source: &BackupSource) 
     fail::point("backup.opened");
     backend.hold_snapshots();
     let opened = opened.to_indexed_ids()?;
+    said::phase(Phase::Storing);
     let written = opened.backup(&options, &PathList::from_iter([path]), snapshot)?;
     // Only of a parent that cannot be read may rustic make light: it reads the
     // files instead.

@@ -4,11 +4,14 @@
 //! decompressed: more than a gigabyte for ordinary files. Here a bounded part of
 //! a pack is read at once, and one blob of it at a time is decompressed. All
 //! else of a restore is rustic's.
+//!
+//! And reading them back. rustic does that with one file after the other, and
+//! without a word: half of the time that a restore takes would be silent.
 
 use std::{
     collections::{BTreeMap, HashSet},
     fs::{File, FileTimes, OpenOptions},
-    io,
+    io::{self, Read as _},
     os::unix::fs::{FileExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     sync::{
@@ -26,7 +29,14 @@ use rustic_core::{
     repofile::{BlobType, Node},
 };
 
-use crate::{backend::Backend, failure::Failed, restore::Nodes, said::Bars};
+use sha2::{Digest as _, Sha256};
+
+use crate::{
+    backend::Backend,
+    failure::Failed,
+    restore::{DIFFERENCES_MAX, Nodes},
+    said::Bars,
+};
 
 /// How much of a pack is read at once.
 const WINDOW_BYTES: u32 = 8 << 20;
@@ -86,7 +96,8 @@ impl Plan {
         Ok(plan)
     }
 
-    /// Parts of packs that are read at once, in the order of the packs.
+    /// Parts of packs that are read at once, in the order of the files: what is
+    /// written one after the other lies so on the disk, too.
     fn windows(pieces: BTreeMap<(Id, u32), Piece>) -> Vec<Window> {
         let mut windows: Vec<Window> = Vec::new();
         for ((pack, offset), piece) in pieces {
@@ -103,6 +114,8 @@ impl Plan {
                 _ => windows.push(Window { pack, offset, length: piece.length, pieces: vec![piece] }),
             }
         }
+        let first = |window: &Window| window.pieces.iter().flat_map(|piece| &piece.to).min().copied();
+        windows.sort_by_key(first);
         windows
     }
 }
@@ -124,40 +137,25 @@ pub(crate) fn write(
     }
     let bar = Bars(Phase::Restoring).progress(ProgressType::Bytes, "");
     bar.set_length(bytes);
-    let windows = Mutex::new(Plan::windows(pieces).into_iter());
-    let failed = AtomicBool::new(false);
-    let work = || -> Result<(), Failed> {
-        while !failed.load(Ordering::Acquire) {
-            let next = windows.lock().unwrap_or_else(PoisonError::into_inner).next();
-            let Some(window) = next else { break };
-            let _read = backend.window(&window.pack, window.offset, window.length)?;
-            for piece in window.pieces {
-                let data = opened.cat_blob(BlobType::Data, piece.blob.to_hex().as_str())?;
-                let is_hole = data.iter().all(|byte| *byte == 0);
-                for (file, at) in piece.to {
-                    let Some((path, ..)) = files.get(file).filter(|_| !is_hole) else { continue };
-                    let written = open(path).and_then(|file| file.write_all_at(&data, at));
-                    written.map_err(|error| unwritten(path, &error))?;
-                }
+    each(Plan::windows(pieces), |window: Window| {
+        let _read = backend.window(&window.pack, window.offset, window.length)?;
+        let mut last = None;
+        for piece in window.pieces {
+            let data = opened.cat_blob(BlobType::Data, piece.blob.to_hex().as_str())?;
+            let is_hole = data.iter().all(|byte| *byte == 0);
+            for (file, at) in piece.to {
+                // What goes to many places is written as often.
                 bar.inc(data.len() as u64);
+                let Some((path, ..)) = files.get(file).filter(|_| !is_hole) else { continue };
+                let opened = match last.take() {
+                    Some((of, opened)) if of == file => Ok(opened),
+                    _ => open(path),
+                };
+                let written = opened.and_then(|opened| opened.write_all_at(&data, at).map(|()| opened));
+                last = Some((file, written.map_err(|error| unwritten(path, &error))?));
             }
         }
         Ok(())
-    };
-    thread::scope(|scope| {
-        let stopping = || {
-            let done = work();
-            if done.is_err() {
-                failed.store(true, Ordering::Release);
-            }
-            done
-        };
-        let workers: Vec<_> = (0..WORKERS).map(|_| scope.spawn(stopping)).collect();
-        let ended = workers.into_iter().map(|worker| {
-            worker.join().unwrap_or_else(|_| Err(Failed::new(FailureKind::Other, "a worker panicked")))
-        });
-        // All of them are waited for.
-        ended.fold(Ok(()), |all: Result<(), Failed>, one| all.and(one))
     })?;
     bar.finish();
     for (path, _, time) in &files {
@@ -168,16 +166,109 @@ pub(crate) fn write(
     Ok(())
 }
 
+/// Reads the contents of all regular files among `nodes` below `target` back,
+/// and compares them with what the backup says: which are not as they were, the
+/// first few of them.
+pub(crate) fn verify(
+    opened: &Repository<IndexedFullStatus>,
+    target: &Path,
+    nodes: &Nodes,
+) -> Result<Vec<String>, Failed> {
+    let (mut files, mut linked, mut bytes) = (Vec::new(), HashSet::new(), 0);
+    for (path, node) in nodes.iter().filter(|(_, node)| node.is_file()) {
+        // The others are the same file, or should be: they are not read again.
+        if is_first(&mut linked, node) {
+            bytes += node.meta.size;
+            files.push((path, node));
+        }
+    }
+    let bar = Bars(Phase::Verifying).progress(ProgressType::Bytes, "");
+    bar.set_length(bytes);
+    let wrong = Mutex::new(Vec::new());
+    each(files, |(path, node)| {
+        let mut blobs = Vec::new();
+        for blob in node.content.iter().flatten() {
+            blobs.push((*blob, u64::from(opened.get_index_entry(blob)?.location.data_length())));
+        }
+        let words = match reading(&target.join(path)).and_then(|file| is_of(file, &blobs, &|n| bar.inc(n))) {
+            Ok(true) => return Ok(()),
+            Ok(false) => format!("what is in {} is not what was backed up", path.display()),
+            Err(error) => format!("{}: {error}", path.display()),
+        };
+        let mut wrong = wrong.lock().unwrap_or_else(PoisonError::into_inner);
+        if wrong.len() < DIFFERENCES_MAX {
+            wrong.push(words);
+        }
+        Ok(())
+    })?;
+    bar.finish();
+    Ok(wrong.into_inner().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// Whether a file consists of these blobs, of these lengths, and nothing else.
+/// `seen` hears how much has been read.
+fn is_of(mut file: impl io::Read, blobs: &[(DataId, u64)], seen: &dyn Fn(u64)) -> io::Result<bool> {
+    let mut buffer = vec![0; 128 << 10];
+    for (blob, length) in blobs {
+        let (mut hash, mut part) = (Sha256::new(), file.by_ref().take(*length));
+        while let read @ 1.. = part.read(&mut buffer)? {
+            hash.update(&buffer[..read]);
+            seen(read as u64);
+        }
+        if part.limit() > 0 || Id::new(hash.finalize().into()) != **blob {
+            return Ok(false);
+        }
+    }
+    Ok(file.read(&mut buffer)? == 0)
+}
+
+/// Does `work` with each of the items, some at once, until one fails.
+fn each<T: Send>(
+    items: impl IntoIterator<Item = T, IntoIter: Send>,
+    work: impl Fn(T) -> Result<(), Failed> + Sync,
+) -> Result<(), Failed> {
+    let items = Mutex::new(items.into_iter());
+    let failed = AtomicBool::new(false);
+    let until_one_fails = || -> Result<(), Failed> {
+        while !failed.load(Ordering::Acquire) {
+            let next = items.lock().unwrap_or_else(PoisonError::into_inner).next();
+            let Some(item) = next else { break };
+            work(item).inspect_err(|_| failed.store(true, Ordering::Release))?;
+        }
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let workers: Vec<_> = (0..WORKERS).map(|_| scope.spawn(until_one_fails)).collect();
+        let ended = workers.into_iter().map(|worker| {
+            worker.join().unwrap_or_else(|_| Err(Failed::new(FailureKind::Other, "a worker panicked")))
+        });
+        // All of them are waited for.
+        ended.fold(Ok(()), |all: Result<(), Failed>, one| all.and(one))
+    })
+}
+
 /// Whether a file is the first of those that are one file; as rustic decides.
 fn is_first(seen: &mut HashSet<(u64, u64)>, node: &Node) -> bool {
+    link(node).is_none_or(|link| seen.insert(link))
+}
+
+/// What files that are one file have in common.
+pub(crate) fn link(node: &Node) -> Option<(u64, u64)> {
     let meta = &node.meta;
     let is_linked = meta.links > 1 && meta.device_id != 0 && meta.inode != 0;
-    !is_linked || seen.insert((meta.device_id, meta.inode))
+    is_linked.then_some((meta.device_id, meta.inode))
 }
 
 fn open(path: &Path) -> io::Result<File> {
-    let no_follow = rustix::fs::OFlags::NOFOLLOW.bits();
-    OpenOptions::new().write(true).custom_flags(no_follow.cast_signed()).open(path)
+    OpenOptions::new().write(true).custom_flags(no_follow()).open(path)
+}
+
+fn reading(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).custom_flags(no_follow()).open(path)
+}
+
+fn no_follow() -> i32 {
+    rustix::fs::OFlags::NOFOLLOW.bits().cast_signed()
 }
 
 fn time(at: jiff::Timestamp) -> Option<SystemTime> {
@@ -229,6 +320,29 @@ mod tests {
                 (id(2), 6 * mib, 4 * mib, 1)
             ]
         );
+    }
+
+    #[test]
+    fn a_file_is_of_its_blobs_only_if_every_byte_is() {
+        let blob = |data: &[u8]| -> (DataId, u64) {
+            let id = Sha256::digest(data).iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+            (id.parse().unwrap(), data.len() as u64)
+        };
+        let long = vec![7; 300 << 10];
+        let blobs = [blob(b"first"), blob(&long), blob(b"last")];
+        let good = [b"first", &*long, b"last"].concat();
+        let seen = std::cell::Cell::new(0);
+        assert!(is_of(&*good, &blobs, &|n| seen.set(seen.get() + n)).unwrap());
+        assert_eq!(seen.get(), good.len() as u64);
+        let is_of = |data: &[u8]| is_of(data, &blobs, &|_| ()).unwrap();
+        for at in [0, 5, good.len() / 2, good.len() - 1] {
+            let mut bad = good.clone();
+            bad[at] ^= 1;
+            assert!(!is_of(&bad), "byte {at}");
+        }
+        assert!(!is_of(&good[..good.len() - 1]), "short");
+        assert!(!is_of(&[&*good, b"x"].concat()), "long");
+        assert!(!is_of(b""));
     }
 
     #[test]

@@ -80,6 +80,11 @@ pub(crate) fn tell(event: &Event) {
     }
 }
 
+/// Says that a part of the work begins, which may have nothing to count yet.
+pub(crate) fn phase(phase: Phase) {
+    tell(&Event::Progress(Progress { phase, bytes: 0, total_bytes: None }));
+}
+
 /// Tells the progress of one phase.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Bars(pub(crate) Phase);

@@ -50,7 +50,7 @@ async fn set_alias(
         project => project?,
     };
     if project.made {
-        shared.configure_at_host(&project).await;
+        shared.configure_at_host(id).await;
     }
     Ok(Json(project.into()))
 }

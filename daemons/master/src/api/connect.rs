@@ -64,6 +64,9 @@ pub(super) struct Way {
 pub(super) struct Connected {
     pub(super) token: String,
     expires_at: String,
+    /// What the caller is to the project: `owner`, `collaborator` or `viewer`.
+    #[schema(value_type = String)]
+    role: Role,
     #[serde(flatten)]
     pub(super) ways: Ways,
 }
@@ -124,7 +127,7 @@ async fn mint(shared: &Shared, caller: &Caller, id: ProjectId, asked: Connect) -
         .ttl(Duration::from_secs(ttl));
     let minted = shared.signing.mint(&new, shared.now()).map_err(|error| Problem::internal(&error))?;
     let exp = i64::try_from(minted.claims.exp).unwrap_or(i64::MAX);
-    Ok(Connected { token: minted.token, expires_at: time(Timestamp::from_secs(exp)), ways })
+    Ok(Connected { token: minted.token, expires_at: time(Timestamp::from_secs(exp)), role, ways })
 }
 
 /// What the caller is to a project.

@@ -393,7 +393,7 @@ pub(super) async fn configure(
 ) -> Answer<Project> {
     let project = shared.db(move |store| store.configure(id, change)).await?;
     if project.made {
-        shared.configure_at_host(&project).await;
+        shared.configure_at_host(id).await;
     }
     Ok(project)
 }

@@ -422,7 +422,7 @@ async fn set_secret(
     let secret = StoredSecret { name, wrapped, updated: shared.now() };
     shared.db(move |store| store.set_secret(id, &secret)).await?;
     if project.made {
-        shared.configure_at_host(&project).await;
+        shared.configure_at_host(id).await;
     }
     listed(&shared, id).await
 }
@@ -441,7 +441,7 @@ async fn unset_secret(
         return Err(Problem::not_found("secret"));
     }
     if project.made {
-        shared.configure_at_host(&project).await;
+        shared.configure_at_host(id).await;
     }
     listed(&shared, id).await
 }

@@ -8,7 +8,6 @@ use cocalc_core::{
     runner::{Applied, Isolation, LimitKind, Limits, NetworkPolicy},
 };
 use cocalc_ids::{Action, ProjectId};
-use cocalc_sqlite::master::Project;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
@@ -150,13 +149,13 @@ async fn set_limits(
     Id(id): Id<ProjectId>,
     Body(asked): Body<AskedLimits>,
 ) -> Answer<Json<LimitsView>> {
-    let before = caller.project(&shared, id, Some(Action::Administer)).await?;
+    caller.project(&shared, id, Some(Action::Administer)).await?;
     let limits = Limits::from(asked);
-    if caller.require_admin().is_err() {
-        within(&limits, &before.config.limits_max)?;
-    }
+    let admin = caller.require_admin().is_ok();
     caller.notes("project.limits", id);
-    change(&shared, before, move |config| config.limits = limits.clone()).await
+    let check = |config: &ProjectConfig| if admin { Ok(()) } else { within(&limits, &config.limits_max) };
+    let new = limits.clone();
+    change(&shared, id, check, move |config| config.limits = new.clone()).await
 }
 
 /// Says what a project's owner may ask for at most: its plan. Administrators.
@@ -170,27 +169,46 @@ async fn set_limits_max(
     Body(asked): Body<AskedLimits>,
 ) -> Answer<Json<LimitsView>> {
     caller.require_admin()?;
-    let before = caller.project(&shared, id, None).await?;
+    caller.project(&shared, id, None).await?;
     let max = Limits::from(asked);
-    if let Some((kind, asked, most)) = before.config.limits.above(&max) {
-        let detail =
-            format!("the project asks for {asked} as limit of {kind} now, above {most}; lower that first");
-        return Err(Problem::conflict("limit_above_plan", detail));
-    }
     caller.notes("project.limits_max", id);
-    change(&shared, before, move |config| config.limits_max = max.clone()).await
+    let check = |config: &ProjectConfig| match config.limits.above(&max) {
+        None => Ok(()),
+        Some((kind, asked, most)) => {
+            let detail = format!(
+                "the project asks for {asked} as limit of {kind} now, above {most}; lower that first"
+            );
+            Err(Problem::conflict("limit_above_plan", detail))
+        }
+    };
+    let new = max.clone();
+    change(&shared, id, check, move |config| config.limits_max = new.clone()).await
 }
 
-/// Changes the configuration, first on the host, which may refuse it.
+/// Changes the configuration, if `check` allows it, first on the host, which may
+/// refuse it.
+///
+/// That takes the project's turn: what it is checked against and what the host
+/// is told is what is stored then, and of two changes both know the same last.
 async fn change(
     shared: &Shared,
-    before: Project,
+    id: ProjectId,
+    check: impl Fn(&ProjectConfig) -> Answer<()> + Send,
     change: impl Fn(&mut ProjectConfig) + Send + 'static,
 ) -> Answer<Json<LimitsView>> {
-    let id = before.id;
+    let turn = shared.turns.of(id, LIMIT).await;
+    let _turn = turn.ok_or_else(|| {
+        Problem::unavailable("host_unavailable", "the project's host has not heard of an earlier change yet")
+    })?;
+    let before = shared.db(move |store| store.project(id)).await?;
+    check(&before.config)?;
+    if let Some(operation) = before.fence {
+        return Err(cocalc_sqlite::master::Error::Busy { operation }.into());
+    }
     let mut config = before.config.clone();
     change(&mut config);
     let mut applied = None;
+    let mut told = true;
     if before.made {
         let command = HostCommand::Configure { project: id, epoch: before.epoch, config };
         match shared.command(before.host, &command, LIMIT).await {
@@ -199,10 +217,19 @@ async fn change(
             }
             Ok(HostReply::Limits { applied: done, .. }) => applied = Some(done),
             Ok(_) => {}
-            Err(_) => tracing::info!(project = %id, "the host hears of the limits with the next start"),
+            Err(_) => {
+                told = false;
+                tracing::info!(project = %id, "the host hears of the limits when it is back, or with the next start");
+            }
         }
     }
-    let project = shared.db(move |store| store.configure(id, change)).await?;
+    let stored = shared.db(move |store| store.configure(id, change)).await;
+    if stored.is_err() && before.made {
+        // An operation began meanwhile: the host goes on with what is stored.
+        told = shared.say_how_it_runs(id).await;
+    }
+    shared.note_told(id, told);
+    let project = stored?;
     let Applied { later, .. } = applied.clone().unwrap_or_default();
     Ok(Json(LimitsView {
         limits: project.config.limits,

@@ -28,6 +28,10 @@ use super::{
 };
 use crate::shared::Shared;
 
+/// How often a move that has been committed looks whether its destination is
+/// said to be dead.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
 /// The moves that are driven now, each with its source and what that says of
 /// its stream.
 pub(super) type Streams = Mutex<Driven>;
@@ -193,6 +197,7 @@ pub(super) async fn run(shared: &Arc<Shared>, operation: &Operation, cancel: wat
             shared.note(operation.id, step_name(state.step), shown(&state, None)).await;
         }
         let (show, showing) = watch::channel(state.clone());
+        let seen = showing.clone();
         let effects = Effects { shared: shared.clone(), show, activated: Default::default() };
         let (tell, live) = watch::channel(None);
         shared.operations.streams().insert(id, (state.spec.source, tell));
@@ -200,6 +205,10 @@ pub(super) async fn run(shared: &Arc<Shared>, operation: &Operation, cancel: wat
         let driven = tokio::select! {
             driven = drive(&effects, state, cancel.clone()) => driven,
             () = notes => continue,
+            () = gone(shared, &seen) => {
+                shared.operations.streams().remove(&id);
+                return give_up(shared, operation).await;
+            }
         };
         match driven {
             Ok(outcome) => {
@@ -219,6 +228,33 @@ pub(super) async fn run(shared: &Arc<Shared>, operation: &Operation, cancel: wat
             }
         }
     }
+}
+
+/// Waits until somebody has said that the owner of the project is dead, which it
+/// became by the commit and which has not taken its grant: nobody else may go on
+/// with it, and nothing will ever come of this move.
+async fn gone(shared: &Shared, seen: &watch::Receiver<MoveState>) {
+    loop {
+        let waits_for = {
+            let state = seen.borrow();
+            (state.step == Step::Activating).then_some(state.spec.destination)
+        };
+        if waits_for.is_some_and(|host| shared.peers.is_fenced(Peer::Host(host))) {
+            return;
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+}
+
+/// Leaves the project to its new owner, which is fenced: it can be restored
+/// elsewhere like all that the dead host had. That is begun by people only.
+async fn give_up(shared: &Shared, operation: &Operation) {
+    let detail = "the host that it was moved to was fenced before it had it: restore what that host had; \
+        the host that it came from keeps the files as they were, aside"
+        .to_owned();
+    let outcome = Outcome::Failed { code: "host_fenced".to_owned(), detail: detail.clone() };
+    let ended = Ended { outcome, project: ProjectState::Failed, reason: Some(detail), report: None };
+    shared.finish(operation.id, ended).await;
 }
 
 /// Shows people the latest of what is being done, for ever; what they missed

@@ -62,6 +62,36 @@ async fn limits_are_within_the_plan_and_reach_the_host() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_changes_at_once_are_both_known_to_the_host() {
+    let world = World::new().await;
+    let host = world.host("alpha").await;
+    let id = world.project("alpha").await;
+    let path = format!("/projects/{id}/limits");
+    let plan = format!("{path}-max");
+    // Each is under way while the other one begins.
+    host.script.lock().unwrap().slow = std::time::Duration::from_millis(300);
+    for round in 1..=2_u64 {
+        let (limits, max) = (json!({ "pids": 100 * round }), json!({ "pids": 1_000 * round }));
+        tokio::join!(world.ok("PUT", &path, limits), world.ok("PUT", &plan, max));
+        let stored = world.ok("GET", &path, Value::Null).await;
+        let config = told(&host).unwrap();
+        let heard = (json!(config.limits.pids), json!(config.limits_max.pids));
+        assert_eq!(heard, (stored["limits"]["pids"].clone(), stored["max"]["pids"].clone()), "round {round}");
+        assert_eq!(heard, (json!(100 * round), json!(1_000 * round)), "round {round}");
+    }
+    // What is asked for is measured against the plan as it is when its turn has
+    // come, and nothing is left at the host of what is refused.
+    let (_, lowered) = tokio::join!(
+        world.call("PUT", &path, &world.admin, json!({ "pids": 150 })),
+        world.call("PUT", &plan, &world.admin, json!({ "pids": 120 }))
+    );
+    let stored = world.ok("GET", &path, Value::Null).await;
+    let config = told(&host).unwrap();
+    assert_eq!(json!(config.limits.pids), stored["limits"]["pids"], "{lowered:?}");
+    assert_eq!(json!(config.limits_max.pids), stored["max"]["pids"], "{lowered:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_project_is_kept_apart_as_its_owner_says_unless_the_operator_does() {
     let world = World::new().await;
     let host = world.host("alpha").await;

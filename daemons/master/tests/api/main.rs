@@ -10,6 +10,7 @@ mod limits;
 mod login;
 mod moves;
 mod promises;
+mod restores;
 mod world;
 
 use std::{sync::Arc, time::Duration};

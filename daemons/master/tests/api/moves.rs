@@ -203,6 +203,45 @@ async fn a_cancelled_move_is_undone_and_a_committed_one_is_not() {
     assert_eq!(owner(&world, &id, hosts).await, 1);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_project_whose_new_host_dies_before_it_has_it_waits_for_nobody_once_that_is_said() {
+    let mut world = World::new().await;
+    let (alpha, beta) = (world.host("alpha").await, world.host("beta").await);
+    let (id, _) = running(&world).await;
+    set([&alpha, &beta], Some(("activate", Fall::Before)));
+    let begun = begin(&world, &id, "beta").await;
+    silent("activate", [&alpha, &beta]).await;
+    beta.script.lock().unwrap().away = true;
+    alpha.script.lock().unwrap().fall = None;
+    // No time that passes ends it, nor does another process of the master.
+    until("the lease is over", async || {
+        (world.ok("GET", "/hosts/beta", Value::Null).await["state"] == "away").then_some(())
+    })
+    .await;
+    world.restart().await;
+    let path = format!("/projects/{id}");
+    let shown = world.ok("GET", &path, Value::Null).await;
+    assert_eq!((&shown["state"], &shown["operation_id"]), (&json!("moving"), &begun["operation_id"]));
+    until("the master takes it for away", async || {
+        (world.ok("GET", "/hosts/beta", Value::Null).await["state"] == "away").then_some(())
+    })
+    .await;
+    world.ok("POST", "/hosts/beta/fence", json!({ "reason": "it burned", "attest": true })).await;
+    let ended = world.settled(&begun).await;
+    assert_eq!((&ended["state"], &ended["error"]["code"]), (&json!("failed"), &json!("host_fenced")));
+    let shown = world.ok("GET", &path, Value::Null).await;
+    assert_eq!(
+        (&shown["state"], &shown["host_id"], &shown["epoch"], &shown["operation_id"]),
+        (&json!("failed"), &json!(beta.id.to_string()), &json!(2), &Value::Null),
+        "it is the dead host's, which may be recovered: {shown}"
+    );
+    assert!(shown["reason"].as_str().unwrap().contains("fenced"), "{shown}");
+    // Nor does it go on when the next process begins.
+    world.restart().await;
+    assert_eq!(world.ok("GET", &path, Value::Null).await["state"], "failed");
+    assert_eq!(world.settled(&begun).await["state"], "failed");
+}
+
 /// The events of an operation until its end: names and data.
 fn follow(url: &str, token: &str, last: Option<&str>) -> Vec<(String, String, Value)> {
     let agent = ureq::Agent::config_builder().timeout_global(Some(crate::world::LIMIT)).build();

@@ -17,19 +17,20 @@ use cocalc_auth::{
 use cocalc_conat::{Client, ClientOptions, Credentials};
 use cocalc_core::{
     BoxError,
+    backups::{Answer, Backup, BackupKind, Phase, Progress, Restored},
     bus::{Bus, Payload},
     connector::Peer,
     control::{
-        Capabilities, Carried, CommandError, ErrorCode, HostCommand, HostReply, Keepalive, KeepaliveReply,
-        MoveCommand, MoveReply, PeerReply, PeerRequest, ProjectReport, Register, api_subject, inbox_subject,
-        keepalive_subject, stream_subject,
+        BackupsCommand, BackupsOutcome, BackupsReply, BackupsWork, Capabilities, Carried, CommandError,
+        ErrorCode, HostCommand, HostReply, Keepalive, KeepaliveReply, MoveCommand, MoveReply, PeerReply,
+        PeerRequest, ProjectReport, Register, api_subject, inbox_subject, keepalive_subject, stream_subject,
     },
     router::HostAddress,
     runner::{self, State, Status},
     storage,
 };
 use cocalc_ids::{Epoch, HostId, ProjectId, SessionId, SnapshotName, Timestamp, VolumeUuid};
-use cocalc_master::{Config, Master};
+use cocalc_master::{BackupsConfig, Config, Master};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
@@ -101,7 +102,20 @@ impl World {
 
     /// One whose master knows somebody else's accounts, too.
     pub(crate) async fn with(accounts: Option<Arc<dyn cocalc_master::accounts::Accounts>>) -> Self {
+        Self::within(tempfile::tempdir().unwrap(), accounts).await
+    }
+
+    /// One with backups, of which only the hosts know what is in them.
+    pub(crate) async fn with_backups() -> Self {
         let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("backups")).unwrap();
+        Self::within(dir, None).await
+    }
+
+    async fn within(
+        dir: tempfile::TempDir,
+        accounts: Option<Arc<dyn cocalc_master::accounts::Accounts>>,
+    ) -> Self {
         let master = Master::start_with(config(dir.path().join("data"), 0), accounts).await.unwrap();
         let url = master.url().to_owned();
         let admin = std::fs::read_to_string(dir.path().join("data/admin-token")).unwrap().trim().to_owned();
@@ -214,7 +228,11 @@ impl World {
 }
 
 fn config(data: PathBuf, port: u16) -> Config {
+    let place = data.with_file_name("backups");
     let mut config = Config::new(([127, 0, 0, 1], port).into(), data);
+    // The master itself looks into no repository here.
+    let worker = Some("/bin/false".into());
+    config.backups = place.is_dir().then(|| BackupsConfig { worker, ..BackupsConfig::in_directory(place) });
     (config.keepalive_ms, config.lease_ms, config.grace_ms) = (200, 1_000, 500);
     config
 }
@@ -278,6 +296,23 @@ pub(crate) fn label(step: &MoveCommand) -> &'static str {
     }
 }
 
+/// A step of other work, as tests name it.
+fn label_of(command: &HostCommand) -> &'static str {
+    match command {
+        HostCommand::Move { step, .. } => label(step),
+        HostCommand::Backups { what: BackupsCommand::Work { .. }, .. } => "fetch",
+        HostCommand::Backups { what: BackupsCommand::Cancel { .. }, .. } => "cancel",
+        HostCommand::Create { .. } => "create",
+        HostCommand::Start { .. } => "start",
+        HostCommand::Stop { .. } => "stop",
+        HostCommand::RestoreSnapshot { .. } => "swap",
+        HostCommand::DeleteSnapshot { .. } => "delete a snapshot",
+        HostCommand::Configure { .. } => "configure",
+        HostCommand::Report { .. } => "report",
+        _ => "something else",
+    }
+}
+
 /// What a scripted host has and does.
 #[derive(Debug, Default)]
 pub(crate) struct Script {
@@ -309,6 +344,13 @@ pub(crate) struct Script {
     pub(crate) silent: bool,
     /// Refuses everything.
     pub(crate) refuse: Option<ErrorCode>,
+    /// How long it thinks before it answers.
+    pub(crate) slow: Duration,
+    /// Backups never get here.
+    pub(crate) fetches_for_ever: bool,
+    /// Snapshots whose files were put in place, with that for which the state
+    /// before was kept.
+    pub(crate) swaps: Vec<(ProjectId, SnapshotName, SnapshotName)>,
 }
 
 /// A host on the real bus.
@@ -490,6 +532,8 @@ async fn inbox(client: Client, id: HostId, script: Arc<Mutex<Script>>) {
                 }
                 None => script.lock().unwrap().answer(id, command),
             };
+            let slow = script.lock().unwrap().slow;
+            tokio::time::sleep(slow).await;
             if let Some(answer) = answer {
                 let payload = Payload::json(&answer).unwrap();
                 let _ = client.publish(&message.reply.unwrap(), payload).await;
@@ -596,12 +640,7 @@ impl Script {
 
     fn answer(&mut self, host: HostId, command: HostCommand) -> Option<HostReply> {
         self.commands.push(command.clone());
-        let fall = match &command {
-            HostCommand::Move { step, .. } => {
-                self.fall.filter(|(at, _)| *at == label(step)).map(|(_, fall)| fall)
-            }
-            _ => None,
-        };
+        let fall = self.fall.filter(|(at, _)| *at == label_of(&command)).map(|(_, fall)| fall);
         if self.mute || fall == Some(Fall::Before) {
             self.mute = true;
             return None;
@@ -658,8 +697,71 @@ impl Script {
                 self.list(project)
             }
             HostCommand::Snapshots { .. } => self.list(project),
+            HostCommand::RestoreSnapshot { name, former, .. } => {
+                if held.is_some_and(|_| self.projects[&project].1) {
+                    let message = "it runs".to_owned();
+                    return HostReply::Error(CommandError { code: ErrorCode::Busy, message });
+                }
+                let names = self.snapshots.entry(project).or_default();
+                // A repeated one finds what it kept.
+                if !names.contains(&former) {
+                    if !names.contains(&name) {
+                        let message = format!("there is no snapshot {name}");
+                        return HostReply::Error(CommandError { code: ErrorCode::NotFound, message });
+                    }
+                    names.push(former.clone());
+                    self.swaps.push((project, name, former));
+                }
+                HostReply::Project(self.report(project))
+            }
+            HostCommand::Backups { what, .. } => self.back_up(project, what),
             _ => HostReply::Project(self.report(project)),
         }
+    }
+
+    /// What it does about backups, of which each project has one.
+    fn back_up(&mut self, project: ProjectId, what: BackupsCommand) -> HostReply {
+        let backup = |source| Backup {
+            id: "0123456789abcdef".into(),
+            project: source,
+            host: HostId::from_bytes([1; 16]),
+            epoch: Epoch::FIRST,
+            kind: BackupKind::Manual,
+            taken: Timestamp::from_secs(1_800_000_000),
+            bytes: 10,
+            added_bytes: 10,
+            files: 1,
+            files_read: 1,
+        };
+        let answer = match what {
+            BackupsCommand::Ask { .. } => {
+                let answer = Answer::Backups { backups: vec![backup(project)], truncated: false };
+                BackupsReply::Answered { answer }
+            }
+            BackupsCommand::Work { operation, .. } if self.fetches_for_ever => {
+                let progress = Progress { phase: Phase::Restoring, bytes: 5, total_bytes: Some(10) };
+                BackupsReply::Working { operation, progress: Some(progress) }
+            }
+            BackupsCommand::Work { operation, work: BackupsWork::Fetch { source, name, .. }, .. } => {
+                let names = self.snapshots.entry(project).or_default();
+                if !names.contains(&name) {
+                    names.push(name.clone());
+                }
+                let snapshot = storage::Snapshot {
+                    project,
+                    name,
+                    uuid: VolumeUuid::from_bytes([8; 16]),
+                    created: Timestamp::now(),
+                    origin: VolumeUuid::from_bytes([7; 16]),
+                };
+                let restored = Restored { entries: 1, bytes: 10 };
+                let outcome = BackupsOutcome::Fetched { snapshot, restored, backup: backup(source) };
+                BackupsReply::Done { operation, outcome }
+            }
+            BackupsCommand::Cancel { operation } => BackupsReply::Cancelled { operation },
+            _ => BackupsReply::Status { status: None },
+        };
+        HostReply::Backups { project, answer }
     }
 
     /// The project's own snapshots.

@@ -1,0 +1,177 @@
+"use strict";
+// Files: browse, upload, download, edit a text.
+
+(() => {
+  const { byId, made, button, ask, question } = cocalc;
+  const TEXT_BYTES_MAX = 1 << 20;
+  // Encoded segments, each with its slash, as the listing has them.
+  let folder = "";
+  let editing = null;
+
+  const at = (href) => "files/" + folder + href;
+  const said = (text) => { byId("files-said").textContent = text; };
+  const report = (error) => said(error.message);
+  const encode = (name) => encodeURIComponent(name).replace(/[!'()*]/g, (c) => "%" + c.charCodeAt(0).toString(16));
+  const shown = (path) => { try { return decodeURIComponent(path); } catch { return path; } };
+
+  function row(entry) {
+    const name = made("td", "");
+    const act = made("td", "");
+    if (entry.kind === "directory") {
+      const link = made("a", entry.name + "/");
+      link.href = "#files/" + folder + entry.href;
+      name.append(link);
+    } else {
+      name.textContent = entry.name + (entry.kind === "file" ? "" : " (" + entry.kind + ")");
+    }
+    if (entry.kind === "file") {
+      const save = made("a", "Download");
+      // Not the attribute: what browsers save by that, they ask for without the
+      // session that belongs to this frame.
+      save.href = at(entry.href) + "?download";
+      save.setAttribute("aria-label", "Download " + entry.name);
+      act.append(save);
+      if (entry.bytes <= TEXT_BYTES_MAX) act.append(button("Edit", "Edit " + entry.name, () => edit(entry.name, entry.href)));
+    }
+    if (entry.kind === "file" || entry.kind === "directory") {
+      act.append(button("Delete", "Delete " + entry.name, async () => {
+        if (!(await question("Delete " + entry.name + "?"))) return;
+        try { await ask(at(entry.href), { method: "DELETE" }); await list(); } catch (error) { report(error); }
+      }));
+    }
+    const when = new Date(entry.modified * 1000);
+    const bytes = entry.bytes === null || entry.bytes === undefined ? "" : String(entry.bytes);
+    return made("tr", "", name, made("td", bytes), made("td", when.toLocaleString()), act);
+  }
+
+  async function list(next) {
+    const seen = await (await ask(at("") + (next ? next + "&format=json" : "?format=json"))).json();
+    const rows = seen.entries.map(row);
+    if (!next && folder) {
+      const up = made("a", "../");
+      up.href = "#files/" + folder.split("/").slice(0, -2).map((one) => one + "/").join("");
+      rows.unshift(made("tr", "", made("td", "", up), made("td", ""), made("td", ""), made("td", "")));
+    }
+    if (next) byId("entries").append(...rows); else byId("entries").replaceChildren(...rows);
+    byId("where").textContent = "/" + shown(folder);
+    byId("archive").href = at("") + "?archive=tar";
+    const more = byId("more");
+    more.hidden = !seen.next;
+    more.onclick = () => list(seen.next).catch(report);
+    if (!next) said(seen.entries.length ? "" : "This folder is empty.");
+  }
+
+  // An upload says how far it is; a file that is there is replaced only if that
+  // is wished.
+  function put(file, line, bar, replace) {
+    return new Promise((resolve, reject) => {
+      const request = new XMLHttpRequest();
+      request.open("PUT", at(encode(file.name)));
+      if (!replace) request.setRequestHeader("If-None-Match", "*");
+      request.upload.onprogress = (event) => { if (event.lengthComputable) { bar.max = event.total || 1; bar.value = event.loaded; } };
+      request.onload = () => {
+        if (request.status < 300) { resolve(true); return; }
+        if (request.status === 412 && !replace) { resolve(false); return; }
+        let message = "The host answered " + request.status + ".";
+        try { message = JSON.parse(request.responseText).message || message; } catch { /* not the host's own */ }
+        reject(new Error(message));
+      };
+      request.onerror = () => reject(new Error("The connection broke."));
+      request.onabort = () => reject(new Error("It was cancelled."));
+      line.append(button("Cancel", "Cancel the upload of " + file.name, () => request.abort()));
+      request.send(file);
+    });
+  }
+  async function upload(file) {
+    const bar = made("progress", "");
+    bar.setAttribute("aria-label", "How much of " + file.name + " is there");
+    const text = made("span", file.name + " ");
+    const line = made("li", "", text, bar);
+    byId("uploads").append(line);
+    try {
+      let done = await put(file, line, bar, false);
+      if (!done && await question(file.name + " is there already. Replace it?")) done = await put(file, line, bar, true);
+      text.textContent = file.name + (done ? ": uploaded " : ": left as it was ");
+      bar.max = bar.value = 1;
+    } catch (error) {
+      text.textContent = file.name + ": " + error.message + " ";
+      bar.remove();
+    }
+    for (const old of line.querySelectorAll("button")) old.remove();
+    line.append(button("Hide", "Hide the upload of " + file.name, () => line.remove()));
+  }
+  async function uploads(files) {
+    for (const file of files) await upload(file);
+    await list();
+  }
+
+  async function edit(name, href) {
+    const answer = await ask(at(href));
+    const bytes = new Uint8Array(await answer.arrayBuffer());
+    let text;
+    try { text = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes); } catch {
+      said(name + " is not text. Download it.");
+      return;
+    }
+    // A text area knows one kind of line end only.
+    const crlf = text.includes("\r\n") && !/[^\r]\n/.test(text);
+    editing = { name, href: at(href), tag: answer.headers.get("etag"), crlf };
+    byId("editor-name").textContent = name;
+    byId("text").value = text;
+    byId("editor-said").textContent = "";
+    byId("editor").hidden = false;
+    byId("text").focus();
+  }
+  async function save(replace) {
+    const headers = replace ? {} : editing.tag ? { "If-Match": editing.tag } : { "If-None-Match": "*" };
+    const text = byId("text").value;
+    const body = editing.crlf ? text.replace(/\r?\n/g, "\r\n") : text;
+    try {
+      const answer = await ask(editing.href, { method: "PUT", headers, body });
+      editing.tag = answer.headers.get("etag");
+      byId("editor-said").textContent = "Saved.";
+      await list();
+    } catch (error) {
+      if (error.status === 412 && !replace) {
+        if (await question("Somebody else has changed this file meanwhile. Replace it with your text?")) await save(true);
+        else byId("editor-said").textContent = "Not saved: the file was changed meanwhile.";
+        return;
+      }
+      byId("editor-said").textContent = "Not saved: " + error.message;
+    }
+  }
+  byId("editor").addEventListener("submit", (event) => { event.preventDefault(); save(false); });
+  byId("close").addEventListener("click", () => { byId("editor").hidden = true; editing = null; });
+  byId("upload").addEventListener("change", (event) => {
+    uploads([...event.target.files]).catch(report);
+    event.target.value = "";
+  });
+  byId("new-folder").addEventListener("click", async () => {
+    const name = await question("Name of the folder", true);
+    if (name) ask(at(encode(name)), { method: "MKCOL" }).then(() => list()).catch(report);
+  });
+  byId("new-file").addEventListener("click", async () => {
+    const name = await question("Name of the file", true);
+    if (!name) return;
+    editing = { name, href: at(encode(name)), tag: null, crlf: false };
+    byId("editor-name").textContent = name;
+    byId("text").value = "";
+    byId("editor-said").textContent = "It is there once it is saved.";
+    byId("editor").hidden = false;
+    byId("text").focus();
+  });
+  const files = byId("files");
+  files.addEventListener("dragover", (event) => event.preventDefault());
+  files.addEventListener("drop", (event) => {
+    event.preventDefault();
+    uploads([...event.dataTransfer.files]).catch(report);
+  });
+
+  cocalc.views.files = {
+    show(rest) {
+      const parts = rest.split("/").filter((one) => one && one !== "." && one !== "..");
+      folder = parts.map((one) => one + "/").join("");
+      list().catch(report);
+    },
+  };
+})();

@@ -1,0 +1,208 @@
+// A project in the frame of the master's page: terminal, files, ports, a move, a
+// stop, a revocation, signing out.
+
+import assert from "node:assert";
+import { readFileSync, writeFileSync, mkdirSync } from "node:fs";
+import { join } from "node:path";
+import { HOSTS, MASTER, api, browser, enter, framed, person, project, run, settle, shot, shows, screen, told, types, until } from "./driver.mjs";
+
+await run(async () => {
+  const { hosts } = await api("GET", "/hosts");
+  const alpha = hosts.find((host) => host.name === "alpha").id;
+  const beta = hosts.find((host) => host.name === "beta").id;
+  const id = await project("in a frame", alpha);
+
+  // The owner opens it, and types.
+  const { page, complaints } = await browser("owner");
+  await page.goto(`${MASTER}/projects/${id}`);
+  await shot(page, "master-signed-out");
+  await enter(page, id, told.admin);
+  let frame = await framed(page, HOSTS[0]);
+  await frame.locator(".screen:not([hidden]) .xterm").waitFor();
+  await types(page, frame, "echo typed-$((40+2)); kept=7\n");
+  await shows(frame, "typed-42");
+  await shot(page, "terminal");
+  assert.equal(new URL(frame.url()).origin, `https://${id}.${HOSTS[0]}`);
+  assert(!frame.url().includes("cocalc_token") && !page.url().includes("cocalc_token"));
+
+  // Another site in the frame, whose ordinary cookies are blocked: the session
+  // is kept apart for this page, and that is enough.
+  const cookies = await frame.evaluate(() => {
+    document.cookie = "plain=1; SameSite=None; Secure";
+    document.cookie = "apart=1; SameSite=None; Secure; Partitioned";
+    return document.cookie;
+  });
+  assert.equal(cookies, "apart=1", "third-party cookies are not blocked");
+
+  // Nobody else may have it in a frame: a page of another name shows nothing.
+  const other = await page.context().newPage();
+  await other.goto(`https://other.example:${new URL(MASTER).port}/healthz`);
+  await other.evaluate((url) => { document.body.innerHTML = `<iframe name="project" src="${url}"></iframe>`; }, frame.url());
+  await until("a refused frame", () => other.frames().some((one) => one.url().startsWith("chrome-error:")
+    || one.url().includes(HOSTS[0])));
+  const strange = other.frames().find((one) => one !== other.mainFrame());
+  assert.equal(await strange.evaluate(() => typeof cocalc).catch(() => "undefined"), "undefined");
+  await other.close();
+
+  // Keyboard alone leads through the page's parts.
+  await page.getByLabel("Show", { exact: true }).selectOption("files");
+  frame = await until("the files", async () => {
+    const found = await framed(page, HOSTS[0]);
+    return (await found.locator("#files").isVisible().catch(() => false)) ? found : null;
+  });
+
+  // Upload, download, edit.
+  mkdirSync(told.dir, { recursive: true });
+  const big = join(told.dir, "big file ü.bin");
+  const bytes = Buffer.alloc(3_000_000, "0123456789abcdef");
+  writeFileSync(big, bytes);
+  const text = join(told.dir, "text.txt");
+  writeFileSync(text, "one\r\ntwo\r\n");
+  await frame.locator("#upload").setInputFiles([big, text]);
+  await frame.getByText("big file ü.bin: uploaded").waitFor();
+  await frame.getByText("text.txt: uploaded").waitFor();
+  const download = page.waitForEvent("download");
+  await frame.getByRole("link", { name: "Download big file ü.bin" }).click();
+  const saved = await (await download).path();
+  assert(readFileSync(saved).equals(bytes), "what comes back is what was sent");
+  await frame.getByRole("button", { name: "Edit text.txt" }).click();
+  const area = frame.getByLabel("Text of the file");
+  await until("the text", async () => (await area.inputValue()) === "one\ntwo\n");
+  await area.fill("one\ntwo\nthree\n");
+  await frame.getByRole("button", { name: "Save" }).click();
+  await frame.getByText("Saved.").waitFor();
+  await shot(page, "files");
+  // A file that is there is not replaced without a question.
+  writeFileSync(text, "other");
+  await frame.locator("#upload").setInputFiles([text]);
+  await frame.getByRole("dialog").getByRole("button", { name: "No" }).click();
+  await frame.getByText("text.txt: left as it was").waitFor();
+
+  // The terminal of before goes on: another part of the page is another
+  // connection, to the same shell.
+  await frame.getByRole("link", { name: "Terminal" }).click();
+  await shows(frame, "typed-42");
+  await types(page, frame, "echo still-$kept; od -c text.txt | head -1\n");
+  await shows(frame, "still-7");
+  await shows(frame, "t   h   r   e   e  \\r");
+
+  // Ports: one that answers, which may be shown, and one that may not.
+  await types(page, frame, "python3 -m http.server --bind 127.0.0.1 8123 >/dev/null 2>&1 &\n");
+  await types(page, frame, `python3 -c 'import http.server as h
+class H(h.BaseHTTPRequestHandler):
+ def do_GET(s): s.send_response(200); s.send_header("Content-Type", "text/html"); s.send_header("X-Frame-Options", "DENY"); s.end_headers(); s.wfile.write(b"<h1>alone</h1>")
+h.HTTPServer(("127.0.0.1", 8124), H).serve_forever()' 2>/dev/null &\n`);
+  await until("both ports", async () => {
+    await frame.evaluate(() => { location.hash = ""; location.hash = "ports"; });
+    await frame.getByText("Looking…").waitFor({ state: "hidden" });
+    const list = await frame.locator("#port-list").innerText();
+    return /8123\s+HTTP\s/.test(list) && /8124\s+HTTP, not in a frame/.test(list);
+  });
+  await shot(page, "ports");
+  const popup = page.context().waitForEvent("page");
+  await frame.getByRole("button", { name: /Open port 8124 at proxy/ }).click();
+  const tab = await popup;
+  await tab.getByText("alone").waitFor();
+  assert(!tab.url().includes("token"), tab.url());
+  await shot(tab, "app-in-a-tab");
+  await tab.close();
+
+  // An app in the frame, chosen at the master: on an origin of its own.
+  await page.getByLabel("Show", { exact: true }).selectOption("8123");
+  const listed = await until("the app", () => page.frames().find((one) => one.url() === `https://8123--${id}.${HOSTS[0]}/`));
+  await listed.getByRole("heading", { name: /Directory listing/ }).waitFor();
+  await listed.getByRole("link", { name: "text.txt" }).waitFor();
+  await shot(page, "app-in-the-frame");
+  // And below the project's page, where it does not see its prefix.
+  await page.getByLabel("Show", { exact: true }).selectOption("ports");
+  frame = await framed(page, HOSTS[0]);
+  await frame.getByRole("link", { name: "proxy/8123/", exact: true }).click();
+  const below = await until("the app", () => page.frames().find((one) => one.url() === `https://${id}.${HOSTS[0]}/proxy/8123/`));
+  await below.getByRole("link", { name: "text.txt" }).click();
+  await until("its file", () => page.frames().some((one) => one.url() === `https://${id}.${HOSTS[0]}/proxy/8123/text.txt`));
+  await page.getByLabel("Show", { exact: true }).selectOption("terminal");
+  frame = await framed(page, HOSTS[0]);
+
+  // It moves while somebody types.
+  await frame.getByRole("link", { name: "Terminal" }).click();
+  await types(page, frame, "echo before-the-move\n");
+  await shows(frame, "before-the-move");
+  let typing = true;
+  const typist = (async () => {
+    while (typing) {
+      await page.keyboard.type("x").catch(() => {});
+      await new Promise((resolve) => setTimeout(resolve, 40));
+    }
+  })();
+  await settle(await api("POST", `/projects/${id}/move`, { to: beta }));
+  frame = await framed(page, HOSTS[1]);
+  typing = false;
+  await typist;
+  // What was shown is there, and a new shell answers, without anybody's doing.
+  await shows(frame, "before-the-move");
+  await shows(frame, "the project has moved; this is a new shell");
+  await types(page, frame, "\x15echo after-$((1+1)); cat text.txt\n");
+  await shows(frame, "after-2");
+  await shows(frame, "three");
+  await shot(page, "after-a-move");
+
+  // Somebody else, whose access is withdrawn while a terminal shows things.
+  const bob = await person("bob");
+  await api("POST", `/projects/${id}/members`, { account_id: bob.id, role: "collaborator" });
+  const theirs = await browser("bob");
+  await enter(theirs.page, id, bob.token);
+  const inTheirs = await framed(theirs.page, HOSTS[1]);
+  await shows(inTheirs, "after-2");
+  await types(theirs.page, inTheirs, "while sleep 0.1; do echo tick-$((n++)); done\n");
+  await shows(inTheirs, "tick-3");
+  await api("DELETE", `/projects/${id}/members/${bob.id}?wait=true`);
+  await inTheirs.getByText("Your access to this project was withdrawn.").waitFor();
+  const last = await screen(inTheirs);
+  await shot(theirs.page, "revoked");
+  // The shell goes on, as its owner sees; who was removed sees no more of it.
+  const ticks = (text) => Number([...text.matchAll(/tick-(\d+)/g)].pop()?.[1] ?? -1);
+  await until("more ticks", async () => ticks(await screen(frame)) > ticks(last) + 2);
+  assert.equal(await screen(inTheirs), last);
+  await types(page, frame, "\x03");
+
+  // Stopped: the page says so, and what starts it is asked for.
+  await settle(await api("POST", `/projects/${id}/stop`, {}));
+  await frame.getByText("The project is stopped, or moving.").waitFor();
+  await shot(page, "stopped");
+  await frame.getByRole("button", { name: "Start it" }).click();
+  await until("a new shell", async () => {
+    frame = await framed(page, HOSTS[1]);
+    return (await frame.locator("#gone").isHidden().catch(() => false)) && (await screen(frame).catch(() => "")).length > 0;
+  });
+  await types(page, frame, "echo woken-$((1+1))\n");
+  await shows(frame, "woken-2");
+  assert.equal((await api("GET", `/projects/${id}`)).state, "running");
+
+  // Signing out everywhere, in one of two windows, ends both.
+  const carol = await person("carol");
+  await api("POST", `/projects/${id}/members`, { account_id: carol.id, role: "collaborator" });
+  const hers = await browser("carol");
+  await enter(hers.page, id, carol.token);
+  await shows(await framed(hers.page, HOSTS[1]), "woken-2");
+  const second = await hers.page.context().newPage();
+  await enter(second, id, carol.token);
+  const inSecond = await framed(second, HOSTS[1]);
+  await shows(inSecond, "woken-2");
+  await hers.page.getByRole("button", { name: "Sign out everywhere" }).click();
+  await hers.page.getByText("You are signed out.").waitFor();
+  await until("an empty frame", () => hers.page.frames().every((one) => !one.url().includes("beta.test")));
+  await inSecond.locator("#gone").waitFor();
+  await second.getByLabel("API token").waitFor();
+  await shot(second, "signed-out-elsewhere");
+
+  // A viewer has files, and no shell.
+  const dave = await person("dave");
+  await api("POST", `/projects/${id}/members`, { account_id: dave.id, role: "viewer" });
+  const his = await browser("dave");
+  await enter(his.page, id, dave.token);
+  const listing = await until("the files", () => his.page.frames().find((one) => one.url().endsWith("/files/")));
+  await listing.getByText("text.txt").waitFor();
+  await shot(his.page, "viewer");
+  assert.deepEqual(complaints, []);
+  console.log("the page is used in a frame of another site");
+});
