@@ -242,6 +242,7 @@ pub(super) fn run(api: &Api, output: Output, verb: Project) -> Result<ExitCode, 
 
 /// Sets, removes or lists variables or secrets.
 fn variable(api: &Api, output: Output, kind: &str, verb: Variable) -> Result<(), Failure> {
+    let changes = !matches!(verb, Variable::List { .. });
     let answer = match verb {
         Variable::Set { id, name, value } => {
             let value = match value {
@@ -260,6 +261,9 @@ fn variable(api: &Api, output: Output, kind: &str, verb: Variable) -> Result<(),
         Variable::Unset { id, name } => api.delete(&format!("/projects/{id}/{kind}/{}", encoded(&name)))?,
         Variable::List { id } => api.get(&format!("/projects/{id}/{kind}"))?,
     };
+    if changes && kind == "env" {
+        eprintln!("the project has it so from its next start; what runs keeps the environment it has");
+    }
     match (output, answer["env"].as_object()) {
         (Output::Table, Some(env)) => {
             for (name, value) in env {
