@@ -95,9 +95,15 @@ impl Drop for Outside {
 /// A name server on the host's loopback, where a project can't reach it: knows a
 /// few names, over UDP and TCP. Returns its address.
 fn name_server() -> SocketAddr {
-    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    // A port that is free for both.
+    let (socket, listener) = (0..100)
+        .find_map(|_| {
+            let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+            let listener = std::net::TcpListener::bind(socket.local_addr().unwrap()).ok()?;
+            Some((socket, listener))
+        })
+        .unwrap();
     let address = socket.local_addr().unwrap();
-    let listener = std::net::TcpListener::bind(address).unwrap();
     std::thread::spawn(move || {
         let mut buffer = [0; 512];
         while let Ok((count, from)) = socket.recv_from(&mut buffer) {

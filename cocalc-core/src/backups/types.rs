@@ -263,7 +263,7 @@ mod tests {
             files_read: 0,
         };
         // The first host's clock was ahead by years.
-        let mut all = vec![backup("c", 1, 9_000), backup("a", 2, 20), backup("b", 2, 10), backup("d", 2, 20)];
+        let mut all = [backup("c", 1, 9_000), backup("a", 2, 20), backup("b", 2, 10), backup("d", 2, 20)];
         all.sort_by(Backup::order);
         assert_eq!(all.iter().map(|one| one.id.as_str()).collect::<Vec<_>>(), ["c", "b", "a", "d"]);
     }

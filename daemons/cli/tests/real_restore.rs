@@ -10,6 +10,8 @@ use std::{
     process::{Command, Output},
 };
 
+use cocalc_core::auth::Secret;
+use cocalc_ssh::client::{Client, HostKeyCheck, Identity};
 use serde_json::{Value, json};
 use world::{World, program, run_line, until, way};
 
@@ -46,6 +48,17 @@ impl World {
             ready.then(|| way(&self.api(), project, 1))
         });
         runtime.block_on(run_line(&way, line.to_owned()));
+    }
+
+    /// Whether a login works now.
+    fn lets_in(&self, project: &str) -> bool {
+        let way = way(&self.api(), project, 1);
+        let login = async {
+            let identity = Identity::Token(Secret::new(way.token.clone()));
+            let id = way.project.parse().unwrap();
+            Client::connect(&way.ssh, id, &identity, HostKeyCheck::Any).await.is_ok()
+        };
+        tokio::runtime::Runtime::new().unwrap().block_on(login)
     }
 
     fn state(&self, project: &str) -> Value {
@@ -201,6 +214,8 @@ fn what_a_dead_host_had_comes_up_elsewhere_and_its_return_harms_nobody() {
     assert_eq!(world.json(&["host", "unfence", "alpha"]).0, 0);
     world.connected(2, 0);
     world.settle(&world.ok("POST", &format!("/projects/{unlucky}/start"), json!({})));
+    // The host has a lease again; a moment later it knows who may do what.
+    until("a login", || world.lets_in(&unlucky).then_some(()));
     world.line(&unlucky, "test \"$(cat text)\" = mine");
     world.line(&lucky, "test \"$(cat text)\" = three");
     assert_eq!(world.state(&lucky)["host_id"], beta);
@@ -298,5 +313,61 @@ fn the_command_line_does_all_that_there_is_to_do_with_backups() {
     world.json(&["backup", "delete", &project, short]);
     assert!(!ok(&["backup", "list", &project]).contains(short));
     ok(&["backup", "erase", &project, "--yes"]);
+    std::fs::remove_dir_all(place).unwrap();
+}
+
+/// The host dies at whatever step it is: the restore is done or not, as its
+/// operation says, and what was there is never lost.
+#[test]
+fn a_host_that_dies_in_a_restore_finishes_it_or_leaves_the_project_as_it_was() {
+    let (mut world, place) = with_backups();
+    // Slow enough to be caught in the act.
+    world.add_host("alpha", "[backups]\nbytes_per_sec = 4000000\n");
+    world.connected(1, 0);
+    let project = world.project_on("alpha", false);
+    world.line(&project, "head -c 6000000 /dev/urandom >blob; sha256sum blob >sum; echo one >text");
+    let made = world.back_up(&project);
+    let backup = made["backup_id"].as_str().unwrap();
+    let (mut done, mut failed) = (0, 0);
+    for step in
+        ["restoring", "verifying", "restored and verified", "stopping", "putting it in place", "tidying"]
+    {
+        world.line(&project, &format!("echo '{step}' >text; rm -f new; echo new >new"));
+        let path = format!("/projects/{project}/backups/{backup}/restore");
+        let begun = world.ok("POST", &path, json!({ "to": "in_place" }));
+        let id = begun["operation_id"].as_str().unwrap();
+        let look = || world.call("GET", &format!("/operations/{id}"), Value::Null).ok();
+        // Some steps are over in a moment; then it dies in a later one.
+        until("its step", || {
+            let seen = look()?;
+            let ended = seen["state"] != "running";
+            (ended || seen["phase"].as_str().unwrap_or_default().starts_with(step)).then_some(())
+        });
+        world.kill("alpha");
+        world.start("alpha");
+        world.connected(1, 0);
+        let ended = until("its end", || {
+            let seen =
+                world.call("GET", &format!("/operations/{id}/wait?timeout_secs=10"), Value::Null).ok()?;
+            (seen["state"] != "running").then_some(seen)
+        });
+        if world.state(&project)["state"] != "running" {
+            world.settle(&world.ok("POST", &format!("/projects/{project}/start"), json!({})));
+        }
+        if ended["state"] == "done" {
+            done += 1;
+            world.line(&project, "sha256sum -c sum && test \"$(cat text)\" = one && test ! -e new");
+        } else {
+            failed += 1;
+            world.line(
+                &project,
+                &format!("sha256sum -c sum && test \"$(cat text)\" = '{step}' && test -e new"),
+            );
+        }
+        // Nothing of it is left but the state before, where there is one.
+        let left = world.ok("GET", &format!("/projects/{project}/snapshots"), Value::Null).to_string();
+        assert!(ended["state"] != "done" || !left.contains("\"restored-"), "{step}: {left}\n{}", world.log());
+    }
+    assert!(done > 0, "{failed} failed\n{}", world.log());
     std::fs::remove_dir_all(place).unwrap();
 }
