@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use cocalc_core::BoxError;
 use rustls::{
     ServerConfig,
     crypto::CryptoProvider,
@@ -91,6 +92,21 @@ impl Tls {
             .with_cert_resolver(files.clone());
         config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
         Ok(Self { files, acceptor: TlsAcceptor::from(Arc::new(config)) })
+    }
+
+    /// As [`open`](Self::open) with the files that a configuration names, if it
+    /// names any, apart from the runtime.
+    ///
+    /// # Errors
+    ///
+    /// As [`TlsError`] says.
+    pub async fn configured(
+        certificate: Option<&Path>,
+        key: Option<&Path>,
+    ) -> Result<Option<Self>, BoxError> {
+        let (Some(certificate), Some(key)) = (certificate, key) else { return Ok(None) };
+        let (certificate, key) = (certificate.to_owned(), key.to_owned());
+        Ok(Some(tokio::task::spawn_blocking(move || Self::open(&certificate, &key)).await??))
     }
 
     /// Reads the files again, and shows what they have to new connections, if

@@ -43,7 +43,6 @@ use crate::{
     apps::Apps,
     backends::Backends,
     backups::{self, FromMaster},
-    certificate,
     config::Config,
     drill::Drill,
     endpoints::HostEndpoints,
@@ -429,7 +428,8 @@ impl Foundation {
         let file = |error: std::io::Error| Error::File { path: data.clone(), source: error.into() };
         let lock = cocalc_daemon::files::lock_directory(&data).map_err(file)?;
         let identity = join::identity(&data, config.join_token_file.as_deref())?;
-        let tls = certificate::open(config.tls_cert.as_deref(), config.tls_key.as_deref()).await?;
+        let tls = Tls::configured(config.tls_cert.as_deref(), config.tls_key.as_deref()).await;
+        let tls = tls.map_err(Error::open("certificate"))?;
         let listeners = Listeners {
             http: listen("listen", config.listen).await?,
             ssh: listen("ssh_listen", config.ssh_listen).await?,

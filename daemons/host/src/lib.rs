@@ -21,7 +21,6 @@
 mod apps;
 mod backends;
 mod backups;
-mod certificate;
 mod config;
 mod deaths;
 mod drill;

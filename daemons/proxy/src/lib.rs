@@ -17,7 +17,6 @@
 //! }
 //! ```
 
-mod certificate;
 mod config;
 mod endpoints;
 mod names;

@@ -24,7 +24,7 @@ use cocalc_daemon::{
     probe::Metrics,
     start::{Error, listen, make_dir},
 };
-use cocalc_http::{ProxyIngress, Served, TokenHost, TokenPrecheck};
+use cocalc_http::{ProxyIngress, Served, Tls, TokenHost, TokenPrecheck};
 use cocalc_sqlite::HostAcl;
 use cocalc_ssh::{HostKeys, RemoteGate, SshIngress};
 use cocalc_transfer::DirectConnector;
@@ -32,8 +32,7 @@ use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    certificate, config::Config, endpoints::ProxyEndpoints, names::MasterNames, pinned::Pinned,
-    registrar::Registrar,
+    config::Config, endpoints::ProxyEndpoints, names::MasterNames, pinned::Pinned, registrar::Registrar,
 };
 
 /// How long the master may take to say where a project is.
@@ -66,7 +65,8 @@ impl Proxy {
         let file = |error: std::io::Error| Error::File { path: data.clone(), source: error.into() };
         let lock = cocalc_daemon::files::lock_directory(&data).map_err(file)?;
         let identity = Arc::new(join::identity(&data, config.join_token_file.as_deref())?);
-        let tls = certificate::open(config.tls_cert.as_deref(), config.tls_key.as_deref()).await?;
+        let tls = Tls::configured(config.tls_cert.as_deref(), config.tls_key.as_deref()).await;
+        let tls = tls.map_err(Error::open("certificate"))?;
         let http_listener = listen("listen", config.listen).await?;
         let ssh_listener = listen("ssh_listen", config.ssh_listen).await?;
         let at = |listener: &TcpListener| listener.local_addr().map(|address| address.to_string());
