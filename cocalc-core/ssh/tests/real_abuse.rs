@@ -6,13 +6,12 @@
 
 mod common;
 
-use std::{net::Ipv4Addr, path::PathBuf, time::Duration};
+use std::{net::Ipv4Addr, time::Duration};
 
-use common::{World, finish, text, within};
+use common::{World, client, finish, text, within};
 use tokio::{
     io::AsyncReadExt,
     net::{TcpSocket, TcpStream},
-    process::Command,
 };
 
 /// The memory of this process, in bytes.
@@ -125,14 +124,6 @@ except (asyncio.TimeoutError, asyncssh.Error, ConnectionError) as e:
 print("done")
 "#;
 
-fn python() -> PathBuf {
-    let place = std::env::var_os("COCALC_SSH_CLIENTS")
-        .map_or_else(|| PathBuf::from("/var/cache/cocalc/ssh-clients"), PathBuf::from);
-    let python = place.join("bin/python3");
-    assert!(python.exists(), "{} is not there: run .ci/setup.sh test", python.display());
-    python
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_has_logged_in_and_floods_harms_only_itself() {
     let world = World::new().await;
@@ -143,9 +134,9 @@ async fn who_has_logged_in_and_floods_harms_only_itself() {
             if port == world.proxied && !["opens", "window"].contains(&what) {
                 continue;
             }
-            let mut command = Command::new(python());
+            let mut command = client("python3");
             command.args(["-c", ABUSE, &world.project.to_string(), &port.to_string()]);
-            command.arg(world.path("id")).arg(what).kill_on_drop(true);
+            command.arg(world.path("id")).arg(what);
             let (abuse, user) = tokio::join!(finish(command, b""), world.run(port, "echo fine", b""));
             assert_eq!(text(&abuse.stdout), "in\ndone\n", "{what}: {}", text(&abuse.stderr));
             assert_eq!(text(&user.stdout), "fine\n", "beside {what}: {}", text(&user.stderr));

@@ -7,26 +7,15 @@
 
 mod common;
 
-use std::{net::IpAddr, path::PathBuf, process::Stdio, sync::atomic::Ordering, time::Duration};
+use std::{net::IpAddr, process::Stdio, sync::atomic::Ordering, time::Duration};
 
 use cocalc_ssh::{HostKeyType, HostKeys, SshIngress};
-use common::{World, finish, text, until, within};
+use common::{World, client, finish, text, until, within};
 use tokio::{
     io::AsyncReadExt,
     net::{TcpListener, TcpStream},
     process::Command,
 };
-
-/// A program of the virtual environment with the clients.
-fn client(name: &str) -> Command {
-    let place = std::env::var_os("COCALC_SSH_CLIENTS")
-        .map_or_else(|| PathBuf::from("/var/cache/cocalc/ssh-clients"), PathBuf::from);
-    let program = place.join("bin").join(name);
-    assert!(program.exists(), "{} is missing: run .ci/setup.sh test", program.display());
-    let mut command = Command::new(program);
-    command.kill_on_drop(true);
-    command
-}
 
 fn keygen(world: &World, name: &str, options: &[&str]) -> String {
     let made = std::process::Command::new("ssh-keygen")

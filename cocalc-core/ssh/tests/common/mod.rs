@@ -607,3 +607,14 @@ pub fn keygen(path: &Path) -> String {
 pub fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
+
+/// A program of the virtual environment with the clients.
+pub fn client(name: &str) -> tokio::process::Command {
+    let place = std::env::var_os("COCALC_SSH_CLIENTS")
+        .map_or_else(|| PathBuf::from("/var/cache/cocalc/ssh-clients"), PathBuf::from);
+    let program = place.join("bin").join(name);
+    assert!(program.exists(), "{} is missing: run .ci/setup.sh test", program.display());
+    let mut command = tokio::process::Command::new(program);
+    command.kill_on_drop(true);
+    command
+}
