@@ -10,7 +10,8 @@ fi
 # The daemons that the end-to-end tests start are built first, so that every
 # test finds them, and nothing is compiled twice.
 cargo build --workspace --bins
-cargo test --workspace --all-targets
+# What is ignored needs what is installed with COCALC_FULL only.
+cargo test --workspace --all-targets ${COCALC_FULL:+-- --include-ignored}
 cargo test --workspace --doc
 
 # Each example is a program that an integrator would start.
