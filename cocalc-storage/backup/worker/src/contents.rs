@@ -105,7 +105,7 @@ impl Plan {
             match windows.last_mut() {
                 Some(last)
                     if last.pack == pack
-                        && offset <= (last.offset + last.length).saturating_add(GAP_BYTES)
+                        && offset <= last.offset.saturating_add(last.length).saturating_add(GAP_BYTES)
                         && end - last.offset <= WINDOW_BYTES =>
                 {
                     last.length = last.length.max(end - last.offset);
