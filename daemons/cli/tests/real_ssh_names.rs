@@ -177,6 +177,7 @@ fn names_lead_to_projects_and_keys_prove_their_hosts_also_without_a_master() {
         users.refused("nobody-here");
     }
     users.world.start("master");
+    until("the master", || users.world.call("GET", "/account", Value::Null).ok());
     users.world.connected(1, 1);
     users.opens("thesis", &[]);
 }
