@@ -609,10 +609,19 @@ impl Handler for Connection {
             return Ok(());
         };
         let target = if let Login::Passage(_) = &*login {
-            // A name that means nothing leads to somebody who refuses it, like one
-            // that does: nobody has proved anything here.
-            let project = self.project(host_to_connect).await;
-            Target::Project(project.unwrap_or_else(|| nobodys(host_to_connect)), self.source)
+            // A name that no project has, but one could, leads to somebody who
+            // refuses it, like one that means something: nobody has proved
+            // anything here.
+            let name = host_to_connect;
+            let project = match self.project(name).await {
+                None if name.parse::<ProjectAlias>().is_ok() => Some(nobodys(name)),
+                project => project,
+            };
+            let Some(project) = project else {
+                reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await;
+                return Ok(());
+            };
+            Target::Project(project, self.source)
         } else if is_loopback(host_to_connect) {
             Target::Port(port)
         } else if is_host(host_to_connect) && self.permits(|permits| permits.ports == Ports::All) {
