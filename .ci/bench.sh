@@ -20,7 +20,8 @@ clean_up() {
   if [ -e "$dir/data" ]; then
     timeout 120 "$target/release/cocalc" down --dir "$dir/data" >/dev/null || status=1
   fi
-  timeout 60 podman rm --force --ignore --time 0 cocalc-bench >/dev/null 2>&1 || true
+  timeout 60 podman ps --all --quiet --filter 'name=^cocalc-bench-[0-9]+$' 2>/dev/null |
+    timeout 60 xargs --no-run-if-empty podman rm --force --time 0 >/dev/null 2>&1 || true
   timeout 60 podman rmi --force localhost/cocalc-bench >/dev/null 2>&1 || true
   [ "$status" -eq 0 ] || tail -n 5 "$dir"/data/log/*.log "$dir"/nginx/error.log 2>/dev/null >&2 || true
   if mountpoint -q "$dir/bench-source"; then umount "$dir/bench-source" || status=1; fi

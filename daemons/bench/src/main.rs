@@ -4,10 +4,12 @@
 
 mod auth;
 mod backup;
+mod container;
 mod federation;
 mod hogs;
 mod http;
 mod moves;
+mod processes;
 mod ssh;
 mod start;
 mod storage;
@@ -83,6 +85,12 @@ struct Effort {
     seconds: u32,
     /// Of the file that goes through SSH.
     ssh_mib: u32,
+    /// Of the tree that goes through it.
+    small_files: u32,
+    /// Of SSH sessions that are open at once.
+    sessions: u32,
+    /// Of commands one after the other in a connection.
+    rounds: u32,
     /// Of the project that moves.
     move_mib: u32,
     /// With how many snapshots present another one is taken.
@@ -133,7 +141,10 @@ fn fill(arguments: &Arguments, table: &mut Table) -> Result<()> {
         Effort {
             runs: arguments.runs.min(2),
             seconds: 1,
-            ssh_mib: 64,
+            ssh_mib: 16,
+            small_files: 300,
+            sessions: 20,
+            rounds: 5,
             move_mib: 64,
             snapshots: &[1, 20],
             snapshot_runs: 5,
@@ -147,6 +158,9 @@ fn fill(arguments: &Arguments, table: &mut Table) -> Result<()> {
             runs: arguments.runs,
             seconds: 3,
             ssh_mib: 256,
+            small_files: 20_000,
+            sessions: 200,
+            rounds: 50,
             move_mib: 1024,
             snapshots: &[1, 100, 1000],
             snapshot_runs: 50,

@@ -83,6 +83,11 @@ impl Server {
         command.stdout(Stdio::null());
         Ok(Self(command.spawn().map_err(|error| format!("cannot run {name}: {error}"))?))
     }
+
+    /// Its process.
+    pub(crate) fn pid(&self) -> u32 {
+        self.0.id()
+    }
 }
 
 impl Drop for Server {
