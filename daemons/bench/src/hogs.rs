@@ -7,8 +7,9 @@ use serde_json::json;
 
 use crate::{
     Effort, Result,
-    federation::{Connect, Federation, field, split},
-    table::{Better, Table},
+    federation::{Connect, Federation, split},
+    projects::Projects,
+    table::{Better, Goal, Table},
     tool::first_byte,
 };
 
@@ -36,11 +37,14 @@ const HOGS: [(&str, &str); 5] = [
 ];
 
 pub(crate) fn measure(federation: &Federation, effort: Effort, table: &mut Table) -> Result<()> {
-    let mut projects = Projects { federation, made: Vec::new() };
-    let neighbours: Vec<String> =
-        (0..effort.neighbours).map(|number| projects.neighbour(number)).collect::<Result<_>>()?;
-    let hogs: Vec<String> =
-        HOGS.iter().map(|(name, script)| projects.hog(name, script)).collect::<Result<_>>()?;
+    let mut projects = Projects::none(federation);
+    let neighbours: Vec<String> = (0..effort.neighbours)
+        .map(|number| projects.copy(&format!("neighbour {number}")))
+        .collect::<Result<_>>()?;
+    let hogs: Vec<String> = HOGS
+        .iter()
+        .map(|(name, script)| hog(federation, &mut projects, name, script))
+        .collect::<Result<_>>()?;
     let connects: Vec<Connect> =
         neighbours.iter().map(|project| federation.connect(project)).collect::<Result<_>>()?;
     let (mut beside, mut alone) = (Vec::new(), Vec::new());
@@ -61,8 +65,9 @@ pub(crate) fn measure(federation: &Federation, effort: Effort, table: &mut Table
         }
     }
     let what = format!("p99 of {} apps beside {} hogs", neighbours.len(), hogs.len());
-    table.add(what, "the same without hogs", ("ms", Better::Less), &beside, &alone);
-    Ok(())
+    let goal = Some(Goal::AtMost(1.2));
+    table.compare(what, "the same without hogs", ("ms", Better::Less), &beside, &alone, goal);
+    projects.end()
 }
 
 /// The 99th percentile of the time to the first byte, in milliseconds.
@@ -81,52 +86,18 @@ fn slowest(connects: &[Connect]) -> Result<f64> {
     millis.get(index).copied().ok_or_else(|| "nothing was measured".into())
 }
 
-/// Deletes what was made, whatever happens.
-struct Projects<'a> {
-    federation: &'a Federation,
-    made: Vec<String>,
-}
-
-impl Projects<'_> {
-    /// A copy of the sample project, with its app, running.
-    fn neighbour(&mut self, number: u32) -> Result<String> {
-        let sample = self.federation.project();
-        let body = json!({ "name": format!("neighbour {number}") });
-        let begun = self.federation.api(&format!("/projects/{sample}/clone"), Some(body))?;
-        let id = field(&begun["project"], "id")?;
-        self.made.push(id.clone());
-        self.federation.wait(&begun)?;
-        self.federation.change(&id, "start")?;
-        Ok(id)
-    }
-
-    /// A project that does this whenever it is started; stopped.
-    fn hog(&mut self, name: &str, script: &str) -> Result<String> {
-        let limits = json!({
-            "memory_bytes": 256 << 20, "cpu_millis": 1000, "cpu_weight": 20, "pids": 256,
-        });
-        let body = json!({ "name": name, "limits": limits, "quota_bytes": 256 << 20 });
-        let begun = self.federation.api("/projects", Some(body))?;
-        let id = field(&begun["project"], "id")?;
-        self.made.push(id.clone());
-        self.federation.wait(&begun)?;
-        self.federation.change(&id, "start")?;
-        let install = format!(
-            "mkdir -p ~/.cocalc && cat > ~/hog.py <<'END'\n{script}\nEND\n\
-             printf '#!/bin/sh\\nexec python3 ~/hog.py\\n' > ~/.cocalc/startup && chmod 700 ~/.cocalc/startup"
-        );
-        self.federation.exec(&id, &install, LIMIT)?;
-        self.federation.change(&id, "stop")?;
-        Ok(id)
-    }
-}
-
-impl Drop for Projects<'_> {
-    fn drop(&mut self) {
-        for id in &self.made {
-            if let Err(error) = self.federation.delete(id) {
-                eprintln!("could not delete project {id}: {error}");
-            }
-        }
-    }
+/// A project that does this whenever it is started; stopped.
+fn hog(federation: &Federation, projects: &mut Projects<'_>, name: &str, script: &str) -> Result<String> {
+    let limits = json!({
+        "memory_bytes": 256 << 20, "cpu_millis": 1000, "cpu_weight": 20, "pids": 256,
+    });
+    let id = projects.make(json!({ "name": name, "limits": limits, "quota_bytes": 256 << 20 }))?;
+    federation.change(&id, "start")?;
+    let install = format!(
+        "mkdir -p ~/.cocalc && cat > ~/hog.py <<'END'\n{script}\nEND\n\
+         printf '#!/bin/sh\\nexec python3 ~/hog.py\\n' > ~/.cocalc/startup && chmod 700 ~/.cocalc/startup"
+    );
+    federation.exec(&id, &install, LIMIT)?;
+    federation.change(&id, "stop")?;
+    Ok(id)
 }

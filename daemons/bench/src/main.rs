@@ -10,6 +10,7 @@ mod hogs;
 mod http;
 mod moves;
 mod processes;
+mod projects;
 mod ssh;
 mod start;
 mod storage;
@@ -56,8 +57,11 @@ struct Arguments {
 /// A part of the table.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
 enum Part {
-    /// From `project start` to the first byte of an app.
+    /// From `project start` to the first byte of an app, stops, commands, and what
+    /// idle projects take.
     Start,
+    /// A start on a host with thousands of stopped projects.
+    Stopped,
     /// Verifications of connect tokens.
     Tokens,
     /// Decisions of a host: token, limits, ACL, audit.
@@ -102,6 +106,12 @@ struct Effort {
     stream_files: u32,
     /// On the volume with many of them.
     projects: u32,
+    /// That are started at once, and that are idle.
+    at_once: u32,
+    /// How long they are looked at.
+    idle_secs: u64,
+    /// That a host has beside the one that is started.
+    stopped: u32,
     /// Beside hogs.
     neighbours: u32,
 }
@@ -151,6 +161,9 @@ fn fill(arguments: &Arguments, table: &mut Table) -> Result<()> {
             stream_mib: 16,
             stream_files: 400,
             projects: 100,
+            at_once: 3,
+            idle_secs: 5,
+            stopped: 20,
             neighbours: 4,
         }
     } else {
@@ -167,6 +180,9 @@ fn fill(arguments: &Arguments, table: &mut Table) -> Result<()> {
             stream_mib: 1024,
             stream_files: 20_000,
             projects: 5_000,
+            at_once: 10,
+            idle_secs: 60,
+            stopped: 2_000,
             neighbours: 20,
         }
     };
@@ -197,6 +213,7 @@ fn fill(arguments: &Arguments, table: &mut Table) -> Result<()> {
         (Part::Ssh, ssh::measure),
         (Part::Moves, moves::measure),
         (Part::Hogs, hogs::measure),
+        (Part::Stopped, start::stopped::measure),
     ] {
         if !wanted(part) {
             continue;

@@ -44,7 +44,7 @@ impl Place {
         match self {
             Self::Host => "host and helper",
             Self::Proxy => "the proxy",
-            Self::EndToEnd => "the proxy, end to end",
+            Self::EndToEnd => "the proxy (end to end)",
             Self::Sshd => "sshd",
             Self::Jump => "the sshd that is jumped over",
         }
