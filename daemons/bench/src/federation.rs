@@ -222,6 +222,12 @@ impl Federation {
         Ok(command)
     }
 
+    /// Changes what a project may use, with the options of `cocalc project limits`.
+    pub(crate) fn limits(&self, project: &str, options: &[&str]) -> Result<()> {
+        let mut cocalc = self.cocalc()?;
+        run(cocalc.args(["project", "limits", project]).args(options), OPERATION_LIMIT).map(drop)
+    }
+
     /// A token for the project, for five minutes.
     pub(crate) fn connect(&self, project: &str) -> Result<Connect> {
         let answer = self
@@ -292,16 +298,21 @@ impl Federation {
         Ok(path)
     }
 
-    /// A command that runs in the network namespace of the sample project.
-    pub(crate) fn inside(&self, program: &str) -> Result<Command> {
+    /// The network namespace of the sample project.
+    pub(crate) fn namespace(&self) -> Result<PathBuf> {
         let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
         let namespace = mounts
             .lines()
             .filter_map(|line| line.split(' ').nth(4))
             .find(|path| path.contains(&self.described.hosts[0].id) && path.ends_with(self.project()))
             .ok_or("the network namespace of the project is not to be found")?;
+        Ok(namespace.into())
+    }
+
+    /// A command that runs in the network namespace of the sample project.
+    pub(crate) fn inside(&self, program: &str) -> Result<Command> {
         let mut command = attached("nsenter");
-        command.arg(format!("--net={namespace}")).arg(program);
+        command.arg(format!("--net={}", self.namespace()?.display())).arg(program);
         Ok(command)
     }
 }

@@ -106,6 +106,8 @@ struct Effort {
     stream_files: u32,
     /// On the volume with many of them.
     projects: u32,
+    /// That are silent at the same time.
+    websockets: u32,
     /// That are started at once, and that are idle.
     at_once: u32,
     /// How long they are looked at.
@@ -161,6 +163,7 @@ fn fill(arguments: &Arguments, table: &mut Table) -> Result<()> {
             stream_mib: 16,
             stream_files: 400,
             projects: 100,
+            websockets: 200,
             at_once: 3,
             idle_secs: 5,
             stopped: 20,
@@ -180,6 +183,7 @@ fn fill(arguments: &Arguments, table: &mut Table) -> Result<()> {
             stream_mib: 1024,
             stream_files: 20_000,
             projects: 5_000,
+            websockets: 10_000,
             at_once: 10,
             idle_secs: 60,
             stopped: 2_000,

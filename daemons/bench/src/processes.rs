@@ -89,6 +89,25 @@ pub(crate) fn number(file: &Path) -> Result<f64> {
     Ok(text.split_whitespace().next().ok_or("an empty file")?.parse()?)
 }
 
+/// The processor time, in milliseconds, that a process's control group has used
+/// since it was made.
+pub(crate) fn group_cpu_ms(pid: u32) -> Result<f64> {
+    let used = match group_file(pid, "cpuacct.usage") {
+        Ok(file) => number(&file)? / 1e6,
+        Err(_) => {
+            let stat = std::fs::read_to_string(group_file(pid, "cpu.stat")?)?;
+            let micros = stat.lines().find_map(|line| line.strip_prefix("usage_usec ")?.parse().ok());
+            micros.map_or(0.0, |micros: f64| micros / 1e3)
+        }
+    };
+    // Its start took something, so nothing at all is an account that is not kept.
+    if used > 0.0 {
+        Ok(used)
+    } else {
+        Err("the kernel keeps no account of a project's processor time".into())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -120,19 +120,6 @@ impl Taken {
 
     /// Since it began.
     fn cpu_ms(&self) -> Result<f64> {
-        let used = match processes::group_file(self.first, "cpuacct.usage") {
-            Ok(file) => processes::number(&file)? / 1e6,
-            Err(_) => {
-                let stat = std::fs::read_to_string(processes::group_file(self.first, "cpu.stat")?)?;
-                let micros = stat.lines().find_map(|line| line.strip_prefix("usage_usec ")?.parse().ok());
-                micros.map_or(0.0, |micros: f64| micros / 1e3)
-            }
-        };
-        // Its start took something, so nothing at all is an account that is not kept.
-        if used > 0.0 {
-            Ok(used)
-        } else {
-            Err("the kernel keeps no account of a project's processor time".into())
-        }
+        processes::group_cpu_ms(self.first)
     }
 }
