@@ -2,7 +2,7 @@
 # Prints the performance table: a federation of release programs on this
 # machine, each number beside a peer's from the same run. As root.
 #
-#   .ci/bench.sh [--quick] [--only start,tokens,auth,http,ssh,moves,storage,backup] [--runs N] [--json]
+#   .ci/bench.sh [--quick] [--only start,stopped,tokens,auth,http,ssh,moves,hogs,storage,backup] [--runs N] [--json]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -35,5 +35,5 @@ trap clean_up EXIT
 trap 'exit 130' INT TERM
 
 mkdir -p target
-timeout --foreground --kill-after=150 3600 \
+timeout --foreground --kill-after=600 10800 \
   "$target/release/cocalc-bench" --dir "$dir" --out target/bench.json "$@"

@@ -283,8 +283,14 @@ impl Federation {
             stdin.write_all(&std::fs::read(app)?)?;
         }
         finish("ssh", child, Duration::from_secs(60))?;
+        self.wait_for_app()
+    }
+
+    /// Waits until the app of the sample project answers.
+    pub(crate) fn wait_for_app(&self) -> Result<()> {
+        let connect = self.connect(self.project())?;
         let (address, path) = split(&connect.direct)?;
-        first_byte(address, &path, Some(&connect.token), Duration::from_secs(30))
+        first_byte(address, &path, Some(&connect.token), Duration::from_secs(60))
     }
 
     /// The app as a file on this machine.

@@ -89,6 +89,13 @@ const PAIRS: [(Way, Way, Option<Goal>); 6] = [
 ];
 
 pub(crate) fn measure(federation: &Federation, effort: Effort, table: &mut Table) -> Result<()> {
+    // Of the app: one thread and one file for each connection. Processes that run
+    // keep their limit of files, so it is started again.
+    let limits = ["--pids", "20000", "--nofile", "19000", "--memory", "3G"];
+    federation.limits(federation.project(), &limits)?;
+    federation.change(federation.project(), "stop")?;
+    federation.change(federation.project(), "start")?;
+    federation.wait_for_app()?;
     let others = Others::start(federation)?;
     let bench = Bench { federation, others, effort };
     if bench.others.node.is_none() {
