@@ -8,7 +8,7 @@
 mod world;
 
 use std::{
-    os::unix::fs::{MetadataExt, PermissionsExt},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     process::Command,
     sync::Arc,
@@ -238,8 +238,7 @@ async fn another_image_keeps_home_and_the_former_one_its_layer() {
 fn noting(dir: &Path) -> (PathBuf, PathBuf) {
     let (script, calls) = (dir.join("podman"), dir.join("calls"));
     let text = format!("#!/bin/sh\necho \"$@\" >> {}\nexec podman \"$@\"\n", calls.display());
-    std::fs::write(&script, text).unwrap();
-    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+    cocalc_testkit::executable::write(&script, text);
     (script, calls)
 }
 
