@@ -24,7 +24,7 @@ case $goal in
   *) echo "setup.sh: unknown goal $goal" >&2; exit 2 ;;
 esac
 # A newer Node.js than Debian's may be there already.
-if [ "$goal" = test ] && ! command -v npm >/dev/null; then packages+=(nodejs npm); fi
+if [ "$goal" != demo ] && ! command -v npm >/dev/null; then packages+=(nodejs npm); fi
 if ! command -v cc >/dev/null; then packages+=(build-essential); fi
 
 missing=()
@@ -81,6 +81,12 @@ browser() {
   fi
 }
 
+# A proxy that the ingress is measured beside.
+peer_proxy() {
+  [ "$goal" = bench ] || return 0
+  npm_packages "${COCALC_CHP:-/var/cache/cocalc/chp}" configurable-http-proxy@5.3.0
+}
+
 npm_packages() {
   local place=$1 wanted=$2
   [ "$(cat "$place/installed" 2>/dev/null)" = "$wanted" ] && return 0
@@ -88,7 +94,7 @@ npm_packages() {
   if mkdir -p "$place" && (cd "$place" && PLAYWRIGHT_SKIP_BROWSER_DOWNLOAD=1 npm install --silent --no-audit --no-fund "$wanted"); then
     echo "$wanted" >"$place/installed"
   else
-    echo "$wanted is not installed: the tests in a browser will fail" >&2
+    echo "$wanted is not installed: what needs it will fail" >&2
   fi
 }
 
@@ -96,6 +102,7 @@ if [ ${#missing[@]} -eq 0 ]; then
   emulators
   ssh_clients
   browser
+  peer_proxy
   exit 0
 fi
 
@@ -113,3 +120,4 @@ apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 emulators
 ssh_clients
 browser
+peer_proxy
