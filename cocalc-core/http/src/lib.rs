@@ -85,6 +85,7 @@ mod problem;
 mod proxy;
 mod server;
 mod tls;
+mod trailers;
 mod upstream;
 mod websocket;
 mod wire;

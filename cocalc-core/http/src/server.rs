@@ -9,14 +9,14 @@ use std::{
     pin::pin,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
 use http::{Request, Response, header};
 use hyper::{
-    body::Incoming,
+    body::{Body as _, Incoming},
     server::conn::{http1, http2},
     service::service_fn,
 };
@@ -370,9 +370,21 @@ impl Server {
                         return Ok(misdirected());
                     }
                     let upgrading = request.headers().contains_key(header::UPGRADE);
-                    let mut response = handler.handle(request.map(Body::incoming), connection).await;
-                    if upgrading && response.status() != http::StatusCode::SWITCHING_PROTOCOLS {
-                        // What follows was not watched as HTTP.
+                    let mut asked = None;
+                    let waits = request.headers().contains_key(header::EXPECT);
+                    let mut request = request.map(Body::incoming);
+                    if waits && !request.body().is_end_stream() {
+                        let begun = Arc::new(AtomicBool::new(false));
+                        asked = Some(begun.clone());
+                        request = request.map(|body| body.noting_begin(begun));
+                    }
+                    let mut response = handler.handle(request, connection).await;
+                    let upgraded = response.status() == http::StatusCode::SWITCHING_PROTOCOLS;
+                    // A sender that waits was not asked for its body: whether it
+                    // comes now is for it to say (RFC 9110, 10.1.1).
+                    let unasked = asked.is_some_and(|begun| !begun.load(Ordering::Acquire));
+                    if unasked || (upgrading && !upgraded) {
+                        // What follows was not watched as HTTP, or is unclear.
                         let close = http::HeaderValue::from_static("close");
                         response.headers_mut().insert(header::CONNECTION, close);
                     }

@@ -86,6 +86,9 @@ pub(crate) fn accept(parts: &Parts) -> Response<Body> {
 pub(crate) fn switching(headers: &mut HeaderMap) {
     headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
     headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+    // Neither side has a body.
+    headers.remove(header::TE);
+    headers.remove(header::TRAILER);
 }
 
 /// Whether an upstream's answer really switches to WebSocket.

@@ -3,11 +3,13 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
+mod bodies;
 mod faults;
 mod files;
 mod https;
 mod page;
 mod probes;
+mod retries;
 mod sessions;
 mod streams;
 mod support;
