@@ -6,7 +6,8 @@ use std::time::Duration;
 /// defaults suit one busy machine.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// Connections at a time. Default: 20,000. More wait in the listen queue.
+    /// Connections at a time, WebSockets among them. Default: 20,000. More wait
+    /// in the listen queue.
     pub connections: usize,
     /// Connections at a time from one source address. Default: 1,000. More
     /// are closed at once.

@@ -298,7 +298,7 @@ pub(crate) fn join(
 ) {
     let (idle, switch) = (limits.websocket_idle, limits.connect_timeout);
     let (draining, closing) = (connection.draining.clone(), connection.closing.clone());
-    connection.tasks.spawn(async move {
+    connection.spawn(async move {
         let both = async {
             let client = client.await?;
             let upstream = upstream.await?;
