@@ -14,7 +14,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::{Measured, full, settled, support::*};
+use crate::{Measured, certificate, full, settled, support::*};
 
 /// The most that a body may cost beside what is kept anyway, in KiB: buffers of
 /// the connections, and what the allocator does with them.
@@ -122,10 +122,7 @@ async fn bodies_of_any_size_take_constant_memory() {
 #[tokio::test(flavor = "multi_thread")]
 async fn bodies_over_http2_take_constant_memory() {
     let size = size();
-    let dir = tempfile::tempdir().unwrap();
-    let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
-    std::fs::write(dir.path().join("cert.pem"), made.cert.pem()).unwrap();
-    std::fs::write(dir.path().join("key.pem"), made.signing_key.serialize_pem()).unwrap();
+    let dir = certificate();
     let measured = Measured::start(Some(dir.path())).await;
     let (port, _app) = scripted(move |stream, _| app(stream, size)).await;
     let (address, base) = measured.ways()[1];

@@ -1,5 +1,6 @@
 //! What an ingress keeps in memory, measured from outside: it runs in a process
-//! of its own, with users and apps in this one. Needs curl.
+//! of its own, with users and apps in this one. Needs curl and
+//! Node.js.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 #![allow(dead_code, reason = "some of the support is for the tests of the ingress")]
@@ -53,11 +54,26 @@ async fn server() {
     tokio::io::stdin().read_to_end(&mut end).await.unwrap();
 }
 
-/// Allows as many open files as the system lets a process have.
-fn files_at_most() {
+/// A directory with a certificate of `localhost` and its key.
+fn certificate() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+    std::fs::write(dir.path().join("cert.pem"), made.cert.pem()).unwrap();
+    std::fs::write(dir.path().join("key.pem"), made.signing_key.serialize_pem()).unwrap();
+    dir
+}
+
+/// Allows as many open files as it may, and returns how many.
+fn files_at_most() -> usize {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
+    // Root may have more than it was given.
+    let more = Rlimit { current: Some(65_536), maximum: Some(65_536) };
+    if limit.maximum.is_some_and(|maximum| maximum < 65_536) && setrlimit(Resource::Nofile, more).is_ok() {
+        return 65_536;
+    }
     setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }).unwrap();
+    limit.maximum.map_or(65_536, |maximum| maximum.try_into().unwrap())
 }
 
 /// A process with a host and a proxy.
