@@ -132,6 +132,10 @@ pub(crate) fn pass_request(headers: &mut HeaderMap) {
 
 /// The same of a response.
 pub(crate) fn pass_response(headers: &mut HeaderMap) {
+    if headers.contains_key(header::TRANSFER_ENCODING) {
+        // The coding counts (RFC 9112, 6.3), and hyper has read the body by it.
+        headers.remove(header::CONTENT_LENGTH);
+    }
     let announced = trailers::announced(headers);
     remove_hop_by_hop(headers);
     if let Some(names) = announced {
@@ -159,6 +163,9 @@ fn remove_hop_by_hop(headers: &mut HeaderMap) {
         HeaderName::from_static("keep-alive"),
         HeaderName::from_static("proxy-connection"),
         HeaderName::from_static("http2-settings"),
+        // No field at all, but CGI programs take it for the name of a proxy to
+        // use (CVE-2016-5385).
+        HeaderName::from_static("proxy"),
     ] {
         headers.remove(name);
     }

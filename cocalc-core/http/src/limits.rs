@@ -26,7 +26,9 @@ pub struct Limits {
     pub head_timeout: Duration,
     /// To connect to an app, or to a host. Default: 5 s.
     pub connect_timeout: Duration,
-    /// From the end of a request to the head of its response. Default: 5 min.
+    /// From the end of a request to the whole head of its response. Default:
+    /// 5 min. A proxy waits longer for a host, by as much as that may need before
+    /// it asks the app.
     pub response_timeout: Duration,
     /// Without a byte of a request's body. Default: 60 s.
     pub body_idle: Duration,

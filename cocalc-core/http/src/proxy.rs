@@ -253,7 +253,11 @@ impl ProxyIngressBuilder {
     }
 
     /// The ingress. It listens nowhere yet.
-    pub fn build(self) -> ProxyIngress {
+    pub fn build(mut self) -> ProxyIngress {
+        // What its host may need before it asks the app. The host's answer that
+        // the app is late says more than this one's that the host is.
+        let before = self.limits.parked_wait + self.limits.connect_timeout * 4;
+        self.limits.response_timeout += before;
         let server = Arc::new(Server::new(self.limits.clone()));
         let closing = Arc::new(server.closing().clone().drop_guard());
         let inner = Inner {

@@ -754,7 +754,7 @@ pub(crate) fn text(bytes: Vec<u8>) -> String {
 
 /// The status and code of each response in a connection's bytes.
 pub(crate) fn outcomes(answer: &[u8]) -> Vec<(u16, String)> {
-    let answer = String::from_utf8_lossy(answer).into_owned();
+    let answer = String::from_utf8_lossy(answer).replace("HTTP/1.0 ", "HTTP/1.1 ");
     answer
         .split("HTTP/1.1 ")
         .skip(1)
