@@ -93,7 +93,7 @@ mod wire;
 pub use body::{Body, BodyError};
 pub use files::ProjectFiles;
 pub use host::{BusEndpoint, Endpoints, HostIngress, HostIngressBuilder, Opening, Stats};
-pub use limits::Limits;
+pub use limits::{HttpSettings, Limits};
 pub use page::TerminalLimits;
 pub use path::{Served, ServedError};
 pub use problem::CODE_HEADER;

@@ -1,5 +1,5 @@
 //! WebSocket conformance: the cases of the Autobahn test suite (run by kosoku,
-//! from PyPI) end through host and proxy as they do at the app itself.
+//! from PyPI) end through host and proxy as well as at the app itself.
 
 use std::{collections::BTreeMap, path::PathBuf, process::Stdio, time::Duration};
 
@@ -61,6 +61,13 @@ async fn outcomes_at(url: &str, cases: &[&str]) -> BTreeMap<String, (String, Str
     all.map(|(case, report)| (case, (word(&report["behavior"]), word(&report["behaviorClose"])))).collect()
 }
 
+/// Whether RFC 6455 allows it. Between these it is a matter of who is faster: the
+/// answer to a good frame, or the end because of the bad one after it.
+fn conforms((behavior, close): &(String, String)) -> bool {
+    ["OK", "NON-STRICT", "INFORMATIONAL"].contains(&&**behavior)
+        && ["OK", "INFORMATIONAL"].contains(&&**close)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn websocket_cases_end_as_they_do_at_the_app() {
     // Messages of 16 MiB and more, and 200 cases of compression, take long.
@@ -74,18 +81,18 @@ async fn websocket_cases_end_as_they_do_at_the_app() {
     let (_app, port) = app().await;
     let direct = outcomes_at(&format!("ws://127.0.0.1:{port}/"), cases).await;
     assert!(direct.len() > 200, "{} cases", direct.len());
-    let good = direct.values().filter(|(behavior, _)| behavior == "OK").count();
+    let good = direct.values().filter(|outcome| conforms(outcome)).count();
     assert!(good * 10 > direct.len() * 9, "{good} of {} are good at the app", direct.len());
     for (address, base, _) in world.ways() {
         let (project, token) = (world.project, world.token());
         let url =
             format!("ws://127.0.0.1:{}{base}/{project}/port/{port}/?cocalc_token={token}", address.port());
         let through = outcomes_at(&url, cases).await;
-        let differ: Vec<_> = direct
+        let worse: Vec<_> = direct
             .iter()
-            .filter(|(case, outcome)| through.get(*case) != Some(outcome))
             .map(|(case, outcome)| (case, outcome, through.get(case)))
+            .filter(|(_, outcome, through)| conforms(outcome) && !through.is_some_and(conforms))
             .collect();
-        assert!(differ.is_empty(), "at {address}: {differ:?}");
+        assert!(worse.is_empty(), "at {address}: {worse:?}");
     }
 }

@@ -43,7 +43,7 @@ impl Certificates {
         Tls::open(&self.path("cert.pem"), &self.path("key.pem")).unwrap()
     }
 
-    fn shown(&self) -> CertificateDer<'static> {
+    pub(crate) fn shown(&self) -> CertificateDer<'static> {
         CertificateDer::from_pem_file(self.path("cert.pem")).unwrap()
     }
 }

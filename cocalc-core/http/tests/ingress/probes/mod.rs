@@ -3,6 +3,7 @@
 //! every server behind, and the one that was sent.
 
 mod backends;
+mod http2;
 mod table;
 
 use std::{net::SocketAddr, time::Duration};
