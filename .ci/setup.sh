@@ -17,12 +17,13 @@ packages=(
 case $goal in
   demo) ;;
   test) packages+=(
-          attr busybox-static chromium curl docker-registry dropbear-bin faketime openssh-server openssl
+          attr busybox-static chromium curl docker-registry dropbear-bin faketime nginx-light openssh-server openssl
           python3-cryptography python3-jwt python3-venv restic rsync sshfs xauth
         ) ;;
   bench) packages+=(curl nginx-light openssh-server restic rsync time wrk) ;;
   *) echo "setup.sh: unknown goal $goal" >&2; exit 2 ;;
 esac
+if [ "$goal" = test ] && [ -n "${COCALC_FULL:-}" ]; then packages+=(haproxy); fi
 # A newer Node.js than Debian's may be there already.
 if [ "$goal" != demo ] && ! command -v npm >/dev/null; then packages+=(nodejs npm); fi
 if ! command -v cc >/dev/null; then packages+=(build-essential); fi
@@ -60,6 +61,21 @@ ssh_clients() {
     echo "$wanted" >"$place/installed"
   else
     echo "the SSH clients are not installed: their tests will fail" >&2
+  fi
+}
+
+# The WebSocket cases of the Autobahn test suite, and a server for them.
+websocket_cases() {
+  local place=${COCALC_WEBSOCKETS:-/var/cache/cocalc/websockets}
+  local wanted="kosoku==0.1.0 websockets==17.4"
+  [ "$goal" = test ] || return 0
+  [ "$(cat "$place/installed" 2>/dev/null)" = "$wanted" ] && return 0
+  echo "installing $wanted into $place"
+  # shellcheck disable=SC2086 # each word is a package
+  if mkdir -p "$place" && python3 -m venv "$place" && "$place/bin/pip" install --quiet $wanted; then
+    echo "$wanted" >"$place/installed"
+  else
+    echo "the WebSocket cases are not installed: their test will fail" >&2
   fi
 }
 
@@ -101,6 +117,7 @@ npm_packages() {
 if [ ${#missing[@]} -eq 0 ]; then
   emulators
   ssh_clients
+  websocket_cases
   browser
   peer_proxy
   exit 0
@@ -119,5 +136,6 @@ apt-get update -qq || echo "apt-get update failed; trying with what is known" >&
 apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 emulators
 ssh_clients
+websocket_cases
 browser
 peer_proxy

@@ -289,7 +289,7 @@ impl Host {
                 .served(served)
                 .https(address.url.starts_with("https://"))
                 .tls(tls.clone())
-                .limits(config.limits.http());
+                .limits(config.http.limits(config.limits.http()));
         if let Some(terminals) = config.terminals.limits() {
             http = http.terminals(terminals);
         }
