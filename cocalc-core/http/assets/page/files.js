@@ -54,7 +54,7 @@
     }
     if (next) byId("entries").append(...rows); else byId("entries").replaceChildren(...rows);
     byId("where").textContent = "/" + shown(folder);
-    byId("archive").href = at("") + "?archive=tar";
+    byId("archive").href = at("") + "?archive=zip";
     const more = byId("more");
     more.hidden = !seen.next;
     more.onclick = () => list(seen.next).catch(report);

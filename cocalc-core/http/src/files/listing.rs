@@ -55,7 +55,7 @@ pub(crate) fn html(path: &FilePath, page: &Page, max: usize) -> String {
     let body = format!(
         "<table><thead><tr><th align=\"left\">Name</th><th align=\"right\">Bytes</th>\
          <th align=\"left\">Modified</th></tr></thead><tbody>\n{rows}</tbody></table>{}\
-         <p><a href=\"?archive=tar\">Download all of it (tar)</a></p>",
+         <p>Download all of it: <a href=\"?archive=zip\">zip</a> <a href=\"?archive=tar\">tar</a></p>",
         more.unwrap_or_default()
     );
     html_page(&path.shown(), "", &body)

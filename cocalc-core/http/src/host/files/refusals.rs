@@ -1,0 +1,69 @@
+//! Why something was not done, for programs and people.
+
+use std::io;
+
+use http::StatusCode;
+use rustix::io::Errno;
+
+use crate::problem::Problem;
+
+pub(super) fn failed() -> Problem {
+    let message = "The file is not in the state that the request expects.";
+    Problem::new(StatusCode::PRECONDITION_FAILED, "precondition_failed", message)
+}
+
+pub(super) fn changed() -> Problem {
+    let message = "The folder was changed meanwhile. Look at it, and try again.";
+    Problem::new(StatusCode::CONFLICT, "changed", message)
+}
+
+pub(super) fn no_parent(error: io::Error) -> Problem {
+    match Errno::from_io_error(&error) {
+        Some(Errno::NOENT | Errno::NOTDIR) => {
+            let message = "The folder for it is not there. MKCOL makes it.";
+            Problem::new(StatusCode::CONFLICT, "no_parent", message)
+        }
+        _ => refused(error),
+    }
+}
+
+/// Why the kernel refused, for people.
+pub(super) fn refused(error: io::Error) -> Problem {
+    let problem = |status, code, message: &'static str| Problem::new(status, code, message);
+    match Errno::from_io_error(&error) {
+        Some(Errno::NOENT | Errno::NOTDIR) => Problem::not_found(),
+        Some(Errno::LOOP | Errno::XDEV) => {
+            problem(StatusCode::FORBIDDEN, "link_refused", "Links are not followed here.")
+        }
+        Some(Errno::NXIO | Errno::INVAL) => {
+            problem(StatusCode::FORBIDDEN, "not_a_file", "That is neither a file nor a folder.")
+        }
+        Some(Errno::ACCESS | Errno::PERM | Errno::ROFS) => {
+            problem(StatusCode::FORBIDDEN, "file_refused", "The file system does not allow that.")
+        }
+        Some(Errno::NOSPC | Errno::DQUOT) => problem(
+            StatusCode::INSUFFICIENT_STORAGE,
+            "no_space",
+            "There is no space left for it. Delete something, or ask for a higher limit.",
+        ),
+        Some(Errno::FBIG) => problem(StatusCode::PAYLOAD_TOO_LARGE, "too_large", "The file is too large."),
+        Some(Errno::NAMETOOLONG) => problem(StatusCode::BAD_REQUEST, "bad_path", "The path is too long."),
+        Some(Errno::EXIST) => problem(StatusCode::CONFLICT, "exists", "There is something of this name."),
+        Some(Errno::ISDIR) => {
+            problem(StatusCode::CONFLICT, "is_directory", "There is a folder of this name.")
+        }
+        Some(Errno::NOTEMPTY) => {
+            problem(StatusCode::CONFLICT, "not_empty", "The folder is not empty. Delete what is in it first.")
+        }
+        Some(Errno::BUSY | Errno::TXTBSY) => problem(StatusCode::CONFLICT, "busy", "It is in use."),
+        _ if error.kind() == io::ErrorKind::TimedOut => Problem::unavailable(
+            "directory_too_large",
+            "The folder has too many entries to be listed in time.",
+            30,
+        ),
+        _ => {
+            tracing::warn!(%error, "a file operation failed");
+            problem(StatusCode::INTERNAL_SERVER_ERROR, "files_error", "The files cannot be used.")
+        }
+    }
+}
