@@ -33,15 +33,38 @@
       act.append(save);
       if (entry.bytes <= TEXT_BYTES_MAX) act.append(button("Edit", "Edit " + entry.name, () => edit(entry.name, entry.href)));
     }
-    if (entry.kind === "file" || entry.kind === "directory") {
-      act.append(button("Delete", "Delete " + entry.name, async () => {
-        if (!(await question("Delete " + entry.name + "?"))) return;
-        try { await ask(at(entry.href), { method: "DELETE" }); await list(); } catch (error) { report(error); }
-      }));
-    }
+    act.append(button("Rename", "Rename " + entry.name, () => rename(entry)));
+    act.append(button("Delete", "Delete " + entry.name, () => remove(entry)));
     const when = new Date(entry.modified * 1000);
     const bytes = entry.bytes === null || entry.bytes === undefined ? "" : String(entry.bytes);
     return made("tr", "", name, made("td", bytes), made("td", when.toLocaleString()), act);
+  }
+
+  async function rename(entry) {
+    const name = await question("New name of " + entry.name + ", or its new path from the top, beginning with /", true, entry.name);
+    if (!name || name === entry.name) return;
+    const path = name.startsWith("/") ? name.slice(1).split("/").map(encode).join("/") : folder + encode(name);
+    // The whole address: a frame of path routing has more before files/.
+    const headers = { Destination: new URL("files/" + path, location.href).pathname, Overwrite: "F" };
+    try { await ask(at(entry.href), { method: "MOVE", headers }); } catch (error) {
+      throw error.status === 412 ? new Error("There is something of this name. Delete or rename that first.") : error;
+    } finally { await list(); }
+  }
+  async function remove(entry) {
+    const folder = entry.kind === "directory";
+    if (!(await question("Delete " + entry.name + (folder ? " and all that is in it?" : "?")))) return;
+    const href = at(entry.href) + (folder ? "?recursive=true" : "");
+    for (let worked = false; !worked;) {
+      try {
+        await ask(href, { method: "DELETE" });
+        worked = true;
+      } catch (error) {
+        // So much goes at a time only.
+        if (error.code !== "unfinished") throw error;
+        said(entry.name + ": " + error.message);
+      }
+    }
+    await list();
   }
 
   async function list(next) {

@@ -8,7 +8,7 @@ use serde_json::json;
 use super::{
     conditions::seconds,
     path::{FilePath, encode},
-    tree::{Entry, Page},
+    tree::{Entry, Page, version},
 };
 use crate::problem::{escape, page as html_page};
 
@@ -25,6 +25,8 @@ pub(crate) fn json(path: &FilePath, page: &Page, max: usize) -> String {
                 "kind": kind(&entry.stat),
                 "bytes": bytes(&entry.stat),
                 "modified": entry.stat.st_mtime,
+                // For `If-Match`.
+                "etag": version(&entry.stat).tag,
                 "mode": format!("{:04o}", entry.stat.st_mode & 0o7777),
             })
         })

@@ -6,6 +6,7 @@ pub(crate) mod kind;
 pub(crate) mod listing;
 pub(crate) mod path;
 pub(crate) mod read;
+pub(crate) mod remove;
 pub(crate) mod tree;
 
 use std::{any::Any, fmt, io, os::fd::OwnedFd};

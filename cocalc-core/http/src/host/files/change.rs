@@ -4,6 +4,7 @@ use std::{
     fs::File,
     io::{self, Write},
     os::unix::fs::PermissionsExt,
+    time::{Duration, Instant},
 };
 
 use bytes::BytesMut;
@@ -11,36 +12,104 @@ use cocalc_core::{
     auth::Principal,
     ids::{Action, ProjectId},
 };
-use http::{HeaderMap, Response, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 use http_body_util::BodyExt;
-use rustix::{fs::FileType, io::Errno};
+use rustix::{
+    fs::{FileType, Stat},
+    io::Errno,
+};
 use tokio::time::timeout;
 
 use super::{
     Raw, TURN_LIMIT, blocking, blocking_with,
-    refusals::{changed, failed, no_parent, refused},
+    refusals::{changed, failed, into_itself, no_parent, refused, unfinished},
 };
 use crate::{
     body::{Body, BodyError},
     files::{
         conditions::{Verdict, Version, weigh},
         path::FilePath,
+        remove::remove_all,
         tree::{Node, Tree, version},
     },
     headers,
-    host::{Asked, Inner, Rest},
+    host::{Asked, Inner, Rest, view::without_port},
     problem::Problem,
 };
 
 /// How much of an upload is held in memory.
 const HELD_BYTES: usize = 256 * 1024;
+/// How long the removal of a folder takes at most, at a time: meanwhile the project
+/// is neither stopped nor moved.
+const REMOVAL_LIMIT: Duration = Duration::from_secs(20);
+const DESTINATION: HeaderName = HeaderName::from_static("destination");
 
 /// A change that is asked for.
 pub(super) enum Change {
     /// The content for the file of this name, which has none yet.
     File(File),
     Directory,
-    Removal,
+    Removal {
+        /// Whether a folder goes with all that is in it.
+        recursive: bool,
+    },
+    Move {
+        to: FilePath,
+        /// Whether a file that is there is replaced.
+        replace: bool,
+    },
+}
+
+impl Change {
+    /// What `DELETE` asks for.
+    pub(super) fn removal(asked: &Asked<'_>) -> Result<Self, Problem> {
+        let mut recursive = false;
+        for pair in asked.parts.uri.query().unwrap_or_default().split('&') {
+            match pair.split_once('=').unwrap_or((pair, "true")) {
+                ("recursive", "true") => recursive = true,
+                ("recursive", "false") => recursive = false,
+                ("recursive", _) => {
+                    let message = "`recursive` is true or false.";
+                    return Err(Problem::new(StatusCode::BAD_REQUEST, "bad_query", message));
+                }
+                _ => {}
+            }
+        }
+        Ok(Self::Removal { recursive })
+    }
+
+    /// What `MOVE` asks for (RFC 4918, 9.9).
+    pub(super) fn moving(asked: &Asked<'_>) -> Result<Self, Problem> {
+        let bad = |message: &'static str| Problem::new(StatusCode::BAD_REQUEST, "bad_destination", message);
+        let fields = &asked.parts.headers;
+        let replace = match fields.get("overwrite").map(HeaderValue::as_bytes) {
+            None | Some(b"T" | b"t") => true,
+            Some(b"F" | b"f") => false,
+            Some(_) => return Err(bad("`Overwrite` is T or F.")),
+        };
+        let to = headers::single(fields, &DESTINATION)
+            .ok_or_else(|| bad("`Destination` says once to where it is moved."))?;
+        let to = destination(to, asked)
+            .ok_or_else(|| bad("The destination is no path below this project's files/."))?;
+        Ok(Self::Move { to, replace })
+    }
+}
+
+/// A path of this project's files, from an address as the user has it.
+fn destination(address: &str, asked: &Asked<'_>) -> Option<FilePath> {
+    let path = match address.split_once("://") {
+        Some(("http" | "https", rest)) => {
+            let (authority, _) = rest.split_once('/')?;
+            let https = asked.view.https;
+            let same = without_port(authority, https)
+                .eq_ignore_ascii_case(without_port(&asked.view.authority, https));
+            rest.get(authority.len()..).filter(|_| same)?
+        }
+        _ => address,
+    };
+    let place = format!("{}{}/files", asked.view.prefix, asked.place.mount);
+    let rest = path.strip_prefix(&place)?;
+    FilePath::parse(rest).filter(|_| !rest.contains(['?', '#']))
 }
 
 impl Inner {
@@ -164,7 +233,7 @@ fn apply(
     change: Change,
 ) -> Result<(StatusCode, Option<String>), Problem> {
     let parent = match &change {
-        Change::Removal => tree.open(&path.parent()).map_err(refused)?,
+        Change::Removal { .. } | Change::Move { .. } => tree.open(&path.parent()).map_err(refused)?,
         _ => tree.open(&path.parent()).map_err(no_parent)?,
     };
     let done = match change {
@@ -192,29 +261,112 @@ fn apply(
             (status, Some(version(&stat).tag))
         }
         Change::Directory => {
-            if parent.look(name).map_err(refused)?.is_some() {
+            let old = parent.look(name).map_err(refused)?;
+            if weigh(fields, old.as_ref().map(version).as_ref(), false) != Verdict::Go {
+                return Err(failed());
+            }
+            if old.is_some() {
                 let message = "There is something of this name.";
                 let problem = Problem::new(StatusCode::METHOD_NOT_ALLOWED, "exists", message);
-                return Err(problem.header("allow", "GET, HEAD, OPTIONS, PUT, DELETE".to_owned()));
+                return Err(problem.header("allow", "GET, HEAD, OPTIONS, PUT, DELETE, MOVE".to_owned()));
             }
             parent.make_directory(name, tree.owner().map_err(refused)?).map_err(refused)?;
             (StatusCode::CREATED, None)
         }
-        Change::Removal => {
-            let stat = parent.look(name).map_err(refused)?.ok_or_else(Problem::not_found)?;
-            let directory = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
-            if path.slash && !directory {
-                return Err(Problem::not_found());
+        Change::Removal { recursive } => {
+            let directory = source(&parent, path, name, fields)?.is_directory;
+            if directory && recursive {
+                let until = Instant::now() + REMOVAL_LIMIT;
+                if !remove_all(&parent, name, until).map_err(refused)? {
+                    return Err(unfinished());
+                }
+            } else {
+                parent.remove(name, directory).map_err(refused)?;
             }
-            if weigh(fields, Some(&version(&stat)), false) != Verdict::Go {
-                return Err(failed());
-            }
-            parent.remove(name, directory).map_err(refused)?;
             (StatusCode::NO_CONTENT, None)
+        }
+        Change::Move { to, replace } => {
+            let source = source(&parent, path, name, fields)?;
+            let into = tree.open(&to.parent()).map_err(no_parent)?;
+            let replaced = move_to(&parent, name, &source, &into, &to, replace)?;
+            into.sync().map_err(refused)?;
+            // The move itself has changed what it is told by.
+            let moved = to.name().map(|name| into.look(name)).transpose().map_err(refused)?.flatten();
+            let status = if replaced { StatusCode::NO_CONTENT } else { StatusCode::CREATED };
+            (status, moved.map(|stat| version(&stat).tag))
         }
     };
     parent.sync().map_err(refused)?;
     Ok(done)
+}
+
+/// What is removed or moved.
+struct Source {
+    stat: Stat,
+    is_directory: bool,
+}
+
+/// What is at a name, if it is in the state that the request expects.
+fn source(parent: &Node, path: &FilePath, name: &[u8], fields: &HeaderMap) -> Result<Source, Problem> {
+    let stat = parent.look(name).map_err(refused)?.ok_or_else(Problem::not_found)?;
+    let is_directory = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
+    if path.slash && !is_directory {
+        return Err(Problem::not_found());
+    }
+    if weigh(fields, Some(&version(&stat)), false) != Verdict::Go {
+        return Err(failed());
+    }
+    Ok(Source { stat, is_directory })
+}
+
+/// Gives something another name; true if a file was replaced by it. A folder is
+/// never replaced: what is in it would be lost by a slip.
+fn move_to(
+    parent: &Node,
+    name: &[u8],
+    source: &Source,
+    into: &Node,
+    to: &FilePath,
+    replace: bool,
+) -> Result<bool, Problem> {
+    let Some(new) = to.name() else { return Err(refused(Errno::ISDIR.into())) };
+    if into.kind() != FileType::Directory {
+        return Err(no_parent(Errno::NOTDIR.into()));
+    }
+    if to.slash && !source.is_directory {
+        return Err(refused(Errno::ISDIR.into()));
+    }
+    let old = into.look(new).map_err(refused)?;
+    if let Some(old) = &old {
+        let same = (old.st_dev, old.st_ino) == (source.stat.st_dev, source.stat.st_ino);
+        match FileType::from_raw_mode(old.st_mode) {
+            _ if same && (parent.is(into) && name == new) => return Err(into_itself()),
+            _ if !replace => return Err(failed()),
+            FileType::Directory => return Err(refused(Errno::ISDIR.into())),
+            _ if source.is_directory => return Err(refused(Errno::EXIST.into())),
+            FileType::Symlink => return Err(refused(Errno::LOOP.into())),
+            FileType::RegularFile => {}
+            _ => return Err(refused(Errno::NXIO.into())),
+        }
+        if same {
+            // Two names of one file: the kernel would leave both.
+            parent.remove(name, false).map_err(refused)?;
+            return Ok(true);
+        }
+    }
+    match parent.rename(name, into, new, old.is_some()) {
+        Ok(()) => Ok(old.is_some()),
+        Err(error) => Err(match Errno::from_io_error(&error) {
+            Some(Errno::INVAL) => into_itself(),
+            // Somebody in the project was faster.
+            Some(Errno::EXIST | Errno::NOTEMPTY | Errno::NOTDIR | Errno::ISDIR) => changed(),
+            Some(Errno::XDEV) => {
+                let message = "The destination is on another volume. Copy it there.";
+                Problem::new(StatusCode::CONFLICT, "other_volume", message)
+            }
+            _ => refused(error),
+        }),
+    }
 }
 
 /// Whether a file can be put at a name; if so, the mode of the one that is

@@ -45,7 +45,7 @@ const SCANS_OF_ONE: usize = 2;
 const SMALL_BYTES: u64 = 64 * 1024;
 /// How long a finished upload waits for a start, stop or snapshot to end.
 const TURN_LIMIT: Duration = Duration::from_secs(30);
-const METHODS: &str = "GET, HEAD, OPTIONS, PUT, DELETE, MKCOL";
+const METHODS: &str = "GET, HEAD, OPTIONS, PUT, DELETE, MKCOL, MOVE";
 
 /// What an ingress needs for raw files.
 #[derive(Debug)]
@@ -127,15 +127,14 @@ impl Inner {
             "GET" | "HEAD" => self.read_files(raw, &asked, principal, action, path).await?,
             "PUT" => self.put_file(raw, asked, rest, principal, path).await?,
             "DELETE" => {
-                self.change_files(
-                    raw,
-                    &asked.parts.headers,
-                    principal,
-                    asked.place.project,
-                    path,
-                    Change::Removal,
-                )
-                .await?
+                let change = Change::removal(&asked)?;
+                self.change_files(raw, &asked.parts.headers, principal, asked.place.project, path, change)
+                    .await?
+            }
+            "MOVE" => {
+                let change = Change::moving(&asked)?;
+                self.change_files(raw, &asked.parts.headers, principal, asked.place.project, path, change)
+                    .await?
             }
             "MKCOL" => {
                 if !hyper::body::Body::is_end_stream(&rest.body) {
@@ -146,7 +145,7 @@ impl Inner {
                 self.change_files(raw, headers, principal, project, path, Change::Directory).await?
             }
             _ => {
-                let message = "Files are read, written with PUT, deleted, and folders made with MKCOL.";
+                let message = "Files are read, written with PUT, deleted, moved with MOVE, and folders made with MKCOL.";
                 let problem = Problem::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message);
                 return Err(problem.header("allow", METHODS.to_owned()));
             }

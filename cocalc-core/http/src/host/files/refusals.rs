@@ -17,6 +17,16 @@ pub(super) fn changed() -> Problem {
     Problem::new(StatusCode::CONFLICT, "changed", message)
 }
 
+pub(super) fn into_itself() -> Problem {
+    let message = "It cannot be moved to where it is, or into itself.";
+    Problem::new(StatusCode::CONFLICT, "into_itself", message)
+}
+
+pub(super) fn unfinished() -> Problem {
+    let message = "So far only a part of the folder is deleted. Ask again for the rest.";
+    Problem::unavailable("unfinished", message, 1)
+}
+
 pub(super) fn no_parent(error: io::Error) -> Problem {
     match Errno::from_io_error(&error) {
         Some(Errno::NOENT | Errno::NOTDIR) => {
@@ -52,9 +62,11 @@ pub(super) fn refused(error: io::Error) -> Problem {
         Some(Errno::ISDIR) => {
             problem(StatusCode::CONFLICT, "is_directory", "There is a folder of this name.")
         }
-        Some(Errno::NOTEMPTY) => {
-            problem(StatusCode::CONFLICT, "not_empty", "The folder is not empty. Delete what is in it first.")
-        }
+        Some(Errno::NOTEMPTY) => problem(
+            StatusCode::CONFLICT,
+            "not_empty",
+            "The folder is not empty. ?recursive=true deletes all that is in it.",
+        ),
         Some(Errno::BUSY | Errno::TXTBSY) => problem(StatusCode::CONFLICT, "busy", "It is in use."),
         _ if error.kind() == io::ErrorKind::TimedOut => Problem::unavailable(
             "directory_too_large",
