@@ -336,6 +336,70 @@ async fn an_upload_that_is_cut_stalls_or_is_revoked_changes_nothing() {
     assert_eq!(std::fs::read_dir(world.home.dir.path()).unwrap().count(), 1);
 }
 
+/// A file system that is full, over the project's files, until it is dropped.
+struct Full(PathBuf);
+
+impl Full {
+    fn over(path: PathBuf) -> Self {
+        let mounted = std::process::Command::new("mount")
+            .args(["-t", "tmpfs", "-o", "size=2m", "tmpfs"])
+            .arg(&path)
+            .status()
+            .unwrap();
+        assert!(mounted.success(), "this test mounts a file system and needs root");
+        Self(path)
+    }
+}
+
+impl Drop for Full {
+    fn drop(&mut self) {
+        // Lazily: a request that is being answered may still hold it.
+        let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_that_does_not_fit_is_told_so_while_it_is_still_sent() {
+    let world = World::new().await;
+    let _full = Full::over(world.home.dir.path().to_owned());
+    let sources = tempfile::tempdir().unwrap();
+    let large = sources.path().join("large");
+    std::fs::write(&large, vec![b'x'; 30 << 20]).unwrap();
+    world.write("f", "old");
+    for (address, base, _) in world.ways() {
+        let url = format!("http://localhost:{}{base}/{}/files", address.port(), world.project);
+        let bearer = format!("Authorization: Bearer {}", world.token());
+        for (place, more, status, code) in [
+            ("f", "Accept: */*", 507, "no_space"),
+            ("new", "Accept: */*", 507, "no_space"),
+            ("f", "If-None-Match: *", 412, "precondition_failed"),
+        ] {
+            // With and without asking before the content is sent.
+            for expect in ["Expect: 100-continue", "Expect:"] {
+                let answer = curl(&[
+                    "-i",
+                    "-T",
+                    large.to_str().unwrap(),
+                    "-H",
+                    &bearer,
+                    "-H",
+                    more,
+                    "-H",
+                    expect,
+                    &format!("{url}/{place}"),
+                ])
+                .await;
+                let said = outcomes(answer.as_bytes()).pop();
+                assert_eq!(said, Some((status, code.to_owned())), "{place} {more} {expect}: {answer}");
+            }
+        }
+        assert_eq!(std::fs::read(world.path("f")).unwrap(), b"old");
+        assert_eq!(std::fs::read_dir(world.home.dir.path()).unwrap().count(), 1);
+        assert_eq!(world.outcome("PUT", "/small", &["-d", "fits"]).await, "201", "nothing is left of them");
+        assert_eq!(world.outcome("DELETE", "/small", &[]).await, "204");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn files_that_change_while_they_are_read_break_nothing_else() {
     let world = World::new().await;

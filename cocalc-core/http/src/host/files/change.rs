@@ -14,6 +14,7 @@ use cocalc_core::{
 };
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 use http_body_util::BodyExt;
+use hyper::body::Body as _;
 use rustix::{
     fs::{FileType, Stat},
     io::Errno,
@@ -33,7 +34,7 @@ use crate::{
         tree::{Node, Tree, version},
     },
     headers,
-    host::{Asked, Inner, Rest, view::without_port},
+    host::{Asked, DRAIN_BYTES, DRAIN_TIME, Inner, Rest, view::without_port},
     problem::Problem,
 };
 
@@ -131,19 +132,39 @@ impl Inner {
             let message = "A file's address does not end with a slash. MKCOL makes a folder.";
             return Err(Problem::new(StatusCode::CONFLICT, "is_directory", message));
         };
+        let fields = &asked.parts.headers;
         let admission = self.admitted(principal, project, Action::Write).await?;
         let tree = self.tree(raw, project).await?;
-        let (opened, conditions) = (path.clone(), asked.parts.headers.clone());
-        let mut file = blocking_with(move || {
-            let parent = tree.open(&opened.parent()).map_err(no_parent)?;
-            // Told before the content is sent, if it is known by then.
-            check_target(&parent, &name, &conditions)?;
-            parent.nameless(tree.owner().map_err(refused)?).map_err(refused)
-        })
-        .await?;
-
+        let (opened, conditions) = (path.clone(), fields.clone());
         let mut body =
             rest.body.until(async move { admission.revoked().await }).stalled_after(self.limits.body_idle);
+        let mut begun = !fields.contains_key(header::EXPECT);
+        let received = async {
+            let file = blocking_with(move || {
+                let parent = tree.open(&opened.parent()).map_err(no_parent)?;
+                // Told before the content is sent, if it is known by then.
+                check_target(&parent, &name, &conditions)?;
+                parent.nameless(tree.owner().map_err(refused)?).map_err(refused)
+            })
+            .await?;
+            begun = true;
+            self.receive(&mut body, file, project).await
+        };
+        match received.await {
+            Ok(file) => self.change_files(raw, fields, principal, project, path, Change::File(file)).await,
+            Err(problem) => {
+                // Who is still sending would see a broken connection instead of
+                // the answer. Who waits to be told to send is not told so.
+                if begun && !problem.close && !body.is_end_stream() {
+                    rest.connection.tasks.spawn(body.drained(DRAIN_BYTES, DRAIN_TIME));
+                }
+                Err(problem)
+            }
+        }
+    }
+
+    /// Writes what comes to a file, durably.
+    async fn receive(&self, body: &mut Body, mut file: File, project: ProjectId) -> Result<File, Problem> {
         let mut held = BytesMut::new();
         loop {
             let frame = body.frame().await.transpose().map_err(|error| self.cut(project, &*error))?;
@@ -163,11 +184,9 @@ impl Inner {
                 .await?;
             }
             if ended {
-                break;
+                return Ok(file);
             }
         }
-        let headers = asked.parts.headers;
-        self.change_files(raw, &headers, principal, project, path, Change::File(file)).await
     }
 
     /// Why a body did not come to its end.
