@@ -7,6 +7,7 @@ mod archives;
 mod changes;
 mod faults;
 mod files;
+mod history;
 mod https;
 mod page;
 mod probes;

@@ -78,6 +78,58 @@ await run(async () => {
   await frame.getByRole("dialog").getByRole("button", { name: "No" }).click();
   await frame.getByText("text.txt: left as it was").waitFor();
 
+  // Folders are made, renamed, and deleted with what is in them.
+  const answer = async (label, text) => {
+    const dialog = frame.getByRole("dialog");
+    if (text !== undefined) await dialog.getByRole("textbox").fill(text);
+    await dialog.getByRole("button", { name: label }).click();
+  };
+  await frame.getByRole("button", { name: "New folder" }).click();
+  await answer("OK", "work #1");
+  await frame.getByRole("button", { name: "Rename text.txt" }).click();
+  await answer("OK", "/work #1/text.txt");
+  await frame.getByRole("button", { name: "Rename work #1" }).click();
+  await answer("OK", "work");
+  await frame.getByRole("link", { name: "work/" }).click();
+  await frame.getByRole("button", { name: "Rename text.txt" }).waitFor();
+  await frame.getByRole("link", { name: "../" }).click();
+
+  // What is deleted comes back from a snapshot: in its place, and as a copy.
+  await settle(await api("POST", `/projects/${id}/snapshots`, { name: "before" }));
+  await frame.getByRole("button", { name: "Delete work" }).click();
+  await answer("Yes");
+  await frame.getByRole("link", { name: "work/" }).waitFor({ state: "hidden" });
+  await frame.evaluate(() => { location.hash = "ports"; });
+  await frame.evaluate(() => { location.hash = "files"; });
+  const state = frame.getByLabel("As they");
+  const before = await until("the snapshot", () => state.locator("option", { hasText: "(before)" }).getAttribute("value", { timeout: 1000 }).catch(() => null));
+  await state.selectOption(before);
+  await frame.getByRole("link", { name: "work/" }).waitFor();
+  assert(!await frame.getByRole("button", { name: "New folder" }).isVisible());
+  await shot(page, "files-of-a-snapshot");
+  await frame.getByRole("button", { name: "Restore work", exact: true }).click();
+  await answer("Yes");
+  await frame.getByText("work is restored.").waitFor();
+  await frame.getByRole("link", { name: "work/" }).click();
+  const past = page.waitForEvent("download");
+  await frame.getByRole("link", { name: "Download text.txt" }).click();
+  assert.equal(readFileSync(await (await past).path(), "utf8"), "one\r\ntwo\r\nthree\r\n");
+  await frame.getByRole("button", { name: "Restore a copy of text.txt" }).click();
+  await answer("OK", "again.txt");
+  await frame.getByText("again.txt is restored.").waitFor();
+  await frame.getByRole("button", { name: "Restore a copy of text.txt" }).click();
+  await answer("OK", "again.txt");
+  await frame.getByText("There is something of this name.").waitFor();
+  await state.selectOption("");
+  await frame.getByRole("button", { name: "Rename again.txt" }).waitFor();
+  await frame.getByRole("button", { name: "Rename text.txt" }).click();
+  await answer("OK", "/text.txt");
+  await frame.getByRole("link", { name: "../" }).click();
+  await frame.getByRole("button", { name: "Delete work" }).click();
+  await answer("Yes");
+  await frame.getByRole("link", { name: "work/" }).waitFor({ state: "hidden" });
+  await frame.getByRole("button", { name: "Edit text.txt" }).waitFor();
+
   // The terminal of before goes on: another part of the page is another
   // connection, to the same shell.
   await frame.getByRole("link", { name: "Terminal" }).click();

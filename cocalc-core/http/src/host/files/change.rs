@@ -1,16 +1,18 @@
 //! Changes of files.
 
 use std::{
+    any::Any,
     fs::File,
     io::{self, Write},
     os::unix::fs::PermissionsExt,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use bytes::BytesMut;
 use cocalc_core::{
     auth::Principal,
-    ids::{Action, ProjectId},
+    ids::{Action, ProjectId, SnapshotName},
 };
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 use http_body_util::BodyExt;
@@ -19,15 +21,16 @@ use rustix::{
     fs::{FileType, Stat},
     io::Errno,
 };
-use tokio::time::timeout;
+use tokio::{sync::OwnedMutexGuard, time::timeout};
 
 use super::{
     Raw, TURN_LIMIT, blocking, blocking_with,
-    refusals::{changed, failed, into_itself, no_parent, refused, unfinished},
+    refusals::{changed, failed, into_itself, no_parent, not_copied, refused, unfinished},
 };
 use crate::{
     body::{Body, BodyError},
     files::{
+        Copying,
         conditions::{Verdict, Version, weigh},
         path::FilePath,
         remove::remove_all,
@@ -79,7 +82,7 @@ impl Change {
         Ok(Self::Removal { recursive })
     }
 
-    /// What `MOVE` asks for (RFC 4918, 9.9).
+    /// What `MOVE` and `COPY` ask for (RFC 4918, 9.8 and 9.9).
     pub(super) fn moving(asked: &Asked<'_>) -> Result<Self, Problem> {
         let bad = |message: &'static str| Problem::new(StatusCode::BAD_REQUEST, "bad_destination", message);
         let fields = &asked.parts.headers;
@@ -204,6 +207,60 @@ impl Inner {
         }
     }
 
+    /// Copies something, also from a former state; what it replaces is kept in
+    /// another one.
+    #[expect(clippy::too_many_arguments, reason = "what a request says, taken apart once")]
+    pub(super) async fn copy_files(
+        &self,
+        raw: &Raw,
+        asked: &Asked<'_>,
+        principal: &Principal,
+        path: FilePath,
+        state: Option<SnapshotName>,
+        to: FilePath,
+        replace: bool,
+    ) -> Result<Response<Body>, Problem> {
+        let project = asked.place.project;
+        let (turn, alone) = self.turn(raw, project).await?;
+        self.authorize(principal, project, Action::Write).await?;
+        let (from, held) = self.tree_in(raw, project, state.as_ref()).await?;
+        let into = self.tree(raw, project).await?;
+        let copying = Copying { from: state, path: path.relative(), to: to.relative(), replace };
+        let fields = asked.parts.headers.clone();
+        let replaced = blocking_with(move || check_copy(&from, &path, &into, &to, replace, &fields)).await?;
+        let files = Arc::clone(&raw.files);
+        // Also if nobody waits for it any more.
+        let copied = tokio::spawn(async move {
+            let _held = (held, alone, turn);
+            files.copy(project, copying).await
+        });
+        match copied.await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return Err(not_copied(&error)),
+            Err(error) => {
+                tracing::error!(%error, "a copy ended by itself");
+                return Err(refused(io::Error::other("a copy ended by itself")));
+            }
+        }
+        let mut response = Response::new(Body::empty());
+        *response.status_mut() = if replaced { StatusCode::NO_CONTENT } else { StatusCode::CREATED };
+        Ok(response)
+    }
+
+    /// Waits until nobody else changes the project's files.
+    async fn turn(
+        &self,
+        raw: &Raw,
+        project: ProjectId,
+    ) -> Result<(Box<dyn Any + Send>, OwnedMutexGuard<()>), Problem> {
+        let busy =
+            || Problem::unavailable("project_busy", "The project's files cannot be changed just now.", 2);
+        // The project's own turn first: who waits for that holds up nobody else.
+        let turn = timeout(TURN_LIMIT, raw.files.turn(project)).await.ok().flatten().ok_or_else(busy)?;
+        let alone = timeout(TURN_LIMIT, raw.changes(project).lock_owned()).await.map_err(|_| busy())?;
+        Ok((turn, alone))
+    }
+
     /// Changes something, in the project's turn and if the conditions hold.
     pub(super) async fn change_files(
         &self,
@@ -218,11 +275,7 @@ impl Inner {
             let message = "The root of the files is always there.";
             return Err(Problem::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message));
         };
-        let busy =
-            || Problem::unavailable("project_busy", "The project's files cannot be changed just now.", 2);
-        // The project's own turn first: who waits for that holds up nobody else.
-        let turn = timeout(TURN_LIMIT, raw.files.turn(project)).await.ok().flatten().ok_or_else(busy)?;
-        let alone = timeout(TURN_LIMIT, raw.changes(project).lock_owned()).await.map_err(|_| busy())?;
+        let (turn, alone) = self.turn(raw, project).await?;
         // An upload may have taken long.
         self.authorize(principal, project, Action::Write).await?;
         // In the turn, because a restore puts another directory there.
@@ -385,6 +438,34 @@ fn move_to(
             }
             _ => refused(error),
         }),
+    }
+}
+
+/// Whether something can be copied; whether it replaces something then.
+fn check_copy(
+    from: &Tree,
+    path: &FilePath,
+    into: &Tree,
+    to: &FilePath,
+    replace: bool,
+    fields: &HeaderMap,
+) -> Result<bool, Problem> {
+    let (Some(name), Some(new)) = (path.name(), to.name()) else { return Err(into_itself()) };
+    let source = source(&from.open(&path.parent()).map_err(refused)?, path, name, fields)?;
+    let parent = into.open(&to.parent()).map_err(no_parent)?;
+    if parent.kind() != FileType::Directory {
+        return Err(no_parent(Errno::NOTDIR.into()));
+    }
+    if to.slash && !source.is_directory {
+        return Err(refused(Errno::ISDIR.into()));
+    }
+    match parent.look(new).map_err(refused)? {
+        None => Ok(false),
+        Some(_) if !replace => Err(failed()),
+        Some(old) if (old.st_dev, old.st_ino) == (source.stat.st_dev, source.stat.st_ino) => {
+            Err(into_itself())
+        }
+        Some(_) => Ok(true),
     }
 }
 

@@ -11,20 +11,24 @@ use bytes::Bytes;
 use cocalc_core::{
     activity::{Source, Use},
     auth::{Admission, Principal},
-    ids::{Action, ProjectId, Scope},
+    ids::{Action, ProjectId, Scope, SnapshotName},
 };
-use http::{HeaderName, Method, Response, StatusCode, header};
+use http::{HeaderName, Method, Response, StatusCode, Uri, header};
 use rustix::{fs::FileType, io::Errno};
 use tokio::time::timeout;
 
-use self::{change::Change, places::Places, refusals::refused};
+use self::{
+    change::Change,
+    places::Places,
+    refusals::{bad_query, refused},
+};
 use super::{Asked, Inner, Rest, respond::frame_ancestors, session};
 use crate::{
     body::Body,
     files::{
-        ProjectFiles,
-        path::FilePath,
-        read::read_at,
+        Former, FormerState, ProjectFiles,
+        path::{FilePath, decode},
+        read::{Held, read_at},
         tree::{Node, Tree},
     },
     headers,
@@ -45,7 +49,7 @@ const SCANS_OF_ONE: usize = 2;
 const SMALL_BYTES: u64 = 64 * 1024;
 /// How long a finished upload waits for a start, stop or snapshot to end.
 const TURN_LIMIT: Duration = Duration::from_secs(30);
-const METHODS: &str = "GET, HEAD, OPTIONS, PUT, DELETE, MKCOL, MOVE";
+const METHODS: &str = "GET, HEAD, OPTIONS, PUT, DELETE, MKCOL, MOVE, COPY";
 
 /// What an ingress needs for raw files.
 #[derive(Debug)]
@@ -111,6 +115,16 @@ impl Inner {
         if asked.wish == Wish::WebSocket {
             return Err(Problem::not_found());
         }
+        let state = state(&asked.parts.uri)?;
+        let action = match (&state, asked.parts.method.as_str()) {
+            (None, _) | (_, "OPTIONS") => action,
+            // Who may only look sees what there is, not what there was.
+            (Some(_), "GET" | "HEAD" | "COPY") => {
+                self.authorize(principal, asked.place.project, Action::Write).await?;
+                Action::Write
+            }
+            _ => return Err(bad_query("A former state is read, or copied from.")),
+        };
         let path = FilePath::parse(path).ok_or_else(Problem::not_found)?;
         if let Some(meter) = self.meter(asked.place.project) {
             // Its files are used, whether it runs or not.
@@ -124,7 +138,7 @@ impl Inner {
                 headers::set(response.headers_mut(), header::ALLOW, METHODS);
                 response
             }
-            "GET" | "HEAD" => self.read_files(raw, &asked, principal, action, path).await?,
+            "GET" | "HEAD" => self.read_files(raw, &asked, principal, action, path, state).await?,
             "PUT" => self.put_file(raw, asked, rest, principal, path).await?,
             "DELETE" => {
                 let change = Change::removal(&asked)?;
@@ -136,6 +150,11 @@ impl Inner {
                 self.change_files(raw, &asked.parts.headers, principal, asked.place.project, path, change)
                     .await?
             }
+            "COPY" => {
+                let change = Change::moving(&asked)?;
+                let Change::Move { to, replace } = change else { return Err(Problem::not_found()) };
+                self.copy_files(raw, &asked, principal, path, state, to, replace).await?
+            }
             "MKCOL" => {
                 if !hyper::body::Body::is_end_stream(&rest.body) {
                     let message = "A folder is made without a body.";
@@ -145,7 +164,7 @@ impl Inner {
                 self.change_files(raw, headers, principal, project, path, Change::Directory).await?
             }
             _ => {
-                let message = "Files are read, written with PUT, deleted, moved with MOVE, and folders made with MKCOL.";
+                let message = "Files are read, written with PUT, deleted, moved with MOVE, copied with COPY, and folders made with MKCOL.";
                 let problem = Problem::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message);
                 return Err(problem.header("allow", METHODS.to_owned()));
             }
@@ -170,6 +189,40 @@ impl Inner {
         }
     }
 
+    /// The files as they are, or as they were in a former state, which is there
+    /// for as long as what comes with it is.
+    async fn tree_in(
+        &self,
+        raw: &Raw,
+        project: ProjectId,
+        state: Option<&SnapshotName>,
+    ) -> Result<(Arc<Tree>, Held), Problem> {
+        let Some(name) = state else { return Ok((self.tree(raw, project).await?, None)) };
+        match timeout(self.limits.connect_timeout, raw.files.state(project, name)).await {
+            Ok(Ok(Some(Former { root, held }))) => Ok((Arc::new(Tree(root)), Some(held))),
+            Ok(Ok(None)) => {
+                let message = "There is no such former state any more.";
+                Err(Problem::new(StatusCode::NOT_FOUND, "no_snapshot", message))
+            }
+            failed => {
+                tracing::warn!(%project, ?failed, "cannot open a former state of the files");
+                Err(Problem::unavailable("files_unavailable", "The former state cannot be read now.", 2))
+            }
+        }
+    }
+
+    /// `GET /.cocalc/snapshots`: the former states of the files.
+    pub(super) async fn former_states(&self, project: ProjectId) -> Result<Vec<FormerState>, Problem> {
+        let unavailable =
+            || Problem::unavailable("files_unavailable", "The former states cannot be listed now.", 2);
+        let Some(raw) = &self.raw else { return Ok(vec![]) };
+        let asked = timeout(self.limits.connect_timeout, raw.files.states(project)).await;
+        asked.map_err(|_| unavailable())?.map_err(|error| {
+            tracing::warn!(%project, %error, "cannot list former states of the files");
+            unavailable()
+        })
+    }
+
     async fn read_files(
         &self,
         raw: &Raw,
@@ -177,9 +230,10 @@ impl Inner {
         principal: &Principal,
         action: Action,
         path: FilePath,
+        state: Option<SnapshotName>,
     ) -> Result<Response<Body>, Problem> {
         let project = asked.place.project;
-        let tree = self.tree(raw, project).await?;
+        let (tree, held) = self.tree_in(raw, project, state.as_ref()).await?;
         let opened = path.clone();
         let found = blocking(move || {
             let node = tree.open(&opened)?;
@@ -206,9 +260,10 @@ impl Inner {
                 return session::redirect(&format!("{place}{}/{query}", path.encoded()));
             }
             Found::Directory(node) => {
-                shown::directory(raw, asked, &path, node, self.limits.body_idle).await?
+                let shown = shown::Directory { path: &path, state: state.as_ref(), node, held };
+                shown::directory(raw, asked, shown, self.limits.body_idle).await?
             }
-            Found::File(node, content) => shown::file(asked, &path, &node, content)?,
+            Found::File(node, content) => shown::file(asked, &path, &node, content, held)?,
         };
         let fields_out = response.headers_mut();
         headers::set(fields_out, header::X_CONTENT_TYPE_OPTIONS, "nosniff");
@@ -237,6 +292,14 @@ impl Inner {
         let admitted = self.auth.admit(principal, project, action).await;
         admitted.map_err(|denial| self.denied(project, &denial))
     }
+}
+
+/// The former state that `?snapshot=` asks for.
+fn state(uri: &Uri) -> Result<Option<SnapshotName>, Problem> {
+    let mut pairs = uri.query().unwrap_or_default().split('&');
+    let Some(name) = pairs.find_map(|pair| pair.strip_prefix("snapshot=")) else { return Ok(None) };
+    let name = decode(name).and_then(|name| String::from_utf8(name).ok()?.parse().ok());
+    name.map(Some).ok_or_else(|| bad_query("`snapshot` is no name of one."))
 }
 
 async fn blocking<T: Send + 'static>(

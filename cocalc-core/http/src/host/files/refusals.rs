@@ -2,6 +2,7 @@
 
 use std::io;
 
+use cocalc_core::{chain, storage};
 use http::StatusCode;
 use rustix::io::Errno;
 
@@ -15,6 +16,36 @@ pub(super) fn failed() -> Problem {
 pub(super) fn changed() -> Problem {
     let message = "The folder was changed meanwhile. Look at it, and try again.";
     Problem::new(StatusCode::CONFLICT, "changed", message)
+}
+
+pub(super) fn bad_query(message: &'static str) -> Problem {
+    Problem::new(StatusCode::BAD_REQUEST, "bad_query", message)
+}
+
+/// Why storage did not copy.
+pub(super) fn not_copied(error: &storage::Error) -> Problem {
+    let problem = |status, code, message: String| Problem::new(status, code, message);
+    match error {
+        storage::Error::NotFound { .. } => Problem::not_found(),
+        storage::Error::NoSnapshot { .. } => {
+            problem(StatusCode::NOT_FOUND, "no_snapshot", "There is no such former state any more.".into())
+        }
+        storage::Error::AlreadyExists { .. } => refused(Errno::EXIST.into()),
+        storage::Error::NoSpace { .. } => refused(Errno::DQUOT.into()),
+        storage::Error::Path { reason, .. } => {
+            problem(StatusCode::CONFLICT, "not_copied", format!("It cannot be copied there: {reason}."))
+        }
+        storage::Error::NestedVolumes { .. } | storage::Error::InUse { .. } => {
+            problem(StatusCode::CONFLICT, "not_copied", error.to_string())
+        }
+        storage::Error::Unsupported { .. } => {
+            problem(StatusCode::NOT_FOUND, "not_available", "Nothing is copied on this host.".into())
+        }
+        _ => {
+            tracing::warn!(error = %chain(error), "a copy failed");
+            problem(StatusCode::INTERNAL_SERVER_ERROR, "files_error", "The files cannot be used.".into())
+        }
+    }
 }
 
 pub(super) fn into_itself() -> Problem {

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use cocalc_core::ids::SnapshotName;
 use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, header};
 
 use super::{Content, Raw, blocking, refusals::failed};
@@ -12,7 +13,7 @@ use crate::{
         conditions::{Span, Verdict, span, weigh},
         kind, listing,
         path::{FilePath, decode, encode},
-        read::FileBody,
+        read::{FileBody, Held},
         tree::Node,
     },
     headers,
@@ -23,14 +24,23 @@ use crate::{
 /// How many entries a page of a listing has, unless fewer are asked for.
 const ENTRIES_MAX: usize = 1_000;
 
+/// A folder that is shown.
+pub(super) struct Directory<'a> {
+    pub(super) path: &'a FilePath,
+    /// As it was in this state.
+    pub(super) state: Option<&'a SnapshotName>,
+    pub(super) node: Node,
+    pub(super) held: Held,
+}
+
 /// A listing, or an archive.
 pub(super) async fn directory(
     raw: &Raw,
     asked: &Asked<'_>,
-    path: &FilePath,
-    node: Node,
+    shown: Directory<'_>,
     idle: Duration,
 ) -> Result<Response<Body>, Problem> {
+    let Directory { path, state, node, held } = shown;
     let bad = |message: &'static str| Problem::new(StatusCode::BAD_REQUEST, "bad_query", message);
     let (mut after, mut max, mut json) = (Vec::new(), ENTRIES_MAX, !wants_page(&asked.parts.headers));
     let mut archive = None;
@@ -65,7 +75,7 @@ pub(super) async fn directory(
             let place = raw.archives.now(asked.place.project).ok_or_else(|| {
                 Problem::unavailable("archives_busy", "Too many folders are being downloaded. Try again.", 5)
             })?;
-            *response.body_mut() = Body::new(archive::begin(format, node, &name, idle, place));
+            *response.body_mut() = Body::new(archive::begin(format, node, &name, idle, (place, held)));
         }
         return Ok(response);
     }
@@ -74,14 +84,14 @@ pub(super) async fn directory(
     })?;
     let page = blocking(move || {
         // Also if nobody waits for it any more.
-        let _place = place;
+        let _held = (place, held);
         node.list(&after, max)
     })
     .await?;
     let (kind, text) = if json {
-        ("application/json", listing::json(path, &page, max))
+        ("application/json", listing::json(path, state, &page, max))
     } else {
-        ("text/html; charset=utf-8", listing::html(path, &page, max))
+        ("text/html; charset=utf-8", listing::html(path, state, &page, max))
     };
     let mut response = Response::new(Body::empty());
     headers::set(response.headers_mut(), header::CONTENT_TYPE, kind);
@@ -98,6 +108,7 @@ pub(super) fn file(
     path: &FilePath,
     node: &Node,
     content: Content,
+    held: Held,
 ) -> Result<Response<Body>, Problem> {
     let fields = &asked.parts.headers;
     let version = node.version();
@@ -141,7 +152,7 @@ pub(super) fn file(
     };
     headers::set(response.headers_mut(), header::CONTENT_LENGTH, &bytes.to_string());
     *response.body_mut() = match content {
-        Content::Open(file) => Body::new(FileBody::new(file, first, bytes)),
+        Content::Open(file) => Body::new(FileBody::new(file, first, bytes, held)),
         Content::Read(read) => {
             if u64::try_from(read.len()).is_ok_and(|read| read < length) {
                 return Err(Problem::unavailable(
