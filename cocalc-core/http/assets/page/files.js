@@ -81,8 +81,8 @@
     });
     const now = made("option", "are now");
     now.value = "";
-    byId("state").replaceChildren(now, ...options);
-    byId("state").value = past;
+    byId("then").replaceChildren(now, ...options);
+    byId("then").value = past;
     byId("former").hidden = !options.length;
   }
   function look(state) {
@@ -95,7 +95,7 @@
       report(error);
     });
   }
-  byId("state").addEventListener("change", () => look(byId("state").value));
+  byId("then").addEventListener("change", () => look(byId("then").value));
 
   async function rename(entry) {
     const name = await question("New name of " + entry.name + ", or its new path from the top, beginning with /", true, entry.name);

@@ -5,6 +5,7 @@
 
 mod archives;
 mod changes;
+mod contents;
 mod faults;
 mod files;
 mod history;

@@ -101,8 +101,8 @@ await run(async () => {
   await frame.getByRole("link", { name: "work/" }).waitFor({ state: "hidden" });
   await frame.evaluate(() => { location.hash = "ports"; });
   await frame.evaluate(() => { location.hash = "files"; });
-  const state = frame.getByLabel("As they");
-  const before = await until("the snapshot", () => state.locator("option", { hasText: "(before)" }).getAttribute("value", { timeout: 1000 }).catch(() => null));
+  const state = frame.locator("#then");
+  const before = await until("the snapshot", () => state.evaluate((all) => [...all.options].find((one) => one.text.endsWith("(before)"))?.value));
   await state.selectOption(before);
   await frame.getByRole("link", { name: "work/" }).waitFor();
   assert(!await frame.getByRole("button", { name: "New folder" }).isVisible());
