@@ -8,7 +8,7 @@
 mod world;
 
 use std::{
-    os::unix::{fs::PermissionsExt, net::UnixListener},
+    os::unix::net::UnixListener,
     path::PathBuf,
     process::Command as Program,
     time::{Duration, Instant},
@@ -223,8 +223,7 @@ async fn a_podman_that_hangs_holds_up_nobody_and_what_was_meddled_with_is_seen()
     let (one, two) = (world.started(0).await, world.started(1).await);
     // A podman that hangs in every call.
     let wrapper = world.state.path().join("podman");
-    std::fs::write(&wrapper, "#!/bin/sh\nexec sleep 86400\n").unwrap();
-    std::fs::set_permissions(&wrapper, std::fs::Permissions::from_mode(0o755)).unwrap();
+    cocalc_testkit::executable::write(&wrapper, "#!/bin/sh\nexec sleep 86400\n");
     let real = std::env::split_paths(&std::env::var_os("PATH").unwrap())
         .map(|dir| dir.join("podman"))
         .find(|path| path.exists())

@@ -213,7 +213,7 @@ async fn a_project_is_confined_as_far_as_the_kernel_has_it() {
 fn again(test: &str, line: &str) {
     let dir = tempfile::tempdir().unwrap();
     let program = dir.path().join("process");
-    std::fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+    cocalc_testkit::executable::copy(&std::env::current_exe().unwrap(), &program);
     std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
     let output = std::process::Command::new("/bin/sh")
         .args(["-c", line, "sh"])

@@ -307,7 +307,7 @@ impl Connection {
         let id = channel.id();
         let (_, write) = channel.split();
         let ends = Ends::default();
-        let (sender, receiver) = input(&self.budget, project(&login), &ends.overflow);
+        let (sender, receiver) = input(&self.budget, project(&login), &ends.overflow, self.grip.wake());
         let (controls, _) = mpsc::channel(1);
         let outward = Outward { write, handle: session.handle(), meter: self.meter.clone() };
         let run = channel::forward(outward, reply, login, target, receiver, ends.clone());
@@ -357,7 +357,7 @@ impl Connection {
         let request = ExecRequest { command, env, pty, user: None };
         let has_pty = request.pty.is_some();
         let ends = Ends::default();
-        let (sender, receiver) = input(&self.budget, project(&login), &ends.overflow);
+        let (sender, receiver) = input(&self.budget, project(&login), &ends.overflow, self.grip.wake());
         let (controls, steered) = mpsc::channel(16);
         let outward = Outward { write, handle: session.handle(), meter: self.meter.clone() };
         let agent = agent.then_some(("SSH_AUTH_SOCK", Kind::Agent, "your agent"));
@@ -653,7 +653,7 @@ impl Handler for Connection {
     ) -> Result<(), Self::Error> {
         let Some(login) = self.login.clone().filter(|_| self.has_room()) else { return session.close(id) };
         let ends = Ends::default();
-        let (sender, input) = input(&self.budget, project(&login), &ends.overflow);
+        let (sender, input) = input(&self.budget, project(&login), &ends.overflow, self.grip.wake());
         let (controls, _) = mpsc::channel(1);
         let state =
             State::Running { input: Some(sender), controls, ends: ends.clone(), pty: false, process: false };
