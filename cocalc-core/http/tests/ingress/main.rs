@@ -12,8 +12,6 @@ mod hostile;
 mod archives;
 mod changes;
 mod contents;
-mod faults;
-mod files;
 mod history;
 mod https;
 mod page;
