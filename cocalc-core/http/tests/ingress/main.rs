@@ -4,15 +4,15 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
+mod archives;
 mod autobahn;
 mod bodies;
-mod faults;
-mod files;
-mod hostile;
-mod archives;
 mod changes;
 mod contents;
+mod faults;
+mod files;
 mod history;
+mod hostile;
 mod https;
 mod page;
 mod probes;
