@@ -117,8 +117,9 @@ pub struct ProjectSpec {
     pub volume: PathBuf,
     /// The image; `None` for runners without images.
     pub image: Option<ImageDigest>,
-    /// A number unique among the projects of this host, from 0, and stable:
-    /// from it the project's range of user ids and its addresses follow.
+    /// A number unique among the projects of this host, from 0, and stable. A
+    /// runner that gives each project a range of user ids and addresses takes
+    /// those of this number if it has them, and else others.
     pub slot: u32,
     /// What it may use.
     pub limits: Limits,

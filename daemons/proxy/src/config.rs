@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use cocalc_core::ids::HostName;
+use cocalc_http::HttpSettings;
 use cocalc_ssh::HostKeyType;
 use serde::Deserialize;
 
@@ -42,6 +43,9 @@ pub struct Config {
     /// if it is not the scheme's own. Default: none, path routing only.
     #[serde(default)]
     pub domain: String,
+    /// Bytes and waits of its HTTP ingress.
+    #[serde(default)]
+    pub http: HttpSettings,
 }
 
 fn more_host_keys() -> Vec<HostKeyType> {
@@ -68,6 +72,6 @@ impl Config {
         if self.tls_cert.is_some() && self.public_url.as_ref().is_some_and(plain) {
             return Err("public_url: begins with http://, but tls_cert is set; use https://".into());
         }
-        Ok(())
+        self.http.validate()
     }
 }
