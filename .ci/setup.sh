@@ -25,7 +25,7 @@ case $goal in
 esac
 if [ "$goal" = test ] && [ -n "${COCALC_FULL:-}" ]; then packages+=(haproxy); fi
 # A newer Node.js than Debian's may be there already.
-if [ "$goal" = test ] && ! command -v npm >/dev/null; then packages+=(nodejs npm); fi
+if [ "$goal" != demo ] && ! command -v npm >/dev/null; then packages+=(nodejs npm); fi
 if ! command -v cc >/dev/null; then packages+=(build-essential); fi
 
 missing=()
@@ -97,6 +97,12 @@ browser() {
   fi
 }
 
+# A proxy that the ingress is measured beside.
+peer_proxy() {
+  [ "$goal" = bench ] || return 0
+  npm_packages "${COCALC_CHP:-/var/cache/cocalc/chp}" configurable-http-proxy@5.3.0
+}
+
 npm_packages() {
   local place=$1 wanted=$2
   [ "$(cat "$place/installed" 2>/dev/null)" = "$wanted" ] && return 0
@@ -104,7 +110,7 @@ npm_packages() {
   if mkdir -p "$place" && (cd "$place" && PLAYWRIGHT_SKIP_BROWSER_DOWNLOAD=1 npm install --silent --no-audit --no-fund "$wanted"); then
     echo "$wanted" >"$place/installed"
   else
-    echo "$wanted is not installed: the tests in a browser will fail" >&2
+    echo "$wanted is not installed: what needs it will fail" >&2
   fi
 }
 
@@ -113,6 +119,7 @@ if [ ${#missing[@]} -eq 0 ]; then
   ssh_clients
   websocket_cases
   browser
+  peer_proxy
   exit 0
 fi
 
@@ -131,3 +138,4 @@ emulators
 ssh_clients
 websocket_cases
 browser
+peer_proxy

@@ -91,7 +91,7 @@ mod websocket;
 mod wire;
 
 pub use body::{Body, BodyError};
-pub use files::ProjectFiles;
+pub use files::{Copying, Former, FormerState, ProjectFiles};
 pub use host::{BusEndpoint, Endpoints, HostIngress, HostIngressBuilder, Opening, Stats};
 pub use limits::{HttpSettings, Limits};
 pub use page::TerminalLimits;

@@ -29,8 +29,9 @@ pub struct Config {
     /// Where it serves its peers: other hosts, and proxies.
     pub peer_listen: SocketAddr,
     /// The types of SSH host keys that it has beside Ed25519: `rsa` (3072 bits)
-    /// and `ecdsa` (P-256), for clients that know nothing newer. Default: none.
-    #[serde(default)]
+    /// and `ecdsa` (P-256), for clients that know nothing newer. Default: `rsa`,
+    /// of which nobody complains.
+    #[serde(default = "more_host_keys")]
     pub ssh_more_host_keys: Vec<HostKeyType>,
     /// The file with the chain of certificates for `listen`, in PEM, the
     /// server's own first; with `tls_key`. Read again when it changes, within
@@ -314,6 +315,10 @@ pub enum RunnerKind {
     Podman,
     /// Plain processes, without isolation.
     Process,
+}
+
+fn more_host_keys() -> Vec<HostKeyType> {
+    vec![HostKeyType::Rsa]
 }
 
 impl Config {

@@ -24,8 +24,9 @@ pub struct Config {
     /// Where it serves SSH.
     pub ssh_listen: SocketAddr,
     /// The types of SSH host keys that it has beside Ed25519: `rsa` (3072 bits)
-    /// and `ecdsa` (P-256), for clients that know nothing newer. Default: none.
-    #[serde(default)]
+    /// and `ecdsa` (P-256), for clients that know nothing newer. Default: `rsa`,
+    /// of which nobody complains.
+    #[serde(default = "more_host_keys")]
     pub ssh_more_host_keys: Vec<HostKeyType>,
     /// The file with the chain of certificates for `listen`, in PEM, the
     /// server's own first; with `tls_key`. Read again when it changes, within
@@ -45,6 +46,10 @@ pub struct Config {
     /// Bytes and waits of its HTTP ingress.
     #[serde(default)]
     pub http: HttpSettings,
+}
+
+fn more_host_keys() -> Vec<HostKeyType> {
+    vec![HostKeyType::Rsa]
 }
 
 impl Config {

@@ -4,10 +4,14 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
+mod archives;
 mod autobahn;
 mod bodies;
+mod changes;
+mod contents;
 mod faults;
 mod files;
+mod history;
 mod hostile;
 mod https;
 mod page;
