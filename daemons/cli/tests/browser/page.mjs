@@ -50,7 +50,7 @@ await run(async () => {
   // A terminal is as large as it is shown, also on a small screen, where nothing
   // is beside the page.
   const sized = async (mark) => {
-    await types(page, frame, `clear; echo ${mark}-$(stty size | tr ' ' x)-\n`);
+    await types(page, frame, `echo ${mark}-$(stty size | tr ' ' x)-\n`);
     await shows(frame, mark + "-");
     return until("a size", async () => (await screen(frame)).match(new RegExp(mark + "-(\\d+)x(\\d+)-"))?.slice(1).map(Number));
   };
