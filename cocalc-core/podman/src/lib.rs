@@ -72,6 +72,8 @@
 mod agent;
 mod cgroup;
 mod command;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod image;
 mod kernel;
 mod mounts;

@@ -104,7 +104,7 @@ async fn a_project_whose_helper_is_dead_silent_or_lies_is_entered_without_it() {
     let (exit, text) = world.run_as(project, None, "echo out; echo err >&2; exit 9").await;
     assert_eq!((exit, text.as_str()), (Exit::Code(9), "out\nerr\n"));
     assert_eq!(world.run(project, "printenv FROM_SPEC").await, "yes\n");
-    let pty = Pty { term: "xterm".into(), size: WindowSize { cols: 80, rows: 24 } };
+    let pty = Pty::new("xterm", WindowSize { cols: 80, rows: 24 });
     let terminal = ExecRequest { pty: Some(pty), ..line("true") };
     let refused = world.podman.exec(project, terminal).await.unwrap_err();
     assert!(refused.to_string().contains("without it there are no terminals"), "{refused}");

@@ -170,7 +170,7 @@ impl Inner {
         let (meter, switch) = (self.meter(project), self.limits.connect_timeout);
         let (draining, closing) = (rest.connection.draining.clone(), rest.connection.closing.clone());
         self.websockets.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        rest.connection.tasks.spawn(async move {
+        rest.connection.spawn(async move {
             let Ok(Ok(upgraded)) = timeout(switch, upgrade).await else { return };
             let stop = async {
                 tokio::select! {

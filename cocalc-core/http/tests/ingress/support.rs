@@ -607,6 +607,45 @@ impl App {
     }
 }
 
+/// An app that does with each connection, counted from 0, what `handle` says.
+pub(crate) async fn scripted<F>(
+    handle: impl Fn(TcpStream, usize) -> F + Send + 'static,
+) -> (u16, AbortOnDropHandle<()>)
+where
+    F: Future<Output = std::io::Result<()>> + Send + 'static,
+{
+    let (listener, address) = listen().await;
+    let task = own(async move {
+        let mut connections = tokio::task::JoinSet::new();
+        let mut index = 0;
+        while let Ok((stream, _)) = listener.accept().await {
+            connections.spawn(handle(stream, index));
+            index += 1;
+        }
+    });
+    (address.port(), task)
+}
+
+/// What comes until it ends with `end`.
+pub(crate) async fn until(
+    stream: &mut (impl tokio::io::AsyncRead + Unpin),
+    end: &str,
+) -> std::io::Result<String> {
+    let mut bytes = Vec::new();
+    while !bytes.ends_with(end.as_bytes()) {
+        bytes.push(stream.read_u8().await?);
+    }
+    Ok(text(bytes))
+}
+
+/// The same from outside, where it is certain to come.
+pub(crate) async fn heard(stream: &mut TcpStream, end: &str) -> String {
+    match timeout(DEADLINE, until(stream, end)).await {
+        Ok(heard) => heard.unwrap(),
+        Err(_) => panic!("{end:?} never came"),
+    }
+}
+
 async fn head(stream: &mut TcpStream) -> std::io::Result<String> {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
@@ -767,7 +806,7 @@ pub(crate) fn text(bytes: Vec<u8>) -> String {
 
 /// The status and code of each response in a connection's bytes.
 pub(crate) fn outcomes(answer: &[u8]) -> Vec<(u16, String)> {
-    let answer = String::from_utf8_lossy(answer).into_owned();
+    let answer = String::from_utf8_lossy(answer).replace("HTTP/1.0 ", "HTTP/1.1 ");
     answer
         .split("HTTP/1.1 ")
         .skip(1)
