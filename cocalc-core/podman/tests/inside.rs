@@ -221,20 +221,7 @@ async fn secrets_have_memory_of_the_user_alone_and_what_is_used_is_measured() {
 async fn a_podman_that_hangs_holds_up_nobody_and_what_was_meddled_with_is_seen() {
     let world = World::new().await;
     let (one, two) = (world.started(0).await, world.started(1).await);
-    // A podman that hangs in every call.
-    let wrapper = world.state.path().join("podman");
-    cocalc_testkit::executable::write(&wrapper, "#!/bin/sh\nexec sleep 86400\n");
-    let real = std::env::split_paths(&std::env::var_os("PATH").unwrap())
-        .map(|dir| dir.join("podman"))
-        .find(|path| path.exists())
-        .unwrap();
-    let switch = world.state.path().join("switch");
-    let script = format!(
-        "#!/bin/sh\nif test -e {switch}; then exec sleep 86400; fi\nexec {real} \"$@\"\n",
-        switch = switch.display(),
-        real = real.display()
-    );
-    std::fs::write(&wrapper, script).unwrap();
+    let (wrapper, switch) = world::podman_that_may_hang(world.state.path());
     let builder = world::builder(world.instance, world.state.path(), world.index, &world.volume);
     let podman = builder.podman(&wrapper).build().await.unwrap();
     std::fs::write(&switch, "").unwrap();
@@ -264,4 +251,105 @@ async fn a_podman_that_hangs_holds_up_nobody_and_what_was_meddled_with_is_seen()
     podman.start(&one).await.unwrap();
     assert_eq!(podman.status(one.project).await.unwrap().state, State::Running);
     assert_eq!(podman.status(two.project).await.unwrap().started, begun, "the other was left alone");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_that_finds_podman_hanging_starts_and_what_runs_goes_on() {
+    let world = World::new().await;
+    let (one, two) = (world.started(0).await, world.started(1).await);
+    let (stopped, fresh) = (world.started(2).await, world.project(3));
+    world.podman.stop(stopped.project, Duration::from_secs(5)).await.unwrap();
+    let before = world.podman.status(one.project).await.unwrap();
+    let (wrapper, switch) = world::podman_that_may_hang(world.state.path());
+    std::fs::write(&switch, "").unwrap();
+    // One that the former daemon was about to start when it was killed.
+    let cut_off = ProjectId::random();
+    let notes = PathBuf::from("/run/cocalc").join(world.instance.to_string()).join("running");
+    let note = std::fs::read_to_string(notes.join(format!("{}.json", one.project))).unwrap();
+    let mut note: serde_json::Value = serde_json::from_str(&note).unwrap();
+    note["run"] = serde_json::Value::Null;
+    let intent = notes.join(format!("{cut_off}.json"));
+    std::fs::write(&intent, note.to_string()).unwrap();
+
+    let builder = world::builder(world.instance, world.state.path(), world.index, &world.volume);
+    let podman = builder.podman(&wrapper).build().await.expect("it starts all the same");
+    assert!(podman.capabilities().backend.contains("does not say"), "{}", podman.capabilities().backend);
+    assert_eq!(podman.status(one.project).await.unwrap(), before, "the same state, epoch and time");
+    assert_eq!(podman.list().await.unwrap().len(), 2);
+    let text = world::run_in(&podman, one.project, None, "echo still; printenv FROM_SPEC").await;
+    assert_eq!(text, "still\nyes\n");
+    assert!(podman.stats(two.project).await.unwrap().pids > 0);
+    assert!(matches!(podman.dial(one.project, 1).await, Err(Error::Refused { .. })));
+    assert_eq!(podman.start(&one).await.unwrap(), before, "it is not started again");
+    // What was never started, and what was stopped, is known not to run.
+    assert_eq!(podman.status(stopped.project).await.unwrap().state, State::Stopped);
+    // Of what may run that is not said, and nothing is done to it.
+    for refused in [
+        podman.status(cut_off).await.map(drop),
+        podman.exec(cut_off, line("true")).await.map(drop),
+        podman.start(&fresh).await.map(drop),
+    ] {
+        let error = refused.unwrap_err();
+        assert!(matches!(&error, Error::Unknown { reason, .. } if reason.contains("podman")), "{error:?}");
+    }
+    // One that dies meanwhile is seen to, although podman does not say of what.
+    world::must(Program::new("kill").args(["-9", &world.first_process(two.project)]));
+    let dies = async {
+        until("its end is seen", async || podman.status(two.project).await.unwrap().state == State::Stopped)
+            .await;
+    };
+    dies.await;
+    assert!(podman.status(two.project).await.unwrap().reason.is_some());
+
+    // podman is mended, which is found by itself.
+    std::fs::remove_file(&switch).unwrap();
+    let begun = Instant::now();
+    while podman.status(cut_off).await.is_err() {
+        assert!(begun.elapsed() < Duration::from_secs(300), "podman answers, and nobody asks it");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert_eq!(podman.status(cut_off).await.unwrap().state, State::Stopped, "there is no container of it");
+    assert_eq!(podman.status(one.project).await.unwrap(), before, "untouched");
+    assert!(podman.list().await.unwrap().iter().any(|status| status.project == stopped.project));
+    assert_eq!(podman.start(&fresh).await.unwrap().state, State::Running);
+    assert_eq!(podman.start(&two).await.unwrap().state, State::Running);
+    podman.stop(one.project, Duration::from_secs(5)).await.unwrap();
+    assert!(!notes.join(format!("{}.json", one.project)).exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn containers_of_others_are_neither_listed_nor_touched() {
+    let world = World::new().await;
+    let spec = world.started(0).await;
+    // One of somebody else's, which runs; one with our instance but no project of ours;
+    // and one whose name looks like ours.
+    let empty = tempfile::tempdir().unwrap();
+    std::fs::create_dir(empty.path().join("bin")).unwrap();
+    let helper = PathBuf::from("/run/cocalc").join(world.instance.to_string()).join("helper");
+    cocalc_testkit::executable::copy(&helper, &empty.path().join("bin/init"));
+    let names = [
+        format!("foreign-{}", ProjectId::random()),
+        format!("cocalc-{}-{}", world.instance, ProjectId::random()),
+        format!("odd-{}", ProjectId::random()),
+    ];
+    for name in &names {
+        let mut podman = Program::new("podman");
+        podman.args(["--runtime", "runc", "create", "--network", "none", "--name", name]);
+        if name.starts_with("odd-") {
+            podman.args(["--label", &format!("cocalc.instance={}", world.instance), "--label"]);
+            podman.arg("cocalc.project=not-a-project");
+        }
+        podman.arg("--rootfs").arg(empty.path()).arg("/bin/init");
+        world::must(&mut podman);
+    }
+    let again = world::builder(world.instance, world.state.path(), world.index, &world.volume);
+    let again = again.build().await.unwrap();
+    let list = again.list().await.unwrap();
+    assert_eq!(list.iter().map(|status| status.project).collect::<Vec<_>>(), [spec.project]);
+    again.remove(spec.project).await.unwrap();
+    let there = world::must(Program::new("podman").args(["ps", "-a", "--format", "{{.Names}}"]));
+    for name in &names {
+        assert!(there.lines().any(|line| line == name), "{name} is gone: {there}");
+        world::must(Program::new("podman").args(["rm", "-f", "-t", "0", name]));
+    }
 }

@@ -23,7 +23,7 @@ use cocalc_core::{
     grant::{Entry, Ledger},
     ids::{Epoch, ImageDigest, ProjectId, SnapshotName},
     moves::host::{MoveHost, runner_error, storage_error},
-    runner::{ProjectSpec, Runner, State},
+    runner::{ProjectSpec, Runner, State, Status},
     snapshots::Keeper,
     storage::{self, Storage, VolumeOptions},
 };
@@ -528,12 +528,18 @@ impl Lifecycle {
             if entry.granted.is_none() && entry.reserved.is_none() {
                 continue;
             }
-            match self.report(entry.project, vec![]).await {
-                Ok(report) => held.push(HeldProject { report, frozen: entry.frozen.map(|f| f.epoch) }),
+            let report = match self.report(entry.project, vec![]).await {
+                Ok(report) => report,
+                // It is held all the same, and who owns it now has to be heard.
                 Err(error) => {
                     tracing::warn!(project = %entry.project, error = %error.message, "cannot tell its state");
+                    let (project, epoch, reason) = (entry.project, entry.granted, Some(error.message));
+                    let state = State::Stopped;
+                    let status = Status { project, epoch: None, state, started: None, reason };
+                    ProjectReport { project, epoch, status, phases: vec![] }
                 }
-            }
+            };
+            held.push(HeldProject { report, frozen: entry.frozen.map(|f| f.epoch) });
         }
         held
     }

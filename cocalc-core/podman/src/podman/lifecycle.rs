@@ -8,15 +8,16 @@ use std::{
 };
 
 use cocalc_core::{
-    ids::{Epoch, ProjectId},
+    ids::ProjectId,
     runner::{Error, Limits, NetworkPolicy, ProjectSpec, Result, State, Status},
 };
 use rustix::process::Signal;
 use sha2::{Digest, Sha256};
 
 use super::{
-    BuildError, Podman, Shared, backend, blocking,
+    Shared, backend, blocking,
     project::{InPhase, Project, Running},
+    record::{Record, Run},
 };
 use crate::{mounts, net::Resolver};
 
@@ -36,64 +37,16 @@ const KILL_LIMIT: Duration = Duration::from_secs(30);
 const LOG_BYTES_READ: u64 = super::limits::DEFAULT_LOG;
 
 pub(super) const LABEL_INSTANCE: &str = "cocalc.instance";
-const LABEL_PROJECT: &str = "cocalc.project";
-const LABEL_EPOCH: &str = "cocalc.epoch";
-const LABEL_SLOT: &str = "cocalc.slot";
-const LABEL_SPEC: &str = "cocalc.spec";
+pub(super) const LABEL_PROJECT: &str = "cocalc.project";
+pub(super) const LABEL_EPOCH: &str = "cocalc.epoch";
+pub(super) const LABEL_SLOT: &str = "cocalc.slot";
+pub(super) const LABEL_SPEC: &str = "cocalc.spec";
 /// What the container was made with, for a daemon that finds it.
-const LABEL_LIMITS: &str = "cocalc.limits";
-
-impl Podman {
-    /// Finds the containers of this instance that are there already.
-    pub(super) async fn adopt(&self) -> Result<(), BuildError> {
-        let shared = &self.shared;
-        let failed = |error| BuildError::new("list its containers", error);
-        let label = super::cleanup::label(shared.instance);
-        for name in shared.cli.labelled(&label).await.map_err(failed)? {
-            // One that vanished meanwhile is not missed.
-            let found = match shared.cli.inspect(std::slice::from_ref(&name)).await {
-                Err(error) if error.is_missing() => continue,
-                found => found.map_err(failed)?,
-            };
-            let Some(container) = found.into_iter().next() else { continue };
-            let label = |name: &str| container.labels.get(name).map(String::as_str).unwrap_or_default();
-            let (Ok(project), Ok(epoch), Ok(slot)) = (
-                label(LABEL_PROJECT).parse(),
-                label(LABEL_EPOCH).parse::<Epoch>(),
-                label(LABEL_SLOT).parse(),
-            ) else {
-                tracing::warn!(container = name, "its labels make no sense, left alone");
-                continue;
-            };
-            let running =
-                Running::find(&container).map_err(|error| BuildError::new("find a process", error))?;
-            let entry = shared.entry(project);
-            let runs = running.is_some();
-            {
-                let mut view = entry.view();
-                view.env = Arc::new(shared.read_env(project));
-                view.epoch = Some(epoch);
-                view.slot = Some(slot);
-                view.limits = serde_json::from_str(label(LABEL_LIMITS)).unwrap_or_default();
-                view.made_from = Some(label(LABEL_SPEC).to_owned());
-                view.running = running.map(Arc::new);
-                view.started = container.started;
-                view.reason = container.reason;
-            }
-            if runs {
-                let policy = shared.network.policy(project);
-                if let Err(error) = shared.resolve(&entry, slot, &policy).await {
-                    // It runs all the same; names come back with its next start.
-                    tracing::warn!(%project, error = %cocalc_core::chain(&error), "no names for a project");
-                }
-            }
-        }
-        Ok(())
-    }
-}
+pub(super) const LABEL_LIMITS: &str = "cocalc.limits";
 
 impl Shared {
     pub(super) async fn prepare(&self, spec: ProjectSpec) -> Result<()> {
+        self.adopted(spec.project).await?;
         let entry = self.entry(spec.project);
         let _operation = entry.operation.lock().await;
         if entry.running().is_some() {
@@ -148,6 +101,7 @@ impl Shared {
 
     pub(super) async fn start(&self, spec: ProjectSpec) -> Result<Status> {
         let project = spec.project;
+        self.adopted(project).await?;
         let entry = self.entry(project);
         let _operation = entry.operation.lock().await;
         if entry.running().is_some() {
@@ -196,6 +150,14 @@ impl Shared {
             .socket(project)
             .and_then(|socket| socket.bind())
             .map_err(|error| failed(backend("start", project, error)))?;
+        let mut record = {
+            let view = entry.view();
+            let (limits, made_from) = (view.limits.clone(), view.made_from.clone());
+            Record { epoch: spec.epoch, slot: spec.slot, limits, made_from, run: None }
+        };
+        // Before it runs: a daemon that is killed now, and finds a podman that hangs,
+        // knows that it may.
+        self.records.write(project, &record).map_err(|error| failed(backend("start", project, error)))?;
         // The log is of this run; what conmon appends begins anew.
         let _ = std::fs::remove_file(self.dirs.logs.join(format!("{project}.log")));
         self.cli.start(&name, listener).await.map_err(|error| Launch {
@@ -219,6 +181,9 @@ impl Shared {
         for write in running.groups.plan(&limits) {
             write.apply().map_err(|error| failed(backend("limit", project, error)))?;
         }
+        record.run =
+            Some(Run { container: running.container.clone(), pid: running.pid, started: container.started });
+        self.records.write(project, &record).map_err(|error| failed(backend("start", project, error)))?;
         receipt.done("podman inspect");
         let mut view = entry.view();
         view.epoch = Some(spec.epoch);
@@ -229,6 +194,7 @@ impl Shared {
     }
 
     pub(super) async fn stop(&self, project: ProjectId, grace: Duration) -> Result<Status> {
+        self.adopted(project).await?;
         let Some(entry) = self.known(project) else { return Ok(unknown(project)) };
         let _operation = entry.operation.lock().await;
         self.stop_locked(&entry, grace).await?;
@@ -266,6 +232,7 @@ impl Shared {
                 .await
                 .map_err(|error| backend("stop", project, error))?;
         }
+        self.records.forget(project);
         if let Ok(socket) = self.socket(project) {
             socket.unlink();
         }
@@ -275,6 +242,7 @@ impl Shared {
     pub(super) async fn remove(&self, project: ProjectId) -> Result<()> {
         // Also if it is unknown: a removal that was cut off has taken the
         // container, by which projects are found again, and left the rest.
+        self.adopted(project).await?;
         let entry = self.entry(project);
         let _operation = entry.operation.lock().await;
         self.stop_locked(&entry, Duration::ZERO).await?;
@@ -295,7 +263,9 @@ impl Shared {
     }
 
     pub(super) async fn status(&self, project: ProjectId) -> Result<Status> {
-        let Some(entry) = self.known(project) else { return Ok(unknown(project)) };
+        let Some(entry) = self.known(project) else {
+            return self.is_known_stopped(project).map(|()| unknown(project));
+        };
         let died = {
             let view = entry.view();
             view.phase.is_none()
@@ -310,7 +280,7 @@ impl Shared {
 
     /// Asks podman how the first process ended.
     async fn note_reason(&self, entry: &Project) {
-        let found = self.cli.inspect(&[self.container(entry.id)]).await;
+        let found = self.cli.inspect_quickly(&self.container(entry.id)).await;
         let reason = found.ok().and_then(|found| found.into_iter().next()?.reason);
         let mut view = entry.view();
         // A start since then has made a new one.
@@ -444,7 +414,7 @@ impl Shared {
         super::builder::write_file(&self.env_path(spec.project), &text, 0o600)
     }
 
-    fn read_env(&self, project: ProjectId) -> std::collections::BTreeMap<String, String> {
+    pub(super) fn read_env(&self, project: ProjectId) -> std::collections::BTreeMap<String, String> {
         let text = std::fs::read(self.env_path(project)).unwrap_or_default();
         serde_json::from_slice(&text).unwrap_or_default()
     }
@@ -458,7 +428,7 @@ impl Shared {
     }
 
     /// Starts the resolver of a project, whose network is there.
-    async fn resolve(&self, entry: &Project, slot: u32, policy: &NetworkPolicy) -> Result<()> {
+    pub(super) async fn resolve(&self, entry: &Project, slot: u32, policy: &NetworkPolicy) -> Result<()> {
         // The former one has the address.
         entry.view().resolver = None;
         let resolver = Resolver::start(&self.network, &self.sockets, &self.servers, entry.id, slot, policy)

@@ -1,6 +1,7 @@
 //! Projects as podman containers.
 
 mod adjust;
+mod adopt;
 mod builder;
 mod cleanup;
 mod cli;
@@ -8,6 +9,7 @@ mod fallback;
 mod lifecycle;
 mod limits;
 mod project;
+mod record;
 mod seccomp;
 mod services;
 mod time;
@@ -38,10 +40,12 @@ pub use limits::Unenforceable;
 pub use time::{ParseTimeError, parse_time};
 
 use self::{
+    adopt::Adoption,
     builder::Dirs,
     cli::Cli,
     limits::Machine,
     project::{Project, Running},
+    record::Records,
 };
 use crate::{
     agent::{self, AgentError, AgentSocket},
@@ -79,6 +83,8 @@ pub(crate) struct Shared {
     defaults: Limits,
     machine: Machine,
     capabilities: Capabilities,
+    records: Records,
+    adoption: Adoption,
     projects: Mutex<BTreeMap<ProjectId, Arc<Project>>>,
 }
 
@@ -128,7 +134,10 @@ impl Shared {
     }
 
     fn running(&self, project: ProjectId) -> Result<(Arc<Project>, Arc<Running>)> {
-        let entry = self.known(project).ok_or(Error::NotRunning { project })?;
+        let Some(entry) = self.known(project) else {
+            self.is_known_stopped(project)?;
+            return Err(Error::NotRunning { project });
+        };
         let running = entry.running().ok_or(Error::NotRunning { project })?;
         Ok((entry, running))
     }

@@ -121,19 +121,17 @@ impl Running {
 
     /// The first process of a container, or `None` if it is not there any more.
     pub(crate) fn find(container: &Container) -> io::Result<Option<Self>> {
-        if !container.running {
-            return Ok(None);
-        }
-        let Some(process) = PidFd::open(container.pid)? else { return Ok(None) };
+        if container.running { Self::of(container.pid, &container.id) } else { Ok(None) }
+    }
+
+    /// The same, of a container by its id and the number of its first process.
+    pub(crate) fn of(pid: i32, container: &str) -> io::Result<Option<Self>> {
+        let Some(process) = PidFd::open(pid)? else { return Ok(None) };
         // Asked after the descriptor was opened: if the number means another
         // process by now, that one is not in the container's control group.
-        let groups = Groups::of(container.pid).ok().and_then(|groups| groups.of_container(&container.id));
-        Ok(groups.map(|groups| Self {
-            pid: container.pid,
-            process,
-            groups,
-            container: container.id.clone(),
-            failed: Mutex::default(),
-        }))
+        let groups = Groups::of(pid).ok().and_then(|groups| groups.of_container(container));
+        let held =
+            |groups| Self { pid, process, groups, container: container.to_owned(), failed: Mutex::default() };
+        Ok(groups.map(held))
     }
 }
