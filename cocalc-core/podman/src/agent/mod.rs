@@ -14,7 +14,7 @@ use std::{io, time::Duration};
 
 use cocalc_core::runner::{Command, ExecRequest, Process};
 
-pub(crate) use socket::AgentSocket;
+pub(crate) use socket::{AgentSocket, Key};
 
 use self::process::AgentProcess;
 
