@@ -80,6 +80,8 @@ mod podman;
 mod probe;
 mod process;
 mod signals;
+#[path = "../helper/users.rs"]
+mod users;
 
 pub use agent::HELPER;
 pub use cgroup::CgroupKind;

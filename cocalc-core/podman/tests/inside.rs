@@ -17,10 +17,10 @@ use std::{
 use cocalc_core::{
     apps::{Service, Services},
     ids::ProjectId,
-    runner::{Command, Error, ExecRequest, Exit, Pty, Runner, State, WindowSize},
+    runner::{Command, Error, ExecRequest, Exit, Process, Pty, Runner, State, Tool, WindowSize},
 };
 use cocalc_podman::Podman;
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use world::{World, until};
 
 fn line(text: &str) -> ExecRequest {
@@ -104,10 +104,36 @@ async fn a_project_whose_helper_is_dead_silent_or_lies_is_entered_without_it() {
     let (exit, text) = world.run_as(project, None, "echo out; echo err >&2; exit 9").await;
     assert_eq!((exit, text.as_str()), (Exit::Code(9), "out\nerr\n"));
     assert_eq!(world.run(project, "printenv FROM_SPEC").await, "yes\n");
-    let pty = Pty { term: "xterm".into(), size: WindowSize { cols: 80, rows: 24 } };
-    let terminal = ExecRequest { pty: Some(pty), ..line("true") };
-    let refused = world.podman.exec(project, terminal).await.unwrap_err();
-    assert!(refused.to_string().contains("without it there are no terminals"), "{refused}");
+    // Other users, of its own files, with their groups; and none that is not there.
+    world
+        .root(
+            project,
+            "useradd -m -s /bin/sh -G video other; echo 'odd:x:1500:1500::/nowhere:/no/shell' >>/etc/passwd",
+        )
+        .await;
+    let (_, who) = world.run_as(project, Some("other"), "id -un; id -Gn; pwd; echo $HOME $USER").await;
+    assert_eq!(who, "other\nother video\n/home/other\n/home/other other\n");
+    assert_eq!(world.run_as(project, Some("odd"), "id -u; pwd").await.1, "1500\n/\n");
+    let request = ExecRequest { user: Some("nobody-here".into()), ..line("true") };
+    let refused = world.podman.exec(project, request).await.unwrap_err();
+    assert!(matches!(&refused, Error::Invalid { reason, .. } if reason.contains("no user")), "{refused}");
+    assert_eq!(world.run(project, "pwd").await, "/home/user\n");
+    terminals_without_the_helper(&world, project).await;
+    // What ingresses need inside: here it is refused by the kernel, and says so.
+    let tool = Tool::ConnectTcp { host: "127.0.0.1".into(), port: 9 };
+    let request = ExecRequest { command: Command::Tool(tool), ..ExecRequest::default() };
+    let mut process = world.podman.exec(project, request).await.unwrap();
+    let mut answer = String::new();
+    process.stdout.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with('-'), "{answer:?}");
+    // Files of the tenant's that lead elsewhere do so within the project; and who has
+    // none is not locked out.
+    world
+        .root(project, "mv /etc/passwd /etc/passwd.kept; ln -s ../../../../../etc/passwd.kept /etc/passwd")
+        .await;
+    assert_eq!(world.run_as(project, Some("other"), "id -un").await.1, "other\n");
+    world.root(project, "rm /etc/passwd").await;
+    assert_eq!(world.root(project, "id -u; mv /etc/passwd.kept /etc/passwd; id -un").await, "0\nroot\n");
 
     // What is in its environment is on no command line that others can read.
     let mut request = line("echo up; exec sleep 87654");
@@ -115,14 +141,19 @@ async fn a_project_whose_helper_is_dead_silent_or_lies_is_entered_without_it() {
     let mut process = world.podman.exec(project, request).await.unwrap();
     let mut up = [0; 3];
     process.stdout.read_exact(&mut up).await.unwrap();
-    let lines: Vec<String> = std::fs::read_dir("/proc")
-        .unwrap()
-        .flatten()
-        .filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok())
-        .map(|line| String::from_utf8_lossy(&line).into_owned())
-        .collect();
-    assert!(lines.iter().any(|line| line.contains("87654")), "its own is there");
-    assert!(!lines.iter().any(|line| line.contains("an-environment-canary")));
+    let told = || -> (bool, bool) {
+        let lines: Vec<String> = std::fs::read_dir("/proc")
+            .unwrap()
+            .flatten()
+            .filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok())
+            .map(|line| String::from_utf8_lossy(&line).into_owned())
+            .collect();
+        let says = |what: &str| lines.iter().any(|line| line.contains(what));
+        (says("87654"), says("an-environment-canary"))
+    };
+    // Between one program and the next there is no line.
+    until("its own is there", async || told().0).await;
+    assert!(!told().1);
     drop(process);
 
     // Dropping it ends the process inside, not the runtime's own only.
@@ -169,6 +200,88 @@ async fn a_project_whose_helper_is_dead_silent_or_lies_is_entered_without_it() {
     }
     std::fs::rename(&original, &socket).unwrap();
     world.podman.stop(project, Duration::from_secs(5)).await.unwrap();
+}
+
+/// A terminal that the runtime carries: it shows, is typed in, has a size that changes,
+/// passes signals of keys on, and ends.
+async fn terminals_without_the_helper(world: &World, project: ProjectId) {
+    let pty = |cols, rows| Pty { term: "xterm-256color".into(), size: WindowSize { cols, rows } };
+    let shell = ExecRequest { command: Command::Shell, pty: Some(pty(100, 30)), ..ExecRequest::default() };
+    let mut process = world.podman.exec(project, shell).await.unwrap();
+    assert!(process.stderr.is_none(), "a terminal has one output");
+    let mut shown = String::new();
+    let mut see = async |process: &mut Process, what: &str| {
+        let mut buffer = [0; 4096];
+        let begun = Instant::now();
+        while !shown.contains(what) {
+            assert!(begun.elapsed() < Duration::from_secs(60), "waited for {what:?}: {shown:?}");
+            let read = tokio::time::timeout(Duration::from_millis(200), process.stdout.read(&mut buffer));
+            match read.await {
+                Ok(Ok(0)) => panic!("it ended before {what:?}: {shown:?}"),
+                Ok(count) => shown.push_str(&String::from_utf8_lossy(&buffer[..count.unwrap()])),
+                Err(_) => {}
+            }
+        }
+        shown.clear();
+    };
+    // The digits are put together inside, so that the echo does not count.
+    process.stdin.write_all(b"tty; stty size; echo $TERM $((40 + 2))-one\n").await.unwrap();
+    see(&mut process, "42-one").await;
+    process.stdin.write_all(b"stty size; echo $((40 + 3))-two\n").await.unwrap();
+    see(&mut process, "30 100\r\n43-two").await;
+    process.handle.resize(WindowSize { cols: 91, rows: 21 }).await.unwrap();
+    let begun = Instant::now();
+    loop {
+        // A size may arrive after what was typed next, so it is asked for again.
+        let mut buffer = [0; 4096];
+        process.stdin.write_all(b"stty size\n").await.unwrap();
+        let read = tokio::time::timeout(Duration::from_millis(300), process.stdout.read(&mut buffer)).await;
+        if let Ok(count) = read
+            && String::from_utf8_lossy(&buffer[..count.unwrap()]).contains("21 91")
+        {
+            break;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(60), "the terminal keeps its size");
+    }
+    // A key that interrupts.
+    process.stdin.write_all(b"echo $((40 + 4))-sleeps; sleep 86400\n").await.unwrap();
+    see(&mut process, "44-sleeps").await;
+    let mut tries = 0;
+    loop {
+        process.stdin.write_all(b"\x03echo $((40 + 5))-awake\n").await.unwrap();
+        let found = tokio::time::timeout(Duration::from_secs(5), see(&mut process, "45-awake")).await;
+        tries += 1;
+        assert!(tries < 12, "it cannot be interrupted");
+        if found.is_ok() {
+            break;
+        }
+    }
+    process.stdin.write_all(b"exit 9\n").await.unwrap();
+    let mut rest = Vec::new();
+    tokio::time::timeout(Duration::from_secs(60), process.stdout.read_to_end(&mut rest))
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(process.handle.wait().await.unwrap(), Exit::Code(9));
+
+    // The end of what is typed ends what reads it; root has one, too.
+    let request =
+        ExecRequest { pty: Some(pty(80, 24)), user: Some("root".into()), ..line("id -un; cat; exit 4") };
+    let mut process = world.podman.exec(project, request).await.unwrap();
+    process.stdin.shutdown().await.unwrap();
+    let mut rest = String::new();
+    process.stdout.read_to_string(&mut rest).await.unwrap();
+    assert!(rest.starts_with("root\r\n"), "{rest:?}");
+    assert_eq!(process.handle.wait().await.unwrap(), Exit::Code(4));
+
+    // Dropped, it is gone.
+    let request = ExecRequest { pty: Some(pty(80, 24)), ..line("echo up; exec sleep 76543") };
+    let mut process = world.podman.exec(project, request).await.unwrap();
+    let mut up = [0; 2];
+    process.stdout.read_exact(&mut up).await.unwrap();
+    drop(process);
+    until("it is gone", async || world.run(project, "pgrep -f 'sleep 7654[3]' | wc -l").await.trim() == "0")
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -30,7 +30,7 @@ const CAPABILITIES: &str = "CHOWN,DAC_OVERRIDE,FOWNER,FSETID,KILL,SETGID,SETUID,
 const SECRETS_INSIDE: &str = "/run/secrets";
 /// Where the helper is seen inside: in `/dev`, so that nothing of it remains in
 /// the project's files.
-const HELPER_INSIDE: &str = "/dev/cocalc-init";
+pub(super) const HELPER_INSIDE: &str = "/dev/cocalc-init";
 /// How long the kernel may take to end processes that were killed.
 const KILL_LIMIT: Duration = Duration::from_secs(30);
 /// How much of a log is read for its last lines, in bytes.
