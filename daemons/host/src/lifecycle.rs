@@ -262,6 +262,9 @@ impl Lifecycle {
         let started = async {
             self.check_image(&config)?;
             let entry = self.ledger.configure(project, epoch, config).await?;
+            if let Ok(status) = self.runner.status(project).await {
+                self.deaths.asked_for(&status);
+            }
             self.bring_up(&entry, Urgency::Asked).await
         };
         let phases = self.remember(project, started.await)?;

@@ -22,6 +22,8 @@ pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 const QUICK_LIMIT: Duration = Duration::from_secs(10);
 /// For how long one that took too long is not asked for such a word.
 const PAUSE: Duration = Duration::from_secs(60);
+/// The exit code of a first process that was killed.
+const KILLED: i32 = 128 + 9;
 /// How many containers are asked about in one call: each call takes podman a tenth
 /// of a second, and a name in it a thousandth.
 const INSPECT_MAX: usize = 50;
@@ -245,7 +247,10 @@ impl TryFrom<Inspected> for Container {
         let started = parse_time(&state.started_at).map_err(|error| CliError::Answer(error.into()))?;
         let reason = match () {
             () if state.running || started.is_none() => None,
-            () if state.oom_killed => Some("killed because its memory was used up".into()),
+            // That is also said of one whose other processes were killed long before.
+            () if state.oom_killed && state.exit_code == KILLED => {
+                Some("killed because its memory was used up".into())
+            }
             () if !state.error.is_empty() => Some(state.error),
             () => Some(format!("its first process ended with code {}", state.exit_code)),
         };

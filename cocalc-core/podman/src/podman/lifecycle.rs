@@ -19,7 +19,7 @@ use super::{
     project::{InPhase, Project, Running},
     record::{Record, Run},
 };
-use crate::{mounts, net::Resolver};
+use crate::{agent, mounts, net::Resolver};
 
 /// What root in a project may do there: what installing packages and running
 /// services needs, and nothing about the kernel, devices or the network's
@@ -63,7 +63,7 @@ impl Shared {
             let reason = format!("slot {} is beyond this host's {}", spec.slot, self.slots);
             return Err(Error::Invalid { project, reason });
         }
-        check_env(spec)?;
+        agent::check_env(spec)?;
         let limits = self.machine.settle(project, &spec.limits, &self.defaults)?;
         let wanted = fingerprint(spec, &limits);
         entry.view().limits = limits.clone();
@@ -479,17 +479,6 @@ fn fingerprint(spec: &ProjectSpec, limits: &Limits) -> String {
     // The number in front changes with the arguments of `create_args`.
     let text = format!("4 {epoch} {image:?} {slot} {limits:?} {isolation:?}");
     Sha256::digest(text.as_bytes()).iter().take(16).map(|byte| format!("{byte:02x}")).collect()
-}
-
-fn check_env(spec: &ProjectSpec) -> Result<()> {
-    let wrong = |(name, value): (&String, &String)| {
-        name.is_empty() || name.contains(['=', '\0']) || value.contains('\0')
-    };
-    if spec.env.iter().any(wrong) {
-        let reason = "its environment contains a forbidden character".into();
-        return Err(Error::Invalid { project: spec.project, reason });
-    }
-    Ok(())
 }
 
 /// The last lines of a log as conmon writes it: time, stream, flag, text.

@@ -5,7 +5,7 @@ mod confine;
 mod services;
 mod tree;
 
-pub(crate) use confine::available as landlock;
+pub(crate) use confine::{available as landlock, scopes as landlock_scopes};
 
 use std::{
     collections::BTreeMap,
@@ -281,6 +281,7 @@ impl Shared {
     async fn start(&self, spec: ProjectSpec) -> Result<Status> {
         let project = spec.project;
         self.check_limits(project, &spec.limits)?;
+        agent::check_env(&spec)?;
         let entry = self.projects().entry(project).or_default().clone();
         let _operation = entry.operation.lock().await;
         if entry.running().is_some() {
@@ -454,6 +455,12 @@ impl Runner for ProcessRunner {
         let mut weak = |what: &str| weaknesses.push(what.to_owned());
         if self.shared.landlock {
             weak("projects are this host's user: they read what that user can in the system's directories");
+            if !confine::scopes() {
+                weak(
+                    "projects can end each other's processes and this host's, and reach abstract sockets: the \
+                     kernel's Landlock is older than version 6 (Linux 6.12)",
+                );
+            }
             weak("projects can connect to services of this machine whose sockets have a path");
         } else if self.shared.confined {
             weak(
