@@ -187,7 +187,7 @@ fn memory_that_is_used_up(federation: &Federation, project: &str) {
     assert_eq!(federation.json(&["project", "show", project])["started"], started, "it goes on");
     kill_first_process(project);
     let show = stopped(federation, project);
-    assert_eq!(show["reason"], "killed because its memory was used up", "{show}");
+    assert!(show["reason"].as_str().is_some_and(|reason| reason.contains("memory was used up")), "{show}");
     federation.json(&["project", "limits", project, "--reset"]);
 }
 

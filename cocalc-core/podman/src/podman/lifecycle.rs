@@ -284,8 +284,9 @@ impl Shared {
         let reason = found.ok().and_then(|found| found.into_iter().next()?.reason);
         let mut view = entry.view();
         // A start since then has made a new one.
-        if view.running.as_ref().is_some_and(|running| !running.process.is_alive()) {
-            view.reason = Some(reason.unwrap_or_else(|| "its first process ended".into()));
+        if let Some(running) = view.running.clone().filter(|running| !running.process.is_alive()) {
+            let reason = reason.unwrap_or_else(|| "its first process ended".into());
+            view.reason = Some(reason + &running.epilogue());
         }
     }
 

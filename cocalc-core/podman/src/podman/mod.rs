@@ -277,7 +277,7 @@ impl Runner for Podman {
         blocking("measure", project, move || {
             let (received_bytes, sent_bytes) =
                 slot.and_then(|slot| network.traffic(slot)).unwrap_or_default();
-            Ok::<_, std::io::Error>(Stats { received_bytes, sent_bytes, ..running.groups.stats() })
+            Ok::<_, std::io::Error>(Stats { received_bytes, sent_bytes, ..running.stats() })
         })
         .await
     }

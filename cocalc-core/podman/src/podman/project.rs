@@ -3,13 +3,16 @@
 use std::{
     collections::BTreeMap,
     io,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use cocalc_core::{
     ids::{Epoch, ProjectId, Timestamp},
-    runner::{Limits, State, Status},
+    runner::{Limits, State, Stats, Status},
 };
 
 use super::{Phase, cli::Container};
@@ -103,6 +106,8 @@ pub(crate) struct Running {
     pub(crate) groups: Groups,
     /// The container's id.
     pub(crate) container: String,
+    /// How many of its processes are known to have been killed for want of memory.
+    killed_for_memory: AtomicU64,
     /// When the helper last failed, so that nobody waits for it each time.
     failed: Mutex<Option<Instant>>,
 }
@@ -112,6 +117,22 @@ impl Running {
     pub(crate) fn helper_fails(&self) -> bool {
         let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
         failed.is_some_and(|at| at.elapsed() < HELPER_PAUSE)
+    }
+
+    /// Measures it, and keeps in mind what cannot be measured when it has ended. Blocks.
+    pub(crate) fn stats(&self) -> Stats {
+        let stats = self.groups.stats();
+        self.killed_for_memory.fetch_max(stats.oom_kills, Ordering::Relaxed);
+        stats
+    }
+
+    /// What adds to the reason of its end.
+    pub(crate) fn epilogue(&self) -> String {
+        match self.killed_for_memory.load(Ordering::Relaxed) {
+            0 => String::new(),
+            1 => "; before that its memory was used up, and a process killed for it".into(),
+            count => format!("; before that its memory was used up, and {count} processes killed for it"),
+        }
     }
 
     /// The helper has failed now.
@@ -130,8 +151,14 @@ impl Running {
         // Asked after the descriptor was opened: if the number means another
         // process by now, that one is not in the container's control group.
         let groups = Groups::of(pid).ok().and_then(|groups| groups.of_container(container));
-        let held =
-            |groups| Self { pid, process, groups, container: container.to_owned(), failed: Mutex::default() };
+        let held = |groups| Self {
+            pid,
+            process,
+            groups,
+            container: container.to_owned(),
+            killed_for_memory: AtomicU64::new(0),
+            failed: Mutex::default(),
+        };
         Ok(groups.map(held))
     }
 }
