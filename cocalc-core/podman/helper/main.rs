@@ -13,6 +13,7 @@ mod services;
 mod session;
 mod sftp;
 mod sys;
+mod terminal;
 mod tool;
 mod users;
 

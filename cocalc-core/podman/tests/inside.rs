@@ -205,7 +205,7 @@ async fn a_project_whose_helper_is_dead_silent_or_lies_is_entered_without_it() {
 /// A terminal that the runtime carries: it shows, is typed in, has a size that changes,
 /// passes signals of keys on, and ends.
 async fn terminals_without_the_helper(world: &World, project: ProjectId) {
-    let pty = |cols, rows| Pty { term: "xterm-256color".into(), size: WindowSize { cols, rows } };
+    let pty = |cols, rows| Pty::new("xterm-256color", WindowSize { cols, rows });
     let shell = ExecRequest { command: Command::Shell, pty: Some(pty(100, 30)), ..ExecRequest::default() };
     let mut process = world.podman.exec(project, shell).await.unwrap();
     assert!(process.stderr.is_none(), "a terminal has one output");

@@ -290,7 +290,7 @@ impl Host {
                 .served(served)
                 .https(address.url.starts_with("https://"))
                 .tls(tls.clone())
-                .limits(config.limits.http());
+                .limits(config.http.limits(config.limits.http()));
         if let Some(terminals) = config.terminals.limits() {
             http = http.terminals(terminals);
         }
@@ -325,6 +325,8 @@ impl Host {
             .map_err(|e| open("peer channel")(e.into()))?;
         let dialer: Arc<dyn Connector> = Arc::new(dialer);
         let peer_listener = PeerListener::builder(&identity, peers, Arc::new(services))
+            // Each carries what one user's connection to a proxy does.
+            .connections_max(at_most(config.limits.connections))
             .build()
             .map_err(|e| open("peer channel")(e.into()))?;
 

@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use cocalc_core::ids::HostName;
+use cocalc_http::HttpSettings;
 use cocalc_ssh::HostKeyType;
 use serde::Deserialize;
 
@@ -23,8 +24,9 @@ pub struct Config {
     /// Where it serves SSH.
     pub ssh_listen: SocketAddr,
     /// The types of SSH host keys that it has beside Ed25519: `rsa` (3072 bits)
-    /// and `ecdsa` (P-256), for clients that know nothing newer. Default: none.
-    #[serde(default)]
+    /// and `ecdsa` (P-256), for clients that know nothing newer. Default: `rsa`,
+    /// of which nobody complains.
+    #[serde(default = "more_host_keys")]
     pub ssh_more_host_keys: Vec<HostKeyType>,
     /// The file with the chain of certificates for `listen`, in PEM, the
     /// server's own first; with `tls_key`. Read again when it changes, within
@@ -41,6 +43,13 @@ pub struct Config {
     /// if it is not the scheme's own. Default: none, path routing only.
     #[serde(default)]
     pub domain: String,
+    /// Bytes and waits of its HTTP ingress.
+    #[serde(default)]
+    pub http: HttpSettings,
+}
+
+fn more_host_keys() -> Vec<HostKeyType> {
+    vec![HostKeyType::Rsa]
 }
 
 impl Config {
@@ -63,6 +72,6 @@ impl Config {
         if self.tls_cert.is_some() && self.public_url.as_ref().is_some_and(plain) {
             return Err("public_url: begins with http://, but tls_cert is set; use https://".into());
         }
-        Ok(())
+        self.http.validate()
     }
 }

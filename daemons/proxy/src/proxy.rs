@@ -24,7 +24,7 @@ use cocalc_daemon::{
     probe::Metrics,
     start::{Error, listen, make_dir},
 };
-use cocalc_http::{ProxyIngress, Served, Tls, TokenHost, TokenPrecheck};
+use cocalc_http::{Limits, ProxyIngress, Served, Tls, TokenHost, TokenPrecheck};
 use cocalc_sqlite::HostAcl;
 use cocalc_ssh::{HostKeys, RemoteGate, SshIngress};
 use cocalc_transfer::DirectConnector;
@@ -150,6 +150,7 @@ impl Proxy {
             .tls(tls.clone())
             .endpoints(Arc::new(endpoints))
             .decoy(move |project| decoys.decoy(project))
+            .limits(config.http.limits(Limits::default()))
             .build();
         // It was made a line above and is set once.
         let _ = built.set(http.clone());

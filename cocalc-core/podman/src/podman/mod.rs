@@ -12,6 +12,7 @@ mod project;
 mod record;
 mod seccomp;
 mod services;
+mod slots;
 mod time;
 
 use std::{
