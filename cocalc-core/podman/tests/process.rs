@@ -138,6 +138,9 @@ async fn what_lost_its_supervisor_ends_with_the_project() {
     BufReader::new(&mut process.stdout).read_line(&mut pid).await.unwrap();
     let orphan = Path::new("/proc").join(pid.trim());
     assert!(orphan.exists());
+    // Before the supervisor is killed, which tells it.
+    let exit = process.handle.wait().await.unwrap();
+    assert_eq!(exit, Exit::Code(0), "it ends by itself");
 
     let request = ExecRequest { command: Command::Line("sleep 1000".into()), ..ExecRequest::default() };
     let mut lives = world.runner.exec(spec.project, request).await.unwrap();
@@ -147,8 +150,6 @@ async fn what_lost_its_supervisor_ends_with_the_project() {
     let record: serde_json::Value = serde_json::from_slice(&std::fs::read(record).unwrap()).unwrap();
     let supervisor = record["pid"].as_i64().unwrap().to_string();
     assert!(std::process::Command::new("kill").args(["-9", &supervisor]).status().unwrap().success());
-    let exit = process.handle.wait().await.unwrap();
-    assert_eq!(exit, Exit::Code(0), "it had ended before, by itself");
     assert!(!process.handle.ended_with_its_project());
     let exit = tokio::time::timeout(LIMIT, lives.handle.wait()).await.unwrap().unwrap();
     assert_eq!(exit, Exit::Signal("KILL".into()));
