@@ -208,15 +208,14 @@ impl HttpBody for Body {
             self.kind = Kind::Empty;
             return Poll::Ready(Some(Err(BodyError::Revoked(denial).into())));
         }
-        if let Some(watch) = self.watch.as_mut() {
-            if let Some(gate) = watch.gate.as_mut()
-                && let Poll::Ready(wanted) = gate.as_mut().poll(cx)
-            {
-                watch.gate = None;
-                if wanted == Wanted::No {
-                    watch.stall = None;
-                    self.kind = Kind::Unwanted;
-                }
+        if let Some(watch) = self.watch.as_mut()
+            && let Some(gate) = watch.gate.as_mut()
+            && let Poll::Ready(wanted) = gate.as_mut().poll(cx)
+        {
+            watch.gate = None;
+            if wanted == Wanted::No {
+                watch.stall = None;
+                self.kind = Kind::Unwanted;
             }
         }
         let shut = self.watch.as_ref().is_some_and(|watch| watch.gate.is_some());
@@ -224,7 +223,8 @@ impl HttpBody for Body {
             begun.store(!matches!(self.kind, Kind::Unwanted), Ordering::Release);
         }
         loop {
-            let frame = match if shut { Poll::Pending } else { self.poll_kind(cx) } {
+            let polled = if shut { Poll::Pending } else { self.poll_kind(cx) };
+            let frame = match polled {
                 Poll::Ready(frame) => frame,
                 Poll::Pending => {
                     if let Some((limit, sleep)) = self.watch.as_mut().and_then(|watch| watch.stall.as_mut())

@@ -5,7 +5,7 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use serde::Deserialize;
@@ -170,6 +170,18 @@ impl Federation {
 
     /// Calls the master: without a body to read, with one to change.
     pub(crate) fn api(&self, path: &str, body: Option<Value>) -> Result<Value> {
+        for _ in 0..30 {
+            match self.call(path, body.clone())? {
+                Some(answer) => return Ok(answer),
+                // Only when thousands of projects are made.
+                None => std::thread::sleep(Duration::from_secs(1)),
+            }
+        }
+        Err(format!("{path}: the master lets nobody in for half a minute").into())
+    }
+
+    /// `None` if it was one call too many.
+    fn call(&self, path: &str, body: Option<Value>) -> Result<Option<Value>> {
         let master = &self.described.master;
         let url = format!("{}/api/v1{path}", master.url);
         let bearer = format!("Bearer {}", master.admin_token);
@@ -180,7 +192,9 @@ impl Federation {
         let mut answer = answer.map_err(|error| format!("{path}: {error}"))?;
         let text = answer.body_mut().read_to_string()?;
         if answer.status().is_success() {
-            Ok(serde_json::from_str(&text)?)
+            Ok(Some(serde_json::from_str(&text)?))
+        } else if answer.status() == 429 {
+            Ok(None)
         } else {
             Err(format!("{path}: {} {text}", answer.status()).into())
         }
@@ -189,12 +203,16 @@ impl Federation {
     /// Waits for the operation that a call began, and returns it.
     pub(crate) fn wait(&self, begun: &Value) -> Result<Value> {
         let id = field(begun, "operation_id")?;
+        let since = Instant::now();
         wait_for("an operation", OPERATION_LIMIT, || {
             let seen = self.api(&format!("/operations/{id}"), None)?;
             match seen["state"].as_str() {
                 Some("done") => Ok(Some(seen)),
                 Some("running") => {
-                    std::thread::sleep(Duration::from_millis(10));
+                    // What takes long need not be known to the millisecond.
+                    let pause =
+                        (since.elapsed() / 50).clamp(Duration::from_millis(8), Duration::from_millis(100));
+                    std::thread::sleep(pause);
                     Ok(None)
                 }
                 _ => Err(format!("operation {id} ended so: {seen}").into()),

@@ -8,6 +8,7 @@ use serde_json::json;
 
 use crate::{
     Effort, Result,
+    beside::Loop,
     federation::{Connect, Federation, split},
     processes,
     projects::Projects,
@@ -62,14 +63,16 @@ pub(crate) fn measure(federation: &Federation, effort: Effort, table: &mut Table
     sets.push((format!("all {} hogs", hogs.len()), &hogs));
     let mut beside = vec![Vec::new(); sets.len()];
     let mut alone = beside.clone();
+    // What every process of the machine notices, whatever is between them.
+    let mut plain = vec![[Vec::new(), Vec::new()]; sets.len()];
     // The first round warms caches and is not counted.
     for round in 0..=effort.runs {
         for (index, (_, hogs)) in sets.iter().enumerate() {
-            let quiet = asked(&connects)?;
+            let (quiet, loop_quiet) = asked(&connects)?;
             each(hogs.len(), hogs, |hog| federation.change(hog, "start"))?;
             // Until they have grown as far as they can.
             std::thread::sleep(GROW);
-            let loud = asked(&connects)?;
+            let (loud, loop_loud) = asked(&connects)?;
             for hog in *hogs {
                 at_work(federation, hog)?;
             }
@@ -77,6 +80,8 @@ pub(crate) fn measure(federation: &Federation, effort: Effort, table: &mut Table
             if round > 0 {
                 alone[index].push(quiet);
                 beside[index].push(loud);
+                plain[index][0].push(loop_quiet);
+                plain[index][1].push(loop_loud);
             }
         }
     }
@@ -84,6 +89,9 @@ pub(crate) fn measure(federation: &Federation, effort: Effort, table: &mut Table
         let what = format!("p99 of {} apps beside {name}", neighbours.len());
         let unit = ("ms", Better::Less);
         table.compare(what, "without", unit, &beside[index], &alone[index], Some(Goal::AtMost(1.2)));
+        let [quiet, loud] = &plain[index];
+        let what = format!("p99 of a loop of requests between processes of no project, beside {name}");
+        table.add(what, "without", ("µs", Better::Less), loud, quiet);
     }
     projects.end()
 }
@@ -98,12 +106,13 @@ fn at_work(federation: &Federation, hog: &str) -> Result<()> {
 
 /// As [`slowest`]. Users are elsewhere: what their own machine does beside is no
 /// part of the answer, so who asks here goes first.
-fn asked(connects: &[Connect]) -> Result<f64> {
+fn asked(connects: &[Connect]) -> Result<(f64, f64)> {
+    let idle = Loop::start()?;
     let before = getpriority_process(None)?;
     setpriority_process(None, -20)?;
     let slowest = slowest(connects);
     setpriority_process(None, before)?;
-    slowest
+    Ok((slowest?, idle.end()?))
 }
 
 /// The 99th percentile of the time to the first byte, in milliseconds.

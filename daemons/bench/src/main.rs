@@ -4,6 +4,7 @@
 
 mod auth;
 mod backup;
+mod beside;
 mod container;
 mod federation;
 mod hogs;

@@ -1,6 +1,6 @@
 //! Projects of a bench, which go with it.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
@@ -48,13 +48,19 @@ impl<'a> Projects<'a> {
     /// So many new ones on a host, stopped.
     pub(crate) fn many(&mut self, count: u32, host: &str) -> Result<()> {
         let numbers: Vec<u32> = (0..count).collect();
-        let made = each(AT_ONCE, &numbers, |number| {
-            let body = json!({ "name": format!("stopped {number}"), "host": host });
-            let begun = self.federation.api("/projects", Some(body))?;
-            Ok((field(&begun["project"], "id")?, begun))
-        })?;
-        self.made.extend(made.iter().map(|(id, _)| id.clone()));
-        each(AT_ONCE, &made, |(_, begun)| self.federation.wait(begun)).map(drop)
+        let since = Instant::now();
+        for some in numbers.chunks(100) {
+            let made = each(AT_ONCE, some, |number| {
+                let body = json!({ "name": format!("stopped {number}"), "host": host });
+                let begun = self.federation.api("/projects", Some(body))?;
+                let id = field(&begun["project"], "id")?;
+                self.federation.wait(&begun)?;
+                Ok(id)
+            })?;
+            self.made.extend(made);
+            eprintln!("{} projects after {:.0} s", self.made.len(), since.elapsed().as_secs_f64());
+        }
+        Ok(())
     }
 
     /// Deletes them, and waits until they are gone.

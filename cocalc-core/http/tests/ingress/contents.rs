@@ -32,7 +32,8 @@ async fn the_bytes_that_are_asked_for_come_by_either_way() {
     let old = "If-Unmodified-Since: Sat, 01 Jan 2000 00:00:00 GMT";
     // Method, fields, status, Content-Range, what comes.
     let whole = "0123456789";
-    let cases: Vec<(&str, Vec<&str>, u16, Option<&str>, &str)> = vec![
+    type Case<'a> = (&'static str, Vec<&'a str>, u16, Option<&'static str>, &'static str);
+    let cases: Vec<Case<'_>> = vec![
         ("GET", vec![], 200, None, whole),
         ("GET", vec!["Range: bytes=0-0"], 206, Some("bytes 0-0/10"), "0"),
         ("GET", vec!["Range: bytes=0-"], 206, Some("bytes 0-9/10"), whole),

@@ -3,19 +3,18 @@
 //! what has not, one after a move; restores; a prune; what each takes of the
 //! machine, and what a loop of requests beside them notices.
 
-mod beside;
 mod data;
 mod programs;
 
 use std::path::Path;
 
 use self::{
-    beside::Loop,
     data::Data,
     programs::{Ours, Restic, Taken},
 };
 use crate::{
     Effort, Result,
+    beside::Loop,
     table::{Better, Table},
 };
 

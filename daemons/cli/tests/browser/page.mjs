@@ -50,7 +50,7 @@ await run(async () => {
   // A terminal is as large as it is shown, also on a small screen, where nothing
   // is beside the page.
   const sized = async (mark) => {
-    await types(page, frame, `clear; echo ${mark}-$(stty size | tr ' ' x)-\n`);
+    await types(page, frame, `echo ${mark}-$(stty size | tr ' ' x)-\n`);
     await shows(frame, mark + "-");
     return until("a size", async () => (await screen(frame)).match(new RegExp(mark + "-(\\d+)x(\\d+)-"))?.slice(1).map(Number));
   };
@@ -324,9 +324,10 @@ h.HTTPServer(("127.0.0.1", 8124), H).serve_forever()' 2>/dev/null &\n`);
   const plain = await browser("plain", false, false);
   const { token } = await api("POST", `/projects/${id}/connect`, { ttl_secs: 300 });
   await plain.page.goto(`https://${id}.${HOSTS[1]}/?cocalc_token=${token}`);
-  await plain.page.getByText("is running. Terminals need JavaScript").waitFor();
+  await plain.page.locator("noscript p").waitFor();
+  assert.match(await plain.page.locator("noscript p").innerText(), /is running\. Terminals need JavaScript/);
   assert(!plain.page.url().includes("token"), plain.page.url());
-  await plain.page.getByRole("link", { name: "its files" }).click();
+  await plain.page.locator("noscript a").click();
   await plain.page.getByRole("link", { name: "text.txt" }).waitFor();
   await plain.page.getByRole("link", { name: "zip" }).waitFor();
   await shot(plain.page, "without-scripts");

@@ -19,13 +19,13 @@ const PAUSE: Duration = Duration::from_millis(2);
 /// Of a request, and of its answer.
 const BYTES: usize = 1024;
 
-pub(super) struct Loop {
+pub(crate) struct Loop {
     ended: Arc<AtomicBool>,
     client: JoinHandle<std::io::Result<Vec<Duration>>>,
 }
 
 impl Loop {
-    pub(super) fn start() -> Result<Self> {
+    pub(crate) fn start() -> Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let mut client = TcpStream::connect(listener.local_addr()?)?;
         let (mut server, _) = listener.accept()?;
@@ -52,7 +52,7 @@ impl Loop {
     }
 
     /// The 99th percentile, in microseconds.
-    pub(super) fn end(self) -> Result<f64> {
+    pub(crate) fn end(self) -> Result<f64> {
         self.ended.store(true, Ordering::Release);
         let mut took = self.client.join().map_err(|_| "a thread failed")??;
         took.sort_unstable();
