@@ -60,7 +60,9 @@ pub trait Runner: fmt::Debug + Send + Sync + 'static {
     /// Stops without grace, and removes everything but the files.
     async fn remove(&self, project: ProjectId) -> Result<()>;
 
-    /// The state of a project; `Stopped` if it is unknown.
+    /// The state of a project; `Stopped` if this runner never had it.
+    /// [`Unknown`](Error::Unknown) while that cannot be told: after a restart, what
+    /// says what runs may not answer.
     async fn status(&self, project: ProjectId) -> Result<Status>;
 
     /// Every project this runner knows, ordered.
@@ -393,6 +395,14 @@ pub enum Error {
         project: ProjectId,
         /// The missing image.
         digest: ImageDigest,
+    },
+    /// Whether it runs cannot be told now. Nothing was done.
+    #[error("whether project {project} runs is not known: {reason}")]
+    Unknown {
+        /// The project.
+        project: ProjectId,
+        /// Why, and what is waited for.
+        reason: String,
     },
     /// Nothing listens on that port.
     #[error("nothing listens on port {port} in project {project}")]

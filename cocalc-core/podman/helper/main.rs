@@ -8,6 +8,7 @@
 //! alone, linked statically, and runs in any image; without a PID namespace of
 //! its own it serves the process runner as supervisor.
 
+mod door;
 mod services;
 mod session;
 mod sftp;
@@ -76,16 +77,20 @@ fn main() {
     let listener = UnixListener::from(sys::inherited(LISTENER));
     let registry = Arc::new(Registry::default());
     let shared = registry.clone();
+    let door = door::Door::open();
     let accepting = std::thread::Builder::new().stack_size(128 << 10).spawn(move || {
         loop {
             match listener.accept() {
                 Ok((stream, _)) => {
                     let registry = shared.clone();
+                    let Some(guest) = door.knock(&stream) else { continue };
                     // No thread to be had, with the process limit reached, is
                     // told to the host by closing the connection.
-                    let _ = std::thread::Builder::new()
-                        .stack_size(128 << 10)
-                        .spawn(move || session::serve(stream, &registry, supervisor));
+                    let _ = std::thread::Builder::new().stack_size(128 << 10).spawn(move || {
+                        if guest.show(&stream) {
+                            session::serve(stream, &registry, supervisor);
+                        }
+                    });
                 }
                 Err(_) => std::thread::sleep(Duration::from_millis(50)),
             }

@@ -267,20 +267,12 @@ pub(crate) fn set_modes(terminal: &File, modes: &Termios) {
     unsafe { ioctl(terminal.as_raw_fd(), TCSETS, modes) };
 }
 
-/// Who a process is to be.
-#[derive(Clone, Debug)]
-pub(crate) struct Identity {
-    pub(crate) uid: u32,
-    pub(crate) gid: u32,
-    pub(crate) groups: Vec<u32>,
-}
-
 /// Makes the child of `command` the leader of a session (with its standard
 /// input as terminal), the given user, and puts it into the first directory
 /// of `directories` that it may enter.
 pub(crate) fn on_spawn(
     command: &mut Command,
-    identity: Option<Identity>,
+    identity: Option<crate::users::Identity>,
     tty: bool,
     directories: Vec<CString>,
 ) {

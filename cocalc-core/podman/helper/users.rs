@@ -1,6 +1,14 @@
 //! Users of the project, from its own `/etc/passwd` and `/etc/group`.
+//!
+//! The library has this file, too, for projects whose helper does not answer.
 
-use crate::sys::Identity;
+/// Who a process is to be.
+#[derive(Clone, Debug)]
+pub(crate) struct Identity {
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+    pub(crate) groups: Vec<u32>,
+}
 
 /// A user, and how to become it.
 #[derive(Clone, Debug)]
@@ -14,25 +22,13 @@ pub(crate) struct User {
 /// The ordinary user's id.
 pub(crate) const ORDINARY: u32 = 1000;
 
-/// Finds `name`; without one the ordinary user, who is known by number even where
-/// the tenant removed the files or the line.
-pub(crate) fn find(name: Option<&str>) -> Option<User> {
-    // Files of the tenant: huge ones must not fill the memory.
-    let passwd = read("/etc/passwd");
-    let group = read("/etc/group");
-    lookup(&passwd, &group, name)
-}
+/// How much is read of each file. They are the tenant's: huge ones must not fill the
+/// memory.
+pub(crate) const BYTES_MAX: u64 = 1 << 20;
 
-fn read(path: &str) -> String {
-    use std::io::Read;
-    let mut bytes = Vec::new();
-    if let Ok(file) = std::fs::File::open(path) {
-        let _ = file.take(1 << 20).read_to_end(&mut bytes);
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
-}
-
-fn lookup(passwd: &str, group: &str, name: Option<&str>) -> Option<User> {
+/// Finds `name` in the text of both files; without one the ordinary user, who is known
+/// by number even where the tenant removed the files or the line.
+pub(crate) fn lookup(passwd: &str, group: &str, name: Option<&str>) -> Option<User> {
     let by = |wanted: &dyn Fn(&str, u32) -> bool| {
         passwd.lines().find_map(|line| {
             let fields: Vec<&str> = line.split(':').collect();
@@ -84,6 +80,7 @@ mod tests {
     #[test]
     fn finds_users_and_their_groups() {
         let user = lookup(PASSWD, GROUP, None).unwrap();
+        assert_eq!(user.home, "/home/user");
         assert_eq!((user.name.as_str(), user.shell.as_str()), ("user", "/bin/sh"));
         assert_eq!(user.identity.groups, [1000, 27]);
         assert_eq!(lookup(PASSWD, GROUP, Some("root")).unwrap().identity.uid, 0);

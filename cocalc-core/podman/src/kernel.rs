@@ -2,7 +2,8 @@
 
 #![allow(
     unsafe_code,
-    reason = "mount_setattr, setfsuid, unshare, signal and landlock_restrict_self have no safe wrapper"
+    reason = "mount_setattr, setfsuid, unshare, signal and landlock_restrict_self have no safe wrapper, nor has \
+              waiting for a descriptor of any kind"
 )]
 
 use std::{
@@ -18,6 +19,7 @@ use rustix::{
     process::{Resource, Rlimit},
     thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets, UnshareFlags},
 };
+use tokio::io::unix::AsyncFd;
 
 /// How many ids each project has.
 pub(crate) const IDS_PER_PROJECT: u32 = 65_536;
@@ -48,6 +50,13 @@ pub(crate) fn user_namespace(base: u32) -> io::Result<OwnedFd> {
     let _ = child.kill();
     child.wait()?;
     made
+}
+
+/// A descriptor whose readiness the runtime tells.
+pub(crate) fn watch(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: it is owned by what is returned, so it stays open and the same one for
+    // as long as it is registered.
+    Ok(unsafe { AsyncFd::register(descriptor) }?)
 }
 
 /// What [`set_mount`] sets.

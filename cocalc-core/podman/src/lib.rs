@@ -83,6 +83,8 @@ mod podman;
 mod probe;
 mod process;
 mod signals;
+#[path = "../helper/users.rs"]
+mod users;
 
 pub use agent::HELPER;
 pub use cgroup::CgroupKind;

@@ -26,6 +26,8 @@ pub struct RunnerProbe {
     pub unenforced: Vec<LimitKind>,
     /// Whether the kernel has Landlock, which confines plain processes.
     pub landlock: bool,
+    /// Whether it also keeps their signals and abstract sockets apart.
+    pub landlock_scopes: bool,
     /// Whether this process is root.
     pub root: bool,
     /// What is missing; empty if everything is there.
@@ -100,6 +102,7 @@ pub fn probe() -> RunnerProbe {
         nofile_hard,
         unenforced,
         landlock: crate::process::landlock(),
+        landlock_scopes: crate::process::landlock_scopes(),
         root,
         lacks,
     }

@@ -17,10 +17,10 @@ use std::{
 use cocalc_core::{
     apps::{Service, Services},
     ids::ProjectId,
-    runner::{Command, Error, ExecRequest, Exit, Pty, Runner, State, WindowSize},
+    runner::{Command, Error, ExecRequest, Exit, Process, Pty, Runner, State, Tool, WindowSize},
 };
 use cocalc_podman::Podman;
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use world::{World, until};
 
 fn line(text: &str) -> ExecRequest {
@@ -104,10 +104,36 @@ async fn a_project_whose_helper_is_dead_silent_or_lies_is_entered_without_it() {
     let (exit, text) = world.run_as(project, None, "echo out; echo err >&2; exit 9").await;
     assert_eq!((exit, text.as_str()), (Exit::Code(9), "out\nerr\n"));
     assert_eq!(world.run(project, "printenv FROM_SPEC").await, "yes\n");
-    let pty = Pty::new("xterm", WindowSize { cols: 80, rows: 24 });
-    let terminal = ExecRequest { pty: Some(pty), ..line("true") };
-    let refused = world.podman.exec(project, terminal).await.unwrap_err();
-    assert!(refused.to_string().contains("without it there are no terminals"), "{refused}");
+    // Other users, of its own files, with their groups; and none that is not there.
+    world
+        .root(
+            project,
+            "useradd -m -s /bin/sh -G video other; echo 'odd:x:1500:1500::/nowhere:/no/shell' >>/etc/passwd",
+        )
+        .await;
+    let (_, who) = world.run_as(project, Some("other"), "id -un; id -Gn; pwd; echo $HOME $USER").await;
+    assert_eq!(who, "other\nother video\n/home/other\n/home/other other\n");
+    assert_eq!(world.run_as(project, Some("odd"), "id -u; pwd").await.1, "1500\n/\n");
+    let request = ExecRequest { user: Some("nobody-here".into()), ..line("true") };
+    let refused = world.podman.exec(project, request).await.unwrap_err();
+    assert!(matches!(&refused, Error::Invalid { reason, .. } if reason.contains("no user")), "{refused}");
+    assert_eq!(world.run(project, "pwd").await, "/home/user\n");
+    terminals_without_the_helper(&world, project).await;
+    // What ingresses need inside: here it is refused by the kernel, and says so.
+    let tool = Tool::ConnectTcp { host: "127.0.0.1".into(), port: 9 };
+    let request = ExecRequest { command: Command::Tool(tool), ..ExecRequest::default() };
+    let mut process = world.podman.exec(project, request).await.unwrap();
+    let mut answer = String::new();
+    process.stdout.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with('-'), "{answer:?}");
+    // Files of the tenant's that lead elsewhere do so within the project; and who has
+    // none is not locked out.
+    world
+        .root(project, "mv /etc/passwd /etc/passwd.kept; ln -s ../../../../../etc/passwd.kept /etc/passwd")
+        .await;
+    assert_eq!(world.run_as(project, Some("other"), "id -un").await.1, "other\n");
+    world.root(project, "rm /etc/passwd").await;
+    assert_eq!(world.root(project, "id -u; mv /etc/passwd.kept /etc/passwd; id -un").await, "0\nroot\n");
 
     // What is in its environment is on no command line that others can read.
     let mut request = line("echo up; exec sleep 87654");
@@ -115,14 +141,19 @@ async fn a_project_whose_helper_is_dead_silent_or_lies_is_entered_without_it() {
     let mut process = world.podman.exec(project, request).await.unwrap();
     let mut up = [0; 3];
     process.stdout.read_exact(&mut up).await.unwrap();
-    let lines: Vec<String> = std::fs::read_dir("/proc")
-        .unwrap()
-        .flatten()
-        .filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok())
-        .map(|line| String::from_utf8_lossy(&line).into_owned())
-        .collect();
-    assert!(lines.iter().any(|line| line.contains("87654")), "its own is there");
-    assert!(!lines.iter().any(|line| line.contains("an-environment-canary")));
+    let told = || -> (bool, bool) {
+        let lines: Vec<String> = std::fs::read_dir("/proc")
+            .unwrap()
+            .flatten()
+            .filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok())
+            .map(|line| String::from_utf8_lossy(&line).into_owned())
+            .collect();
+        let says = |what: &str| lines.iter().any(|line| line.contains(what));
+        (says("87654"), says("an-environment-canary"))
+    };
+    // Between one program and the next there is no line.
+    until("its own is there", async || told().0).await;
+    assert!(!told().1);
     drop(process);
 
     // Dropping it ends the process inside, not the runtime's own only.
@@ -169,6 +200,88 @@ async fn a_project_whose_helper_is_dead_silent_or_lies_is_entered_without_it() {
     }
     std::fs::rename(&original, &socket).unwrap();
     world.podman.stop(project, Duration::from_secs(5)).await.unwrap();
+}
+
+/// A terminal that the runtime carries: it shows, is typed in, has a size that changes,
+/// passes signals of keys on, and ends.
+async fn terminals_without_the_helper(world: &World, project: ProjectId) {
+    let pty = |cols, rows| Pty::new("xterm-256color", WindowSize { cols, rows });
+    let shell = ExecRequest { command: Command::Shell, pty: Some(pty(100, 30)), ..ExecRequest::default() };
+    let mut process = world.podman.exec(project, shell).await.unwrap();
+    assert!(process.stderr.is_none(), "a terminal has one output");
+    let mut shown = String::new();
+    let mut see = async |process: &mut Process, what: &str| {
+        let mut buffer = [0; 4096];
+        let begun = Instant::now();
+        while !shown.contains(what) {
+            assert!(begun.elapsed() < Duration::from_secs(60), "waited for {what:?}: {shown:?}");
+            let read = tokio::time::timeout(Duration::from_millis(200), process.stdout.read(&mut buffer));
+            match read.await {
+                Ok(Ok(0)) => panic!("it ended before {what:?}: {shown:?}"),
+                Ok(count) => shown.push_str(&String::from_utf8_lossy(&buffer[..count.unwrap()])),
+                Err(_) => {}
+            }
+        }
+        shown.clear();
+    };
+    // The digits are put together inside, so that the echo does not count.
+    process.stdin.write_all(b"tty; stty size; echo $TERM $((40 + 2))-one\n").await.unwrap();
+    see(&mut process, "42-one").await;
+    process.stdin.write_all(b"stty size; echo $((40 + 3))-two\n").await.unwrap();
+    see(&mut process, "30 100\r\n43-two").await;
+    process.handle.resize(WindowSize { cols: 91, rows: 21 }).await.unwrap();
+    let begun = Instant::now();
+    loop {
+        // A size may arrive after what was typed next, so it is asked for again.
+        let mut buffer = [0; 4096];
+        process.stdin.write_all(b"stty size\n").await.unwrap();
+        let read = tokio::time::timeout(Duration::from_millis(300), process.stdout.read(&mut buffer)).await;
+        if let Ok(count) = read
+            && String::from_utf8_lossy(&buffer[..count.unwrap()]).contains("21 91")
+        {
+            break;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(60), "the terminal keeps its size");
+    }
+    // A key that interrupts.
+    process.stdin.write_all(b"echo $((40 + 4))-sleeps; sleep 86400\n").await.unwrap();
+    see(&mut process, "44-sleeps").await;
+    let mut tries = 0;
+    loop {
+        process.stdin.write_all(b"\x03echo $((40 + 5))-awake\n").await.unwrap();
+        let found = tokio::time::timeout(Duration::from_secs(5), see(&mut process, "45-awake")).await;
+        tries += 1;
+        assert!(tries < 12, "it cannot be interrupted");
+        if found.is_ok() {
+            break;
+        }
+    }
+    process.stdin.write_all(b"exit 9\n").await.unwrap();
+    let mut rest = Vec::new();
+    tokio::time::timeout(Duration::from_secs(60), process.stdout.read_to_end(&mut rest))
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(process.handle.wait().await.unwrap(), Exit::Code(9));
+
+    // The end of what is typed ends what reads it; root has one, too.
+    let request =
+        ExecRequest { pty: Some(pty(80, 24)), user: Some("root".into()), ..line("id -un; cat; exit 4") };
+    let mut process = world.podman.exec(project, request).await.unwrap();
+    process.stdin.shutdown().await.unwrap();
+    let mut rest = String::new();
+    process.stdout.read_to_string(&mut rest).await.unwrap();
+    assert!(rest.starts_with("root\r\n"), "{rest:?}");
+    assert_eq!(process.handle.wait().await.unwrap(), Exit::Code(4));
+
+    // Dropped, it is gone.
+    let request = ExecRequest { pty: Some(pty(80, 24)), ..line("echo up; exec sleep 76543") };
+    let mut process = world.podman.exec(project, request).await.unwrap();
+    let mut up = [0; 2];
+    process.stdout.read_exact(&mut up).await.unwrap();
+    drop(process);
+    until("it is gone", async || world.run(project, "pgrep -f 'sleep 7654[3]' | wc -l").await.trim() == "0")
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -221,20 +334,7 @@ async fn secrets_have_memory_of_the_user_alone_and_what_is_used_is_measured() {
 async fn a_podman_that_hangs_holds_up_nobody_and_what_was_meddled_with_is_seen() {
     let world = World::new().await;
     let (one, two) = (world.started(0).await, world.started(1).await);
-    // A podman that hangs in every call.
-    let wrapper = world.state.path().join("podman");
-    cocalc_testkit::executable::write(&wrapper, "#!/bin/sh\nexec sleep 86400\n");
-    let real = std::env::split_paths(&std::env::var_os("PATH").unwrap())
-        .map(|dir| dir.join("podman"))
-        .find(|path| path.exists())
-        .unwrap();
-    let switch = world.state.path().join("switch");
-    let script = format!(
-        "#!/bin/sh\nif test -e {switch}; then exec sleep 86400; fi\nexec {real} \"$@\"\n",
-        switch = switch.display(),
-        real = real.display()
-    );
-    std::fs::write(&wrapper, script).unwrap();
+    let (wrapper, switch) = world::podman_that_may_hang(world.state.path());
     let builder = world::builder(world.instance, world.state.path(), world.index, &world.volume);
     let podman = builder.podman(&wrapper).build().await.unwrap();
     std::fs::write(&switch, "").unwrap();
@@ -264,4 +364,105 @@ async fn a_podman_that_hangs_holds_up_nobody_and_what_was_meddled_with_is_seen()
     podman.start(&one).await.unwrap();
     assert_eq!(podman.status(one.project).await.unwrap().state, State::Running);
     assert_eq!(podman.status(two.project).await.unwrap().started, begun, "the other was left alone");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_that_finds_podman_hanging_starts_and_what_runs_goes_on() {
+    let world = World::new().await;
+    let (one, two) = (world.started(0).await, world.started(1).await);
+    let (stopped, fresh) = (world.started(2).await, world.project(3));
+    world.podman.stop(stopped.project, Duration::from_secs(5)).await.unwrap();
+    let before = world.podman.status(one.project).await.unwrap();
+    let (wrapper, switch) = world::podman_that_may_hang(world.state.path());
+    std::fs::write(&switch, "").unwrap();
+    // One that the former daemon was about to start when it was killed.
+    let cut_off = ProjectId::random();
+    let notes = PathBuf::from("/run/cocalc").join(world.instance.to_string()).join("running");
+    let note = std::fs::read_to_string(notes.join(format!("{}.json", one.project))).unwrap();
+    let mut note: serde_json::Value = serde_json::from_str(&note).unwrap();
+    note["run"] = serde_json::Value::Null;
+    let intent = notes.join(format!("{cut_off}.json"));
+    std::fs::write(&intent, note.to_string()).unwrap();
+
+    let builder = world::builder(world.instance, world.state.path(), world.index, &world.volume);
+    let podman = builder.podman(&wrapper).build().await.expect("it starts all the same");
+    assert!(podman.capabilities().backend.contains("does not say"), "{}", podman.capabilities().backend);
+    assert_eq!(podman.status(one.project).await.unwrap(), before, "the same state, epoch and time");
+    assert_eq!(podman.list().await.unwrap().len(), 2);
+    let text = world::run_in(&podman, one.project, None, "echo still; printenv FROM_SPEC").await;
+    assert_eq!(text, "still\nyes\n");
+    assert!(podman.stats(two.project).await.unwrap().pids > 0);
+    assert!(matches!(podman.dial(one.project, 1).await, Err(Error::Refused { .. })));
+    assert_eq!(podman.start(&one).await.unwrap(), before, "it is not started again");
+    // What was never started, and what was stopped, is known not to run.
+    assert_eq!(podman.status(stopped.project).await.unwrap().state, State::Stopped);
+    // Of what may run that is not said, and nothing is done to it.
+    for refused in [
+        podman.status(cut_off).await.map(drop),
+        podman.exec(cut_off, line("true")).await.map(drop),
+        podman.start(&fresh).await.map(drop),
+    ] {
+        let error = refused.unwrap_err();
+        assert!(matches!(&error, Error::Unknown { reason, .. } if reason.contains("podman")), "{error:?}");
+    }
+    // One that dies meanwhile is seen to, although podman does not say of what.
+    world::must(Program::new("kill").args(["-9", &world.first_process(two.project)]));
+    let dies = async {
+        until("its end is seen", async || podman.status(two.project).await.unwrap().state == State::Stopped)
+            .await;
+    };
+    dies.await;
+    assert!(podman.status(two.project).await.unwrap().reason.is_some());
+
+    // podman is mended, which is found by itself.
+    std::fs::remove_file(&switch).unwrap();
+    let begun = Instant::now();
+    while podman.status(cut_off).await.is_err() {
+        assert!(begun.elapsed() < Duration::from_secs(300), "podman answers, and nobody asks it");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert_eq!(podman.status(cut_off).await.unwrap().state, State::Stopped, "there is no container of it");
+    assert_eq!(podman.status(one.project).await.unwrap(), before, "untouched");
+    assert!(podman.list().await.unwrap().iter().any(|status| status.project == stopped.project));
+    assert_eq!(podman.start(&fresh).await.unwrap().state, State::Running);
+    assert_eq!(podman.start(&two).await.unwrap().state, State::Running);
+    podman.stop(one.project, Duration::from_secs(5)).await.unwrap();
+    assert!(!notes.join(format!("{}.json", one.project)).exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn containers_of_others_are_neither_listed_nor_touched() {
+    let world = World::new().await;
+    let spec = world.started(0).await;
+    // One of somebody else's, which runs; one with our instance but no project of ours;
+    // and one whose name looks like ours.
+    let empty = tempfile::tempdir().unwrap();
+    std::fs::create_dir(empty.path().join("bin")).unwrap();
+    let helper = PathBuf::from("/run/cocalc").join(world.instance.to_string()).join("helper");
+    cocalc_testkit::executable::copy(&helper, &empty.path().join("bin/init"));
+    let names = [
+        format!("foreign-{}", ProjectId::random()),
+        format!("cocalc-{}-{}", world.instance, ProjectId::random()),
+        format!("odd-{}", ProjectId::random()),
+    ];
+    for name in &names {
+        let mut podman = Program::new("podman");
+        podman.args(["--runtime", "runc", "create", "--network", "none", "--name", name]);
+        if name.starts_with("odd-") {
+            podman.args(["--label", &format!("cocalc.instance={}", world.instance), "--label"]);
+            podman.arg("cocalc.project=not-a-project");
+        }
+        podman.arg("--rootfs").arg(empty.path()).arg("/bin/init");
+        world::must(&mut podman);
+    }
+    let again = world::builder(world.instance, world.state.path(), world.index, &world.volume);
+    let again = again.build().await.unwrap();
+    let list = again.list().await.unwrap();
+    assert_eq!(list.iter().map(|status| status.project).collect::<Vec<_>>(), [spec.project]);
+    again.remove(spec.project).await.unwrap();
+    let there = world::must(Program::new("podman").args(["ps", "-a", "--format", "{{.Names}}"]));
+    for name in &names {
+        assert!(there.lines().any(|line| line == name), "{name} is gone: {there}");
+        world::must(Program::new("podman").args(["rm", "-f", "-t", "0", name]));
+    }
 }

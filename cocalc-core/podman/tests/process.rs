@@ -138,6 +138,9 @@ async fn what_lost_its_supervisor_ends_with_the_project() {
     BufReader::new(&mut process.stdout).read_line(&mut pid).await.unwrap();
     let orphan = Path::new("/proc").join(pid.trim());
     assert!(orphan.exists());
+    // Before the supervisor is killed, which tells it.
+    let exit = process.handle.wait().await.unwrap();
+    assert_eq!(exit, Exit::Code(0), "it ends by itself");
 
     let request = ExecRequest { command: Command::Line("sleep 1000".into()), ..ExecRequest::default() };
     let mut lives = world.runner.exec(spec.project, request).await.unwrap();
@@ -147,8 +150,6 @@ async fn what_lost_its_supervisor_ends_with_the_project() {
     let record: serde_json::Value = serde_json::from_slice(&std::fs::read(record).unwrap()).unwrap();
     let supervisor = record["pid"].as_i64().unwrap().to_string();
     assert!(std::process::Command::new("kill").args(["-9", &supervisor]).status().unwrap().success());
-    let exit = process.handle.wait().await.unwrap();
-    assert_eq!(exit, Exit::Code(0), "it had ended before, by itself");
     assert!(!process.handle.ended_with_its_project());
     let exit = tokio::time::timeout(LIMIT, lives.handle.wait()).await.unwrap().unwrap();
     assert_eq!(exit, Exit::Signal("KILL".into()));
@@ -251,6 +252,78 @@ async fn a_project_is_confined_as_far_as_the_kernel_has_it() {
     world.runner.cleanup().await.unwrap();
 }
 
+/// Asks a helper for a sign of life, with a key before it; whether it answers.
+const PING: &str = r#"
+import socket, sys
+path, key = sys.argv[1], bytes.fromhex(sys.argv[2])
+s = socket.socket(socket.AF_UNIX)
+s.settimeout(60)
+s.connect(path)
+try:
+    s.sendall(key + b"P" + bytes(4))
+    answer = s.recv(16)
+except (BrokenPipeError, ConnectionResetError):
+    answer = b""
+print(answer.endswith(b"P"))
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_supervisor_of_a_project_listens_to_its_host_alone() {
+    let world = Processes::new().await;
+    let (one, other) = (world.spec().await, world.spec().await);
+    world.runner.start(&one).await.unwrap();
+    world.runner.start(&other).await.unwrap();
+    let state = world.dir.path().join("state");
+    let socket = state.join("sockets").join(format!("{}.sock", other.project)).display().to_string();
+    let record = state.join("projects").join(format!("{}.json", other.project));
+    let text = std::fs::read(&record).unwrap();
+    let record_of_other: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    let key: Vec<u8> = serde_json::from_value(record_of_other["key"].clone()).unwrap();
+    let key: String = key.iter().map(|byte| format!("{byte:02x}")).collect();
+    std::fs::write(one.volume.join("home/ping.py"), PING).unwrap();
+    let ping =
+        async |key: &str| run(&world, one.project, &format!("python3 ~/ping.py {socket} '{key}'")).await.1;
+    // The socket can be reached, and what is asked would be answered.
+    assert_eq!(ping(&key).await, "True\n", "with the key, which the attacker does not have");
+    for guess in ["", &"00".repeat(32), &"ff".repeat(32), &key[2..]] {
+        assert_eq!(ping(guess).await, "False\n", "{guess:?}");
+    }
+    // Nor does anything tell it.
+    let supervisor = record_of_other["pid"].as_i64().unwrap();
+    for line in [
+        format!("cat /proc/{supervisor}/environ"),
+        format!("cat {}", record.display()),
+        format!("cat /proc/{supervisor}/mem"),
+    ] {
+        let (exit, said) = run(&world, one.project, &line).await;
+        assert!(exit != Exit::Code(0) && !said.contains(&key), "{line}: {said}");
+    }
+    let seen = format!("cat /proc/{supervisor}/cmdline /proc/net/unix; env");
+    assert!(!run(&world, one.project, &seen).await.1.contains(&key));
+    let own = run(&world, other.project, "env").await.1;
+    assert!(!own.contains(&key), "not even its own processes are given it: {own}");
+
+    // One that connects again and again, and says nothing, keeps nobody out.
+    let hold = format!(
+        "exec python3 -c 'import socket, time\nheld = []\nfor n in range(300):\n s = socket.socket(socket.AF_UNIX); \
+         s.connect(\"{socket}\"); held.append(s)\nprint(\"held\", flush=True)\ntime.sleep(1000)'"
+    );
+    let request = ExecRequest { command: Command::Line(hold), ..ExecRequest::default() };
+    let mut holding = world.runner.exec(one.project, request).await.unwrap();
+    let mut line = String::new();
+    BufReader::new(&mut holding.stdout).read_line(&mut line).await.unwrap();
+    assert_eq!(line, "held\n");
+    assert_eq!(run(&world, other.project, "echo reached").await.1, "reached\n");
+    drop(holding);
+
+    // Another daemon knows the key, and a stop is heard.
+    let again = ProcessRunner::open_confined(state, Unenforceable::Refuse).await.unwrap();
+    let exec = ExecRequest { command: Command::Line("true".into()), ..ExecRequest::default() };
+    assert_eq!(again.exec(other.project, exec).await.unwrap().handle.wait().await.unwrap(), Exit::Code(0));
+    assert_eq!(again.stop(other.project, Duration::from_secs(5)).await.unwrap().state, State::Stopped);
+    world.runner.cleanup().await.unwrap();
+}
+
 /// This test alone, in another process that was started by this line of a shell.
 fn again(test: &str, line: &str) {
     let dir = tempfile::tempdir().unwrap();
@@ -304,6 +377,7 @@ fn the_contract_is_kept_for_an_ordinary_user_too() {
     let line = "exec setpriv --reuid=65534 --regid=65534 --clear-groups \"$@\"";
     again("processes_keep_the_contract", line);
     again("a_project_is_confined_as_far_as_the_kernel_has_it", line);
+    again("the_supervisor_of_a_project_listens_to_its_host_alone", line);
 }
 
 fn is_alive(process: &Path) -> bool {

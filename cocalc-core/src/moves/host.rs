@@ -606,7 +606,7 @@ pub fn runner_error(error: runner::Error) -> CommandError {
         runner::Error::NoImage { .. } => ErrorCode::NotFound,
         runner::Error::Busy { .. } => ErrorCode::Busy,
         runner::Error::Invalid { .. } => ErrorCode::Invalid,
-        runner::Error::TimedOut { .. } => ErrorCode::Unavailable,
+        runner::Error::TimedOut { .. } | runner::Error::Unknown { .. } => ErrorCode::Unavailable,
         _ => ErrorCode::Failed,
     };
     CommandError { code, message: crate::chain(&error) }

@@ -62,7 +62,11 @@ fn look(options: &DirOption) -> Vec<Finding> {
         ),
     }
     add("cgroups", "ok", format!("{:?}", probe.cgroups).to_lowercase(), "");
-    if probe.landlock {
+    if probe.landlock && !probe.landlock_scopes {
+        let what = "can be confined by Landlock (confine_processes = true), but not in whom they signal: that \
+            needs Linux 6.12";
+        add("plain processes", "weaker", what.into(), "");
+    } else if probe.landlock {
         add("plain processes", "ok", "can be confined by Landlock: confine_processes = true".into(), "");
     } else {
         add("plain processes", "weaker", "not confined: the kernel has no Landlock".into(), "");

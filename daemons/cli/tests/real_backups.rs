@@ -619,7 +619,14 @@ fn a_real_project_is_backed_up_whole_and_its_backup_tried_out() {
           && echo own >/usr/share/common-licenses/own && chown 1234:4321 /usr/local/bin/tool \
           && chmod 4755 /usr/local/bin/tool",
     );
+    let package = "set -e; d=$(mktemp -d); mkdir -p $d/p/DEBIAN $d/p/usr/bin; chmod 755 $d $d/p; \
+        printf \"Package: cocalc-tool\\nVersion: 1.2\\nArchitecture: all\\nMaintainer: nobody\\nDescription: a tool\\n\" \
+        >$d/p/DEBIAN/control; printf \"#!/bin/sh\\necho tool works\\n\" >$d/p/usr/bin/cocalc-tool; \
+        chmod 755 $d/p/usr/bin/cocalc-tool; dpkg-deb --root-owner-group --build $d/p $d/tool.deb; \
+        DEBIAN_FRONTEND=noninteractive apt-get install -y $d/tool.deb";
+    root(package);
     let kept = done(&path, json!({}));
+    root("DEBIAN_FRONTEND=noninteractive apt-get purge -y cocalc-tool && ! command -v cocalc-tool");
     root("rm /usr/local/bin/tool; echo other >/etc/debian_version; rm -r /usr/share/common-licenses");
     assert!(federation.exec("rm -r ~/many ~/hard ~/hole").status.success());
     let id = kept["backup_id"].as_str().unwrap();
@@ -628,6 +635,8 @@ fn a_real_project_is_backed_up_whole_and_its_backup_tried_out() {
         "test ! -e /etc/debian_version && test \"$(ls /usr/share/common-licenses)\" = own \
           && test \"$(stat -c %u:%g:%a /usr/local/bin/tool)\" = 1234:4321:4755",
     );
+    let tool = federation.exec("cocalc-tool && dpkg-query -W -f \"\\${Status}\" cocalc-tool");
+    assert_eq!(String::from_utf8_lossy(&tool.stdout), "tool works\ninstall ok installed", "{tool:?}");
     let line = "test $(ls ~/many | wc -l) = 500 && test ~/many/1 -ef ~/hard && test $(stat -c %s ~/hole) = 1073741824 \
          && test $(du -k ~/hole | cut -f1) -lt 1000 && test $(readlink ~/soft) = many";
     let output = federation.exec(line);

@@ -164,4 +164,82 @@ fn apps_secrets_logs_and_stats_in_containers_also_when_daemons_are_killed() {
         said(&federation, "cat /run/secrets/TOKEN; printenv GREETING") == format!("{CHANGED}hello\n")
             && apps(&federation, &project).get("web").is_some_and(|web| web["state"] == "ready")
     });
+
+    memory_that_is_used_up(&federation, &project);
+    deaths_again_and_again(&federation, &project);
+}
+
+/// What takes more memory than there is gets killed; the rest goes on, and its owner
+/// is told, also when the project then ends of it.
+fn memory_that_is_used_up(federation: &Federation, project: &str) {
+    federation.json(&["project", "limits", project, "--memory", "256M"]);
+    let started = federation.json(&["project", "show", project])["started"].clone();
+    // Twice what it may have; a shell reports who was killed.
+    let hog = federation.exec("python3 -c 'x = bytearray(512 << 20)'; echo ended $?");
+    assert!(String::from_utf8_lossy(&hog.stdout).contains("ended 137"), "{hog:?}");
+    let stats = federation.json(&["project", "stats", project]);
+    assert!(stats["oom_kills"].as_u64() >= Some(1), "{stats}");
+    federation.wait_for("the word of it", LIMIT, || {
+        let why = federation.json(&["project", "why", project]);
+        let reason = why["reason"].as_str().unwrap_or_default().to_owned();
+        reason.contains("killed because its memory was used up, last at")
+    });
+    assert_eq!(federation.json(&["project", "show", project])["started"], started, "it goes on");
+    kill_first_process(project);
+    let show = stopped(federation, project);
+    assert!(show["reason"].as_str().is_some_and(|reason| reason.contains("memory was used up")), "{show}");
+    federation.json(&["project", "limits", project, "--reset"]);
+}
+
+/// The host's view of a project's first process, killed from there: nobody inside can.
+fn kill_first_process(project: &str) {
+    let format = ["ps", "--filter", &format!("label=cocalc.project={project}"), "--format", "{{.Pid}}"];
+    let pid = Command::new("podman").args(format).output().unwrap();
+    let pid = String::from_utf8_lossy(&pid.stdout).trim().to_owned();
+    // It may have died meanwhile.
+    let _ = Command::new("kill").args(["-9", &pid]).status().unwrap();
+}
+
+/// A project, once it is said to be stopped.
+fn stopped(federation: &Federation, project: &str) -> Value {
+    let mut show = Value::Null;
+    federation.wait_for("the word that it is stopped", LIMIT, || {
+        show = federation.json(&["project", "show", project]);
+        show["state"] == "stopped"
+    });
+    show
+}
+
+/// One that dies right after each start is left alone for longer and longer, and says
+/// so; who starts it by command begins anew.
+fn deaths_again_and_again(federation: &Federation, project: &str) {
+    let words = "times in a row, soon after its start";
+    // Whoever opens it wakes it, until it has died too often.
+    let mut said = String::new();
+    federation.wait_for("it to be left alone", LIMIT * 3, || {
+        let woken = federation.exec("true");
+        said = String::from_utf8_lossy(&woken.stderr).into_owned();
+        if woken.status.success() {
+            kill_first_process(project);
+        }
+        said.contains(words)
+    });
+    assert!(said.contains(&format!("`cocalc project start {project}` starts it at once")), "{said}");
+    let mut show = Value::Null;
+    federation.wait_for("the reason", LIMIT, || {
+        show = federation.json(&["project", "show", project]);
+        show["state"] == "stopped" && show["reason"].as_str().is_some_and(|reason| reason.contains(words))
+    });
+    // By command at once, and what was before is past.
+    federation.json(&["project", "start", project]);
+    assert!(federation.exec("true").status.success());
+    kill_first_process(project);
+    let show = stopped(federation, project);
+    assert!(!show["reason"].as_str().unwrap_or_default().contains(words), "{show}");
+    federation.wait_for("it to be woken", LIMIT, || {
+        let woken = federation.exec("echo up");
+        let said = String::from_utf8_lossy(&woken.stderr);
+        assert!(!said.contains(words), "{said}");
+        woken.stdout == b"up\n"
+    });
 }

@@ -3,7 +3,7 @@
 //! Nobody restarts a project that has ended; but whoever opens it wakes it, and a
 //! page that asks every second would start it every second. So the more often it
 //! has died in a row, the longer it is left alone. Who starts it by command does
-//! so at once.
+//! so at once, and it begins anew: they will have mended it.
 
 use std::{
     collections::BTreeMap,
@@ -76,6 +76,18 @@ impl Deaths {
         self.known.lock().unwrap_or_else(PoisonError::into_inner).remove(&project);
     }
 
+    /// It is started. While it is left alone nobody wakes it, so that is somebody's
+    /// own wish, and what was before is past.
+    pub(crate) fn asked_for(&self, status: &Status) {
+        if self.wait(status).is_some() {
+            let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(death) = known.get_mut(&status.project) {
+                // Not forgotten: this run has been counted.
+                death.backoff.reset();
+            }
+        }
+    }
+
     /// How many projects die again and again.
     pub(crate) fn loops(&self) -> usize {
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
@@ -135,6 +147,15 @@ mod tests {
         let again = deaths.wait(&loops).unwrap();
         assert!(again.contains("3 times"), "{again}");
         assert_eq!(deaths.wait(&Status { state: State::Running, ..loops.clone() }), None);
+        // Started by command it begins anew, and this run is not counted again.
+        deaths.asked_for(&loops);
+        assert_eq!((deaths.wait(&loops), deaths.loops()), (None, 0));
+        for run in 0..2 {
+            assert_eq!(deaths.wait(&dead(now + run)), None);
+        }
+        assert!(deaths.wait(&dead(now + 2)).is_some_and(|said| said.contains("3 times")));
+        deaths.asked_for(&Status { state: State::Running, ..dead(now + 2) });
+        assert_eq!(deaths.loops(), 1, "one that runs is not started");
         deaths.forget(project);
         assert_eq!(deaths.wait(&Status { reason: None, ..loops.clone() }), None, "it was stopped");
         // One that has run for long begins anew.

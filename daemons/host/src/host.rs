@@ -54,6 +54,7 @@ use crate::{
     lifecycle::Inside,
     lifecycle::Lifecycle,
     names::LedgerNames,
+    orphans,
     peers::Peers,
     ran::Ran,
     registrar::Registrar,
@@ -363,6 +364,7 @@ impl Host {
         ));
         let again = lifecycle;
         background.spawn(watch::departures(ledger.clone(), knowledge));
+        background.spawn(orphans::keep(ledger.clone(), Arc::clone(&backends.runner)));
         background.spawn(keeper.run());
         background.spawn(news.tell(id, Arc::clone(&bus)));
         if let Some(backups) = backups {

@@ -34,6 +34,7 @@ mod inside_keys;
 mod lifecycle;
 mod limits;
 mod names;
+mod orphans;
 mod peers;
 mod ran;
 mod registrar;

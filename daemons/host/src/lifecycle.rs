@@ -23,7 +23,7 @@ use cocalc_core::{
     grant::{Entry, Ledger},
     ids::{Epoch, ImageDigest, ProjectId, SnapshotName},
     moves::host::{MoveHost, runner_error, storage_error},
-    runner::{ProjectSpec, Runner, State},
+    runner::{ProjectSpec, Runner, State, Status},
     snapshots::Keeper,
     storage::{self, Storage, VolumeOptions},
 };
@@ -262,6 +262,9 @@ impl Lifecycle {
         let started = async {
             self.check_image(&config)?;
             let entry = self.ledger.configure(project, epoch, config).await?;
+            if let Ok(status) = self.runner.status(project).await {
+                self.deaths.asked_for(&status);
+            }
             self.bring_up(&entry, Urgency::Asked).await
         };
         let phases = self.remember(project, started.await)?;
@@ -528,12 +531,18 @@ impl Lifecycle {
             if entry.granted.is_none() && entry.reserved.is_none() {
                 continue;
             }
-            match self.report(entry.project, vec![]).await {
-                Ok(report) => held.push(HeldProject { report, frozen: entry.frozen.map(|f| f.epoch) }),
+            let report = match self.report(entry.project, vec![]).await {
+                Ok(report) => report,
+                // It is held all the same, and who owns it now has to be heard.
                 Err(error) => {
                     tracing::warn!(project = %entry.project, error = %error.message, "cannot tell its state");
+                    let (project, epoch, reason) = (entry.project, entry.granted, Some(error.message));
+                    let state = State::Stopped;
+                    let status = Status { project, epoch: None, state, started: None, reason };
+                    ProjectReport { project, epoch, status, phases: vec![] }
                 }
-            }
+            };
+            held.push(HeldProject { report, frozen: entry.frozen.map(|f| f.epoch) });
         }
         held
     }

@@ -12,9 +12,9 @@ mod socket;
 
 use std::{io, time::Duration};
 
-use cocalc_core::runner::{Command, ExecRequest, Process, Pty};
+use cocalc_core::runner::{Command, Error, ExecRequest, Process, ProjectSpec, Pty};
 
-pub(crate) use socket::{AgentSocket, next_frame};
+pub(crate) use socket::{AgentSocket, Key, next_frame};
 
 use self::process::AgentProcess;
 
@@ -39,6 +39,18 @@ pub(crate) enum AgentError {
     Silent,
     #[error("the connection to the project's first process failed")]
     Io(#[from] io::Error),
+}
+
+/// Refuses an environment that no process can have.
+pub(crate) fn check_env(spec: &ProjectSpec) -> cocalc_core::runner::Result<()> {
+    let wrong = |(name, value): (&String, &String)| {
+        name.is_empty() || name.contains(['=', '\0']) || value.contains('\0')
+    };
+    if spec.env.iter().any(wrong) {
+        let reason = "its environment contains a forbidden character".into();
+        return Err(Error::Invalid { project: spec.project, reason });
+    }
+    Ok(())
 }
 
 /// Starts a process. `env` is the project's, below the request's own; `home` is

@@ -1,7 +1,8 @@
 //! The helper's socket: bound by the host, inherited by the helper.
 
 use std::{
-    io::{self, IoSlice},
+    fmt,
+    io::{self, IoSlice, Read as _},
     mem::MaybeUninit,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
@@ -15,6 +16,7 @@ use rustix::{
     fs::{AtFlags, Mode},
     net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags},
 };
+use serde::{Deserialize, Serialize};
 use tokio::{
     io::{AsyncReadExt, Interest},
     net::UnixStream,
@@ -28,12 +30,45 @@ use super::{ANSWER_BYTES_MAX, AgentError};
 pub(crate) struct AgentSocket {
     directory: OwnedFd,
     name: String,
+    key: Option<Key>,
+}
+
+/// What a helper wants to hear first, where others can connect to it too.
+#[derive(Clone, Deserialize, Eq, PartialEq, Serialize)]
+pub(crate) struct Key([u8; 32]);
+
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Key")
+    }
+}
+
+impl Key {
+    /// Where the helper finds it in its environment.
+    pub(crate) const VARIABLE: &str = "COCALC_HELPER_KEY";
+
+    /// A new one, from the kernel.
+    pub(crate) fn random() -> io::Result<Self> {
+        let mut bytes = [0; 32];
+        std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+        Ok(Self(bytes))
+    }
+
+    /// As the helper reads it.
+    pub(crate) fn digits(&self) -> String {
+        self.0.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
 }
 
 impl AgentSocket {
     /// The socket `name` in `directory`.
     pub(crate) fn new(directory: &Path, name: String) -> io::Result<Self> {
-        Ok(Self { directory: crate::mounts::open_dir(directory)?, name })
+        Ok(Self { directory: crate::mounts::open_dir(directory)?, name, key: None })
+    }
+
+    /// The same, of a helper that wants to hear this first, if anything.
+    pub(crate) fn with_key(self, key: Option<Key>) -> Self {
+        Self { key, ..self }
     }
 
     fn address(&self) -> PathBuf {
@@ -57,14 +92,22 @@ impl AgentSocket {
     /// Connects to the helper. Never blocks a thread: a tenant who lets the
     /// queue fill up would hold one for each attempt.
     pub(crate) async fn connect(&self) -> io::Result<UnixStream> {
-        loop {
+        let stream = loop {
             match UnixStream::connect(self.address()).await {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     tokio::time::sleep(Duration::from_millis(20)).await;
                 }
-                other => return other,
+                other => break other?,
+            }
+        };
+        if let Some(Key(key)) = &self.key {
+            // Nothing was sent yet, so there is room for it.
+            stream.writable().await?;
+            if stream.try_write(key)? != key.len() {
+                return Err(io::ErrorKind::WriteZero.into());
             }
         }
+        Ok(stream)
     }
 }
 

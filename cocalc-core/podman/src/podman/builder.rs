@@ -19,8 +19,10 @@ use sha2::{Digest, Sha256};
 
 use super::{
     Podman, Shared,
+    adopt::Adoption,
     cli::{CONTAINERS_CONF, Cli, find_program},
     limits::{Machine, Unenforceable},
+    record::Records,
     seccomp,
 };
 use crate::{
@@ -189,6 +191,13 @@ impl PodmanBuilder {
     /// Checks what is needed, sets up what all projects share, and finds the
     /// containers of this instance that are there already.
     ///
+    /// A podman that does not answer holds this up for about half a minute. Then the
+    /// runner is there all the same: what it has noted to run goes on and is used;
+    /// of what may have been started without a note, `status` says
+    /// [`Unknown`](cocalc_core::runner::Error::Unknown); and nothing is started or
+    /// stopped before podman has said which containers there are, for which it is
+    /// asked again and again.
+    ///
     /// # Errors
     ///
     /// Whatever is missing, by name; [`crate::probe`] says what mends it.
@@ -221,6 +230,7 @@ impl PodmanBuilder {
         let absolute =
             |path| std::path::absolute(path).map_err(|error| BuildError::new("find its directories", error));
         let (state_dir, runtime_dir) = (absolute(self.state_dir)?, absolute(runtime_dir)?);
+        let records = Records::find(runtime_dir.join("running"));
         let dirs = Dirs::create(&state_dir, &runtime_dir).map_err(|error| {
             BuildError::new(format!("make its directories in {}", runtime_dir.display()), error)
         })?;
@@ -234,9 +244,12 @@ impl PodmanBuilder {
             .map_err(|error| BuildError::new("set up its network", error))?;
         let sockets = Sockets::start().map_err(|error| BuildError::new("start a thread", error))?;
 
-        let cli = Cli { program: podman, runtime, containers_conf: dirs.containers_conf.clone() };
+        let cli = Cli::new(podman, runtime, dirs.containers_conf.clone());
         let machine = Machine::find(self.unenforceable);
-        let capabilities = capabilities(&cli, &machine).await?;
+        let version =
+            cli.version().await.map_err(|error| BuildError::new("ask podman for its version", error))?;
+        let answers = version.is_some();
+        let capabilities = capabilities(&cli, version, &machine);
         let podman = Podman {
             shared: Arc::new(Shared {
                 instance: self.instance,
@@ -251,23 +264,24 @@ impl PodmanBuilder {
                 defaults: self.defaults.unwrap_or_else(|| machine.defaults()),
                 machine,
                 capabilities,
+                records,
+                adoption: Adoption::default(),
                 projects: Mutex::new(BTreeMap::new()),
             }),
         };
-        podman.adopt().await?;
+        podman.adopt(answers).await;
         Ok(podman)
     }
 }
 
-async fn capabilities(cli: &Cli, machine: &Machine) -> Result<Capabilities, BuildError> {
-    let version = cli.run(["version", "--format", "{{.Client.Version}}"]).await;
-    let version = version.map_err(|error| BuildError::new("ask podman for its version", error))?;
+fn capabilities(cli: &Cli, version: Option<String>, machine: &Machine) -> Capabilities {
+    let version = version.unwrap_or_else(|| "of a version that it does not say".into());
     let unenforced = machine.unenforced().to_vec();
     let weakness = |kind: &LimitKind| {
         format!("limits of {kind} are not enforced: {}", probe::unenforced_because(*kind).0)
     };
-    Ok(Capabilities {
-        backend: format!("podman {} ({})", version.trim(), probe::runtime_version(&cli.runtime)),
+    Capabilities {
+        backend: format!("podman {} ({})", version, probe::runtime_version(&cli.runtime)),
         isolation: true,
         // What keeps one project from using up the host.
         limits: ![LimitKind::Memory, LimitKind::Cpu, LimitKind::Pids]
@@ -275,7 +289,7 @@ async fn capabilities(cli: &Cli, machine: &Machine) -> Result<Capabilities, Buil
             .any(|kind| unenforced.contains(kind)),
         weaknesses: unenforced.iter().map(weakness).collect(),
         unenforced,
-    })
+    }
 }
 
 /// Six hexadecimal digits of an instance: interfaces have short names.
@@ -317,6 +331,7 @@ impl Dirs {
             (&dirs.projects, 0o711),
             (&dirs.sockets, 0o700),
             (&dirs.networks, 0o700),
+            (&runtime.join("running"), 0o700),
             (&dirs.logs, 0o700),
             (&dirs.environments, 0o700),
         ] {

@@ -10,7 +10,7 @@ use cocalc_core::ids::HostId;
 use super::{
     BuildError,
     builder::tag,
-    cli::{CONTAINERS_CONF, Cli, find_program},
+    cli::{CONTAINERS_CONF, Cli, LIMIT, find_program},
     lifecycle::{LABEL_INSTANCE, mounts_below, unmount_below},
 };
 use crate::{command::run_blocking, net, probe};
@@ -91,8 +91,8 @@ async fn remove_containers(instance: HostId, runtime_dir: &Path) -> Result<(), B
             .and_then(|()| std::fs::write(&containers_conf, CONTAINERS_CONF))
             .map_err(|error| BuildError::new("write podman's configuration", error))?;
     }
-    let cli = Cli { program, runtime, containers_conf };
-    let names = cli.labelled(&label(instance)).await.map_err(failed)?;
+    let cli = Cli::new(program, runtime, containers_conf);
+    let names = cli.labelled(&label(instance), LIMIT).await.map_err(failed)?;
     let mut done = Ok(());
     for name in names {
         match cli.run(["rm", "--force", "--ignore", "--time", "0", &name]).await {

@@ -5,7 +5,8 @@ use std::{
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     process::Stdio,
-    time::Duration,
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
 };
 
 use cocalc_core::ids::Timestamp;
@@ -16,7 +17,16 @@ use super::time::parse_time;
 use crate::command::{CommandError, run};
 
 /// How long podman may take for one call.
-const LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);
+/// How long it may take where somebody waits for a word that is not needed.
+const QUICK_LIMIT: Duration = Duration::from_secs(10);
+/// For how long one that took too long is not asked for such a word.
+const PAUSE: Duration = Duration::from_secs(60);
+/// The exit code of a first process that was killed.
+const KILLED: i32 = 128 + 9;
+/// How many containers are asked about in one call: each call takes podman a tenth
+/// of a second, and a name in it a thousandth.
+const INSPECT_MAX: usize = 50;
 
 /// What podman reads instead of the system's `containers.conf`: the default
 /// sysctls cannot be set in a network namespace that is not the container's
@@ -25,18 +35,21 @@ pub(crate) const CONTAINERS_CONF: &str =
     "[containers]\ndefault_sysctls = []\n[engine]\nevents_logger = \"none\"\n";
 
 /// How to call podman.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct Cli {
     pub(crate) program: PathBuf,
     pub(crate) runtime: String,
     /// An absolute path, in the runner's runtime directory.
-    pub(crate) containers_conf: PathBuf,
+    containers_conf: PathBuf,
+    /// When a call last took too long.
+    hung: Mutex<Option<Instant>>,
 }
 
 /// What podman knows of a container.
 #[derive(Clone, Debug)]
 pub(crate) struct Container {
     pub(crate) id: String,
+    pub(crate) name: String,
     pub(crate) labels: BTreeMap<String, String>,
     pub(crate) running: bool,
     pub(crate) pid: i32,
@@ -48,6 +61,8 @@ pub(crate) struct Container {
 #[serde(rename_all = "PascalCase")]
 struct Inspected {
     id: String,
+    #[serde(default)]
+    name: String,
     state: InspectedState,
     config: InspectedConfig,
 }
@@ -82,6 +97,11 @@ pub(crate) enum CliError {
 }
 
 impl CliError {
+    /// Whether podman took too long.
+    pub(crate) fn is_late(&self) -> bool {
+        matches!(self, Self::Command(CommandError::TimedOut { .. }))
+    }
+
     /// Whether it says that there is no such container.
     pub(crate) fn is_missing(&self) -> bool {
         matches!(self, Self::Command(CommandError::Failed { complaint, .. })
@@ -91,6 +111,10 @@ impl CliError {
 }
 
 impl Cli {
+    pub(crate) fn new(program: PathBuf, runtime: String, containers_conf: PathBuf) -> Self {
+        Self { program, runtime, containers_conf, hung: Mutex::default() }
+    }
+
     fn command(&self) -> Command {
         let mut command = self.in_place(&self.program);
         command.stdin(Stdio::null());
@@ -115,9 +139,32 @@ impl Cli {
         &self,
         args: impl IntoIterator<Item = S>,
     ) -> Result<String, CliError> {
+        self.run_within(LIMIT, args).await
+    }
+
+    /// The version of podman, for people; `None` if it does not answer at once.
+    pub(crate) async fn version(&self) -> Result<Option<String>, CliError> {
+        match self.run_within(QUICK_LIMIT, ["version", "--format", "{{.Client.Version}}"]).await {
+            Err(error) if error.is_late() => Ok(None),
+            other => other.map(|text| Some(text.trim().to_owned())),
+        }
+    }
+
+    async fn run_within<S: AsRef<std::ffi::OsStr>>(
+        &self,
+        limit: Duration,
+        args: impl IntoIterator<Item = S>,
+    ) -> Result<String, CliError> {
         let mut command = self.command();
         command.args(args);
-        Ok(run(command, LIMIT).await?)
+        self.noted(run(command, limit).await)
+    }
+
+    /// Keeps in mind whether podman hangs.
+    fn noted(&self, outcome: Result<String, CommandError>) -> Result<String, CliError> {
+        let late = matches!(outcome, Err(CommandError::TimedOut { .. }));
+        *self.hung.lock().unwrap_or_else(PoisonError::into_inner) = late.then(Instant::now);
+        Ok(outcome?)
     }
 
     /// Starts a created container, whose first process inherits `listener` as
@@ -130,25 +177,64 @@ impl Cli {
         command.args(["-c", script, "sh"]).arg(&self.program);
         command.args(["--runtime", &self.runtime, "--log-level", "error", "start", name]);
         command.stdin(Stdio::from(listener));
-        run(command, LIMIT).await?;
+        self.noted(run(command, LIMIT).await)?;
         Ok(())
     }
 
     /// What podman knows of these containers; missing ones are an error.
     pub(crate) async fn inspect(&self, names: &[String]) -> Result<Vec<Container>, CliError> {
+        self.inspect_within(LIMIT, names).await
+    }
+
+    /// The same of one, for somebody who needs no answer: a podman that hangs is
+    /// given up soon, and for a while not asked.
+    pub(crate) async fn inspect_quickly(&self, name: &str) -> Result<Vec<Container>, CliError> {
+        let hung = *self.hung.lock().unwrap_or_else(PoisonError::into_inner);
+        if hung.is_some_and(|at| at.elapsed() < PAUSE) {
+            let program = self.program.display().to_string();
+            return Err(CommandError::TimedOut { program, limit: Duration::ZERO }.into());
+        }
+        self.inspect_within(QUICK_LIMIT, &[name.to_owned()]).await
+    }
+
+    /// What podman knows of those of these containers that are still there.
+    pub(crate) async fn inspect_present(&self, names: &[String]) -> Result<Vec<Container>, CliError> {
+        let mut found = Vec::with_capacity(names.len());
+        for some in names.chunks(INSPECT_MAX) {
+            match self.inspect(some).await {
+                Ok(containers) => found.extend(containers),
+                // One that vanished meanwhile is not missed; the others are here.
+                Err(error) if error.is_missing() => {
+                    for name in some {
+                        match self.inspect(std::slice::from_ref(name)).await {
+                            Err(error) if error.is_missing() => {}
+                            one => found.extend(one?),
+                        }
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(found)
+    }
+
+    async fn inspect_within(&self, limit: Duration, names: &[String]) -> Result<Vec<Container>, CliError> {
+        if names.is_empty() {
+            return Ok(Vec::new());
+        }
         let mut args = vec!["container", "inspect"];
         args.extend(names.iter().map(String::as_str));
-        let text = self.run(args).await?;
+        let text = self.run_within(limit, args).await?;
         let inspected: Vec<Inspected> =
             serde_json::from_str(&text).map_err(|error| CliError::Answer(error.into()))?;
         inspected.into_iter().map(Container::try_from).collect()
     }
 
-    /// The names of all containers with this label.
-    pub(crate) async fn labelled(&self, label: &str) -> Result<Vec<String>, CliError> {
+    /// The names of all containers with this label, if podman says them in time.
+    pub(crate) async fn labelled(&self, label: &str, limit: Duration) -> Result<Vec<String>, CliError> {
         let filter = format!("label={label}");
-        let text =
-            self.run(["ps", "--all", "--no-trunc", "--filter", &filter, "--format", "{{.Names}}"]).await?;
+        let args = ["ps", "--all", "--no-trunc", "--filter", &filter, "--format", "{{.Names}}"];
+        let text = self.run_within(limit, args).await?;
         Ok(text.lines().map(str::to_owned).filter(|line| !line.is_empty()).collect())
     }
 }
@@ -161,12 +247,16 @@ impl TryFrom<Inspected> for Container {
         let started = parse_time(&state.started_at).map_err(|error| CliError::Answer(error.into()))?;
         let reason = match () {
             () if state.running || started.is_none() => None,
-            () if state.oom_killed => Some("killed because its memory was used up".into()),
+            // That is also said of one whose other processes were killed long before.
+            () if state.oom_killed && state.exit_code == KILLED => {
+                Some("killed because its memory was used up".into())
+            }
             () if !state.error.is_empty() => Some(state.error),
             () => Some(format!("its first process ended with code {}", state.exit_code)),
         };
         Ok(Self {
             id: inspected.id,
+            name: inspected.name,
             labels: inspected.config.labels.unwrap_or_default(),
             running: state.running,
             pid: state.pid,

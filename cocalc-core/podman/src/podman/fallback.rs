@@ -4,7 +4,11 @@
 //! The runtime enters the container by itself. What it starts has the container's
 //! namespaces, control group, capabilities and seccomp filter, as the container's
 //! own configuration has them; nothing inside takes part in that. It is slower, and
-//! has no terminals: enough to look, to save files, and to mend.
+//! otherwise the same: users are those of the project's own files (`inside`), and for
+//! a terminal the runtime carries what is typed and shown (`terminal`).
+
+mod inside;
+mod terminal;
 
 use std::{
     fs,
@@ -21,14 +25,22 @@ use cocalc_core::{
     ids::ProjectId,
     runner::{Command, Error, ExecRequest, Exit, Process, ProcessHandle, Result, WindowSize},
 };
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal};
 use tokio::{io::AsyncWrite, process::ChildStdin};
 
-use super::{Shared, backend, project::Running};
-use crate::{cgroup::Groups, mounts::USER_ID, pidfd::PidFd, signals};
+use self::{inside::Inside, terminal::Terminal};
+use super::{Shared, backend, lifecycle::HELPER_INSIDE, project::Running};
+use crate::{cgroup::Groups, pidfd::PidFd, signals};
 
 /// Where the runtime keeps what it knows of containers.
 const RUNTIME_STATE: &str = "/run/runc";
+/// Where images keep the sftp server.
+const SFTP_SERVERS: [&str; 4] = [
+    "/usr/lib/openssh/sftp-server",
+    "/usr/libexec/openssh/sftp-server",
+    "/usr/lib/ssh/sftp-server",
+    "/usr/libexec/sftp-server",
+];
 const SEARCH_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 impl Shared {
@@ -69,44 +81,54 @@ impl Shared {
         env: impl IntoIterator<Item = (&'a String, &'a String)>,
     ) -> Result<Process> {
         let invalid = |reason: &str| Error::Invalid { project, reason: reason.into() };
-        if request.pty.is_some() {
-            return Err(invalid(
-                "its first process does not answer, and without it there are no terminals: run a command \
-                 without one, or stop and start the project",
-            ));
-        }
-        let (id, home) = match request.user.as_deref() {
-            None | Some("user") => (USER_ID, "/home/user"),
-            Some("root") => (0, "/root"),
-            Some(_) => {
-                return Err(invalid("its first process does not answer; only user and root are known"));
-            }
+        let enter = |error| backend("enter", project, error);
+        let inside = Inside::of(running).map_err(enter)?;
+        let name = request.user.as_deref();
+        let Some(user) = inside.user(name) else {
+            return Err(invalid(&format!("no user {:?} in the project", name.unwrap_or_default())));
         };
-        let args: Vec<&str> = match &request.command {
-            Command::Shell => vec!["/bin/sh", "-l"],
-            Command::Line(line) => vec!["/bin/sh", "-c", line],
-            Command::Argv(args) if !args.is_empty() => args.iter().map(String::as_str).collect(),
-            Command::Sftp => vec!["/usr/lib/openssh/sftp-server"],
+        let helper = |tool: Vec<String>| std::iter::once(HELPER_INSIDE.to_owned()).chain(tool).collect();
+        let shell = if inside.has(&user.shell) { user.shell.clone() } else { "/bin/sh".to_owned() };
+        let args: Vec<String> = match &request.command {
+            Command::Shell => vec![shell.clone(), "-l".into()],
+            Command::Line(line) => vec![shell.clone(), "-c".into(), line.clone()],
+            Command::Argv(args) if !args.is_empty() => args.clone(),
+            Command::Sftp => match SFTP_SERVERS.into_iter().find(|server| inside.has(server)) {
+                Some(server) => vec![server.into()],
+                None => helper(vec!["tool".into(), "sftp".into()]),
+            },
+            Command::Tool(tool) => helper(tool.args()),
             _ => return Err(invalid("there is no program to run")),
         };
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let name = format!("exec-{}-{number}.pid", std::process::id());
         let pid_file = self.dirs.sockets.join(name);
-        let enter = |error| backend("enter", project, error);
         let (root, strict) = self.without_network(&running.container).map_err(enter)?;
         let network = fs::File::open(self.network.path(project)).map_err(enter)?;
-        let own = [("PATH", SEARCH_PATH), ("HOME", home), ("LANG", "C.UTF-8")];
+        let own = [
+            ("PATH", SEARCH_PATH),
+            ("HOME", &user.home),
+            ("SHELL", &shell),
+            ("USER", &user.name),
+            ("LOGNAME", &user.name),
+            ("LANG", "C.UTF-8"),
+        ];
         let own = own.iter().map(|(name, value)| format!("{name}={value}"));
         let given = env.into_iter().chain(&request.env).map(|(name, value)| format!("{name}={value}"));
-        let process = serde_json::json!({
-            "terminal": false,
-            "user": { "uid": id, "gid": id },
+        let shows = request.pty.iter().map(|pty| format!("TERM={}", pty.term));
+        let who = &user.identity;
+        let mut process = serde_json::json!({
+            "terminal": request.pty.is_some(),
+            "user": { "uid": who.uid, "gid": who.gid, "additionalGids": who.groups },
             "args": args,
-            "env": own.chain(given).collect::<Vec<_>>(),
-            "cwd": "/",
+            "env": own.chain(given).chain(shows).collect::<Vec<_>>(),
+            "cwd": if inside.has_directory(&user.home) { user.home.as_str() } else { "/" },
             "noNewPrivileges": strict,
         });
+        if let Some(pty) = &request.pty {
+            process["consoleSize"] = serde_json::json!({ "height": pty.size.rows, "width": pty.size.cols });
+        }
         let described = in_memory(process.to_string().as_bytes()).map_err(enter)?;
         let mut command = tokio::process::Command::new(&self.cli.runtime);
         crate::kernel::spawn_in_network(&mut command, network.into());
@@ -116,8 +138,22 @@ impl Shared {
         let described = crate::kernel::hand_over(&mut command, described);
         command.arg("--process").arg(described);
         command.arg(&running.container);
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
-        let mut child = command.spawn().map_err(|error| backend("enter", project, error))?;
+        command.kill_on_drop(true);
+        let container = running.container.clone();
+        let entered =
+            |child, terminal| Box::new(Entered { child, pid_file, container, terminal, ended: None });
+        if let Some(pty) = &request.pty {
+            let (terminal, end) = Terminal::open(pty.size).map_err(enter)?;
+            let end = || end.try_clone().map(Stdio::from);
+            command.stdin(end().map_err(enter)?).stdout(end().map_err(enter)?).stderr(end().map_err(enter)?);
+            let child = command.spawn().map_err(enter)?;
+            // Its ends of the terminal are the runtime's alone.
+            drop(command);
+            let (stdin, stdout) = (Box::pin(terminal.keyboard()), Box::pin(terminal.screen()));
+            return Ok(Process { stdin, stdout, stderr: None, handle: entered(child, Some(terminal)) });
+        }
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().map_err(enter)?;
         let (Some(stdin), Some(stdout), Some(stderr)) =
             (child.stdin.take(), child.stdout.take(), child.stderr.take())
         else {
@@ -127,7 +163,7 @@ impl Shared {
             stdin: Box::pin(Closing(Some(stdin))),
             stdout: Box::pin(stdout),
             stderr: Some(Box::pin(stderr)),
-            handle: Box::new(Entered { child, pid_file, container: running.container.clone(), ended: None }),
+            handle: entered(child, None),
         })
     }
 }
@@ -146,6 +182,7 @@ struct Entered {
     child: tokio::process::Child,
     pid_file: PathBuf,
     container: String,
+    terminal: Option<Terminal>,
     ended: Option<Exit>,
 }
 
@@ -171,7 +208,17 @@ impl Drop for Entered {
 
 #[async_trait]
 impl ProcessHandle for Entered {
-    async fn resize(&self, _: WindowSize) -> Result<()> {
+    async fn resize(&self, size: WindowSize) -> Result<()> {
+        let Some(terminal) = &self.terminal else { return Ok(()) };
+        // A lost resize is not worth an error: the next one repairs it.
+        if let Err(error) = terminal.resize(size) {
+            tracing::debug!(%error, "could not pass on a window size");
+        }
+        // The runtime passes it on when it hears that there is another. It is not
+        // reaped while this has not waited for it, so its number is its own.
+        if let Some(runtime) = self.child.id().and_then(|pid| Pid::from_raw(pid.cast_signed())) {
+            let _ = rustix::process::kill_process(runtime, Signal::WINCH);
+        }
         Ok(())
     }
 

@@ -8,17 +8,18 @@ use std::{
 };
 
 use cocalc_core::{
-    ids::{Epoch, ProjectId},
+    ids::ProjectId,
     runner::{Error, Limits, NetworkPolicy, ProjectSpec, Result, State, Status},
 };
 use rustix::process::Signal;
 use sha2::{Digest, Sha256};
 
 use super::{
-    BuildError, Podman, Shared, backend, blocking,
+    Shared, backend, blocking,
     project::{InPhase, Project, Running},
+    record::{Record, Run},
 };
-use crate::{mounts, net::Resolver};
+use crate::{agent, mounts, net::Resolver};
 
 /// What root in a project may do there: what installing packages and running
 /// services needs, and nothing about the kernel, devices or the network's
@@ -29,71 +30,23 @@ const CAPABILITIES: &str = "CHOWN,DAC_OVERRIDE,FOWNER,FSETID,KILL,SETGID,SETUID,
 const SECRETS_INSIDE: &str = "/run/secrets";
 /// Where the helper is seen inside: in `/dev`, so that nothing of it remains in
 /// the project's files.
-const HELPER_INSIDE: &str = "/dev/cocalc-init";
+pub(super) const HELPER_INSIDE: &str = "/dev/cocalc-init";
 /// How long the kernel may take to end processes that were killed.
 const KILL_LIMIT: Duration = Duration::from_secs(30);
 /// How much of a log is read for its last lines, in bytes.
 const LOG_BYTES_READ: u64 = super::limits::DEFAULT_LOG;
 
 pub(super) const LABEL_INSTANCE: &str = "cocalc.instance";
-const LABEL_PROJECT: &str = "cocalc.project";
-const LABEL_EPOCH: &str = "cocalc.epoch";
-const LABEL_SLOT: &str = "cocalc.slot";
-const LABEL_SPEC: &str = "cocalc.spec";
+pub(super) const LABEL_PROJECT: &str = "cocalc.project";
+pub(super) const LABEL_EPOCH: &str = "cocalc.epoch";
+pub(super) const LABEL_SLOT: &str = "cocalc.slot";
+pub(super) const LABEL_SPEC: &str = "cocalc.spec";
 /// What the container was made with, for a daemon that finds it.
-const LABEL_LIMITS: &str = "cocalc.limits";
-
-impl Podman {
-    /// Finds the containers of this instance that are there already.
-    pub(super) async fn adopt(&self) -> Result<(), BuildError> {
-        let shared = &self.shared;
-        let failed = |error| BuildError::new("list its containers", error);
-        let label = super::cleanup::label(shared.instance);
-        for name in shared.cli.labelled(&label).await.map_err(failed)? {
-            // One that vanished meanwhile is not missed.
-            let found = match shared.cli.inspect(std::slice::from_ref(&name)).await {
-                Err(error) if error.is_missing() => continue,
-                found => found.map_err(failed)?,
-            };
-            let Some(container) = found.into_iter().next() else { continue };
-            let label = |name: &str| container.labels.get(name).map(String::as_str).unwrap_or_default();
-            let (Ok(project), Ok(epoch), Ok(slot)) = (
-                label(LABEL_PROJECT).parse(),
-                label(LABEL_EPOCH).parse::<Epoch>(),
-                label(LABEL_SLOT).parse(),
-            ) else {
-                tracing::warn!(container = name, "its labels make no sense, left alone");
-                continue;
-            };
-            let running =
-                Running::find(&container).map_err(|error| BuildError::new("find a process", error))?;
-            let entry = shared.entry(project);
-            let runs = running.is_some();
-            {
-                let mut view = entry.view();
-                view.env = Arc::new(shared.read_env(project));
-                view.epoch = Some(epoch);
-                view.slot = Some(slot);
-                view.limits = serde_json::from_str(label(LABEL_LIMITS)).unwrap_or_default();
-                view.made_from = Some(label(LABEL_SPEC).to_owned());
-                view.running = running.map(Arc::new);
-                view.started = container.started;
-                view.reason = container.reason;
-            }
-            if runs {
-                let policy = shared.network.policy(project);
-                if let Err(error) = shared.resolve(&entry, slot, &policy).await {
-                    // It runs all the same; names come back with its next start.
-                    tracing::warn!(%project, error = %cocalc_core::chain(&error), "no names for a project");
-                }
-            }
-        }
-        Ok(())
-    }
-}
+pub(super) const LABEL_LIMITS: &str = "cocalc.limits";
 
 impl Shared {
     pub(super) async fn prepare(&self, spec: ProjectSpec) -> Result<()> {
+        self.adopted(spec.project).await?;
         let entry = self.entry(spec.project);
         let _operation = entry.operation.lock().await;
         if entry.running().is_some() {
@@ -107,7 +60,7 @@ impl Shared {
     async fn ready(&self, entry: &Project, spec: &ProjectSpec) -> Result<()> {
         let project = spec.project;
         self.image(spec)?;
-        check_env(spec)?;
+        agent::check_env(spec)?;
         let limits = self.machine.settle(project, &spec.limits, &self.defaults)?;
         let wanted = fingerprint(spec, &limits);
         entry.view().limits = limits.clone();
@@ -137,6 +90,7 @@ impl Shared {
 
     pub(super) async fn start(&self, spec: ProjectSpec) -> Result<Status> {
         let project = spec.project;
+        self.adopted(project).await?;
         let entry = self.entry(project);
         let _operation = entry.operation.lock().await;
         if entry.running().is_some() {
@@ -186,6 +140,14 @@ impl Shared {
             .socket(project)
             .and_then(|socket| socket.bind())
             .map_err(|error| failed(backend("start", project, error)))?;
+        let mut record = {
+            let view = entry.view();
+            let (limits, made_from) = (view.limits.clone(), view.made_from.clone());
+            Record { epoch: spec.epoch, slot: spec.slot, limits, made_from, run: None }
+        };
+        // Before it runs: a daemon that is killed now, and finds a podman that hangs,
+        // knows that it may.
+        self.records.write(project, &record).map_err(|error| failed(backend("start", project, error)))?;
         // The log is of this run; what conmon appends begins anew.
         let _ = std::fs::remove_file(self.dirs.logs.join(format!("{project}.log")));
         self.cli.start(&name, listener).await.map_err(|error| Launch {
@@ -209,6 +171,9 @@ impl Shared {
         for write in running.groups.plan(&limits) {
             write.apply().map_err(|error| failed(backend("limit", project, error)))?;
         }
+        record.run =
+            Some(Run { container: running.container.clone(), pid: running.pid, started: container.started });
+        self.records.write(project, &record).map_err(|error| failed(backend("start", project, error)))?;
         receipt.done("podman inspect");
         let mut view = entry.view();
         view.epoch = Some(spec.epoch);
@@ -219,6 +184,7 @@ impl Shared {
     }
 
     pub(super) async fn stop(&self, project: ProjectId, grace: Duration) -> Result<Status> {
+        self.adopted(project).await?;
         let Some(entry) = self.known(project) else { return Ok(unknown(project)) };
         let _operation = entry.operation.lock().await;
         self.stop_locked(&entry, grace).await?;
@@ -256,6 +222,7 @@ impl Shared {
                 .await
                 .map_err(|error| backend("stop", project, error))?;
         }
+        self.records.forget(project);
         if let Ok(socket) = self.socket(project) {
             socket.unlink();
         }
@@ -265,6 +232,7 @@ impl Shared {
     pub(super) async fn remove(&self, project: ProjectId) -> Result<()> {
         // Also if it is unknown: a removal that was cut off has taken the
         // container, by which projects are found again, and left the rest.
+        self.adopted(project).await?;
         let entry = self.entry(project);
         let _operation = entry.operation.lock().await;
         self.stop_locked(&entry, Duration::ZERO).await?;
@@ -285,7 +253,9 @@ impl Shared {
     }
 
     pub(super) async fn status(&self, project: ProjectId) -> Result<Status> {
-        let Some(entry) = self.known(project) else { return Ok(unknown(project)) };
+        let Some(entry) = self.known(project) else {
+            return self.is_known_stopped(project).map(|()| unknown(project));
+        };
         let died = {
             let view = entry.view();
             view.phase.is_none()
@@ -300,12 +270,13 @@ impl Shared {
 
     /// Asks podman how the first process ended.
     async fn note_reason(&self, entry: &Project) {
-        let found = self.cli.inspect(&[self.container(entry.id)]).await;
+        let found = self.cli.inspect_quickly(&self.container(entry.id)).await;
         let reason = found.ok().and_then(|found| found.into_iter().next()?.reason);
         let mut view = entry.view();
         // A start since then has made a new one.
-        if view.running.as_ref().is_some_and(|running| !running.process.is_alive()) {
-            view.reason = Some(reason.unwrap_or_else(|| "its first process ended".into()));
+        if let Some(running) = view.running.clone().filter(|running| !running.process.is_alive()) {
+            let reason = reason.unwrap_or_else(|| "its first process ended".into());
+            view.reason = Some(reason + &running.epilogue());
         }
     }
 
@@ -434,7 +405,7 @@ impl Shared {
         super::builder::write_file(&self.env_path(spec.project), &text, 0o600)
     }
 
-    fn read_env(&self, project: ProjectId) -> std::collections::BTreeMap<String, String> {
+    pub(super) fn read_env(&self, project: ProjectId) -> std::collections::BTreeMap<String, String> {
         let text = std::fs::read(self.env_path(project)).unwrap_or_default();
         serde_json::from_slice(&text).unwrap_or_default()
     }
@@ -448,7 +419,7 @@ impl Shared {
     }
 
     /// Starts the resolver of a project, whose network is there.
-    async fn resolve(&self, entry: &Project, slot: u32, policy: &NetworkPolicy) -> Result<()> {
+    pub(super) async fn resolve(&self, entry: &Project, slot: u32, policy: &NetworkPolicy) -> Result<()> {
         // The former one has the address.
         entry.view().resolver = None;
         let resolver = Resolver::start(&self.network, &self.sockets, &self.servers, entry.id, slot, policy)
@@ -499,17 +470,6 @@ fn fingerprint(spec: &ProjectSpec, limits: &Limits) -> String {
     // The number in front changes with the arguments of `create_args`.
     let text = format!("4 {epoch} {image:?} {slot} {limits:?} {isolation:?}");
     Sha256::digest(text.as_bytes()).iter().take(16).map(|byte| format!("{byte:02x}")).collect()
-}
-
-fn check_env(spec: &ProjectSpec) -> Result<()> {
-    let wrong = |(name, value): (&String, &String)| {
-        name.is_empty() || name.contains(['=', '\0']) || value.contains('\0')
-    };
-    if spec.env.iter().any(wrong) {
-        let reason = "its environment contains a forbidden character".into();
-        return Err(Error::Invalid { project: spec.project, reason });
-    }
-    Ok(())
 }
 
 /// The last lines of a log as conmon writes it: time, stream, flag, text.

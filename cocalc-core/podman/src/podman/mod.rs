@@ -1,6 +1,7 @@
 //! Projects as podman containers.
 
 mod adjust;
+mod adopt;
 mod builder;
 mod cleanup;
 mod cli;
@@ -8,6 +9,7 @@ mod fallback;
 mod lifecycle;
 mod limits;
 mod project;
+mod record;
 mod seccomp;
 mod services;
 mod slots;
@@ -39,10 +41,12 @@ pub use limits::Unenforceable;
 pub use time::{ParseTimeError, parse_time};
 
 use self::{
+    adopt::Adoption,
     builder::Dirs,
     cli::Cli,
     limits::Machine,
     project::{Project, Running},
+    record::Records,
 };
 use crate::{
     agent::{self, AgentError, AgentSocket},
@@ -80,6 +84,8 @@ pub(crate) struct Shared {
     defaults: Limits,
     machine: Machine,
     capabilities: Capabilities,
+    records: Records,
+    adoption: Adoption,
     projects: Mutex<BTreeMap<ProjectId, Arc<Project>>>,
 }
 
@@ -129,7 +135,10 @@ impl Shared {
     }
 
     fn running(&self, project: ProjectId) -> Result<(Arc<Project>, Arc<Running>)> {
-        let entry = self.known(project).ok_or(Error::NotRunning { project })?;
+        let Some(entry) = self.known(project) else {
+            self.is_known_stopped(project)?;
+            return Err(Error::NotRunning { project });
+        };
         let running = entry.running().ok_or(Error::NotRunning { project })?;
         Ok((entry, running))
     }
@@ -269,7 +278,7 @@ impl Runner for Podman {
         blocking("measure", project, move || {
             let (received_bytes, sent_bytes) =
                 slot.and_then(|slot| network.traffic(slot)).unwrap_or_default();
-            Ok::<_, std::io::Error>(Stats { received_bytes, sent_bytes, ..running.groups.stats() })
+            Ok::<_, std::io::Error>(Stats { received_bytes, sent_bytes, ..running.stats() })
         })
         .await
     }

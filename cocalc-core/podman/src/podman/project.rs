@@ -3,13 +3,16 @@
 use std::{
     collections::BTreeMap,
     io,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use cocalc_core::{
     ids::{Epoch, ProjectId, Timestamp},
-    runner::{Limits, State, Status},
+    runner::{Limits, State, Stats, Status},
 };
 
 use super::{Phase, cli::Container};
@@ -105,6 +108,8 @@ pub(crate) struct Running {
     pub(crate) groups: Groups,
     /// The container's id.
     pub(crate) container: String,
+    /// How many of its processes are known to have been killed for want of memory.
+    killed_for_memory: AtomicU64,
     /// When the helper last failed, so that nobody waits for it each time.
     failed: Mutex<Option<Instant>>,
 }
@@ -116,6 +121,22 @@ impl Running {
         failed.is_some_and(|at| at.elapsed() < HELPER_PAUSE)
     }
 
+    /// Measures it, and keeps in mind what cannot be measured when it has ended. Blocks.
+    pub(crate) fn stats(&self) -> Stats {
+        let stats = self.groups.stats();
+        self.killed_for_memory.fetch_max(stats.oom_kills, Ordering::Relaxed);
+        stats
+    }
+
+    /// What adds to the reason of its end.
+    pub(crate) fn epilogue(&self) -> String {
+        match self.killed_for_memory.load(Ordering::Relaxed) {
+            0 => String::new(),
+            1 => "; before that its memory was used up, and a process killed for it".into(),
+            count => format!("; before that its memory was used up, and {count} processes killed for it"),
+        }
+    }
+
     /// The helper has failed now.
     pub(crate) fn helper_failed(&self) {
         *self.failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
@@ -123,19 +144,23 @@ impl Running {
 
     /// The first process of a container, or `None` if it is not there any more.
     pub(crate) fn find(container: &Container) -> io::Result<Option<Self>> {
-        if !container.running {
-            return Ok(None);
-        }
-        let Some(process) = PidFd::open(container.pid)? else { return Ok(None) };
+        if container.running { Self::of(container.pid, &container.id) } else { Ok(None) }
+    }
+
+    /// The same, of a container by its id and the number of its first process.
+    pub(crate) fn of(pid: i32, container: &str) -> io::Result<Option<Self>> {
+        let Some(process) = PidFd::open(pid)? else { return Ok(None) };
         // Asked after the descriptor was opened: if the number means another
         // process by now, that one is not in the container's control group.
-        let groups = Groups::of(container.pid).ok().and_then(|groups| groups.of_container(&container.id));
-        Ok(groups.map(|groups| Self {
-            pid: container.pid,
+        let groups = Groups::of(pid).ok().and_then(|groups| groups.of_container(container));
+        let held = |groups| Self {
+            pid,
             process,
             groups,
-            container: container.id.clone(),
+            container: container.to_owned(),
+            killed_for_memory: AtomicU64::new(0),
             failed: Mutex::default(),
-        }))
+        };
+        Ok(groups.map(held))
     }
 }

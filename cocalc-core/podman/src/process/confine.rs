@@ -91,6 +91,15 @@ pub(crate) fn available() -> bool {
     probe.is_ok()
 }
 
+/// Whether its Landlock keeps signals and abstract sockets apart, too.
+pub(crate) fn scopes() -> bool {
+    let probe = Ruleset::default()
+        .set_compatibility(CompatLevel::HardRequirement)
+        .scope(Scope::from_all(ABI::V6))
+        .and_then(Ruleset::create);
+    probe.is_ok()
+}
+
 fn ruleset(
     home: &Path,
     open: &[PathBuf],

@@ -5,7 +5,7 @@ mod confine;
 mod services;
 mod tree;
 
-pub(crate) use confine::available as landlock;
+pub(crate) use confine::{available as landlock, scopes as landlock_scopes};
 
 use std::{
     collections::BTreeMap,
@@ -35,7 +35,7 @@ use tokio::net::TcpStream;
 
 use crate::{
     Unenforceable,
-    agent::{self, AgentError, AgentSocket, HELPER},
+    agent::{self, AgentError, AgentSocket, HELPER, Key},
     kernel, mounts,
     pidfd::PidFd,
 };
@@ -54,8 +54,9 @@ const MARK: &str = "COCALC_SUPERVISOR";
 /// One that [confines](Self::open_confined) them takes their capabilities, and
 /// where the kernel has Landlock, a project writes its own home alone, reads the
 /// system's directories, and neither signals nor traces the processes of others. It
-/// does not keep one from sockets that have a path, those of other projects'
-/// supervisors among them. It is still this user, on this machine's
+/// does not keep one from sockets that have a path; to those of other projects'
+/// supervisors one can connect, but they listen only to who knows the key that this
+/// runner gave them. It is still this user, on this machine's
 /// network, and of the limits only that of open files is enforced. The rest of
 /// the contract it keeps: one instance, a true status, processes that end with
 /// their project, and ports that are only dialed if a process of the project
@@ -101,6 +102,10 @@ struct Record {
     started: Timestamp,
     home: PathBuf,
     env: BTreeMap<String, String>,
+    /// What its supervisor wants to hear; `None` of one that an earlier version
+    /// started.
+    #[serde(default)]
+    key: Option<Key>,
 }
 
 #[derive(Debug)]
@@ -256,7 +261,9 @@ impl Shared {
     }
 
     fn socket(&self, project: ProjectId) -> io::Result<AgentSocket> {
-        AgentSocket::new(&self.state_dir.join("sockets"), format!("{project}.sock"))
+        let key = self.known(project).and_then(|entry| entry.view().record.as_ref()?.key.clone());
+        let socket = AgentSocket::new(&self.state_dir.join("sockets"), format!("{project}.sock"))?;
+        Ok(socket.with_key(key))
     }
 
     fn record_path(&self, project: ProjectId) -> PathBuf {
@@ -274,6 +281,7 @@ impl Shared {
     async fn start(&self, spec: ProjectSpec) -> Result<Status> {
         let project = spec.project;
         self.check_limits(project, &spec.limits)?;
+        agent::check_env(&spec)?;
         let entry = self.projects().entry(project).or_default().clone();
         let _operation = entry.operation.lock().await;
         if entry.running().is_some() {
@@ -313,6 +321,7 @@ impl Shared {
         let home = spec.volume.join("home");
         make_home(&spec.volume)?;
         let listener = self.socket(project)?.bind()?;
+        let key = Key::random()?;
         let log = fs::OpenOptions::new()
             .create(true)
             .write(true)
@@ -326,6 +335,8 @@ impl Shared {
             .arg(&self.helper)
             .env_clear()
             .env(MARK, self.mark(project))
+            // Not an argument, which everybody can read.
+            .env(Key::VARIABLE, key.digits())
             .current_dir(&home)
             .stdin(Stdio::from(listener))
             .stdout(log.try_clone()?)
@@ -363,8 +374,8 @@ impl Shared {
                 env.entry(name.into()).or_insert(value);
             }
         }
-        let record =
-            Record { epoch: spec.epoch, pid, ticks, boot: boot_id(), started: Timestamp::now(), home, env };
+        let (epoch, started, key) = (spec.epoch, Timestamp::now(), Some(key));
+        let record = Record { epoch, pid, ticks, boot: boot_id(), started, home, env, key };
         let text = serde_json::to_vec(&record)?;
         write_file(&self.record_path(project), &text, 0o600)?;
         let mut view = entry.view();
@@ -444,9 +455,13 @@ impl Runner for ProcessRunner {
         let mut weak = |what: &str| weaknesses.push(what.to_owned());
         if self.shared.landlock {
             weak("projects are this host's user: they read what that user can in the system's directories");
-            weak(
-                "projects can talk to each other's supervisors: Landlock does not cover sockets with a path",
-            );
+            if !confine::scopes() {
+                weak(
+                    "projects can end each other's processes and this host's, and reach abstract sockets: the \
+                     kernel's Landlock is older than version 6 (Linux 6.12)",
+                );
+            }
+            weak("projects can connect to services of this machine whose sockets have a path");
         } else if self.shared.confined {
             weak(
                 "no isolation, for the kernel has no Landlock: a project can do whatever this host's user can",

@@ -235,6 +235,22 @@ impl Drop for World {
     }
 }
 
+/// A podman that hangs in every call while a file is there: both, in `dir`.
+pub fn podman_that_may_hang(dir: &Path) -> (PathBuf, PathBuf) {
+    let (wrapper, switch) = (dir.join("podman"), dir.join("switch"));
+    let real = std::env::split_paths(&std::env::var_os("PATH").unwrap())
+        .map(|dir| dir.join("podman"))
+        .find(|path| path.exists())
+        .unwrap();
+    let script = format!(
+        "#!/bin/sh\nif test -e {}; then exec sleep 86400; fi\nexec {} \"$@\"\n",
+        switch.display(),
+        real.display()
+    );
+    cocalc_testkit::executable::write(&wrapper, script);
+    (wrapper, switch)
+}
+
 /// Waits until `condition` holds.
 pub async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
     let begun = Instant::now();
