@@ -134,20 +134,29 @@ impl Tls {
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             looks.tick().await;
-            let tls = self.clone();
-            match tokio::task::spawn_blocking(move || tls.reload()).await {
-                Ok(Ok(true)) => tracing::info!("a new certificate is shown"),
-                Ok(Ok(false)) => {}
-                Ok(Err(error)) => {
-                    tracing::warn!(error = %cocalc_core::chain(&error), "the old certificate is kept");
-                }
-                Err(error) => tracing::warn!(%error, "the certificate was not looked at"),
+            self.look_again().await;
+        }
+    }
+
+    /// Reloads now, apart from the runtime, and logs what came of it.
+    pub async fn look_again(&self) {
+        let tls = self.clone();
+        match tokio::task::spawn_blocking(move || tls.reload()).await {
+            Ok(Ok(true)) => tracing::info!("a new certificate is shown"),
+            Ok(Ok(false)) => tracing::debug!("the certificate is the same"),
+            Ok(Err(error)) => {
+                tracing::warn!(error = %cocalc_core::chain(&error), "the old certificate is kept");
             }
+            Err(error) => tracing::warn!(%error, "the certificate was not looked at"),
         }
     }
 
     /// Shakes hands. The caller bounds the time.
-    pub(crate) async fn accept(&self, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
+    ///
+    /// # Errors
+    ///
+    /// The client speaks no TLS that is allowed here, or has gone.
+    pub async fn accept(&self, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
         self.acceptor.accept(stream).await
     }
 }

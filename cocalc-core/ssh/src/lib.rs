@@ -62,6 +62,7 @@
 //! another.
 
 mod algorithms;
+mod brief;
 mod channel;
 pub mod client;
 mod connection;

@@ -4,6 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use cocalc_backup::Bounds;
 use cocalc_core::{activity::IdlePolicy, ids::HostName, runner::Network, snapshots::Policy};
+use cocalc_daemon::ending::Drain;
 use cocalc_http::TerminalLimits;
 use cocalc_ssh::HostKeyType;
 use serde::Deserialize;
@@ -45,6 +46,9 @@ pub struct Config {
     pub public_ssh: Option<String>,
     /// How peers reach `peer_listen`, as `host:port`. Default: `peer_listen`.
     pub public_peer: Option<String>,
+    /// How it ends.
+    #[serde(default)]
+    pub drain: Drain,
     /// The domain under which each project has its own origin, with the port
     /// if it is not the scheme's own. Default: none, path routing only.
     #[serde(default)]
@@ -348,6 +352,7 @@ impl Config {
         if !(1..=1000).contains(&self.snapshot_visits_per_sec) {
             return Err("snapshot_visits_per_sec: 1 to 1000".into());
         }
+        self.drain.validate()?;
         self.backups.validate()?;
         self.idle.validate().map_err(|error| format!("idle.{error}"))?;
         self.terminals.validate()?;

@@ -28,16 +28,16 @@ use cocalc_core::{
     wake::Wake,
 };
 use cocalc_daemon::{
+    ending::{Drain, Ending},
     join::{self, Joining, Kind, Membership},
     probe::Metrics,
-    start::{Error, listen, make_dir},
+    start::{Error, all_taken, listen, make_dir},
 };
 use cocalc_http::{HostIngress, Served, Tls};
 use cocalc_sqlite::{HostAcl, HostLedger};
 use cocalc_ssh::{Gate as SshGate, HostKeys, LocalGate, SshIngress, SshPeers};
 use cocalc_transfer::{DirectConnector, Incoming, PeerHandler, PeerListener, PeerTransfer, SnapshotReceiver};
 use tokio::{net::TcpListener, task::JoinSet};
-use tokio_util::sync::CancellationToken;
 
 use crate::{
     apps::Apps,
@@ -65,10 +65,10 @@ use crate::{
 
 /// What is kept free on the volume beside a project that arrives.
 const RESERVE_BYTES: u64 = 256 << 20;
-/// How long what is open may take to end.
-const DRAIN_LIMIT: Duration = Duration::from_secs(5);
 /// How long the master is waited for before what ran is brought up again.
 const MASTER_FIRST: Duration = Duration::from_secs(60);
+/// How long what users do over SSH through proxies goes on at the end.
+const BRIEF: Duration = Duration::from_secs(2);
 /// How long the master may take, at the end, to hear where the audit log ends.
 const REPORT_LIMIT: Duration = Duration::from_secs(2);
 
@@ -77,7 +77,9 @@ const REPORT_LIMIT: Duration = Duration::from_secs(2);
 pub struct Host {
     id: HostId,
     address: HostAddress,
-    shutdown: CancellationToken,
+    ending: Ending,
+    drain: Drain,
+    tls: Option<Tls>,
     serving: JoinSet<()>,
     driver: StreamDriver,
     _background: JoinSet<()>,
@@ -268,7 +270,9 @@ impl Host {
             served = served.domain(&config.domain).map_err(|e| open("domain")(e.into()))?;
         }
         let visits = Visits::new(audit.clone());
+        let ending = Ending::default();
         let endpoints = HostEndpoints {
+            ending: ending.clone(),
             visits: Arc::clone(&visits),
             backends: backends.clone(),
             knowledge: Arc::clone(&knowledge),
@@ -289,7 +293,7 @@ impl Host {
                 .served(served)
                 .https(address.url.starts_with("https://"))
                 .tls(tls.clone())
-                .limits(config.limits.http());
+                .limits(cocalc_http::Limits { drain: config.drain.limit(), ..config.limits.http() });
         if let Some(terminals) = config.terminals.limits() {
             http = http.terminals(terminals);
         }
@@ -302,6 +306,7 @@ impl Host {
         let ssh = SshIngress::builder(Arc::clone(&gate), ssh_keys)
             .connections_max(at_most(config.limits.ssh_connections))
             .connections_per_address_max(at_most(config.limits.ssh_connections_per_source))
+            .drain(config.drain.limit())
             .witness(Arc::clone(&visits) as _)
             .names(Arc::new(LedgerNames(ledger.clone())))
             .build();
@@ -313,6 +318,7 @@ impl Host {
             move |certificates| offers.offer_certificates(certificates),
         );
         let services = PeerServices {
+            ending: ending.clone(),
             http: http.clone(),
             ssh: SshPeers::new(gate).ingress(ssh.clone()).witness(visits),
             moves: SnapshotReceiver::new(Arc::new(moves.clone())),
@@ -324,12 +330,13 @@ impl Host {
             .map_err(|e| open("peer channel")(e.into()))?;
         let dialer: Arc<dyn Connector> = Arc::new(dialer);
         let peer_listener = PeerListener::builder(&identity, peers, Arc::new(services))
+            .drain(config.drain.limit())
             .build()
             .map_err(|e| open("peer channel")(e.into()))?;
 
         let mut background = JoinSet::new();
         background.spawn(certified);
-        if let Some(tls) = tls {
+        if let Some(tls) = tls.clone() {
             background.spawn(async move { tls.keep_fresh().await });
         }
         background.spawn(inbox::serve(Arc::clone(&bus), id, lifecycle.clone()));
@@ -368,16 +375,31 @@ impl Host {
         }
         background.spawn(come_back(ledger, moves, starts, again, driver.connected()));
 
-        let shutdown = CancellationToken::new();
         let mut serving = JoinSet::new();
-        let stop = shutdown.clone();
-        serving.spawn(async move { http.serve(listeners.http, stop.cancelled_owned()).await });
-        let stop = shutdown.clone();
-        serving.spawn(async move { ssh.serve(listeners.ssh, stop.cancelled_owned()).await });
-        let stop = shutdown.clone();
-        serving.spawn(async move { peer_listener.serve(listeners.peer, stop.cancelled_owned()).await });
+        let (stop, users) = (ending.stopped(), http.clone());
+        serving.spawn(async move { users.serve(listeners.http, stop).await });
+        let stop = ending.stopped();
+        serving.spawn(async move { ssh.serve(listeners.ssh, stop).await });
+        let stop = ending.stopped();
+        serving.spawn(async move { peer_listener.serve(listeners.peer, stop).await });
+        let stop = ending.stopped();
+        // What came over proxies, whose connections the listener of peers ends.
+        serving.spawn(async move {
+            stop.await;
+            http.ask_to_end();
+        });
         tracing::info!(%id, name = %config.name, url = address.url, "host started");
-        Ok(Self { id, address, shutdown, serving, driver, _background: background, _lock: lock })
+        Ok(Self {
+            id,
+            address,
+            ending,
+            drain: config.drain,
+            tls,
+            serving,
+            driver,
+            _background: background,
+            _lock: lock,
+        })
     }
 
     /// Its id in the federation.
@@ -390,15 +412,19 @@ impl Host {
         &self.address
     }
 
-    /// Serves until `shutdown` resolves; then refuses what is new, lets what is
-    /// open end for a few seconds, and closes the rest. Projects run on.
+    /// The certificate of its listener, if it has one: it can be told to look at
+    /// the files at once.
+    pub fn tls(&self) -> Option<Tls> {
+        self.tls.clone()
+    }
+
+    /// Serves until `shutdown` resolves; then says so at `/readyz`, refuses what
+    /// is new, lets what is open end as the configuration's `[drain]` says, and
+    /// closes the rest. Projects run on.
     pub async fn run_until(mut self, shutdown: impl Future<Output = ()>) {
         shutdown.await;
-        self.shutdown.cancel();
-        let ended = async { while self.serving.join_next().await.is_some() {} };
-        if tokio::time::timeout(DRAIN_LIMIT, ended).await.is_err() {
-            tracing::info!("closing what is still open");
-        }
+        let served = async { while self.serving.join_next().await.is_some() {} };
+        self.ending.run(self.drain, served).await;
         if tokio::time::timeout(REPORT_LIMIT, self.driver.report_audit()).await.is_err() {
             tracing::info!("the master was not told the end of the audit log");
         }
@@ -435,6 +461,7 @@ impl Foundation {
             ssh: listen("ssh_listen", config.ssh_listen).await?,
             peer: listen("peer_listen", config.peer_listen).await?,
         };
+        all_taken()?;
         let at = |listener: &TcpListener| listener.local_addr().map(|address| address.to_string());
         let address = HostAddress {
             url: match &config.public_url {
@@ -544,6 +571,7 @@ fn admission(backends: Backends) -> impl Fn(&ProjectConfig, u64) -> Result<(), C
 
 /// What this host offers to other hosts and to proxies.
 struct PeerServices {
+    ending: Ending,
     http: HostIngress,
     ssh: SshPeers,
     moves: SnapshotReceiver,
@@ -571,9 +599,23 @@ impl PeerServices {
                 self.http.serve_connection(incoming.stream, incoming.source, true).await;
                 Ok(())
             }
-            (Service::Ssh, Peer::Proxy(proxy)) => self.ssh.serve(incoming.stream, proxy).await,
-            (Service::Transfer, Peer::Host(_)) => self.moves.serve(incoming).await,
-            (Service::Images, peer @ Peer::Host(_)) => self.images.serve(peer, incoming.stream).await,
+            (Service::Ssh, Peer::Proxy(proxy)) => tokio::select! {
+                ended = self.ssh.serve(incoming.stream, proxy) => ended,
+                // A command that ends soon does; what it is, the proxy knows.
+                () = async {
+                    self.ending.stopped().await;
+                    tokio::time::sleep(BRIEF).await;
+                } => Ok(()),
+            },
+            // These begin where they were when they are asked again.
+            (Service::Transfer, Peer::Host(_)) => tokio::select! {
+                ended = self.moves.serve(incoming) => ended,
+                () = self.ending.stopped() => Ok(()),
+            },
+            (Service::Images, peer @ Peer::Host(_)) => tokio::select! {
+                ended = self.images.serve(peer, incoming.stream) => ended,
+                () = self.ending.stopped() => Ok(()),
+            },
             (service, peer) => {
                 tracing::warn!(?service, ?peer, "a peer asked for what is not for it");
                 Ok(())

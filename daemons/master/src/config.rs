@@ -7,6 +7,7 @@ use std::{
 
 use cocalc_auth::token::Algorithm;
 use cocalc_core::{control::Settings, runner::Limits};
+use cocalc_daemon::ending::Drain;
 use serde::Deserialize;
 
 use crate::{
@@ -61,6 +62,9 @@ pub struct Config {
     /// OpenID providers with which people may log in. Default: none.
     #[serde(default)]
     pub oidc: Vec<OidcConfig>,
+    /// How it ends.
+    #[serde(default)]
+    pub drain: Drain,
     /// Backups. Default: none.
     #[serde(default)]
     pub backups: Option<BackupsConfig>,
@@ -97,6 +101,7 @@ impl Config {
             token_algorithm: Algorithm::default(),
             limits_max: Limits::default(),
             oidc: Vec::new(),
+            drain: Drain::default(),
             backups: None,
         }
     }
@@ -128,6 +133,7 @@ impl Config {
         if self.connections_per_address_max == 0 {
             return Err("connections_per_address_max: at least 1".to_owned());
         }
+        self.drain.validate()?;
         if let Some(backups) = &self.backups {
             backups.validate()?;
         }
@@ -162,6 +168,7 @@ mod tests {
             ("connections_per_address_max = 0", "connections_per_address_max"),
             ("token_algorithm = 'none'", "token_algorithm"),
             ("leese_ms = 100", "leese_ms"),
+            ("[drain]\nlimit_secs = 4000", "drain.limit_secs"),
             ("[backups]\n[backups.place]\nkind = 'directory'\npath = 'b'", "backups.place.path"),
             ("[backups]\ncolour = 1", "colour"),
             ("[[oidc]]\nname = 'x'\nclient_id = 'y'", "issuer"),

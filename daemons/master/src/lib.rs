@@ -51,8 +51,12 @@ use cocalc_core::{
     BoxError,
     clock::{Clock, SystemClock},
 };
+use cocalc_daemon::{
+    ending::{Drain, Ending},
+    start,
+};
 use cocalc_sqlite::master::Store;
-use tokio::{net::TcpListener, task::JoinSet};
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use self::{
@@ -100,6 +104,10 @@ pub enum Error {
         /// Why.
         source: std::io::Error,
     },
+    /// Its supervisor handed over a socket that it does not serve, or one that
+    /// cannot be used.
+    #[error(transparent)]
+    Start(#[from] start::Error),
     /// The database failed.
     #[error("the database failed at the start")]
     Store {
@@ -115,6 +123,7 @@ pub struct Master {
     shared: Arc<Shared>,
     address: SocketAddr,
     closing: CancellationToken,
+    drain: Drain,
     server: tokio::task::JoinHandle<()>,
     tasks: JoinSet<()>,
     broker: Broker,
@@ -163,8 +172,9 @@ impl Master {
         let stream = store.next_stream(now).map_err(|error| database(error.into()))?;
         store.forget_unanswered().map_err(|error| database(error.into()))?;
 
+        let listener = start::listen("listen", config.listen).await?;
+        start::all_taken()?;
         let listen = |source| Error::Listen { address: config.listen, source };
-        let listener = TcpListener::bind(config.listen).await.map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
         let issuer = config.public_url.clone().unwrap_or_else(|| format!("http://{address}"));
 
@@ -199,6 +209,7 @@ impl Master {
             untold: std::sync::Mutex::default(),
             turns: turns::Turns::default(),
             settings: config.settings(),
+            ending: Ending::default(),
             store,
             issuer,
             clock,
@@ -224,7 +235,7 @@ impl Master {
             closing.clone(),
         ));
         tracing::info!(%address, issuer = shared.issuer, "the master listens");
-        Ok(Self { shared, address, closing, server, tasks, broker, _lock: lock })
+        Ok(Self { shared, address, closing, drain: config.drain, server, tasks, broker, _lock: lock })
     }
 
     /// Where it listens.
@@ -245,16 +256,22 @@ impl Master {
     /// Runs until `shutdown` resolves, then [stops](Self::stop).
     pub async fn run_until(self, shutdown: impl Future<Output = ()>) {
         shutdown.await;
-        tracing::info!("shutting down");
         self.stop().await;
     }
 
-    /// Takes no more connections, lets requests end for at most five seconds,
-    /// and leaves operations to the next process. Hosts go on by themselves.
+    /// Says so at `/readyz`, takes no more connections, lets requests end for as
+    /// long as `[drain]` says, and leaves operations to the next process. Hosts
+    /// go on by themselves.
     pub async fn stop(mut self) {
-        self.closing.cancel();
-        self.shared.operations.stop().await;
-        let _ = tokio::time::timeout(Duration::from_secs(5), &mut self.server).await;
+        let ending = self.shared.ending.clone();
+        let (shared, closing, server) = (&self.shared, &self.closing, &mut self.server);
+        let served = async {
+            ending.stopped().await;
+            closing.cancel();
+            shared.operations.stop().await;
+            let _ = server.await;
+        };
+        ending.run(self.drain, served).await;
         self.tasks.shutdown().await;
         let audit = self.shared.audit.clone();
         if !matches!(tokio::task::spawn_blocking(move || audit.flush()).await, Ok(true)) {

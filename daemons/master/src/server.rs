@@ -33,6 +33,9 @@ use tokio_util::sync::CancellationToken;
 const CONNECTIONS_MAX: usize = 20_000;
 /// How long a client may take to send a request's head.
 const HEAD_LIMIT: Duration = Duration::from_secs(10);
+/// At shutdown, how long a connection may take to send its first request, if it
+/// has sent none: it was accepted a moment ago, and its client is on its way.
+const FIRST_REQUEST: Duration = Duration::from_secs(2);
 /// How large a request's head may be.
 const HEAD_BYTES_MAX: usize = 32 * 1024;
 
@@ -175,7 +178,10 @@ pub(crate) async fn serve(
 async fn connection(stream: TcpStream, peer: SocketAddr, router: Router, closing: CancellationToken) {
     // Small frames are the rule here.
     let _ = stream.set_nodelay(true);
+    let begun = CancellationToken::new();
+    let seen = begun.clone();
     let service = service_fn(move |mut request: hyper::Request<Incoming>| {
+        seen.cancel();
         request.extensions_mut().insert(peer);
         let router = router.clone();
         async move {
@@ -193,7 +199,11 @@ async fn connection(stream: TcpStream, peer: SocketAddr, router: Router, closing
     tokio::pin!(connection);
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
-        () = closing.cancelled() => {
+        () = async {
+            closing.cancelled().await;
+            // The library would close it at once, and lose the request.
+            let _ = tokio::time::timeout(FIRST_REQUEST, begun.cancelled()).await;
+        } => {
             connection.as_mut().graceful_shutdown();
             connection.await
         }

@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use cocalc_core::ids::HostName;
+use cocalc_daemon::ending::Drain;
 use cocalc_ssh::HostKeyType;
 use serde::Deserialize;
 
@@ -37,6 +38,9 @@ pub struct Config {
     pub public_url: Option<String>,
     /// How users reach `ssh_listen`, as `host:port`. Default: `ssh_listen`.
     pub public_ssh: Option<String>,
+    /// How it ends.
+    #[serde(default)]
+    pub drain: Drain,
     /// The domain under which each project has its own origin, with the port
     /// if it is not the scheme's own. Default: none, path routing only.
     #[serde(default)]
@@ -63,6 +67,6 @@ impl Config {
         if self.tls_cert.is_some() && self.public_url.as_ref().is_some_and(plain) {
             return Err("public_url: begins with http://, but tls_cert is set; use https://".into());
         }
-        Ok(())
+        self.drain.validate()
     }
 }

@@ -20,16 +20,16 @@ use cocalc_core::{
     router::{HostAddress, Route, Router},
 };
 use cocalc_daemon::{
+    ending::{Drain, Ending},
     join::{self, Joining, Kind, Membership},
     probe::Metrics,
-    start::{Error, listen, make_dir},
+    start::{Error, all_taken, listen, make_dir},
 };
 use cocalc_http::{ProxyIngress, Served, Tls, TokenHost, TokenPrecheck};
 use cocalc_sqlite::HostAcl;
 use cocalc_ssh::{HostKeys, RemoteGate, SshIngress};
 use cocalc_transfer::DirectConnector;
 use tokio::{net::TcpListener, task::JoinSet};
-use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::Config, endpoints::ProxyEndpoints, names::MasterNames, pinned::Pinned, registrar::Registrar,
@@ -37,8 +37,9 @@ use crate::{
 
 /// How long the master may take to say where a project is.
 const LOOKUP_LIMIT: Duration = Duration::from_secs(2);
-/// How long what is open may take to end.
-const DRAIN_LIMIT: Duration = Duration::from_secs(5);
+/// How long a host may take to accept a connection: more than one needs that is
+/// being started again, whose socket waits.
+const HOST_LIMIT: Duration = Duration::from_secs(15);
 /// How long the master may take, at the end, to hear where the audit log ends.
 const REPORT_LIMIT: Duration = Duration::from_secs(2);
 
@@ -46,7 +47,9 @@ const REPORT_LIMIT: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub struct Proxy {
     id: ProxyId,
-    shutdown: CancellationToken,
+    ending: Ending,
+    drain: Drain,
+    tls: Option<Tls>,
     serving: JoinSet<()>,
     driver: StreamDriver,
     _background: JoinSet<()>,
@@ -69,6 +72,7 @@ impl Proxy {
         let tls = tls.map_err(Error::open("certificate"))?;
         let http_listener = listen("listen", config.listen).await?;
         let ssh_listener = listen("ssh_listen", config.ssh_listen).await?;
+        all_taken()?;
         let at = |listener: &TcpListener| listener.local_addr().map(|address| address.to_string());
         let address = HostAddress {
             url: match &config.public_url {
@@ -136,7 +140,9 @@ impl Proxy {
             served = served.domain(&config.domain).map_err(|e| open("domain")(e.into()))?;
         }
         let built = Arc::new(OnceLock::new());
+        let ending = Ending::default();
         let endpoints = ProxyEndpoints {
+            ending: ending.clone(),
             knowledge: Arc::clone(&knowledge),
             connected: driver.connected(),
             metrics: Metrics::default(),
@@ -150,6 +156,11 @@ impl Proxy {
             .tls(tls.clone())
             .endpoints(Arc::new(endpoints))
             .decoy(move |project| decoys.decoy(project))
+            .limits(cocalc_http::Limits {
+                drain: config.drain.limit(),
+                connect_timeout: HOST_LIMIT,
+                ..cocalc_http::Limits::default()
+            })
             .build();
         // It was made a line above and is set once.
         let _ = built.set(http.clone());
@@ -159,6 +170,7 @@ impl Proxy {
         let ssh = SshIngress::builder(Arc::clone(&gate) as _, ssh_keys)
             .passage(gate)
             .names(Arc::new(names))
+            .drain(config.drain.limit())
             .build();
         let (offers, known) = (ssh.clone(), Arc::clone(&knowledge));
         let certified = cocalc_daemon::certify::keep_certified(
@@ -168,19 +180,27 @@ impl Proxy {
             move |certificates| offers.offer_certificates(certificates),
         );
 
-        let shutdown = CancellationToken::new();
         let mut background = JoinSet::new();
         background.spawn(certified);
-        if let Some(tls) = tls {
+        if let Some(tls) = tls.clone() {
             background.spawn(async move { tls.keep_fresh().await });
         }
         let mut serving = JoinSet::new();
-        let stop = shutdown.clone();
-        serving.spawn(async move { http.serve(http_listener, stop.cancelled_owned()).await });
-        let stop = shutdown.clone();
-        serving.spawn(async move { ssh.serve(ssh_listener, stop.cancelled_owned()).await });
+        let stop = ending.stopped();
+        serving.spawn(async move { http.serve(http_listener, stop).await });
+        let stop = ending.stopped();
+        serving.spawn(async move { ssh.serve(ssh_listener, stop).await });
         tracing::info!(%id, name = %config.name, url = address.url, "proxy started");
-        Ok(Self { id, shutdown, serving, driver, _background: background, _lock: lock })
+        Ok(Self {
+            id,
+            ending,
+            drain: config.drain,
+            tls,
+            serving,
+            driver,
+            _background: background,
+            _lock: lock,
+        })
     }
 
     /// Its id in the federation.
@@ -188,15 +208,19 @@ impl Proxy {
         self.id
     }
 
-    /// Serves until `shutdown` resolves; then refuses what is new, lets what is
-    /// open end for a few seconds, and closes the rest.
+    /// The certificate of its listener, if it has one: it can be told to look at
+    /// the files at once.
+    pub fn tls(&self) -> Option<Tls> {
+        self.tls.clone()
+    }
+
+    /// Serves until `shutdown` resolves; then says so at `/readyz`, refuses what
+    /// is new, lets what is open end as the configuration's `[drain]` says, and
+    /// closes the rest.
     pub async fn run_until(mut self, shutdown: impl Future<Output = ()>) {
         shutdown.await;
-        self.shutdown.cancel();
-        let ended = async { while self.serving.join_next().await.is_some() {} };
-        if tokio::time::timeout(DRAIN_LIMIT, ended).await.is_err() {
-            tracing::info!("closing what is still open");
-        }
+        let served = async { while self.serving.join_next().await.is_some() {} };
+        self.ending.run(self.drain, served).await;
         if tokio::time::timeout(REPORT_LIMIT, self.driver.report_audit()).await.is_err() {
             tracing::info!("the master was not told the end of the audit log");
         }

@@ -9,10 +9,12 @@
 )]
 
 use std::{
+    collections::BTreeMap,
     io::Read,
     net::{SocketAddr, TcpListener as Probe},
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
 };
 
@@ -31,6 +33,12 @@ pub(crate) const LIMIT: Duration = Duration::from_secs(90);
 pub(crate) struct World {
     pub(crate) dir: tempfile::TempDir,
     children: Vec<(String, Child)>,
+    /// The listening sockets that the daemons are given at each start, as
+    /// systemd gives them; empty if they listen themselves.
+    held: BTreeMap<String, Vec<(&'static str, Probe)>>,
+    hold: bool,
+    /// Where each daemon listens, by the keys of its configuration.
+    pub(crate) ports: BTreeMap<(String, &'static str), u16>,
     pub(crate) url: String,
     pub(crate) admin: String,
     /// Where each host serves HTTP, in the order in which they were added.
@@ -51,15 +59,29 @@ pub(crate) fn free_port() -> u16 {
 impl World {
     /// Starts a master; `settings` are lines of its configuration.
     pub(crate) fn new(settings: &str) -> Self {
+        Self::begin(false, settings)
+    }
+
+    /// The same, where this process holds the sockets on which daemons listen,
+    /// and hands them over at each start.
+    pub(crate) fn holding_sockets(settings: &str) -> Self {
+        Self::begin(true, settings)
+    }
+
+    fn begin(hold: bool, settings: &str) -> Self {
         let dir = tempfile::Builder::new().prefix("cocalc-world-").tempdir().unwrap();
-        let port = free_port();
         let mut world = Self {
-            url: format!("http://127.0.0.1:{port}"),
+            url: String::new(),
             dir,
+            held: BTreeMap::new(),
+            hold,
+            ports: BTreeMap::new(),
             children: Vec::new(),
             admin: String::new(),
             hosts: Vec::new(),
         };
+        let port = world.port("master", "listen");
+        world.url = format!("http://127.0.0.1:{port}");
         let data = world.dir.path().join("master");
         let text = format!("listen = '127.0.0.1:{port}'\ndata_dir = '{}'\n{settings}", data.display());
         world.configure("master", &text);
@@ -69,6 +91,20 @@ impl World {
         world.admin = std::fs::read_to_string(&token).unwrap().trim().to_owned();
         until("the master", || world.call("GET", "/account", Value::Null).ok());
         world
+    }
+
+    /// A port for a daemon's key: one that is free, or that of a socket held for it.
+    fn port(&mut self, name: &str, key: &'static str) -> u16 {
+        let port = if self.hold {
+            let socket = Probe::bind("127.0.0.1:0").unwrap();
+            let port = socket.local_addr().unwrap().port();
+            self.held.entry(name.to_owned()).or_default().push((key, socket));
+            port
+        } else {
+            free_port()
+        };
+        self.ports.insert((name.to_owned(), key), port);
+        port
     }
 
     fn join_token(&self, kind: &str, name: &str) -> PathBuf {
@@ -81,7 +117,8 @@ impl World {
     /// Starts a host; `settings` are more lines of its configuration.
     pub(crate) fn add_host(&mut self, name: &str, settings: &str) {
         let path = self.join_token("host", name);
-        let (http, ssh, peer) = (free_port(), free_port(), free_port());
+        let http = self.port(name, "listen");
+        let (ssh, peer) = (self.port(name, "ssh_listen"), self.port(name, "peer_listen"));
         let (url, dir) = (&self.url, self.dir.path().join(name));
         let text = format!(
             "name = '{name}'\nmaster_url = '{url}'\njoin_token_file = '{}'\ndata_dir = '{}'\n\
@@ -99,11 +136,16 @@ impl World {
 
     /// Starts a proxy, whose name begins with `proxy`.
     pub(crate) fn add_proxy(&mut self, name: &str) {
+        self.add_proxy_with(name, "");
+    }
+
+    /// The same, with more lines of its configuration.
+    pub(crate) fn add_proxy_with(&mut self, name: &str, settings: &str) {
         let path = self.join_token("proxy", name);
-        let (http, ssh) = (free_port(), free_port());
+        let (http, ssh) = (self.port(name, "listen"), self.port(name, "ssh_listen"));
         let text = format!(
             "name = '{name}'\nmaster_url = '{}'\njoin_token_file = '{}'\ndata_dir = '{}'\n\
-             listen = '127.0.0.1:{http}'\nssh_listen = '127.0.0.1:{ssh}'\n",
+             listen = '127.0.0.1:{http}'\nssh_listen = '127.0.0.1:{ssh}'\n{settings}",
             self.url,
             path.display(),
             self.data_dir(name).display(),
@@ -133,26 +175,23 @@ impl World {
     }
 
     pub(crate) fn start(&mut self, name: &str) {
-        let log = std::fs::File::options()
-            .create(true)
-            .append(true)
-            .open(self.dir.path().join(format!("{name}.log")))
-            .unwrap();
         let binary = match name {
             "master" => "cocalc-master",
             name if name.starts_with("proxy") => "cocalc-proxy",
             _ => "cocalc-host",
         };
-        let child = Command::new(program(binary))
-            .arg("--config")
-            .arg(self.dir.path().join(format!("{name}.toml")))
-            .env("COCALC_LOG", "warn")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .unwrap();
-        self.children.push((name.to_owned(), child));
+        let log = self.dir.path().join(format!("{name}.log"));
+        let mut command = match self.held.get(name) {
+            Some(sockets) => handing_over(sockets, &program(binary), &log),
+            None => {
+                let log = std::fs::File::options().create(true).append(true).open(log).unwrap();
+                let mut command = Command::new(program(binary));
+                command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+                command
+            }
+        };
+        command.arg("--config").arg(self.dir.path().join(format!("{name}.toml"))).env("COCALC_LOG", "warn");
+        self.children.push((name.to_owned(), command.spawn().unwrap()));
     }
 
     /// As `kill -9` does.
@@ -199,13 +238,37 @@ impl World {
         text
     }
 
+    /// Sends a daemon a signal, for instance `HUP`.
+    pub(crate) fn signal(&self, name: &str, signal: &str) {
+        let (_, child) = self.children.iter().find(|(other, _)| other == name).unwrap();
+        let pid = child.id().to_string();
+        assert!(Command::new("kill").args([&format!("-{signal}"), &pid]).status().unwrap().success());
+    }
+
     /// Asks a daemon to end, as the system does, and waits until it has.
     pub(crate) fn stop(&mut self, name: &str) {
+        self.signal(name, "TERM");
+        self.ended(name);
+    }
+
+    /// From now on one of a daemon's sockets has another name, and is of another
+    /// address than any key.
+    pub(crate) fn mislead(&mut self, name: &str, key: &'static str) {
+        let socket = Probe::bind("127.0.0.1:0").unwrap();
+        self.held.get_mut(name).unwrap()[0] = (key, socket);
+    }
+
+    /// Waits until a daemon has ended.
+    pub(crate) fn status(&mut self, name: &str) -> ExitStatus {
         let at = self.children.iter().position(|(other, _)| other == name).unwrap();
         let (_, mut child) = self.children.remove(at);
-        let killed = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
-        assert!(killed.success());
-        until(&format!("the end of {name}"), || child.try_wait().unwrap());
+        until(&format!("the end of {name}"), || child.try_wait().unwrap())
+    }
+
+    /// Waits until a daemon has ended, and well.
+    pub(crate) fn ended(&mut self, name: &str) {
+        let status = self.status(name);
+        assert!(status.success(), "{name} ended with {status}\n{}", self.log());
     }
 
     /// One number of a host's metrics.
@@ -216,6 +279,29 @@ impl World {
         let line = line.unwrap_or_else(|| panic!("no {name} in\n{text}"));
         line.rsplit(' ').next().unwrap().parse().unwrap()
     }
+}
+
+/// A command that starts `program` with sockets as systemd hands them over: at
+/// descriptors from 3 on, with the process's own id. They come to the shell as
+/// its standard streams, so there may be three.
+fn handing_over(sockets: &[(&str, Probe)], program: &Path, log: &Path) -> Command {
+    let names: Vec<&str> = sockets.iter().map(|(key, _)| *key).collect();
+    let mut streams =
+        sockets.iter().map(|(_, socket)| Stdio::from(OwnedFd::from(socket.try_clone().unwrap())));
+    let mut stream = || streams.next().unwrap_or_else(Stdio::null);
+    let script = format!(
+        "exec 3<&0 {} {} 0</dev/null 1>/dev/null 2>>\"$LOG\"; \
+         export LISTEN_PID=$$ LISTEN_FDS={} LISTEN_FDNAMES={}; exec \"$0\" \"$@\"",
+        if sockets.len() > 1 { "4<&1" } else { "" },
+        if sockets.len() > 2 { "5<&2" } else { "" },
+        sockets.len(),
+        names.join(":"),
+    );
+    assert!(sockets.len() <= 3, "more sockets than standard streams");
+    let mut shell = Command::new("bash");
+    shell.arg("-c").arg(script).arg(program).env("LOG", log);
+    shell.stdin(stream()).stdout(stream()).stderr(stream());
+    shell
 }
 
 impl Drop for World {
