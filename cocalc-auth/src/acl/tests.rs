@@ -818,7 +818,8 @@ fn entries_for_the_daemon_are_kept_by_name() {
 fn a_log_in_ends_alone() {
     let (mut cache, mut sender) = live();
     let tag = |n| LoginTag::of(KeyId::from_bytes([n; 16]));
-    let under = |n| Ask { login: Some(tag(n)), proof: Proof::Session(SessionHash::from_bytes([n; 32])), ..ask(1, 1) };
+    let under =
+        |n| Ask { login: Some(tag(n)), proof: Proof::Session(SessionHash::from_bytes([n; 32])), ..ask(1, 1) };
     let mut admit = |ask: &Ask| cache.admit(ask, Some(Epoch::FIRST), START).1.expect("it is allowed");
     let (ended, _, _) = (admit(&under(1)), admit(&under(2)), admit(&ask(1, 1)));
     let applied =

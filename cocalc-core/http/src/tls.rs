@@ -94,6 +94,15 @@ impl Tls {
         Ok(Self { files, acceptor: TlsAcceptor::from(Arc::new(config)) })
     }
 
+    /// For servers that speak HTTP/1.1 only.
+    #[must_use]
+    pub fn only_http1(mut self) -> Self {
+        let mut config = ServerConfig::clone(self.acceptor.config());
+        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        self.acceptor = TlsAcceptor::from(Arc::new(config));
+        self
+    }
+
     /// As [`open`](Self::open) with the files that a configuration names, if it
     /// names any, apart from the runtime.
     ///

@@ -300,7 +300,7 @@ fn nobody_notices_that_daemons_are_started_again() {
             stream.read_to_string(&mut rest).unwrap();
             assert_eq!(rest, "-last", "through {name}");
         }
-        stage.world.ended(name);
+        stage.world.ended_well(name);
         // Nobody serves now, and whoever comes waits.
         std::fs::remove_file(&stage.go).unwrap();
         let early = stage.ready(name).send().unwrap();
@@ -350,7 +350,7 @@ fn daemons_say_that_they_end_and_finish_what_is_open() {
     }
     // Long before the limit: nothing was open any more.
     for name in names {
-        stage.world.ended(name);
+        stage.world.ended_well(name);
     }
     assert!(alive(&stage.pid), "the project's processes run on");
 }
@@ -372,7 +372,7 @@ fn what_does_not_end_is_closed_and_foreign_sockets_are_refused() {
     // A socket on which nothing would ever be served is a mistake of the unit.
     stage.world.mislead("alpha", "listne");
     stage.world.start("alpha");
-    let status = stage.world.status("alpha");
+    let status = stage.world.exit_status("alpha");
     assert!(!status.success(), "{status}");
     let log = stage.world.log();
     assert!(log.contains("listne") && log.contains("handed over"), "{log}");

@@ -27,6 +27,7 @@ pub mod probe;
 mod sockets;
 pub mod start;
 pub mod time;
+pub mod tls;
 
 use std::process::ExitCode;
 

@@ -22,10 +22,17 @@ use crate::{
 pub struct Config {
     /// Where it listens, for instance `127.0.0.1:7800`. Port 0 takes any.
     pub listen: SocketAddr,
+    /// The file with the chain of certificates for `listen`, in PEM, the server's
+    /// own first; with `tls_key`. Read again when it changes, within 10 s. Default:
+    /// none, plain HTTP, for loopback or behind what terminates TLS.
+    pub tls_cert: Option<PathBuf>,
+    /// The file with the certificate's private key, in PEM.
+    pub tls_key: Option<PathBuf>,
     /// Where it keeps its database and keys.
     pub data_dir: PathBuf,
     /// Its URL as users, hosts and proxies see it, without a trailing slash:
-    /// the issuer of its tokens. Default: `http://` and the listen address.
+    /// the issuer of its tokens. Default: `http://`, or with a certificate `https://`,
+    /// and the listen address.
     #[serde(default)]
     pub public_url: Option<String>,
     /// How often hosts renew their lease, in milliseconds. Default 5 s.
@@ -91,6 +98,8 @@ impl Config {
     pub fn new(listen: SocketAddr, data_dir: impl Into<PathBuf>) -> Self {
         Self {
             listen,
+            tls_cert: None,
+            tls_key: None,
             data_dir: data_dir.into(),
             public_url: None,
             keepalive_ms: keepalive_ms(),
@@ -120,6 +129,13 @@ impl Config {
             if url.ends_with('/') || uri.query().is_some() {
                 return Err("public_url: no trailing slash and no query".to_owned());
             }
+        }
+        if self.tls_cert.is_some() != self.tls_key.is_some() {
+            return Err("tls_cert: goes with tls_key; set both or none".to_owned());
+        }
+        let plain = |url: &String| url.starts_with("http://");
+        if self.tls_cert.is_some() && self.public_url.as_ref().is_some_and(plain) {
+            return Err("public_url: begins with http://, but tls_cert is set; use https://".to_owned());
         }
         if self.data_dir.as_os_str().is_empty() {
             return Err("data_dir: is empty".to_owned());
@@ -163,6 +179,8 @@ mod tests {
         for (wrong, key) in [
             ("public_url = 'ftp://x'", "public_url"),
             ("public_url = 'http://x/'", "public_url"),
+            ("tls_cert = '/c'", "tls_key"),
+            ("tls_cert = '/c'\ntls_key = '/k'\npublic_url = 'http://x'", "public_url"),
             ("lease_ms = 100", "lease_ms"),
             ("keepalive_ms = 1", "keepalive_ms"),
             ("connections_per_address_max = 0", "connections_per_address_max"),

@@ -6,8 +6,8 @@
 //!
 //! It is one process over one SQLite file, with the control plane's bus inside:
 //! hosts and proxies connect to `/conat/`, programs and people to `/api/v1`,
-//! whose OpenAPI document is at `/api/v1/openapi.json`. TLS is the business of
-//! whoever stands before it.
+//! whose OpenAPI document is at `/api/v1/openapi.json`. It speaks HTTP/1.1, over
+//! TLS if it is given a certificate, and otherwise for whoever stands before it.
 //!
 //! ```
 //! use cocalc_master::{Config, Master};
@@ -55,6 +55,7 @@ use cocalc_daemon::{
     ending::{Drain, Ending},
     start,
 };
+use cocalc_http::Tls;
 use cocalc_sqlite::master::Store;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -124,6 +125,7 @@ pub struct Master {
     address: SocketAddr,
     closing: CancellationToken,
     drain: Drain,
+    tls: Option<Tls>,
     server: tokio::task::JoinHandle<()>,
     tasks: JoinSet<()>,
     broker: Broker,
@@ -172,11 +174,14 @@ impl Master {
         let stream = store.next_stream(now).map_err(|error| database(error.into()))?;
         store.forget_unanswered().map_err(|error| database(error.into()))?;
 
+        let tls = Tls::configured(config.tls_cert.as_deref(), config.tls_key.as_deref()).await;
+        let tls = tls.map_err(start::Error::open("certificate"))?.map(Tls::only_http1);
         let listener = start::listen("listen", config.listen).await?;
         start::all_taken()?;
         let listen = |source| Error::Listen { address: config.listen, source };
         let address = listener.local_addr().map_err(listen)?;
-        let issuer = config.public_url.clone().unwrap_or_else(|| format!("http://{address}"));
+        let scheme = if tls.is_some() { "https" } else { "http" };
+        let issuer = config.public_url.clone().unwrap_or_else(|| format!("{scheme}://{address}"));
 
         let backups = match config.backups.clone() {
             Some(own) => {
@@ -228,19 +233,29 @@ impl Master {
         tasks.spawn(backups::keep_tending(shared.clone()));
         shared.resume().await.map_err(|error| database(error.into()))?;
         let router = server::router(api::router(shared.clone()), broker.clone(), closing.clone());
+        if let Some(tls) = tls.clone() {
+            tasks.spawn(async move { tls.keep_fresh().await });
+        }
         let server = tokio::spawn(server::serve(
             listener,
+            tls.clone(),
             router,
             config.connections_per_address_max,
             closing.clone(),
         ));
         tracing::info!(%address, issuer = shared.issuer, "the master listens");
-        Ok(Self { shared, address, closing, drain: config.drain, server, tasks, broker, _lock: lock })
+        Ok(Self { shared, address, closing, drain: config.drain, tls, server, tasks, broker, _lock: lock })
     }
 
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// The certificate of its listener, if it has one: it can be told to look at
+    /// the files at once.
+    pub fn tls(&self) -> Option<Tls> {
+        self.tls.clone()
     }
 
     /// Its URL: the issuer of its tokens.

@@ -18,9 +18,15 @@ async fn run(config: Config) -> Result<(), Error> {
         () = &mut shutdown => return Ok(()),
         started = Master::start(config) => started?,
     };
+    let tls = master.tls();
     tokio::select! {
         () = master.run_until(shutdown) => {}
-        () = hang_ups.each(async || tracing::info!("SIGHUP: all is read at the next start")) => {}
+        () = hang_ups.each(async || {
+            tracing::info!("SIGHUP: the certificate is read again; all else is read at the next start");
+            if let Some(tls) = &tls {
+                tls.look_again().await;
+            }
+        }) => {}
     }
     Ok(())
 }

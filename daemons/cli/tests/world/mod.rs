@@ -248,7 +248,7 @@ impl World {
     /// Asks a daemon to end, as the system does, and waits until it has.
     pub(crate) fn stop(&mut self, name: &str) {
         self.signal(name, "TERM");
-        self.ended(name);
+        self.ended_well(name);
     }
 
     /// From now on one of a daemon's sockets has another name, and is of another
@@ -259,15 +259,15 @@ impl World {
     }
 
     /// Waits until a daemon has ended.
-    pub(crate) fn status(&mut self, name: &str) -> ExitStatus {
+    pub(crate) fn exit_status(&mut self, name: &str) -> ExitStatus {
         let at = self.children.iter().position(|(other, _)| other == name).unwrap();
         let (_, mut child) = self.children.remove(at);
         until(&format!("the end of {name}"), || child.try_wait().unwrap())
     }
 
     /// Waits until a daemon has ended, and well.
-    pub(crate) fn ended(&mut self, name: &str) {
-        let status = self.status(name);
+    pub(crate) fn ended_well(&mut self, name: &str) {
+        let status = self.exit_status(name);
         assert!(status.success(), "{name} ended with {status}\n{}", self.log());
     }
 
