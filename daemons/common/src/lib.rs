@@ -17,7 +17,9 @@
 //! # Ok::<(), cocalc_daemon::config::Error>(())
 //! ```
 
+pub mod acme;
 pub mod bus;
+pub mod certificate;
 pub mod certify;
 pub mod config;
 pub mod ending;

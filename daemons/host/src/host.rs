@@ -28,6 +28,7 @@ use cocalc_core::{
     wake::Wake,
 };
 use cocalc_daemon::{
+    certificate::Certificate,
     ending::{Drain, Ending},
     join::{self, Joining, Kind, Membership},
     probe::Metrics,
@@ -110,7 +111,8 @@ impl Host {
     }
 
     async fn start_with(config: Config, backends: Backends, foundation: Foundation) -> Result<Self, Error> {
-        let Foundation { id, issuer, identity, address, listeners, tls, lock } = foundation;
+        let Foundation { id, issuer, identity, address, listeners, certificate, lock } = foundation;
+        let tls = certificate.as_ref().map(Certificate::tls);
         let data = &config.data_dir;
         let open = |part| Error::open(part);
 
@@ -336,8 +338,8 @@ impl Host {
 
         let mut background = JoinSet::new();
         background.spawn(certified);
-        if let Some(tls) = tls.clone() {
-            background.spawn(async move { tls.keep_fresh().await });
+        if let Some(certificate) = certificate {
+            background.spawn(async move { certificate.keep().await });
         }
         background.spawn(inbox::serve(Arc::clone(&bus), id, lifecycle.clone()));
         background.spawn(async move {
@@ -438,7 +440,7 @@ struct Foundation {
     identity: Arc<Identity>,
     address: HostAddress,
     listeners: Listeners,
-    tls: Option<Tls>,
+    certificate: Option<Certificate>,
     lock: File,
 }
 
@@ -454,8 +456,9 @@ impl Foundation {
         let file = |error: std::io::Error| Error::File { path: data.clone(), source: error.into() };
         let lock = cocalc_daemon::files::lock_directory(&data).map_err(file)?;
         let identity = join::identity(&data, config.join_token_file.as_deref())?;
-        let tls = Tls::configured(config.tls_cert.as_deref(), config.tls_key.as_deref()).await;
-        let tls = tls.map_err(Error::open("certificate"))?;
+        let (cert, key) = (config.tls_cert.as_deref(), config.tls_key.as_deref());
+        let certificate = Certificate::open(cert, key, &config.acme, &data).await;
+        let certificate = certificate.map_err(Error::open("certificate"))?;
         let listeners = Listeners {
             http: listen("listen", config.listen).await?,
             ssh: listen("ssh_listen", config.ssh_listen).await?,
@@ -467,7 +470,7 @@ impl Foundation {
             url: match &config.public_url {
                 Some(url) => url.trim_end_matches('/').to_owned(),
                 None => {
-                    let scheme = if config.tls_cert.is_some() { "https" } else { "http" };
+                    let scheme = if config.has_certificate() { "https" } else { "http" };
                     format!("{scheme}://{}", at(&listeners.http).map_err(file)?)
                 }
             },
@@ -492,7 +495,15 @@ impl Foundation {
             });
             joined.await.map_err(|error| Error::open("membership")(error.into()))??
         };
-        Ok(Self { id: membership.id, issuer: membership.issuer, identity, address, listeners, tls, lock })
+        Ok(Self {
+            id: membership.id,
+            issuer: membership.issuer,
+            identity,
+            address,
+            listeners,
+            certificate,
+            lock,
+        })
     }
 }
 

@@ -7,7 +7,7 @@ use std::{
 
 use cocalc_auth::token::Algorithm;
 use cocalc_core::{control::Settings, runner::Limits};
-use cocalc_daemon::ending::Drain;
+use cocalc_daemon::{acme::AcmeSettings, ending::Drain};
 use serde::Deserialize;
 
 use crate::{
@@ -69,6 +69,9 @@ pub struct Config {
     /// OpenID providers with which people may log in. Default: none.
     #[serde(default)]
     pub oidc: Vec<OidcConfig>,
+    /// Its certificate by ACME, instead of files. Default: no.
+    #[serde(default)]
+    pub acme: AcmeSettings,
     /// How it ends.
     #[serde(default)]
     pub drain: Drain,
@@ -110,6 +113,7 @@ impl Config {
             token_algorithm: Algorithm::default(),
             limits_max: Limits::default(),
             oidc: Vec::new(),
+            acme: AcmeSettings::default(),
             drain: Drain::default(),
             backups: None,
         }
@@ -134,8 +138,10 @@ impl Config {
             return Err("tls_cert: goes with tls_key; set both or none".to_owned());
         }
         let plain = |url: &String| url.starts_with("http://");
-        if self.tls_cert.is_some() && self.public_url.as_ref().is_some_and(plain) {
-            return Err("public_url: begins with http://, but tls_cert is set; use https://".to_owned());
+        if (self.tls_cert.is_some() || self.acme.is_on()) && self.public_url.as_ref().is_some_and(plain) {
+            return Err(
+                "public_url: begins with http://, but tls_cert or acme.names is set; use https://".to_owned()
+            );
         }
         if self.data_dir.as_os_str().is_empty() {
             return Err("data_dir: is empty".to_owned());
@@ -149,6 +155,7 @@ impl Config {
         if self.connections_per_address_max == 0 {
             return Err("connections_per_address_max: at least 1".to_owned());
         }
+        self.acme.validate(self.tls_cert.is_some(), "")?;
         self.drain.validate()?;
         if let Some(backups) = &self.backups {
             backups.validate()?;

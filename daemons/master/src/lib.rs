@@ -52,6 +52,7 @@ use cocalc_core::{
     clock::{Clock, SystemClock},
 };
 use cocalc_daemon::{
+    certificate::Certificate,
     ending::{Drain, Ending},
     start,
 };
@@ -174,8 +175,10 @@ impl Master {
         let stream = store.next_stream(now).map_err(|error| database(error.into()))?;
         store.forget_unanswered().map_err(|error| database(error.into()))?;
 
-        let tls = Tls::configured(config.tls_cert.as_deref(), config.tls_key.as_deref()).await;
-        let tls = tls.map_err(start::Error::open("certificate"))?.map(Tls::only_http1);
+        let (cert, key) = (config.tls_cert.as_deref(), config.tls_key.as_deref());
+        let certificate = Certificate::open(cert, key, &config.acme, &config.data_dir).await;
+        let certificate = certificate.map_err(start::Error::open("certificate"))?;
+        let tls = certificate.as_ref().map(|certificate| certificate.tls().only_http1());
         let listener = start::listen("listen", config.listen).await?;
         start::all_taken()?;
         let listen = |source| Error::Listen { address: config.listen, source };
@@ -233,8 +236,8 @@ impl Master {
         tasks.spawn(backups::keep_tending(shared.clone()));
         shared.resume().await.map_err(|error| database(error.into()))?;
         let router = server::router(api::router(shared.clone()), broker.clone(), closing.clone());
-        if let Some(tls) = tls.clone() {
-            tasks.spawn(async move { tls.keep_fresh().await });
+        if let Some(certificate) = certificate {
+            tasks.spawn(async move { certificate.keep().await });
         }
         let server = tokio::spawn(server::serve(
             listener,

@@ -20,6 +20,7 @@ use cocalc_core::{
     router::{HostAddress, Route, Router},
 };
 use cocalc_daemon::{
+    certificate::Certificate,
     ending::{Drain, Ending},
     join::{self, Joining, Kind, Membership},
     probe::Metrics,
@@ -68,8 +69,10 @@ impl Proxy {
         let file = |error: std::io::Error| Error::File { path: data.clone(), source: error.into() };
         let lock = cocalc_daemon::files::lock_directory(&data).map_err(file)?;
         let identity = Arc::new(join::identity(&data, config.join_token_file.as_deref())?);
-        let tls = Tls::configured(config.tls_cert.as_deref(), config.tls_key.as_deref()).await;
-        let tls = tls.map_err(Error::open("certificate"))?;
+        let (cert, key) = (config.tls_cert.as_deref(), config.tls_key.as_deref());
+        let certificate = Certificate::open(cert, key, &config.acme, &data).await;
+        let certificate = certificate.map_err(Error::open("certificate"))?;
+        let tls = certificate.as_ref().map(Certificate::tls);
         let http_listener = listen("listen", config.listen).await?;
         let ssh_listener = listen("ssh_listen", config.ssh_listen).await?;
         all_taken()?;
@@ -78,7 +81,7 @@ impl Proxy {
             url: match &config.public_url {
                 Some(url) => url.trim_end_matches('/').to_owned(),
                 None => {
-                    let scheme = if config.tls_cert.is_some() { "https" } else { "http" };
+                    let scheme = if config.has_certificate() { "https" } else { "http" };
                     format!("{scheme}://{}", at(&http_listener).map_err(file)?)
                 }
             },
@@ -182,8 +185,8 @@ impl Proxy {
 
         let mut background = JoinSet::new();
         background.spawn(certified);
-        if let Some(tls) = tls.clone() {
-            background.spawn(async move { tls.keep_fresh().await });
+        if let Some(certificate) = certificate {
+            background.spawn(async move { certificate.keep().await });
         }
         let mut serving = JoinSet::new();
         let stop = ending.stopped();

@@ -29,6 +29,13 @@ use tokio::io::AsyncReadExt;
 /// Every wait has an end; none is what is measured.
 pub(crate) const LIMIT: Duration = Duration::from_secs(90);
 
+/// Files in PEM of daemons that speak HTTPS.
+pub(crate) struct Https {
+    pub(crate) cert: PathBuf,
+    pub(crate) key: PathBuf,
+    pub(crate) trusted: PathBuf,
+}
+
 /// Daemons, which end with the value.
 pub(crate) struct World {
     pub(crate) dir: tempfile::TempDir,
@@ -37,6 +44,10 @@ pub(crate) struct World {
     /// systemd gives them; empty if they listen themselves.
     held: BTreeMap<String, Vec<(&'static str, Probe)>>,
     hold: bool,
+    /// The certificate that all daemons show and trust, if they speak HTTPS.
+    https: Option<Https>,
+    /// Whom the daemons that are started from now on trust; `None`: the system's.
+    pub(crate) trusted: Option<PathBuf>,
     /// Where each daemon listens, by the keys of its configuration.
     pub(crate) ports: BTreeMap<(String, &'static str), u16>,
     pub(crate) url: String,
@@ -59,29 +70,38 @@ pub(crate) fn free_port() -> u16 {
 impl World {
     /// Starts a master; `settings` are lines of its configuration.
     pub(crate) fn new(settings: &str) -> Self {
-        Self::begin(false, settings)
+        Self::begin(false, None, settings)
+    }
+
+    /// The same, where all daemons speak HTTPS, and trust only what is in
+    /// [`Https::trusted`].
+    pub(crate) fn over_https(https: Https, settings: &str) -> Self {
+        Self::begin(false, Some(https), settings)
     }
 
     /// The same, where this process holds the sockets on which daemons listen,
     /// and hands them over at each start.
     pub(crate) fn holding_sockets(settings: &str) -> Self {
-        Self::begin(true, settings)
+        Self::begin(true, None, settings)
     }
 
-    fn begin(hold: bool, settings: &str) -> Self {
+    fn begin(hold: bool, https: Option<Https>, settings: &str) -> Self {
         let dir = tempfile::Builder::new().prefix("cocalc-world-").tempdir().unwrap();
         let mut world = Self {
             url: String::new(),
             dir,
             held: BTreeMap::new(),
             hold,
+            trusted: https.as_ref().map(|https| https.trusted.clone()),
+            https,
             ports: BTreeMap::new(),
             children: Vec::new(),
             admin: String::new(),
             hosts: Vec::new(),
         };
         let port = world.port("master", "listen");
-        world.url = format!("http://127.0.0.1:{port}");
+        let scheme = if world.https.is_some() { "https" } else { "http" };
+        world.url = format!("{scheme}://127.0.0.1:{port}");
         let data = world.dir.path().join("master");
         let text = format!("listen = '127.0.0.1:{port}'\ndata_dir = '{}'\n{settings}", data.display());
         world.configure("master", &text);
@@ -116,8 +136,13 @@ impl World {
 
     /// Starts a host; `settings` are more lines of its configuration.
     pub(crate) fn add_host(&mut self, name: &str, settings: &str) {
-        let path = self.join_token("host", name);
         let http = self.port(name, "listen");
+        self.add_host_at(name, http, settings);
+    }
+
+    /// The same, which serves HTTP at this port.
+    pub(crate) fn add_host_at(&mut self, name: &str, http: u16, settings: &str) {
+        let path = self.join_token("host", name);
         let (ssh, peer) = (self.port(name, "ssh_listen"), self.port(name, "peer_listen"));
         let (url, dir) = (&self.url, self.dir.path().join(name));
         let text = format!(
@@ -171,6 +196,13 @@ impl World {
     }
 
     pub(crate) fn configure(&self, name: &str, text: &str) {
+        // Keys of the daemon itself, before those of any table.
+        let text = match &self.https {
+            None => text.to_owned(),
+            Some(Https { cert, key, .. }) => {
+                format!("tls_cert = '{}'\ntls_key = '{}'\n{text}", cert.display(), key.display())
+            }
+        };
         std::fs::write(self.dir.path().join(format!("{name}.toml")), text).unwrap();
     }
 
@@ -191,6 +223,9 @@ impl World {
             }
         };
         command.arg("--config").arg(self.dir.path().join(format!("{name}.toml"))).env("COCALC_LOG", "warn");
+        if let Some(trusted) = &self.trusted {
+            command.env("SSL_CERT_FILE", trusted).env_remove("SSL_CERT_DIR");
+        }
         self.children.push((name.to_owned(), command.spawn().unwrap()));
     }
 
@@ -357,6 +392,10 @@ impl Api {
             .http_status_as_error(false)
             .allow_non_standard_methods(true)
             .timeout_global(Some(LIMIT));
+        // Who the master is, its users look at; this is how the test is set up.
+        let tls = ureq::tls::TlsConfig::builder().disable_verification(true);
+        let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
+        let config = config.tls_config(tls.unversioned_rustls_crypto_provider(provider).build());
         let agent = ureq::Agent::from(config.build());
         let mut response = agent.run(request).map_err(|error| error.to_string())?;
         let mut text = String::new();
