@@ -2,7 +2,7 @@
 # Prints the performance table: a federation of release programs on this
 # machine, each number beside a peer's from the same run. As root.
 #
-#   .ci/bench.sh [--quick] [--only start,tokens,auth,http,ssh,moves,storage,backup] [--runs N] [--json]
+#   .ci/bench.sh [--quick] [--only start,stopped,tokens,auth,http,ssh,moves,hogs,storage,backup] [--runs N] [--json]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,7 +20,8 @@ clean_up() {
   if [ -e "$dir/data" ]; then
     timeout 120 "$target/release/cocalc" down --dir "$dir/data" >/dev/null || status=1
   fi
-  timeout 60 podman rm --force --ignore --time 0 cocalc-bench >/dev/null 2>&1 || true
+  timeout 60 podman ps --all --quiet --filter 'name=^cocalc-bench-[0-9]+$' 2>/dev/null |
+    timeout 60 xargs --no-run-if-empty podman rm --force --time 0 >/dev/null 2>&1 || true
   timeout 60 podman rmi --force localhost/cocalc-bench >/dev/null 2>&1 || true
   [ "$status" -eq 0 ] || tail -n 5 "$dir"/data/log/*.log "$dir"/nginx/error.log 2>/dev/null >&2 || true
   if mountpoint -q "$dir/bench-source"; then umount "$dir/bench-source" || status=1; fi
@@ -34,5 +35,5 @@ trap clean_up EXIT
 trap 'exit 130' INT TERM
 
 mkdir -p target
-timeout --foreground --kill-after=150 3600 \
+timeout --foreground --kill-after=600 10800 \
   "$target/release/cocalc-bench" --dir "$dir" --out target/bench.json "$@"

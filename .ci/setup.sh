@@ -17,14 +17,15 @@ packages=(
 case $goal in
   demo) ;;
   test) packages+=(
-          attr busybox-static chromium curl docker-registry dropbear-bin faketime openssh-server openssl
+          attr busybox-static chromium curl docker-registry dropbear-bin faketime nginx-light openssh-server openssl
           pebble python3-cryptography python3-jwt python3-venv restic rsync sshfs xauth
         ) ;;
   bench) packages+=(curl nginx-light openssh-server restic rsync time wrk) ;;
   *) echo "setup.sh: unknown goal $goal" >&2; exit 2 ;;
 esac
+if [ "$goal" = test ] && [ -n "${COCALC_FULL:-}" ]; then packages+=(haproxy); fi
 # A newer Node.js than Debian's may be there already.
-if [ "$goal" = test ] && ! command -v npm >/dev/null; then packages+=(nodejs npm); fi
+if [ "$goal" != demo ] && ! command -v npm >/dev/null; then packages+=(nodejs npm); fi
 if ! command -v cc >/dev/null; then packages+=(build-essential); fi
 
 missing=()
@@ -63,6 +64,21 @@ ssh_clients() {
   fi
 }
 
+# The WebSocket cases of the Autobahn test suite, and a server for them.
+websocket_cases() {
+  local place=${COCALC_WEBSOCKETS:-/var/cache/cocalc/websockets}
+  local wanted="kosoku==0.1.0 websockets==17.4"
+  [ "$goal" = test ] || return 0
+  [ "$(cat "$place/installed" 2>/dev/null)" = "$wanted" ] && return 0
+  echo "installing $wanted into $place"
+  # shellcheck disable=SC2086 # each word is a package
+  if mkdir -p "$place" && python3 -m venv "$place" && "$place/bin/pip" install --quiet $wanted; then
+    echo "$wanted" >"$place/installed"
+  else
+    echo "the WebSocket cases are not installed: their test will fail" >&2
+  fi
+}
+
 # What drives Chromium, which is Debian's; with COCALC_FULL also the apps that the
 # tests open in it.
 browser() {
@@ -81,6 +97,12 @@ browser() {
   fi
 }
 
+# A proxy that the ingress is measured beside.
+peer_proxy() {
+  [ "$goal" = bench ] || return 0
+  npm_packages "${COCALC_CHP:-/var/cache/cocalc/chp}" configurable-http-proxy@5.3.0
+}
+
 npm_packages() {
   local place=$1 wanted=$2
   [ "$(cat "$place/installed" 2>/dev/null)" = "$wanted" ] && return 0
@@ -88,14 +110,16 @@ npm_packages() {
   if mkdir -p "$place" && (cd "$place" && PLAYWRIGHT_SKIP_BROWSER_DOWNLOAD=1 npm install --silent --no-audit --no-fund "$wanted"); then
     echo "$wanted" >"$place/installed"
   else
-    echo "$wanted is not installed: the tests in a browser will fail" >&2
+    echo "$wanted is not installed: what needs it will fail" >&2
   fi
 }
 
 if [ ${#missing[@]} -eq 0 ]; then
   emulators
   ssh_clients
+  websocket_cases
   browser
+  peer_proxy
   exit 0
 fi
 
@@ -112,4 +136,6 @@ apt-get update -qq || echo "apt-get update failed; trying with what is known" >&
 apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 emulators
 ssh_clients
+websocket_cases
 browser
+peer_proxy

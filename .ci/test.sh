@@ -11,7 +11,7 @@ fi
 # test finds them, and nothing is compiled twice.
 cargo build --workspace --bins
 # What is ignored needs what is installed with COCALC_FULL only.
-cargo test --workspace --all-targets ${COCALC_FULL:+-- --include-ignored}
+cargo test --workspace --all-targets --no-fail-fast ${COCALC_FULL:+-- --include-ignored}
 cargo test --workspace --doc
 
 # Each example is a program that an integrator would start.

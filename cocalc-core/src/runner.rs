@@ -117,8 +117,9 @@ pub struct ProjectSpec {
     pub volume: PathBuf,
     /// The image; `None` for runners without images.
     pub image: Option<ImageDigest>,
-    /// A number unique among the projects of this host, from 0, and stable:
-    /// from it the project's range of user ids and its addresses follow.
+    /// A number unique among the projects of this host, from 0, and stable. A
+    /// runner that gives each project a range of user ids and addresses takes
+    /// those of this number if it has them, and else others.
     pub slot: u32,
     /// What it may use.
     pub limits: Limits,
@@ -270,6 +271,22 @@ pub struct Pty {
     pub term: String,
     /// Its size.
     pub size: WindowSize,
+    /// Its modes as SSH has them (RFC 4254, section 8): an opcode and its value,
+    /// in the order in which they are set. Those that are not said, and those that
+    /// a system does not know, are as in every new terminal; of more than
+    /// [`MODES_MAX`](Self::MODES_MAX) the rest is not looked at.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub modes: Vec<(u8, u32)>,
+}
+
+impl Pty {
+    /// More modes than this no terminal has: SSH names 60.
+    pub const MODES_MAX: usize = 128;
+
+    /// A terminal of this type and size, with the modes of every new one.
+    pub fn new(term: impl Into<String>, size: WindowSize) -> Self {
+        Self { term: term.into(), size, modes: Vec::new() }
+    }
 }
 
 /// The size of a terminal, in characters.
@@ -310,6 +327,13 @@ pub trait ProcessHandle: fmt::Debug + Send + Sync {
 
     /// Waits for its end. Cancel safe; once it has ended, answers at once.
     async fn wait(&mut self) -> Result<Exit>;
+
+    /// Whether it ended only because its project did, or what had started it there:
+    /// then nobody has seen its end, and the [`Exit`] is what must have been. Only
+    /// of interest after [`wait`](Self::wait). Default: no.
+    fn ended_with_its_project(&self) -> bool {
+        false
+    }
 }
 
 /// How a process ended.

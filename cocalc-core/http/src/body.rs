@@ -4,7 +4,10 @@ use std::{
     fmt,
     future::Future,
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll},
     time::Duration,
 };
@@ -14,7 +17,7 @@ use cocalc_core::{BoxError, activity::Tap, auth::Denial};
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use tokio::time::{Instant, Sleep};
 
-use crate::{activity::Activity, pool::Lease};
+use crate::{activity::Activity, pool::Lease, trailers};
 
 /// A body that streams, with back-pressure, and ends with an error when the
 /// right to it is withdrawn.
@@ -27,6 +30,8 @@ enum Kind {
     Empty,
     Full(Bytes),
     Incoming(Incoming),
+    /// Nobody wants it, and nothing more of it is read.
+    Unwanted,
     Boxed(Pin<Box<dyn HttpBody<Data = Bytes, Error = BoxError> + Send>>),
 }
 
@@ -37,6 +42,16 @@ struct Watch {
     lease: Option<Lease>,
     activity: Option<Arc<Activity>>,
     tap: Option<Tap>,
+    gate: Option<Pin<Box<dyn Future<Output = Wanted> + Send>>>,
+    begun: Option<Arc<AtomicBool>>,
+}
+
+/// What became of a body whose sender waits to be asked for it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Wanted {
+    Yes,
+    /// It was answered without.
+    No,
 }
 
 /// Why a body ended before its end.
@@ -86,6 +101,19 @@ impl Body {
     /// Ends with an error as soon as `revoked` resolves.
     pub(crate) fn until(mut self, revoked: impl Future<Output = Denial> + Send + 'static) -> Self {
         self.watch().revoked = Some(Box::pin(revoked));
+        self
+    }
+
+    /// Is not read before `gate` resolves.
+    pub(crate) fn behind(mut self, gate: impl Future<Output = Wanted> + Send + 'static) -> Self {
+        self.watch().gate = Some(Box::pin(gate));
+        self
+    }
+
+    /// Notes on `begun` that it is read; hyper then tells a sender that waits
+    /// to go on.
+    pub(crate) fn noting_begin(mut self, begun: Arc<AtomicBool>) -> Self {
+        self.watch().begun = Some(begun);
         self
     }
 
@@ -153,6 +181,7 @@ impl Body {
     fn poll_kind(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         match &mut self.kind {
             Kind::Empty => Poll::Ready(None),
+            Kind::Unwanted => Poll::Pending,
             Kind::Full(bytes) => {
                 let bytes = std::mem::take(bytes);
                 self.kind = Kind::Empty;
@@ -179,8 +208,23 @@ impl HttpBody for Body {
             self.kind = Kind::Empty;
             return Poll::Ready(Some(Err(BodyError::Revoked(denial).into())));
         }
+        if let Some(watch) = self.watch.as_mut() {
+            if let Some(gate) = watch.gate.as_mut()
+                && let Poll::Ready(wanted) = gate.as_mut().poll(cx)
+            {
+                watch.gate = None;
+                if wanted == Wanted::No {
+                    watch.stall = None;
+                    self.kind = Kind::Unwanted;
+                }
+            }
+        }
+        let shut = self.watch.as_ref().is_some_and(|watch| watch.gate.is_some());
+        if !shut && let Some(begun) = self.watch.as_mut().and_then(|watch| watch.begun.take()) {
+            begun.store(!matches!(self.kind, Kind::Unwanted), Ordering::Release);
+        }
         loop {
-            let frame = match self.poll_kind(cx) {
+            let frame = match if shut { Poll::Pending } else { self.poll_kind(cx) } {
                 Poll::Ready(frame) => frame,
                 Poll::Pending => {
                     if let Some((limit, sleep)) = self.watch.as_mut().and_then(|watch| watch.stall.as_mut())
@@ -193,10 +237,15 @@ impl HttpBody for Body {
                 }
             };
             match frame {
-                // Trailers have no safe meaning behind a proxy.
-                Some(Ok(frame)) if !frame.is_data() => continue,
-                Some(Ok(frame)) => {
-                    let ended = HttpBody::is_end_stream(&*self);
+                Some(Ok(mut frame)) => {
+                    if let Some(trailers) = frame.trailers_mut() {
+                        trailers::filter(trailers);
+                        if trailers.is_empty() {
+                            continue;
+                        }
+                    }
+                    // Nothing comes after trailers, and hyper asks for nothing.
+                    let ended = frame.is_trailers() || HttpBody::is_end_stream(&*self);
                     if let Some(watch) = &mut self.watch {
                         if let Some((limit, sleep)) = &mut watch.stall {
                             sleep.as_mut().reset(Instant::now() + *limit);
@@ -231,7 +280,7 @@ impl HttpBody for Body {
     fn is_end_stream(&self) -> bool {
         match &self.kind {
             Kind::Empty => true,
-            Kind::Full(_) => false,
+            Kind::Full(_) | Kind::Unwanted => false,
             Kind::Incoming(body) => body.is_end_stream(),
             Kind::Boxed(body) => body.is_end_stream(),
         }
@@ -240,6 +289,7 @@ impl HttpBody for Body {
     fn size_hint(&self) -> SizeHint {
         match &self.kind {
             Kind::Empty => SizeHint::with_exact(0),
+            Kind::Unwanted => SizeHint::default(),
             Kind::Full(bytes) => SizeHint::with_exact(bytes.len() as u64),
             Kind::Incoming(body) => body.size_hint(),
             Kind::Boxed(body) => body.size_hint(),

@@ -6,7 +6,7 @@ use http::{
     request::Parts,
 };
 
-use crate::problem::Problem;
+use crate::{problem::Problem, trailers};
 
 pub(crate) const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 pub(crate) const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
@@ -95,9 +95,9 @@ fn authority(parts: &Parts) -> Result<String, Problem> {
     Ok(host.to_ascii_lowercase())
 }
 
-fn connection_options(headers: &HeaderMap) -> impl Iterator<Item = &str> {
+fn options<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a str> {
     headers
-        .get_all(header::CONNECTION)
+        .get_all(name)
         .iter()
         .filter_map(|value| value.to_str().ok())
         .flat_map(|value| value.split(','))
@@ -105,13 +105,46 @@ fn connection_options(headers: &HeaderMap) -> impl Iterator<Item = &str> {
         .filter(|option| !option.is_empty())
 }
 
+fn connection_options(headers: &HeaderMap) -> impl Iterator<Item = &str> {
+    options(headers, &header::CONNECTION)
+}
+
+/// Whether a field that is a list contains `option`.
+pub(crate) fn has_option(headers: &HeaderMap, name: &HeaderName, option: &str) -> bool {
+    options(headers, name).any(|o| o.eq_ignore_ascii_case(option))
+}
+
 /// Whether `Connection` contains `option`.
 pub(crate) fn has_connection_option(headers: &HeaderMap, option: &str) -> bool {
-    connection_options(headers).any(|o| o.eq_ignore_ascii_case(option))
+    has_option(headers, &header::CONNECTION, option)
+}
+
+/// Readies the fields of a request for the next hop: what is meant for one
+/// connection only goes, and what is true of the next one, too, is said anew.
+pub(crate) fn pass_request(headers: &mut HeaderMap) {
+    let trailers = trailers::are_accepted(headers);
+    pass_response(headers);
+    if trailers {
+        headers.insert(header::TE, HeaderValue::from_static("trailers"));
+        headers.insert(header::CONNECTION, HeaderValue::from_static("TE"));
+    }
+}
+
+/// The same of a response.
+pub(crate) fn pass_response(headers: &mut HeaderMap) {
+    if headers.contains_key(header::TRANSFER_ENCODING) {
+        // The coding counts (RFC 9112, 6.3), and hyper has read the body by it.
+        headers.remove(header::CONTENT_LENGTH);
+    }
+    let announced = trailers::announced(headers);
+    remove_hop_by_hop(headers);
+    if let Some(names) = announced {
+        headers.insert(header::TRAILER, names);
+    }
 }
 
 /// Removes what is meant for one connection only (RFC 9110, 7.6.1).
-pub(crate) fn remove_hop_by_hop(headers: &mut HeaderMap) {
+fn remove_hop_by_hop(headers: &mut HeaderMap) {
     if headers.contains_key(header::CONNECTION) {
         let nominated: Vec<HeaderName> =
             connection_options(headers).filter_map(|option| option.parse().ok()).collect();
@@ -130,6 +163,9 @@ pub(crate) fn remove_hop_by_hop(headers: &mut HeaderMap) {
         HeaderName::from_static("keep-alive"),
         HeaderName::from_static("proxy-connection"),
         HeaderName::from_static("http2-settings"),
+        // No field at all, but CGI programs take it for the name of a proxy to
+        // use (CVE-2016-5385).
+        HeaderName::from_static("proxy"),
     ] {
         headers.remove(name);
     }
@@ -155,11 +191,11 @@ fn remove_matching(headers: &mut HeaderMap, remove: impl Fn(&str) -> bool) {
     }
 }
 
-fn is_forwarding(name: &str) -> bool {
+pub(crate) fn is_forwarding(name: &str) -> bool {
     name == "forwarded" || name.starts_with("x-forwarded") || name == "x-real-ip" || name == "via"
 }
 
-fn is_ours(name: &str) -> bool {
+pub(crate) fn is_ours(name: &str) -> bool {
     name.starts_with("cocalc-") || name.starts_with("x-cocalc-")
 }
 
@@ -267,5 +303,23 @@ mod tests {
         remove_hop_by_hop(&mut headers);
         remove_forwarding(&mut headers);
         assert_eq!(headers.keys().collect::<Vec<_>>(), ["accept"]);
+    }
+
+    #[test]
+    fn trailers_are_asked_for_anew() {
+        let fields = [("te", "gzip;q=0.5, trailers"), ("connection", "TE"), ("trailer", "Host, X-Sum")];
+        let mut asked = parts("/", &fields).headers;
+        pass_request(&mut asked);
+        assert_eq!(
+            (&asked["te"], &asked["connection"], &asked["trailer"]),
+            (
+                &HeaderValue::from_static("trailers"),
+                &HeaderValue::from_static("TE"),
+                &HeaderValue::from_static("x-sum"),
+            )
+        );
+        let mut answered = parts("/", &fields).headers;
+        pass_response(&mut answered);
+        assert_eq!(answered.keys().collect::<Vec<_>>(), ["trailer"]);
     }
 }

@@ -85,14 +85,15 @@ mod problem;
 mod proxy;
 mod server;
 mod tls;
+mod trailers;
 mod upstream;
 mod websocket;
 mod wire;
 
 pub use body::{Body, BodyError};
-pub use files::ProjectFiles;
+pub use files::{Copying, Former, FormerState, ProjectFiles};
 pub use host::{BusEndpoint, Endpoints, HostIngress, HostIngressBuilder, Opening, Stats};
-pub use limits::Limits;
+pub use limits::{HttpSettings, Limits};
 pub use page::TerminalLimits;
 pub use path::{Served, ServedError};
 pub use problem::CODE_HEADER;

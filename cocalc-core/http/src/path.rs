@@ -248,7 +248,7 @@ fn what<'a>(path: &'a str, rest: &'a str) -> Option<What<'a>> {
 
 /// What there is below `/.cocalc` of a project, but for its session.
 fn is_page(rest: &str) -> bool {
-    matches!(rest, "/ports" | "/status" | "/stay" | "/terminals")
+    matches!(rest, "/ports" | "/snapshots" | "/status" | "/stay" | "/terminals")
         || ["/assets/", "/terminal/"].iter().any(|under| rest.strip_prefix(under).is_some_and(is_plain))
 }
 

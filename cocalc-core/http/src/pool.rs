@@ -2,8 +2,15 @@
 
 use std::{
     collections::HashMap,
+    fmt,
     future::Future,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    io,
+    pin::Pin,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
 
@@ -13,6 +20,10 @@ use cocalc_core::{
 };
 use hyper::client::conn::http1::{Builder, SendRequest};
 use hyper_util::rt::TokioIo;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    task::AbortHandle,
+};
 
 use crate::{body::Body, limits::Limits};
 
@@ -36,8 +47,33 @@ pub(crate) struct Pool {
 
 #[derive(Debug, Default)]
 struct Idle {
-    targets: HashMap<Key, Vec<(SendRequest<Body>, Instant)>>,
+    targets: HashMap<Key, Vec<(Open, Instant)>>,
     count: usize,
+}
+
+/// A connection.
+#[derive(Debug)]
+struct Open {
+    sender: SendRequest<Body>,
+    heard: Arc<AtomicBool>,
+    running: Running,
+}
+
+/// The task of a connection; dropped, it ends, whatever the far end does.
+struct Running(Option<AbortHandle>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(task) = &self.0 {
+            task.abort();
+        }
+    }
+}
+
+impl fmt::Debug for Running {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Running")
+    }
 }
 
 /// A connection in use. Dropped, it is closed.
@@ -45,15 +81,86 @@ struct Idle {
 pub(crate) struct Lease {
     pool: Arc<Pool>,
     key: Key,
-    pub(crate) sender: SendRequest<Body>,
+    open: Open,
     /// Whether it served a request before.
     pub(crate) reused: bool,
+    /// Whether no other request can follow on it.
+    pub(crate) spent: bool,
 }
 
 impl Lease {
+    /// What requests are sent by.
+    pub(crate) fn sender(&mut self) -> &mut SendRequest<Body> {
+        &mut self.open.sender
+    }
+
+    /// Begins to listen for an answer.
+    pub(crate) fn listen(&self) {
+        self.open.heard.store(false, Ordering::Release);
+    }
+
+    /// Whether a byte came since [`Self::listen`].
+    pub(crate) fn has_heard(&self) -> bool {
+        self.open.heard.load(Ordering::Acquire)
+    }
+
     /// Keeps the connection for another request.
     pub(crate) fn give_back(self) {
-        self.pool.clone().put(self.key, self.sender);
+        if !self.spent {
+            self.pool.clone().put(self.key, self.open);
+        }
+    }
+
+    /// Leaves the connection to what it was switched to.
+    pub(crate) fn leave(mut self) {
+        self.open.running.0 = None;
+    }
+}
+
+/// A stream that notes when something comes.
+struct Heard {
+    inner: BoxStream,
+    heard: Arc<AtomicBool>,
+}
+
+impl AsyncRead for Heard {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        let read = ready!(self.inner.as_mut().poll_read(cx, buffer));
+        if buffer.filled().len() > before && !self.heard.load(Ordering::Relaxed) {
+            self.heard.store(true, Ordering::Release);
+        }
+        Poll::Ready(read)
+    }
+}
+
+impl AsyncWrite for Heard {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.inner.as_mut().poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.inner.as_mut().poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.inner.as_mut().poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.inner.as_mut().poll_write_vectored(cx, bytes)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.inner.is_write_vectored()
     }
 }
 
@@ -72,37 +179,40 @@ impl Pool {
     /// longer than `age`.
     pub(crate) async fn take(self: &Arc<Self>, key: Key, age: Duration) -> Option<Lease> {
         loop {
-            let mut sender = self.pop(key, age.min(self.keep))?;
-            if sender.is_closed() {
+            let mut open = self.pop(key, age.min(self.keep))?;
+            if open.sender.is_closed() {
                 continue;
             }
             // The last response has been read; its connection notices a
             // moment later. One that is still sending a request is busy.
-            if !sender.is_ready() {
-                match tokio::time::timeout(Duration::from_millis(20), sender.ready()).await {
+            if !open.sender.is_ready() {
+                match tokio::time::timeout(Duration::from_millis(20), open.sender.ready()).await {
                     Ok(Ok(())) => {}
                     _ => continue,
                 }
             }
-            return Some(Lease { pool: self.clone(), key, sender, reused: true });
+            return Some(Lease { pool: self.clone(), key, open, reused: true, spent: false });
         }
     }
 
     /// Begins HTTP on a new connection.
     pub(crate) async fn begin(self: &Arc<Self>, key: Key, stream: BoxStream) -> Result<Lease, hyper::Error> {
+        let heard = Arc::new(AtomicBool::new(false));
+        let stream = Heard { inner: stream, heard: heard.clone() };
         let (sender, connection) = Builder::new()
             .max_header_size(self.head_bytes)
             .max_buf_size(self.head_bytes + 64 * 1024)
             .title_case_headers(true)
             .handshake(TokioIo::new(stream))
             .await?;
-        // The task ends when the sender is dropped or the far end closes.
-        tokio::spawn(async move {
+        // The task ends with the lease, or when the far end closes.
+        let task = tokio::spawn(async move {
             if let Err(error) = connection.with_upgrades().await {
                 tracing::debug!(%error, "an upstream connection ended");
             }
         });
-        Ok(Lease { pool: self.clone(), key, sender, reused: false })
+        let open = Open { sender, heard, running: Running(Some(task.abort_handle())) };
+        Ok(Lease { pool: self.clone(), key, open, reused: false, spent: false })
     }
 
     /// A connection: one that has been idle for no longer than `age`, or what
@@ -130,8 +240,8 @@ impl Pool {
         let now = Instant::now();
         let mut idle = self.lock();
         idle.targets.retain(|_, senders| {
-            senders.retain(|(sender, since)| {
-                !sender.is_closed() && now.saturating_duration_since(*since) < self.keep
+            senders.retain(|(open, since)| {
+                !open.sender.is_closed() && now.saturating_duration_since(*since) < self.keep
             });
             !senders.is_empty()
         });
@@ -153,7 +263,7 @@ impl Pool {
         *self.lock() = Idle::default();
     }
 
-    fn pop(&self, key: Key, age: Duration) -> Option<SendRequest<Body>> {
+    fn pop(&self, key: Key, age: Duration) -> Option<Open> {
         let now = Instant::now();
         let mut idle = self.lock();
         let senders = idle.targets.get_mut(&key)?;
@@ -161,15 +271,15 @@ impl Pool {
         if senders.is_empty() {
             idle.targets.remove(&key);
         }
-        let (sender, since) = popped?;
+        let (open, since) = popped?;
         idle.count -= 1;
         // If the most recent one is too old, so are all the others; they are
         // swept later.
-        (now.saturating_duration_since(since) < age).then_some(sender)
+        (now.saturating_duration_since(since) < age).then_some(open)
     }
 
-    fn put(&self, key: Key, sender: SendRequest<Body>) {
-        if sender.is_closed() {
+    fn put(&self, key: Key, open: Open) {
+        if open.sender.is_closed() {
             return;
         }
         let mut idle = self.lock();
@@ -180,7 +290,7 @@ impl Pool {
         if senders.len() >= self.per_target {
             return;
         }
-        senders.push((sender, Instant::now()));
+        senders.push((open, Instant::now()));
         idle.count += 1;
     }
 

@@ -253,7 +253,11 @@ impl ProxyIngressBuilder {
     }
 
     /// The ingress. It listens nowhere yet.
-    pub fn build(self) -> ProxyIngress {
+    pub fn build(mut self) -> ProxyIngress {
+        // What its host may need before it asks the app. The host's answer that
+        // the app is late says more than this one's that the host is.
+        let before = self.limits.parked_wait + self.limits.connect_timeout * 4;
+        self.limits.response_timeout += before;
         let server = Arc::new(Server::new(self.limits.clone()));
         let closing = Arc::new(server.closing().clone().drop_guard());
         let inner = Inner {
@@ -407,9 +411,8 @@ impl Inner {
             Origin::Port(project, port) => format!("{port}--{project}.{domain}"),
         };
         let mut fields = parts.headers;
-        headers::remove_hop_by_hop(&mut fields);
+        headers::pass_request(&mut fields);
         headers::remove_forwarding(&mut fields);
-        fields.remove(header::EXPECT);
         headers::set(&mut fields, header::HOST, &host);
         headers::set(&mut fields, X_FORWARDED_HOST, authority);
         headers::set(&mut fields, X_FORWARDED_PROTO, if self.https { "https" } else { "http" });
@@ -430,7 +433,7 @@ impl Inner {
     async fn send(
         &self,
         project: ProjectId,
-        outgoing: Outgoing,
+        mut outgoing: Outgoing,
         body: Body,
         fresh: bool,
         only: Option<TokenHost>,
@@ -443,6 +446,10 @@ impl Inner {
         }
         let body = self.replayable(body).await?;
         let spare = body.replay();
+        if spare.is_some() {
+            // It is here already: its sender was told to go on.
+            outgoing.headers.remove(header::EXPECT);
+        }
         let request = |body: Body| {
             let mut request = Request::new(body);
             *request.method_mut() = outgoing.method.clone();
@@ -553,10 +560,11 @@ impl Inner {
             let upstream = hyper::upgrade::on(&mut response);
             let upstream = async move { Ok(upstream::boxed(upstream.await?)) };
             // The host ends it when the right to it is withdrawn.
+            lease.leave();
             upstream::join(&connection, &self.limits, client, upstream, pending(), None);
             self.websockets.fetch_add(1, Ordering::Relaxed);
             let (mut parts, _) = response.into_parts();
-            headers::remove_hop_by_hop(&mut parts.headers);
+            headers::pass_response(&mut parts.headers);
             websocket::switching(&mut parts.headers);
             return Ok(Response::from_parts(parts, Body::empty()));
         }
@@ -564,7 +572,7 @@ impl Inner {
             return Err(Problem::bad_gateway(CODES.failed, "The project's host answered nonsense."));
         }
         let (mut parts, body) = response.into_parts();
-        headers::remove_hop_by_hop(&mut parts.headers);
+        headers::pass_response(&mut parts.headers);
         parts.extensions.clear();
         Ok(Response::from_parts(parts, Body::incoming(body).returning(lease)))
     }

@@ -9,14 +9,14 @@ use std::{
     pin::pin,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
 use http::{Request, Response, header};
 use hyper::{
-    body::Incoming,
+    body::{Body as _, Incoming},
     server::conn::{http1, http2},
     service::service_fn,
 };
@@ -74,12 +74,32 @@ pub(crate) struct Connection {
     /// They must end now.
     pub(crate) closing: CancellationToken,
     /// Whatever outlives the request runs here.
-    pub(crate) tasks: TaskTracker,
+    tasks: TaskTracker,
+    open: Gauge,
     /// The server's name as the client gave it in the TLS handshake.
     pub(crate) name: Option<Arc<str>>,
+    /// What it counts against. Whatever goes on after it was switched to another
+    /// protocol keeps this.
+    place: Option<Arc<Place>>,
+}
+
+/// The place of an open connection, among all and among those of its address.
+#[derive(Debug)]
+struct Place {
+    _permit: OwnedSemaphorePermit,
+    _counted: Counted,
 }
 
 impl Connection {
+    /// Runs what outlives the request, as part of the connection.
+    pub(crate) fn spawn(&self, future: impl Future<Output = ()> + Send + 'static) {
+        let (place, open) = (self.place.clone(), self.open.enter());
+        self.tasks.spawn(async move {
+            future.await;
+            drop((place, open));
+        });
+    }
+
     /// Whether a request is for another name than the connection: HTTP/2
     /// clients send requests for every name that the certificate covers, and
     /// projects are kept apart by names (RFC 9110, 7.4).
@@ -133,7 +153,7 @@ pub(crate) struct Server {
     draining: CancellationToken,
     closing: CancellationToken,
     tasks: TaskTracker,
-    open: AtomicU64,
+    open: Gauge,
 }
 
 impl Server {
@@ -145,7 +165,7 @@ impl Server {
             draining: CancellationToken::new(),
             closing: CancellationToken::new(),
             tasks: TaskTracker::new(),
-            open: AtomicU64::new(0),
+            open: Gauge::default(),
         }
     }
 
@@ -154,7 +174,7 @@ impl Server {
     }
 
     pub(crate) fn open(&self) -> u64 {
-        self.open.load(Ordering::Relaxed)
+        self.open.0.load(Ordering::Relaxed)
     }
 
     pub(crate) fn connection(&self, client: Client) -> Connection {
@@ -163,7 +183,9 @@ impl Server {
             draining: self.draining.clone(),
             closing: self.closing.clone(),
             tasks: self.tasks.clone(),
+            open: self.open.clone(),
             name: None,
+            place: None,
         }
     }
 
@@ -181,7 +203,9 @@ impl Server {
             draining: self.draining.child_token(),
             closing: self.closing.child_token(),
             tasks: TaskTracker::new(),
+            open: self.open.clone(),
             name: None,
+            place: None,
         };
         // Also when this future is dropped.
         let _end = connection.closing.clone().drop_guard();
@@ -214,6 +238,7 @@ impl Server {
             prepare(&stream);
             let connection = Connection {
                 client: Client { address: Some(address), trusted: false },
+                place: Some(Arc::new(Place { _permit: permit, _counted: counted })),
                 ..connection.clone()
             };
             let (server, handler) = (self.clone(), handler.clone());
@@ -223,7 +248,6 @@ impl Server {
                     None => server.run(handler, stream, connection).await,
                     Some(tls) => server.run_tls(handler, &tls, stream, connection).await,
                 }
-                drop((permit, counted));
             });
         }
         drop(listener);
@@ -288,8 +312,7 @@ impl Server {
         stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
         connection: Connection,
     ) {
-        self.open.fetch_add(1, Ordering::Relaxed);
-        let _open = Leave(&self.open);
+        let _open = self.open.enter();
         let clock = Arc::new(Activity::new());
         let service = {
             let (connection, clock) = (connection.clone(), clock.clone());
@@ -359,8 +382,7 @@ impl Server {
         stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
         connection: Connection,
     ) {
-        self.open.fetch_add(1, Ordering::Relaxed);
-        let _open = Leave(&self.open);
+        let _open = self.open.enter();
         let guarded = Guarded::new(stream);
         let refused = guarded.refused();
         let requests = AtomicU64::new(0);
@@ -381,9 +403,21 @@ impl Server {
                         return Ok(misdirected());
                     }
                     let upgrading = request.headers().contains_key(header::UPGRADE);
-                    let mut response = handler.handle(request.map(Body::incoming), connection).await;
-                    if upgrading && response.status() != http::StatusCode::SWITCHING_PROTOCOLS {
-                        // What follows was not watched as HTTP.
+                    let mut asked = None;
+                    let waits = request.headers().contains_key(header::EXPECT);
+                    let mut request = request.map(Body::incoming);
+                    if waits && !request.body().is_end_stream() {
+                        let begun = Arc::new(AtomicBool::new(false));
+                        asked = Some(begun.clone());
+                        request = request.map(|body| body.noting_begin(begun));
+                    }
+                    let mut response = handler.handle(request, connection).await;
+                    let upgraded = response.status() == http::StatusCode::SWITCHING_PROTOCOLS;
+                    // A sender that waits was not asked for its body: whether it
+                    // comes now is for it to say (RFC 9110, 10.1.1).
+                    let unasked = asked.is_some_and(|begun| !begun.load(Ordering::Acquire));
+                    if unasked || (upgrading && !upgraded) {
+                        // What follows was not watched as HTTP, or is unclear.
                         let close = http::HeaderValue::from_static("close");
                         response.headers_mut().insert(header::CONNECTION, close);
                     }
@@ -421,9 +455,22 @@ impl Server {
     }
 }
 
-struct Leave<'a>(&'a AtomicU64);
+/// How many there are.
+#[derive(Clone, Debug, Default)]
+struct Gauge(Arc<AtomicU64>);
 
-impl Drop for Leave<'_> {
+impl Gauge {
+    fn enter(&self) -> Entered {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Entered(self.0.clone())
+    }
+}
+
+/// One of them.
+#[derive(Debug)]
+struct Entered(Arc<AtomicU64>);
+
+impl Drop for Entered {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }

@@ -3,14 +3,17 @@
 use std::{future::Future, sync::Arc, time::Duration};
 
 use cocalc_core::{BoxError, activity::Meter, stream::BoxStream};
-use http::{HeaderMap, Method, Request, Response, StatusCode, Uri};
-use hyper::{body::Incoming, upgrade::OnUpgrade};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, header};
+use hyper::{
+    body::{Body as _, Incoming},
+    upgrade::OnUpgrade,
+};
 use hyper_util::rt::TokioIo;
-use tokio::time::timeout;
+use tokio::{sync::watch, time::timeout};
 
 use crate::{
     activity::Activity,
-    body::{Body, BodyError},
+    body::{Body, BodyError, Wanted},
     limits::Limits,
     pool::{Key, Lease, LeaseError, Pool},
     problem::Problem,
@@ -26,22 +29,30 @@ pub(crate) struct Codes {
     pub(crate) timed_out: &'static str,
 }
 
+/// How long an app may take to ask for a body whose sender waits to be asked.
+/// Many never do; senders wait about as long (RFC 9110, 10.1.1).
+const CONTINUE_WAIT: Duration = Duration::from_secs(1);
+
 /// Sends `request` over an idle connection or a new one, and returns the head
-/// of the response. A request that certainly had no effect is sent once more,
-/// over a new connection, when an idle one turns out to be closed.
+/// of the response.
+///
+/// An idle connection may turn out to be closed. The request is then sent once
+/// more, over a new connection, if not a byte of it was sent, or if it may be
+/// repeated (RFC 9110, 9.2.2), has no body and not a byte of an answer came.
+/// Whatever has a body is never sent twice.
 pub(crate) async fn exchange<F>(
     pool: &Arc<Pool>,
     key: Key,
     limits: &Limits,
     codes: Codes,
-    request: Request<Body>,
+    mut request: Request<Body>,
     fresh: bool,
     dial: impl Fn() -> F,
 ) -> Result<(Response<Incoming>, Lease), Problem>
 where
     F: Future<Output = Result<BoxStream, Problem>>,
 {
-    let repeatable = is_idempotent(request.method()) && request.body().replay().is_some();
+    let repeatable = is_idempotent(request.method()) && request.body().is_end_stream();
     let age = match key {
         _ if fresh => None,
         // Apps close idle connections, many after 5 s; a request that arrives
@@ -49,23 +60,89 @@ where
         Key::App(..) if !repeatable => Some(Duration::from_secs(2)),
         _ => Some(Duration::MAX),
     };
+    frame(&mut request);
+    let (request, asking) = waiting(request);
     let mut lease = lease(pool, key, codes, age, &dial).await?;
-    let spare = if lease.reused && repeatable { Spare::of(&request) } else { None };
+    let spare = (lease.reused && repeatable).then(|| Spare::of(&request));
     let request = watched(request, limits);
-    match send(&mut lease, request, limits, codes).await {
-        Ok(response) => Ok((response, lease)),
-        Err(Failed::Timeout(problem)) => Err(problem),
-        Err(Failed::Unsent(request)) if lease.reused => {
-            let mut lease = self::lease(pool, key, codes, None, &dial).await?;
-            let response = send(&mut lease, (*request, None), limits, codes).await;
-            response.map(|response| (response, lease)).map_err(|failed| failed.problem(codes))
-        }
+    let response = match send(&mut lease, request, limits, codes).await {
+        Ok(response) => response,
+        Err(Failed::Timeout(problem)) => return Err(problem),
         Err(failed) => {
-            let Some(spare) = spare else { return Err(failed.problem(codes)) };
-            let mut lease = self::lease(pool, key, codes, None, &dial).await?;
-            let response = send(&mut lease, (spare.request(), None), limits, codes).await;
-            response.map(|response| (response, lease)).map_err(|failed| failed.problem(codes))
+            let again = match (failed, spare) {
+                (Failed::Unsent(request), _) if lease.reused => *request,
+                (Failed::Broken(_), Some(spare)) if !lease.has_heard() => spare.request(),
+                (failed, _) => return Err(failed.problem(codes)),
+            };
+            lease = self::lease(pool, key, codes, None, &dial).await?;
+            let again = send(&mut lease, watched(again, limits), limits, codes).await;
+            again.map_err(|failed| failed.problem(codes))?
         }
+    };
+    if let Some(asking) = asking
+        && !asking.is_asked()
+    {
+        // It was answered without the body, which stays where it is.
+        lease.spent = true;
+    }
+    Ok((response, lease))
+}
+
+/// Says how the body is framed. hyper sends none with GET and HEAD otherwise,
+/// whatever there is.
+fn frame(request: &mut Request<Body>) {
+    if request.body().is_end_stream() {
+        for name in [header::TRAILER, header::EXPECT] {
+            request.headers_mut().remove(name);
+        }
+    } else if request.body().size_hint().exact().is_none() {
+        request.headers_mut().remove(header::CONTENT_LENGTH);
+        let chunked = HeaderValue::from_static("chunked");
+        request.headers_mut().insert(header::TRANSFER_ENCODING, chunked);
+    }
+}
+
+/// Holds the body of a request back that says `Expect: 100-continue`, until it
+/// is asked for, or for a while; its own sender is asked when it is read.
+fn waiting(mut request: Request<Body>) -> (Request<Body>, Option<Asking>) {
+    let Some(expect) = request.headers().get(header::EXPECT) else { return (request, None) };
+    if !expect.as_bytes().eq_ignore_ascii_case(b"100-continue") {
+        // There are no others.
+        request.headers_mut().remove(header::EXPECT);
+        return (request, None);
+    }
+    let asked = Arc::new(watch::Sender::new(false));
+    let mut gate = asked.subscribe();
+    let on_continue = asked.clone();
+    hyper::ext::on_informational(&mut request, move |response| {
+        if response.status() == StatusCode::CONTINUE {
+            on_continue.send_replace(true);
+        }
+    });
+    let opened = Arc::downgrade(&asked);
+    let gate = async move {
+        match timeout(CONTINUE_WAIT, gate.wait_for(|asked| *asked)).await {
+            // An app may never ask, but go on waiting.
+            Err(_) => match opened.upgrade() {
+                Some(opened) => {
+                    opened.send_replace(true);
+                    Wanted::Yes
+                }
+                None => Wanted::No,
+            },
+            Ok(Ok(_)) => Wanted::Yes,
+            Ok(Err(_)) => Wanted::No,
+        }
+    };
+    (request.map(|body| body.behind(gate)), Some(Asking(asked)))
+}
+
+/// Whether a body was asked for; dropped, it is not any more.
+struct Asking(Arc<watch::Sender<bool>>);
+
+impl Asking {
+    fn is_asked(&self) -> bool {
+        *self.0.borrow()
     }
 }
 
@@ -89,30 +166,30 @@ where
 }
 
 fn is_idempotent(method: &Method) -> bool {
-    matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS | Method::PUT | Method::DELETE)
+    matches!(
+        *method,
+        Method::GET | Method::HEAD | Method::OPTIONS | Method::TRACE | Method::PUT | Method::DELETE
+    )
 }
 
-/// What is needed to send a request again whose body is known.
+/// What is needed to send a request again that has no body.
 struct Spare {
     method: Method,
     uri: Uri,
     headers: HeaderMap,
-    body: Body,
 }
 
 impl Spare {
-    fn of(request: &Request<Body>) -> Option<Self> {
-        let body = request.body().replay()?;
-        Some(Self {
+    fn of(request: &Request<Body>) -> Self {
+        Self {
             method: request.method().clone(),
             uri: request.uri().clone(),
             headers: request.headers().clone(),
-            body,
-        })
+        }
     }
 
     fn request(self) -> Request<Body> {
-        let mut request = Request::new(self.body);
+        let mut request = Request::new(Body::empty());
         *request.method_mut() = self.method;
         *request.uri_mut() = self.uri;
         *request.headers_mut() = self.headers;
@@ -181,7 +258,8 @@ async fn send(
     limits: &Limits,
     codes: Codes,
 ) -> Result<Response<Incoming>, Failed> {
-    let response = lease.sender.try_send_request(request);
+    lease.listen();
+    let response = lease.sender().try_send_request(request);
     let sent = match activity {
         None => timeout(limits.response_timeout, response).await.ok(),
         Some(activity) => tokio::select! {
@@ -220,7 +298,7 @@ pub(crate) fn join(
 ) {
     let (idle, switch) = (limits.websocket_idle, limits.connect_timeout);
     let (draining, closing) = (connection.draining.clone(), connection.closing.clone());
-    connection.tasks.spawn(async move {
+    connection.spawn(async move {
         let both = async {
             let client = client.await?;
             let upstream = upstream.await?;

@@ -1,7 +1,8 @@
 //! WebSocket handshakes, and the bytes that follow them.
 
 use std::{
-    future::Future,
+    cell::Cell,
+    future::{Future, poll_fn},
     io,
     pin::Pin,
     task::{Context, Poll, ready},
@@ -11,12 +12,12 @@ use std::{
 use base64::Engine;
 use cocalc_core::{
     activity::{Meter, Source, Tap, Use},
-    stream::BoxStream,
+    stream::{BoxStream, ByteStream},
 };
 use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, header, request::Parts};
 use sha1::{Digest, Sha1};
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf},
     time::timeout,
 };
 
@@ -86,6 +87,9 @@ pub(crate) fn accept(parts: &Parts) -> Response<Body> {
 pub(crate) fn switching(headers: &mut HeaderMap) {
     headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
     headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+    // Neither side has a body.
+    headers.remove(header::TE);
+    headers.remove(header::TRAILER);
 }
 
 /// Whether an upstream's answer really switches to WebSocket.
@@ -125,72 +129,166 @@ const LINGER: Duration = Duration::from_secs(5);
 /// for `idle`, or `stop` resolves; then the user is told by a close frame, if
 /// that doesn't fall into another frame.
 pub(crate) async fn splice(
-    client: BoxStream,
-    upstream: BoxStream,
+    mut client: BoxStream,
+    mut upstream: BoxStream,
     idle: Duration,
     meter: Option<Meter>,
     stop: impl Future<Output = Stop>,
 ) {
-    let (mut client_read, mut client_write) = tokio::io::split(client);
-    let (mut upstream_read, mut upstream_write) = tokio::io::split(upstream);
     // What an app shows is seen by nobody, perhaps.
     let tap = |kind| meter.as_ref().map(|meter| meter.tap(Source::WebSocket, kind));
-    let mut down = Frames { tap: tap(Use::Presence), ..Frames::default() };
-    let mut up = Frames { tap: tap(Use::Work), ..Frames::default() };
+    let mut down = Way::new(tap(Use::Presence));
+    let mut up = Way::new(tap(Use::Work));
     let clock = Activity::new();
     let stopped = {
-        let upwards = copy(&mut client_read, &mut upstream_write, &mut up, &clock);
-        let downwards = copy(&mut upstream_read, &mut client_write, &mut down, &clock);
+        let mut step = |cx: &mut Context<'_>| {
+            let up = up.poll(cx, client.as_mut(), upstream.as_mut(), &clock);
+            let down = down.poll(cx, upstream.as_mut(), client.as_mut(), &clock);
+            [up, down]
+        };
         let both = async {
-            tokio::pin!(upwards, downwards);
-            tokio::select! {
-                _ = &mut upwards => drop(timeout(LINGER, downwards).await),
-                _ = &mut downwards => drop(timeout(LINGER, upwards).await),
-            }
+            let either = |ended: [Poll<()>; 2]| ended.iter().any(Poll::is_ready);
+            poll_fn(|cx| if either(step(cx)) { Poll::Ready(()) } else { Poll::Pending }).await;
+            let all = |ended: [Poll<()>; 2]| ended.iter().all(Poll::is_ready);
+            let rest = poll_fn(|cx| if all(step(cx)) { Poll::Ready(()) } else { Poll::Pending });
+            // What it has not finished by then is lost.
+            let _ = timeout(LINGER, rest).await;
         };
         tokio::select! {
+            biased;
+            () = both => None,
             stop = stop => Some(stop),
             () = clock.idle(idle) => Some(Stop::Draining),
-            () = both => None,
         }
     };
     if let Some(frame) = stopped.and_then(Stop::frame)
-        && down.at_boundary()
+        && down.frames.at_boundary()
     {
-        let _ = timeout(Duration::from_secs(1), client_write.write_all(&frame)).await;
+        let _ = timeout(Duration::from_secs(1), client.write_all(&frame)).await;
     }
-    let _ = timeout(Duration::from_secs(1), client_write.shutdown()).await;
-    let _ = timeout(Duration::from_secs(1), upstream_write.shutdown()).await;
+    let _ = timeout(Duration::from_secs(1), client.shutdown()).await;
+    let _ = timeout(Duration::from_secs(1), upstream.shutdown()).await;
 }
 
-async fn copy(
-    from: &mut (impl AsyncRead + Unpin),
-    to: &mut (impl AsyncWrite + Unpin),
-    frames: &mut Frames,
-    clock: &Activity,
-) -> io::Result<()> {
-    // Most WebSockets carry a few bytes now and then; there may be very many
-    // of them. The buffer grows when there is more to carry.
-    let mut buffer = vec![0; 2 * 1024];
-    loop {
-        let read = from.read(&mut buffer).await?;
-        if read == 0 {
-            return to.shutdown().await;
-        }
-        clock.moved();
-        let mut rest = &buffer[..read];
-        while !rest.is_empty() {
-            let written = to.write(rest).await?;
-            if written == 0 {
-                return Err(io::ErrorKind::WriteZero.into());
+/// Bytes read at once.
+const PIECE: usize = 64 * 1024;
+/// Pieces after which other tasks have their turn.
+const PIECES_MAX: usize = 16;
+
+thread_local! {
+    /// Where bytes are read to. There may be very many WebSockets, most of them
+    /// idle: none has a buffer of its own but for what its far side has not
+    /// taken yet.
+    static SCRATCH: Cell<Option<Box<[u8]>>> = const { Cell::new(None) };
+}
+
+/// One direction of a WebSocket.
+#[derive(Debug, Default)]
+struct Way {
+    /// What was read and not taken yet, from `taken` on.
+    rest: Vec<u8>,
+    taken: usize,
+    frames: Frames,
+    state: WayState,
+}
+
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+enum WayState {
+    #[default]
+    Idle,
+    /// What was written is on its way.
+    Flushing,
+    /// The near side has ended, and the far one is told.
+    Ending,
+    Ended,
+}
+
+impl Way {
+    fn new(tap: Option<Tap>) -> Self {
+        Self { frames: Frames { tap, ..Frames::default() }, ..Self::default() }
+    }
+
+    /// Carries what there is. Ready when the direction has ended, well or not.
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        mut from: Pin<&mut dyn ByteStream>,
+        mut to: Pin<&mut dyn ByteStream>,
+        clock: &Activity,
+    ) -> Poll<()> {
+        for _ in 0..PIECES_MAX {
+            while self.taken < self.rest.len() {
+                match ready!(to.as_mut().poll_write(cx, &self.rest[self.taken..])) {
+                    Ok(written @ 1..) => {
+                        self.frames.feed(&self.rest[self.taken..self.taken + written]);
+                        self.taken += written;
+                    }
+                    Ok(0) | Err(_) => return self.end(),
+                }
             }
-            frames.feed(&rest[..written]);
-            rest = &rest[written..];
+            (self.rest, self.taken) = (Vec::new(), 0);
+            match self.state {
+                WayState::Ended => return Poll::Ready(()),
+                WayState::Ending => {
+                    // That it cannot be told is the same to it.
+                    let _ = ready!(to.as_mut().poll_shutdown(cx));
+                    return self.end();
+                }
+                WayState::Flushing => match ready!(to.as_mut().poll_flush(cx)) {
+                    Ok(()) => self.state = WayState::Idle,
+                    Err(_) => return self.end(),
+                },
+                WayState::Idle => {}
+            }
+            let mut scratch = SCRATCH.take().unwrap_or_else(|| vec![0; PIECE].into());
+            let outcome = self.carry(cx, from.as_mut(), to.as_mut(), &mut scratch);
+            SCRATCH.set(Some(scratch));
+            match ready!(outcome) {
+                Ok(0) => self.state = WayState::Ending,
+                Ok(_) => {
+                    clock.moved();
+                    self.state = WayState::Flushing;
+                }
+                Err(_) => return self.end(),
+            }
         }
-        to.flush().await?;
-        if read == buffer.len() && buffer.len() < 64 * 1024 {
-            buffer.resize(buffer.len() * 4, 0);
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+
+    /// Reads once, passes on what is taken at once, and keeps the rest. Returns
+    /// how much was read.
+    fn carry(
+        &mut self,
+        cx: &mut Context<'_>,
+        from: Pin<&mut dyn ByteStream>,
+        mut to: Pin<&mut dyn ByteStream>,
+        scratch: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
+        let mut buffer = ReadBuf::new(scratch);
+        ready!(from.poll_read(cx, &mut buffer))?;
+        let read = buffer.filled();
+        let mut taken = 0;
+        while taken < read.len() {
+            match to.as_mut().poll_write(cx, &read[taken..]) {
+                Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                Poll::Ready(written) => {
+                    let written = written?;
+                    self.frames.feed(&read[taken..taken + written]);
+                    taken += written;
+                }
+                Poll::Pending => {
+                    self.rest = read[taken..].to_vec();
+                    break;
+                }
+            }
         }
+        Poll::Ready(Ok(read.len()))
+    }
+
+    fn end(&mut self) -> Poll<()> {
+        (self.rest, self.taken, self.state) = (Vec::new(), 0, WayState::Ended);
+        Poll::Ready(())
     }
 }
 
@@ -237,11 +335,16 @@ impl AsyncWrite for Tapped {
     }
 }
 
+/// The longest header of a frame: two bytes, a length of eight, a mask of four
+/// (RFC 6455, 5.2).
+const HEADER_BYTES_MAX: usize = 14;
+
 /// Follows WebSocket frames only so far as to know where one ends, and whether
 /// it carries anything: pings and the like are sent by what nobody touches, too.
 #[derive(Debug, Default)]
 struct Frames {
-    header: Vec<u8>,
+    header: [u8; HEADER_BYTES_MAX],
+    header_bytes: usize,
     payload: u64,
     control: bool,
     tap: Option<Tap>,
@@ -258,12 +361,14 @@ impl Frames {
                 bytes = &bytes[skip..];
                 continue;
             }
-            self.header.push(bytes[0]);
+            // A header is complete after the longest one at the latest.
+            self.header[self.header_bytes] = bytes[0];
+            self.header_bytes += 1;
             bytes = &bytes[1..];
-            if let Some(payload) = payload(&self.header) {
+            if let Some(payload) = payload(&self.header[..self.header_bytes]) {
                 self.payload = payload;
-                self.control = self.header.first().is_some_and(|first| first & 0x08 != 0);
-                self.header.clear();
+                self.control = self.header[0] & 0x08 != 0;
+                self.header_bytes = 0;
             }
         }
         if let (true, Some(tap)) = (data, &self.tap) {
@@ -272,7 +377,7 @@ impl Frames {
     }
 
     fn at_boundary(&self) -> bool {
-        self.header.is_empty() && self.payload == 0
+        self.header_bytes == 0 && self.payload == 0
     }
 }
 

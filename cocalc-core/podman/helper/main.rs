@@ -12,6 +12,7 @@ mod services;
 mod session;
 mod sftp;
 mod sys;
+mod terminal;
 mod tool;
 mod users;
 

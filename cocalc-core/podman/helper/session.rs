@@ -17,10 +17,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{Registry, sys, users};
+use crate::{Registry, sys, terminal, users};
 
 /// The largest request: command, environment.
 const REQUEST_BYTES_MAX: usize = 2 << 20;
+/// The most modes that a terminal is given.
+const MODES_MAX: usize = 128;
 /// The largest message about a running process.
 const MESSAGE_BYTES_MAX: usize = 64;
 /// Where images keep the sftp server.
@@ -92,6 +94,7 @@ struct Asked {
     pty: bool,
     cols: u16,
     rows: u16,
+    modes: Vec<(u8, u32)>,
 }
 
 impl Asked {
@@ -103,6 +106,7 @@ impl Asked {
         let kind = input.u8()?;
         let args = input.texts()?;
         let env = input.texts()?;
+        let modes = input.modes()?;
 
         let user = if supervisor {
             // Nobody to become: everything runs as whoever started it.
@@ -151,7 +155,7 @@ impl Asked {
                 command.env(name, value);
             }
         }
-        Ok(Self { command, user, home, pty, cols, rows })
+        Ok(Self { command, user, home, pty, cols, rows, modes })
     }
 
     /// Where it may begin.
@@ -169,13 +173,14 @@ fn execute(
 ) -> io::Result<()> {
     let asked = Asked::read(&mut Input(frame), supervisor)?;
     let directories = asked.directories()?;
-    let Asked { mut command, user, home: _, pty, cols, rows } = asked;
+    let Asked { mut command, user, home: _, pty, cols, rows, modes } = asked;
 
     let mut fds = fds.into_iter();
     let mut next = || fds.next().ok_or_else(|| io::Error::other("a descriptor is missing"));
     let terminal = if pty {
         let (master, slave) = sys::open_pty()?;
         sys::set_size(&master, cols, rows);
+        terminal::set_modes(&slave, &modes);
         if let Some(user) = &user {
             let _ = fchown(&slave, Some(user.identity.uid), None);
         }
@@ -421,6 +426,18 @@ impl Input<'_> {
         let (head, rest) = self.0.split_at_checked(length).ok_or(io::ErrorKind::UnexpectedEof)?;
         self.0 = rest;
         String::from_utf8(head.to_vec()).map_err(io::Error::other)
+    }
+
+    /// A terminal's modes. A host of before has none to say.
+    fn modes(&mut self) -> io::Result<Vec<(u8, u32)>> {
+        if self.0.is_empty() {
+            return Ok(Vec::new());
+        }
+        let count = self.u32()? as usize;
+        if count > MODES_MAX {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        (0..count).map(|_| Ok((self.u8()?, self.u32()?))).collect()
     }
 
     fn texts(&mut self) -> io::Result<Vec<String>> {

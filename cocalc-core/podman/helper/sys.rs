@@ -23,6 +23,8 @@ const SIG_SETMASK: c_int = 2;
 const WNOHANG: c_int = 1;
 const PR_SET_CHILD_SUBREAPER: c_int = 36;
 const PR_SET_PDEATHSIG: c_int = 1;
+const TCGETS: c_ulong = 0x5401;
+const TCSETS: c_ulong = 0x5402;
 const TIOCSCTTY: c_ulong = 0x540e;
 const TIOCSWINSZ: c_ulong = 0x5414;
 const TIOCSPTLCK: c_ulong = 0x4004_5431;
@@ -237,6 +239,32 @@ pub(crate) fn set_size(terminal: &File, cols: u16, rows: u16) {
     let size = WinSize { rows, cols, x: 0, y: 0 };
     // SAFETY: the request takes a pointer to this struct.
     unsafe { ioctl(terminal.as_raw_fd(), TIOCSWINSZ, &size) };
+}
+
+/// The modes of a terminal, as the kernel lays them out on x86-64 and on 64-bit
+/// Arm (`struct termios` of asm-generic/termbits.h).
+#[repr(C)]
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub(crate) struct Termios {
+    pub(crate) input: u32,
+    pub(crate) output: u32,
+    pub(crate) control: u32,
+    pub(crate) local: u32,
+    line: u8,
+    pub(crate) characters: [u8; 19],
+}
+
+/// The modes that a terminal has.
+pub(crate) fn modes(terminal: &File) -> Option<Termios> {
+    let mut found = Termios::default();
+    // SAFETY: the request fills this struct, which is ours.
+    (unsafe { ioctl(terminal.as_raw_fd(), TCGETS, &mut found) } == 0).then_some(found)
+}
+
+/// Gives a terminal these modes.
+pub(crate) fn set_modes(terminal: &File, modes: &Termios) {
+    // SAFETY: the request takes a pointer to this struct.
+    unsafe { ioctl(terminal.as_raw_fd(), TCSETS, modes) };
 }
 
 /// Who a process is to be.

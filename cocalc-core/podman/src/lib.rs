@@ -46,7 +46,8 @@
 //! # What a project gets
 //!
 //! - 65,536 host uids from [`UID_BASE`]` + slot * 65536`; root inside is none of
-//!   the host's users.
+//!   the host's users. There are [`SLOTS`] such ranges for those that run and those
+//!   that are ready to; the one that was used longest ago makes room.
 //! - Twelve capabilities over its own files and processes, and limits of
 //!   processes, memory, CPU and open files. It sees no control groups.
 //! - podman's default seccomp filter, which also refuses mounts, keyrings, the
@@ -71,6 +72,8 @@
 mod agent;
 mod cgroup;
 mod command;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod image;
 mod kernel;
 mod mounts;

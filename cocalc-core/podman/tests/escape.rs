@@ -8,7 +8,7 @@ mod world;
 use std::{
     collections::BTreeMap,
     os::unix::{
-        fs::{MetadataExt, PermissionsExt},
+        fs::MetadataExt,
         net::{SocketAddr, UnixListener},
     },
     path::Path,
@@ -95,8 +95,7 @@ async fn surroundings(world: &World, neighbour: &ProjectSpec) -> Surroundings {
 /// Puts the probe where everybody in the project finds it.
 fn install(spec: &ProjectSpec) {
     let path = spec.volume.join("home/escape-probe");
-    std::fs::write(&path, PROBE).unwrap();
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    cocalc_testkit::executable::write(&path, PROBE);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -150,8 +149,7 @@ async fn a_strict_project_gains_no_privileges_and_the_others_have_sudo() {
 fn outside_of_a_project_the_probe_fails() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("escape-probe");
-    std::fs::write(&path, PROBE).unwrap();
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    cocalc_testkit::executable::write(&path, PROBE);
     let service = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let udp = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
     let name = format!("cocalc-outside-{}", std::process::id());

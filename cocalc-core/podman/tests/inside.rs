@@ -8,7 +8,7 @@
 mod world;
 
 use std::{
-    os::unix::{fs::PermissionsExt, net::UnixListener},
+    os::unix::net::UnixListener,
     path::PathBuf,
     process::Command as Program,
     time::{Duration, Instant},
@@ -104,7 +104,7 @@ async fn a_project_whose_helper_is_dead_silent_or_lies_is_entered_without_it() {
     let (exit, text) = world.run_as(project, None, "echo out; echo err >&2; exit 9").await;
     assert_eq!((exit, text.as_str()), (Exit::Code(9), "out\nerr\n"));
     assert_eq!(world.run(project, "printenv FROM_SPEC").await, "yes\n");
-    let pty = Pty { term: "xterm".into(), size: WindowSize { cols: 80, rows: 24 } };
+    let pty = Pty::new("xterm", WindowSize { cols: 80, rows: 24 });
     let terminal = ExecRequest { pty: Some(pty), ..line("true") };
     let refused = world.podman.exec(project, terminal).await.unwrap_err();
     assert!(refused.to_string().contains("without it there are no terminals"), "{refused}");
@@ -223,8 +223,7 @@ async fn a_podman_that_hangs_holds_up_nobody_and_what_was_meddled_with_is_seen()
     let (one, two) = (world.started(0).await, world.started(1).await);
     // A podman that hangs in every call.
     let wrapper = world.state.path().join("podman");
-    std::fs::write(&wrapper, "#!/bin/sh\nexec sleep 86400\n").unwrap();
-    std::fs::set_permissions(&wrapper, std::fs::Permissions::from_mode(0o755)).unwrap();
+    cocalc_testkit::executable::write(&wrapper, "#!/bin/sh\nexec sleep 86400\n");
     let real = std::env::split_paths(&std::env::var_os("PATH").unwrap())
         .map(|dir| dir.join("podman"))
         .find(|path| path.exists())

@@ -13,12 +13,14 @@ use std::{
 
 use cocalc_core::{
     ids::{Epoch, ProjectId},
-    runner::{Command, ExecRequest, Exit, Isolation, Limits, ProjectSpec, Runner, State},
+    runner::{Command, ExecRequest, Exit, Isolation, Limits, ProjectSpec, Pty, Runner, State, WindowSize},
 };
 use cocalc_podman::{ProcessRunner, Unenforceable};
 use cocalc_testkit::runner::{Harness, contract};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 
+/// Every wait has an end.
+const LIMIT: Duration = Duration::from_secs(60);
 /// Echoes on a port of its choice, which it prints.
 const ECHO: &str = r#"exec python3 -u -c '
 import socket, threading
@@ -94,6 +96,37 @@ async fn processes_keep_the_contract() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_terminal_has_the_modes_that_were_asked_for() {
+    let world = Processes::new().await;
+    let spec = world.spec().await;
+    world.runner.start(&spec).await.unwrap();
+    let shown = async |modes: Vec<(u8, u32)>| {
+        let size = WindowSize { cols: 80, rows: 24 };
+        let request = ExecRequest {
+            command: Command::Line("stty -a".into()),
+            pty: Some(Pty { modes, ..Pty::new("xterm", size) }),
+            ..ExecRequest::default()
+        };
+        let mut process = world.runner.exec(spec.project, request).await.unwrap();
+        let mut shown = String::new();
+        process.stdout.read_to_string(&mut shown).await.unwrap();
+        assert_eq!(process.handle.wait().await.unwrap(), Exit::Code(0), "{shown}");
+        assert!(!process.handle.ended_with_its_project());
+        shown
+    };
+    let new = shown(Vec::new()).await;
+    assert!(new.contains("intr = ^C") && new.contains(" echo "), "{new}");
+    // Unknown ones, and far too many, do no harm.
+    let mut modes = vec![(1, 7), (53, 0), (129, 9600), (200, 5), (11, 1)];
+    modes.extend([(54, 1); 1000]);
+    let set = shown(modes).await;
+    for mode in ["speed 9600 baud", "intr = ^G", "quit = ^\\", " -echo ", " echoe ", " icanon "] {
+        assert!(set.contains(mode), "{mode}: {set}");
+    }
+    world.runner.cleanup().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_lost_its_supervisor_ends_with_the_project() {
     let world = Processes::new().await;
     let spec = world.spec().await;
@@ -106,11 +139,20 @@ async fn what_lost_its_supervisor_ends_with_the_project() {
     let orphan = Path::new("/proc").join(pid.trim());
     assert!(orphan.exists());
 
+    let request = ExecRequest { command: Command::Line("sleep 1000".into()), ..ExecRequest::default() };
+    let mut lives = world.runner.exec(spec.project, request).await.unwrap();
+
     // The supervisor is killed, as by the kernel when memory is short.
     let record = world.dir.path().join("state/projects").join(format!("{}.json", spec.project));
     let record: serde_json::Value = serde_json::from_slice(&std::fs::read(record).unwrap()).unwrap();
     let supervisor = record["pid"].as_i64().unwrap().to_string();
     assert!(std::process::Command::new("kill").args(["-9", &supervisor]).status().unwrap().success());
+    let exit = process.handle.wait().await.unwrap();
+    assert_eq!(exit, Exit::Code(0), "it had ended before, by itself");
+    assert!(!process.handle.ended_with_its_project());
+    let exit = tokio::time::timeout(LIMIT, lives.handle.wait()).await.unwrap().unwrap();
+    assert_eq!(exit, Exit::Signal("KILL".into()));
+    assert!(lives.handle.ended_with_its_project());
     let stopped = loop {
         let status = world.runner.status(spec.project).await.unwrap();
         if status.state == State::Stopped {
@@ -213,7 +255,7 @@ async fn a_project_is_confined_as_far_as_the_kernel_has_it() {
 fn again(test: &str, line: &str) {
     let dir = tempfile::tempdir().unwrap();
     let program = dir.path().join("process");
-    std::fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+    cocalc_testkit::executable::copy(&std::env::current_exe().unwrap(), &program);
     std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
     let output = std::process::Command::new("/bin/sh")
         .args(["-c", line, "sh"])

@@ -8,7 +8,7 @@
 mod world;
 
 use std::{
-    os::unix::fs::{MetadataExt, PermissionsExt},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     process::Command,
     sync::Arc,
@@ -238,8 +238,7 @@ async fn another_image_keeps_home_and_the_former_one_its_layer() {
 fn noting(dir: &Path) -> (PathBuf, PathBuf) {
     let (script, calls) = (dir.join("podman"), dir.join("calls"));
     let text = format!("#!/bin/sh\necho \"$@\" >> {}\nexec podman \"$@\"\n", calls.display());
-    std::fs::write(&script, text).unwrap();
-    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+    cocalc_testkit::executable::write(&script, text);
     (script, calls)
 }
 
@@ -276,6 +275,48 @@ async fn a_start_asks_podman_for_its_own_container_however_many_there_are() {
     // Its receipt names each step.
     let steps: Vec<String> = podman.start_phases(spec.project).into_iter().map(|(step, _)| step).collect();
     assert_eq!(steps, ["container", "mounts", "podman start", "podman inspect"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_has_more_projects_than_ranges_of_ids_and_addresses() {
+    let world = World::new().await;
+    let builder = || world::builder(world.instance, world.state.path(), world.index, &world.volume).slots(2);
+    let podman = builder().build().await.unwrap();
+    // The last two ask for what this host has not.
+    let specs: Vec<ProjectSpec> = (0..4).map(|slot| world.project(slot)).collect();
+    let [one, two, three, four] = &specs[..] else { unreachable!() };
+    let run = async |podman: &Podman, spec: &ProjectSpec, line| {
+        world::run_in(podman, spec.project, Some("root"), line).await
+    };
+    for spec in [one, two] {
+        podman.start(spec).await.unwrap();
+        run(&podman, spec, "mkdir -p /opt/mine && chown 4242:4343 /opt/mine && echo kept > ~user/file").await;
+    }
+    let full = podman.start(three).await.unwrap_err();
+    assert!(matches!(full, Error::Busy { .. }), "{full}");
+    assert!(full.to_string().contains("2 projects run here"), "{full}");
+    // The one that was stopped gives up what it has, the one that runs nothing.
+    podman.stop(one.project, GRACE).await.unwrap();
+    podman.start(three).await.unwrap();
+    assert_eq!(podman.status(two.project).await.unwrap().state, State::Running);
+    let address = "hostname -I 2>/dev/null || cat /proc/net/fib_trie";
+    let (second, third) = (run(&podman, two, address).await, run(&podman, three, address).await);
+    assert_ne!(second, third);
+    assert!(podman.prepare(one).await.is_err(), "there is no place to make it ready in");
+    // Under other ids its files are what they were.
+    podman.stop(two.project, GRACE).await.unwrap();
+    podman.prepare(four).await.unwrap();
+    podman.start(one).await.unwrap();
+    assert_eq!(
+        run(&podman, one, "stat -c %u:%g /opt/mine; stat -c %U ~user; cat ~user/file").await,
+        "4242:4343\nuser\nkept\n"
+    );
+    // So it is for a runner that finds them.
+    let again = builder().build().await.unwrap();
+    again.stop(three.project, GRACE).await.unwrap();
+    again.start(two).await.unwrap();
+    assert_eq!(run(&again, two, "cat ~user/file").await, "kept\n");
+    assert_eq!(again.status(one.project).await.unwrap().state, State::Running);
 }
 
 /// A registry with one user, on a port of its own.

@@ -282,7 +282,7 @@ mod tests {
     #[tokio::test]
     async fn typing_is_work_and_a_terminal_is_warned() {
         let (metered, meters, project) = world().await;
-        let pty = Pty { term: "xterm".into(), size: WindowSize { cols: 80, rows: 24 } };
+        let pty = Pty::new("xterm", WindowSize { cols: 80, rows: 24 });
         let request = ExecRequest { command: Command::Shell, pty: Some(pty), ..ExecRequest::default() };
         let mut process = metered.exec(project, request).await.unwrap();
         meters.take(project);

@@ -43,6 +43,8 @@ const LAST_WORD_MAX: Duration = Duration::from_secs(1);
 const NO_PROJECT: &str = "this is a way to projects, and none itself: ssh -J jump@this-server ID@ID";
 /// How long what a client sent before it closed a channel may take to be read.
 pub(crate) const DELIVER_MAX: Duration = Duration::from_secs(60);
+/// What is said when a command has ended only because its project has.
+pub(crate) const PROJECT_ENDED: &str = "the project has ended, and the command with it";
 /// What OpenSSH returns when it, and not the remote command, failed.
 const OUR_FAILURE: u32 = 255;
 const STDERR: u32 = 1;
@@ -93,8 +95,9 @@ pub(crate) async fn session(
             Ended::Lost(error) => {
                 last_word(access).await;
                 tracing::warn!(project = %access.project, error = %cocalc_core::chain(&error), "a process was lost");
-                Err(format!("the process was lost: {error}"))
+                Err(format!("the process was lost: {}", cocalc_core::chain(&error)))
             }
+            Ended::Cut => Err(PROJECT_ENDED.into()),
             Ended::Abandoned => Ok(None),
         }
     };

@@ -311,7 +311,7 @@ impl Connection {
         let id = channel.id();
         let (_, write) = channel.split();
         let ends = Ends::default();
-        let (sender, receiver) = input(&self.budget, project(&login), &ends.overflow);
+        let (sender, receiver) = input(&self.budget, project(&login), &ends.overflow, self.grip.wake());
         let (controls, _) = mpsc::channel(1);
         let outward = Outward { write, handle: session.handle(), meter: self.meter.clone() };
         let run = channel::forward(outward, reply, login, target, receiver, ends.clone());
@@ -361,7 +361,7 @@ impl Connection {
         let request = ExecRequest { command, env, pty, user: None };
         let has_pty = request.pty.is_some();
         let ends = Ends::default();
-        let (sender, receiver) = input(&self.budget, project(&login), &ends.overflow);
+        let (sender, receiver) = input(&self.budget, project(&login), &ends.overflow, self.grip.wake());
         let (controls, steered) = mpsc::channel(16);
         let outward = Outward { write, handle: session.handle(), meter: self.meter.clone() };
         let agent = agent.then_some(("SSH_AUTH_SOCK", Kind::Agent, "your agent"));
@@ -454,6 +454,12 @@ fn window_size(cols: u32, rows: u32) -> WindowSize {
         Err(_) => u16::MAX,
     };
     WindowSize { cols: clamp(cols, 80), rows: clamp(rows, 24) }
+}
+
+/// The modes that the library knows; in the place of others it has an end.
+fn known(modes: &[(russh::Pty, u32)]) -> Vec<(u8, u32)> {
+    let modes = modes.iter().filter(|(code, _)| *code != russh::Pty::TTY_OP_END);
+    modes.map(|(code, value)| (*code as u8, *value)).take(Pty::MODES_MAX).collect()
 }
 
 fn project(login: &Login) -> ProjectId {
@@ -612,7 +618,15 @@ impl Handler for Connection {
             return Ok(());
         };
         let target = if let Login::Passage(_) = &*login {
-            let Some(project) = self.project(host_to_connect).await else {
+            // A name that no project has, but one could, leads to somebody who
+            // refuses it, like one that means something: nobody has proved
+            // anything here.
+            let name = host_to_connect;
+            let project = match self.project(name).await {
+                None if name.parse::<ProjectAlias>().is_ok() => Some(nobodys(name)),
+                project => project,
+            };
+            let Some(project) = project else {
                 reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await;
                 return Ok(());
             };
@@ -662,7 +676,7 @@ impl Handler for Connection {
     ) -> Result<(), Self::Error> {
         let Some(login) = self.login.clone().filter(|_| self.has_room()) else { return session.close(id) };
         let ends = Ends::default();
-        let (sender, input) = input(&self.budget, project(&login), &ends.overflow);
+        let (sender, input) = input(&self.budget, project(&login), &ends.overflow, self.grip.wake());
         let (controls, _) = mpsc::channel(1);
         let state =
             State::Running { input: Some(sender), controls, ends: ends.clone(), pty: false, process: false };
@@ -782,7 +796,7 @@ impl Handler for Connection {
         row_height: u32,
         _pix_width: u32,
         _pix_height: u32,
-        _modes: &[(russh::Pty, u32)],
+        modes: &[(russh::Pty, u32)],
         session: &mut Session,
     ) -> Result<(), Self::Error> {
         if !self.permits_pty() {
@@ -792,7 +806,8 @@ impl Handler for Connection {
         match self.channels.get_mut(&channel) {
             Some(State::Waiting { pty, .. }) if named => {
                 let term = if term.is_empty() { "dumb" } else { term };
-                *pty = Some(Pty { term: term.to_owned(), size: window_size(col_width, row_height) });
+                let size = window_size(col_width, row_height);
+                *pty = Some(Pty { modes: known(modes), ..Pty::new(term, size) });
                 session.channel_success(channel)
             }
             _ => session.channel_failure(channel),
@@ -942,6 +957,15 @@ mod tests {
         {
             assert!(!is_loopback(outside), "{outside}");
         }
+    }
+
+    #[test]
+    fn modes_are_passed_on_by_their_numbers() {
+        use russh::Pty as Code;
+        let sent =
+            [(Code::VINTR, 7), (Code::TTY_OP_END, 0), (Code::ECHO, 0), (Code::TTY_OP_OSPEED, u32::MAX)];
+        assert_eq!(known(&sent), [(1, 7), (53, 0), (129, u32::MAX)]);
+        assert_eq!(known(&[(Code::ECHO, 1); 500]).len(), Pty::MODES_MAX);
     }
 
     #[test]

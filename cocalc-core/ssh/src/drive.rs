@@ -41,6 +41,8 @@ pub(crate) enum Ended {
     Exit(Exit),
     /// The runner cannot tell.
     Lost(Error),
+    /// The project has ended, and the process with it.
+    Cut,
     /// Its user has gone; it was killed.
     Abandoned,
 }
@@ -67,6 +69,7 @@ pub(crate) async fn drive<F: Future<Output = ()>>(
     let mut exit: Option<(Exit, Instant)> = None;
     loop {
         match &exit {
+            Some(_) if shown && handle.ended_with_its_project() => return Ended::Cut,
             Some((exit, _)) if shown => return Ended::Exit(exit.clone()),
             _ => {}
         }

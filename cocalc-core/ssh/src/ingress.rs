@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use cocalc_core::stream::BoxStream;
+use cocalc_core::{auth::Denial, stream::BoxStream};
 use russh::{
     Disconnect, MethodSet, SshId,
     keys::Certificate,
@@ -42,6 +42,8 @@ const REFUSAL_TIME: Duration = Duration::from_millis(500);
 const TARPIT_MAX: usize = 256;
 /// How long.
 const TARPIT_TIME: Duration = Duration::from_secs(10);
+/// What is said when a project, or at a proxy its host, is there no more.
+const LEFT: &str = "the project or its host has gone from here: connect again";
 /// How long a client may take to hear that it is over.
 const FAREWELL_MAX: Duration = Duration::from_secs(1);
 
@@ -455,7 +457,10 @@ impl Inner {
                     () = telling => return,
                     reason = revoked => {
                         tracing::info!(%reason, "an SSH connection was ended");
-                        "your access has ended".to_owned()
+                        match reason {
+                            Denial::NotHere(_) => LEFT.to_owned(),
+                            _ => "your access has ended".to_owned(),
+                        }
                     }
                     () = end.over.cancelled() => "the server is shutting down".to_owned(),
                     () = async {

@@ -60,6 +60,15 @@
 //! The library keeps some kilobytes of each closed channel while a connection
 //! lives, so one connection opens 10,000 channels at most; clients then open
 //! another.
+//!
+//! It answers a `break` (RFC 4335) itself, with a failure, which that document
+//! foresees for terminals that have no line to break, as these have none.
+//!
+//! It verifies signatures of security keys (`sk-…`), which their flags and counter
+//! are part of, but tells nobody the flags: a signature that was made without a
+//! touch is as good as one with. That a touch, or a PIN, is demanded is up to the
+//! key, and keys that are listed with `verify-required` or `no-touch-required` are
+//! refused, because neither could be kept.
 
 mod algorithms;
 mod brief;
@@ -68,6 +77,8 @@ pub mod client;
 mod connection;
 mod drive;
 mod environment;
+#[doc(hidden)]
+pub mod fuzzing;
 mod gate;
 mod host_keys;
 mod ingress;

@@ -12,7 +12,8 @@ use std::{
 use cocalc_core::stream::BoxStream;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    time::{Instant, Sleep},
+    sync::Notify,
+    time::timeout,
 };
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
@@ -21,7 +22,7 @@ pub(crate) struct Line {
     stream: BoxStream,
     grip: Grip,
     cut: Pin<Box<WaitForCancellationFutureOwned>>,
-    rest: Option<Pin<Box<Sleep>>>,
+    rest: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
 }
 
 /// Holds a [`Line`] from elsewhere.
@@ -29,6 +30,7 @@ pub(crate) struct Line {
 pub(crate) struct Grip {
     cut: CancellationToken,
     rest: Arc<Mutex<Option<Duration>>>,
+    wake: Arc<Notify>,
 }
 
 impl Grip {
@@ -38,9 +40,14 @@ impl Grip {
         self.cut.cancel();
     }
 
-    /// Reads nothing for `time`, once.
+    /// Reads nothing for `time`, once, or until [`Self::wake`].
     pub(crate) fn rest(&self, time: Duration) {
         *self.rest.lock().unwrap_or_else(PoisonError::into_inner) = Some(time);
+    }
+
+    /// What ends a rest early; one that comes when there is none ends the next.
+    pub(crate) fn wake(&self) -> &Arc<Notify> {
+        &self.wake
     }
 }
 
@@ -67,7 +74,10 @@ impl AsyncRead for Line {
         self.poll_cut(cx)?;
         let rest = self.grip.rest.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(time) = rest {
-            self.rest = Some(Box::pin(tokio::time::sleep_until(Instant::now() + time)));
+            let wake = Arc::clone(&self.grip.wake);
+            self.rest = Some(Box::pin(async move {
+                let _ = timeout(time, wake.notified()).await;
+            }));
         }
         if let Some(rest) = &mut self.rest {
             std::task::ready!(rest.as_mut().poll(cx));

@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     Access, Attempt, Gate, Login, Sessions, SshIngress, Witness,
+    channel::PROJECT_ENDED,
     drive::{Control, Ended, Sink, drive},
     environment,
     wire::{self, Answer, Call, Failure, Frame, Hello, Shown},
@@ -249,6 +250,7 @@ async fn exec(
     let last = match ended {
         Ended::Exit(exit) => Frame::Exit(exit),
         Ended::Lost(error) => Frame::Lost(cocalc_core::chain(&error)),
+        Ended::Cut => Frame::Lost(PROJECT_ENDED.into()),
         Ended::Abandoned => return Ok(()),
     };
     let mut writer = sink.writer.into_inner();

@@ -158,7 +158,7 @@ impl Reverse {
         let tool = Tool::Listen { place, ticket: ticket.clone() };
         channel::wake(access, Instant::now() + channel::WAKE_MAX, None).await?;
         let Process { mut stdin, stdout, stderr: _, mut handle } = start(access, tool).await?;
-        let mut lines = Lines { from: stdout, buffer: Vec::new() };
+        let mut lines = Lines::new(stdout);
         if let Kind::X11 { protocol, cookie, screen } = &kind {
             let line = format!("{protocol} {cookie} {screen}\n");
             stdin.write_all(line.as_bytes()).await.map_err(|error| error.to_string())?;
@@ -286,7 +286,7 @@ pub(crate) async fn connect(access: &Access, tool: Tool) -> Result<Connected, St
     match timeout(OPEN_MAX, stdout.read_exact(&mut answer)).await {
         Ok(Ok(_)) if answer == *b"+" => Ok(Connected { from: stdout, to: stdin, process: handle }),
         Ok(Ok(_)) => {
-            let mut reason = Lines { from: stdout, buffer: Vec::new() };
+            let mut reason = Lines::new(stdout);
             let reason = timeout(ANSWER_MAX, reason.next()).await.ok().flatten();
             Err(reason.unwrap_or_else(|| "it failed".into()))
         }
@@ -305,7 +305,7 @@ async fn start(access: &Access, tool: Tool) -> Result<Process, String> {
 }
 
 /// The number and the peer of `A <number> <address> <port>`.
-fn accepted(line: &str) -> Option<(u32, (String, u32))> {
+pub(crate) fn accepted(line: &str) -> Option<(u32, (String, u32))> {
     let mut words = line.split(' ');
     let ("A", number, address, port) = (words.next()?, words.next()?, words.next()?, words.next()?) else {
         return None;
@@ -316,15 +316,19 @@ fn accepted(line: &str) -> Option<(u32, (String, u32))> {
     Some((number.parse().ok()?, (address.to_owned(), port.parse().ok()?)))
 }
 
-struct Lines {
+pub(crate) struct Lines {
     from: BoxRead,
     buffer: Vec<u8>,
 }
 
 impl Lines {
+    pub(crate) fn new(from: BoxRead) -> Self {
+        Self { from, buffer: Vec::new() }
+    }
+
     /// The next line; `None` after the last, or after one that is none. Cancel
     /// safe.
-    async fn next(&mut self) -> Option<String> {
+    pub(crate) async fn next(&mut self) -> Option<String> {
         loop {
             if let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = self.buffer.drain(..=end).collect();
@@ -362,9 +366,9 @@ mod tests {
     #[tokio::test]
     async fn lines_are_bounded() {
         let endless = vec![b'x'; 100_000];
-        let mut lines = Lines { from: Box::pin(std::io::Cursor::new(endless)), buffer: Vec::new() };
+        let mut lines = Lines::new(Box::pin(std::io::Cursor::new(endless)));
         assert_eq!(lines.next().await, None);
-        let mut lines = Lines { from: Box::pin(&b"a\nb\n\xff\n"[..]), buffer: Vec::new() };
+        let mut lines = Lines::new(Box::pin(&b"a\nb\n\xff\n"[..]));
         assert_eq!(lines.next().await.as_deref(), Some("a"));
         assert_eq!(lines.next().await.as_deref(), Some("b"));
         assert_eq!(lines.next().await, None);

@@ -89,7 +89,7 @@ async fn the_client_has_terminals() {
     let client = connect(&world, world.proxied, &token(TOKEN)).await.unwrap();
     let size = WindowSize { cols: 90, rows: 30 };
     let script = r#"stty size; until [ "$(stty size)" = "40 120" ]; do sleep 0.02; done; exit 5"#;
-    let request = ExecRequest { pty: Some(Pty { term: "vt100".into(), size }), ..line(script) };
+    let request = ExecRequest { pty: Some(Pty::new("vt100", size)), ..line(script) };
     let mut process = client.exec(&request).await.unwrap();
     assert!(process.stderr.is_none());
     let mut shown = [0; 7];

@@ -8,6 +8,7 @@
 pub mod auth_sim;
 pub mod backups;
 pub mod bus;
+pub mod executable;
 pub mod faults;
 pub mod router;
 pub mod runner;

@@ -201,7 +201,7 @@ async fn terminals(harness: &dyn Harness) {
     let runner = harness.runner();
     let spec = harness.spec().await;
     runner.start(&spec).await.unwrap();
-    let pty = |cols, rows| Pty { term: "xterm-256color".into(), size: WindowSize { cols, rows } };
+    let pty = |cols, rows| Pty::new("xterm-256color", WindowSize { cols, rows });
     let request = ExecRequest {
         command: Command::Line("stty size; cat; exit 4".into()),
         pty: Some(pty(100, 30)),

@@ -1,6 +1,12 @@
 //! Dialing peers.
 
-use std::{fmt, io, net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fmt, io,
+    net::IpAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use cocalc_auth::{PublicKey, identity::Identity};
@@ -11,13 +17,18 @@ use cocalc_core::{
 };
 use cocalc_ids::HostId;
 use rustls::pki_types::ServerName;
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, sync::Semaphore};
 use tokio_rustls::TlsConnector;
 
 use crate::{
     frame::{self, Hello, Welcome},
     tls::{SetupError, Tls},
 };
+
+/// How many handshakes with one host are under way at once; more wait for their
+/// turn. Half of what a listener allows an address by default, at which two peers
+/// may be.
+const HANDSHAKES_PER_HOST: usize = 32;
 
 /// Where hosts are and what proves them, as the master published it.
 pub type AddressBook = Arc<dyn Fn(HostId) -> Option<HostAddress> + Send + Sync>;
@@ -62,11 +73,25 @@ impl Connector for DirectConnector {
 
 /// Dials with one identity.
 #[derive(Clone, Debug)]
-pub(crate) struct Dialer(Tls);
+pub(crate) struct Dialer {
+    tls: Tls,
+    turns: Arc<Mutex<BTreeMap<HostId, Arc<Semaphore>>>>,
+}
 
 impl Dialer {
     pub(crate) fn new(identity: &Identity) -> Result<Self, SetupError> {
-        Tls::new(identity).map(Self)
+        Ok(Self { tls: Tls::new(identity)?, turns: Arc::default() })
+    }
+
+    /// Who waits for a host that is silent keeps nobody from another.
+    fn turns(&self, host: HostId) -> Arc<Semaphore> {
+        let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(turns) = turns.get(&host) {
+            return Arc::clone(turns);
+        }
+        // Hosts come and go; those that nobody dials now are made again.
+        turns.retain(|_, turns| Arc::strong_count(turns) > 1);
+        Arc::clone(turns.entry(host).or_insert_with(|| Arc::new(Semaphore::new(HANDSHAKES_PER_HOST))))
     }
 
     pub(crate) async fn dial(
@@ -79,8 +104,11 @@ impl Dialer {
     ) -> Result<BoxStream, Error> {
         let untrusted = |reason: String| Error::Untrusted { host, reason };
         let key: PublicKey = address.identity.parse().map_err(|error| untrusted(format!("{error}")))?;
-        let config = self.0.client(key).map_err(|error| untrusted(cocalc_core::chain(&error)))?;
+        let config = self.tls.client(key).map_err(|error| untrusted(cocalc_core::chain(&error)))?;
+        let turns = self.turns(host);
         let connect = async {
+            // Nobody closes it; without a turn the dialing would only be refused.
+            let _turn = turns.acquire().await;
             let stream = TcpStream::connect(&address.peer).await.map_err(unreachable(host))?;
             stream.set_nodelay(true).map_err(unreachable(host))?;
             let name = ServerName::IpAddress(std::net::Ipv4Addr::UNSPECIFIED.into());

@@ -64,6 +64,8 @@
 mod chunks;
 mod connector;
 mod frame;
+#[doc(hidden)]
+pub mod fuzzing;
 mod listener;
 mod receive;
 mod send;

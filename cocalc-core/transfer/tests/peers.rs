@@ -225,6 +225,46 @@ async fn one_address_has_so_many_handshakes_and_no_more() {
 }
 
 #[tokio::test]
+async fn many_streams_at_once_wait_for_their_handshakes_instead_of_failing() {
+    let served = serve(SOON * 6, 64).await;
+    let connector = connector(&served.proxy_key, served.host, &served.address);
+    let mut opening = tokio::task::JoinSet::new();
+    for _ in 0..400 {
+        let (connector, host) = (connector.clone(), served.host);
+        opening.spawn(async move { connector.open(host, Service::Http, None, SOON * 6).await });
+    }
+    let mut open = Vec::new();
+    while let Some(opened) = opening.join_next().await {
+        open.push(opened.unwrap().unwrap());
+    }
+    assert_eq!(open.len(), 400);
+}
+
+#[tokio::test]
+async fn a_host_that_is_silent_holds_up_no_other() {
+    let served = serve(SOON, 64).await;
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (dead, here) = (HostId::random(), served.host);
+    let at = HostAddress { peer: silent.local_addr().unwrap().to_string(), ..served.address.clone() };
+    let there = served.address.clone();
+    let book = move |asked| {
+        let address = if asked == dead { &at } else { &there };
+        (asked == dead || asked == here).then(|| address.clone())
+    };
+    let connector = DirectConnector::new(&served.proxy_key, Arc::new(book)).unwrap();
+    let mut waiting = tokio::task::JoinSet::new();
+    for _ in 0..100 {
+        let connector = connector.clone();
+        waiting.spawn(async move { connector.open(dead, Service::Http, None, Duration::from_secs(3)).await });
+    }
+    tokio::task::yield_now().await;
+    connector.open(here, Service::Http, None, SOON * 6).await.unwrap();
+    while let Some(ended) = waiting.join_next().await {
+        assert!(matches!(ended.unwrap(), Err(Error::TimedOut { .. })));
+    }
+}
+
+#[tokio::test]
 async fn shutdown_ends_the_listener_and_its_connections() {
     let (host_key, proxy_key) = (Identity::generate().unwrap(), Identity::generate().unwrap());
     let key = proxy_key.public_key();

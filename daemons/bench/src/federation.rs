@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use crate::{
     Result,
+    container::first_process,
     tool::{attached, end, finish, first_byte, run, text, wait_for},
 };
 
@@ -24,6 +25,22 @@ pub(crate) const APP_PORT: u16 = 8000;
 const UP_LIMIT: Duration = Duration::from_secs(600);
 /// An operation of the master.
 pub(crate) const OPERATION_LIMIT: Duration = Duration::from_secs(300);
+
+/// What a host lets one address or account do.
+const LIMITS: [&str; 12] = [
+    "SOURCE_PER_SEC",
+    "SOURCE_BURST",
+    "ACCOUNT_PER_SEC",
+    "ACCOUNT_BURST",
+    "PROJECT_PER_SEC",
+    "PROJECT_BURST",
+    "HOST_PER_SEC",
+    "HOST_BURST",
+    "CONNECTIONS",
+    "CONNECTIONS_PER_SOURCE",
+    "SSH_CONNECTIONS",
+    "SSH_CONNECTIONS_PER_SOURCE",
+];
 
 /// A running federation, which ends with the value.
 #[derive(Debug)]
@@ -40,6 +57,7 @@ pub(crate) struct Federation {
 #[derive(Debug, Default, Deserialize)]
 struct Described {
     master: Master,
+    proxy: Proxy,
     hosts: Vec<Host>,
     project: Project,
 }
@@ -50,6 +68,11 @@ struct Master {
     admin_token: String,
 }
 
+#[derive(Debug, Default, Deserialize)]
+struct Proxy {
+    pid: u32,
+}
+
 /// A host of the federation.
 #[derive(Clone, Debug, Deserialize)]
 pub(crate) struct Host {
@@ -57,6 +80,7 @@ pub(crate) struct Host {
     pub(crate) name: String,
     pub(crate) storage: String,
     pub(crate) volume: PathBuf,
+    pub(crate) pid: u32,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -73,6 +97,8 @@ pub(crate) struct Connect {
     pub(crate) proxy: String,
     /// `user@host` and port.
     pub(crate) ssh: (String, String),
+    /// The same at the proxy, as one text.
+    pub(crate) proxy_ssh: String,
 }
 
 impl Federation {
@@ -86,6 +112,9 @@ impl Federation {
             .args(["up", "--base-port", &base_port.to_string(), "--dir"])
             .arg(dir.join("data"))
             .args(["--storage", "btrfs", "--runner", "podman"])
+            // One user at one address is all the load here: what the ingresses
+            // cost is measured, not whom they slow down.
+            .envs(LIMITS.map(|limit| (format!("COCALC_HOST_LIMITS_{limit}"), "1000000")))
             .stdout(log.try_clone()?)
             .stderr(log)
             .spawn()?;
@@ -124,6 +153,19 @@ impl Federation {
             [first, second, ..] => Ok([first, second]),
             _ => Err("a federation without two hosts".into()),
         }
+    }
+
+    /// The process of the proxy.
+    pub(crate) fn proxy_pid(&self) -> u32 {
+        self.described.proxy.pid
+    }
+
+    /// The first process of a running project, as this machine numbers it.
+    pub(crate) fn first_process(&self, project: &str) -> Result<u32> {
+        let mut podman = Command::new("podman");
+        podman.args(["ps", "--quiet", "--filter", &format!("label=cocalc.project={project}")]);
+        let found = text(&mut podman, Duration::from_secs(60))?;
+        first_process(found.split_whitespace().next().ok_or("the project has no container that runs")?)
     }
 
     /// Calls the master: without a body to read, with one to change.
@@ -180,6 +222,12 @@ impl Federation {
         Ok(command)
     }
 
+    /// Changes what a project may use, with the options of `cocalc project limits`.
+    pub(crate) fn limits(&self, project: &str, options: &[&str]) -> Result<()> {
+        let mut cocalc = self.cocalc()?;
+        run(cocalc.args(["project", "limits", project]).args(options), OPERATION_LIMIT).map(drop)
+    }
+
     /// A token for the project, for five minutes.
     pub(crate) fn connect(&self, project: &str) -> Result<Connect> {
         let answer = self
@@ -194,6 +242,7 @@ impl Federation {
             direct: app("direct")?,
             proxy: app("proxy")?,
             ssh: (user.to_owned(), port.to_owned()),
+            proxy_ssh: field(&answer["proxy"], "ssh")?,
         })
     }
 
@@ -234,8 +283,14 @@ impl Federation {
             stdin.write_all(&std::fs::read(app)?)?;
         }
         finish("ssh", child, Duration::from_secs(60))?;
+        self.wait_for_app()
+    }
+
+    /// Waits until the app of the sample project answers.
+    pub(crate) fn wait_for_app(&self) -> Result<()> {
+        let connect = self.connect(self.project())?;
         let (address, path) = split(&connect.direct)?;
-        first_byte(address, &path, Some(&connect.token), Duration::from_secs(30))
+        first_byte(address, &path, Some(&connect.token), Duration::from_secs(60))
     }
 
     /// The app as a file on this machine.
@@ -249,16 +304,21 @@ impl Federation {
         Ok(path)
     }
 
-    /// A command that runs in the network namespace of the sample project.
-    pub(crate) fn inside(&self, program: &str) -> Result<Command> {
+    /// The network namespace of the sample project.
+    pub(crate) fn namespace(&self) -> Result<PathBuf> {
         let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
         let namespace = mounts
             .lines()
             .filter_map(|line| line.split(' ').nth(4))
             .find(|path| path.contains(&self.described.hosts[0].id) && path.ends_with(self.project()))
             .ok_or("the network namespace of the project is not to be found")?;
+        Ok(namespace.into())
+    }
+
+    /// A command that runs in the network namespace of the sample project.
+    pub(crate) fn inside(&self, program: &str) -> Result<Command> {
         let mut command = attached("nsenter");
-        command.arg(format!("--net={namespace}")).arg(program);
+        command.arg(format!("--net={}", self.namespace()?.display())).arg(program);
         Ok(command)
     }
 }

@@ -4,10 +4,13 @@
 
 mod auth;
 mod backup;
+mod container;
 mod federation;
 mod hogs;
 mod http;
 mod moves;
+mod processes;
+mod projects;
 mod ssh;
 mod start;
 mod storage;
@@ -54,8 +57,11 @@ struct Arguments {
 /// A part of the table.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
 enum Part {
-    /// From `project start` to the first byte of an app.
+    /// From `project start` to the first byte of an app, stops, commands, and what
+    /// idle projects take.
     Start,
+    /// A start on a host with thousands of stopped projects.
+    Stopped,
     /// Verifications of connect tokens.
     Tokens,
     /// Decisions of a host: token, limits, ACL, audit.
@@ -83,6 +89,12 @@ struct Effort {
     seconds: u32,
     /// Of the file that goes through SSH.
     ssh_mib: u32,
+    /// Of the tree that goes through it.
+    small_files: u32,
+    /// Of SSH sessions that are open at once.
+    sessions: u32,
+    /// Of commands one after the other in a connection.
+    rounds: u32,
     /// Of the project that moves.
     move_mib: u32,
     /// With how many snapshots present another one is taken.
@@ -94,6 +106,14 @@ struct Effort {
     stream_files: u32,
     /// On the volume with many of them.
     projects: u32,
+    /// That are silent at the same time.
+    websockets: u32,
+    /// That are started at once, and that are idle.
+    at_once: u32,
+    /// How long they are looked at.
+    idle_secs: u64,
+    /// That a host has beside the one that is started.
+    stopped: u32,
     /// Beside hogs.
     neighbours: u32,
 }
@@ -133,13 +153,20 @@ fn fill(arguments: &Arguments, table: &mut Table) -> Result<()> {
         Effort {
             runs: arguments.runs.min(2),
             seconds: 1,
-            ssh_mib: 64,
+            ssh_mib: 16,
+            small_files: 300,
+            sessions: 20,
+            rounds: 5,
             move_mib: 64,
             snapshots: &[1, 20],
             snapshot_runs: 5,
             stream_mib: 16,
             stream_files: 400,
             projects: 100,
+            websockets: 200,
+            at_once: 3,
+            idle_secs: 5,
+            stopped: 20,
             neighbours: 4,
         }
     } else {
@@ -147,12 +174,19 @@ fn fill(arguments: &Arguments, table: &mut Table) -> Result<()> {
             runs: arguments.runs,
             seconds: 3,
             ssh_mib: 256,
+            small_files: 20_000,
+            sessions: 200,
+            rounds: 50,
             move_mib: 1024,
             snapshots: &[1, 100, 1000],
             snapshot_runs: 50,
             stream_mib: 1024,
             stream_files: 20_000,
             projects: 5_000,
+            websockets: 10_000,
+            at_once: 10,
+            idle_secs: 60,
+            stopped: 2_000,
             neighbours: 20,
         }
     };
@@ -183,6 +217,7 @@ fn fill(arguments: &Arguments, table: &mut Table) -> Result<()> {
         (Part::Ssh, ssh::measure),
         (Part::Moves, moves::measure),
         (Part::Hogs, hogs::measure),
+        (Part::Stopped, start::stopped::measure),
     ] {
         if !wanted(part) {
             continue;

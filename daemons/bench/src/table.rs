@@ -1,4 +1,5 @@
-//! Rows of the table: what was seen, its median, and the ratio to the peer's.
+//! Rows of the table: what was seen, its median, the ratio to the peer's, and
+//! whether that is what was aimed at.
 
 use serde::Serialize;
 
@@ -8,6 +9,7 @@ use crate::Result;
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct Table {
     rows: Vec<Row>,
+    numbers: Vec<Number>,
     notes: Vec<String>,
 }
 
@@ -22,8 +24,49 @@ struct Row {
     peer_median: f64,
     /// Ours divided by the peer's.
     ratio: f64,
+    goal: Option<Goal>,
+    /// Whether the ratio reaches the goal.
+    met: Option<bool>,
     ours_samples: Vec<f64>,
     peer_samples: Vec<f64>,
+}
+
+/// What has no peer, or is to be seen by itself.
+#[derive(Debug, Serialize)]
+struct Number {
+    what: String,
+    unit: &'static str,
+    median: f64,
+    goal: Option<Goal>,
+    met: Option<bool>,
+    samples: Vec<f64>,
+}
+
+/// What a ratio, or a number without a peer, is to reach.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Goal {
+    AtLeast(f64),
+    AtMost(f64),
+}
+
+impl Goal {
+    /// Nothing measured reaches no goal.
+    fn met_by(self, value: f64) -> bool {
+        match self {
+            Self::AtLeast(least) => value >= least,
+            Self::AtMost(most) => value <= most,
+        }
+    }
+
+    fn text(goal: Option<Self>, met: Option<bool>) -> String {
+        let met = if met == Some(true) { "met" } else { "missed" };
+        match goal {
+            Some(Self::AtLeast(least)) => format!("≥ {least} {met}"),
+            Some(Self::AtMost(most)) => format!("≤ {most} {met}"),
+            None => String::new(),
+        }
+    }
 }
 
 /// Which way is better.
@@ -44,7 +87,21 @@ impl Table {
         ours: &[f64],
         peers: &[f64],
     ) {
+        self.compare(what, peer, (unit, better), ours, peers, None);
+    }
+
+    /// Adds a comparison whose ratio is to reach something, and says it.
+    pub(crate) fn compare(
+        &mut self,
+        what: impl Into<String>,
+        peer: impl Into<String>,
+        (unit, better): (&'static str, Better),
+        ours: &[f64],
+        peers: &[f64],
+        goal: Option<Goal>,
+    ) {
         let (ours_median, peer_median) = (median(ours), median(peers));
+        let ratio = ours_median / peer_median;
         let row = Row {
             what: what.into(),
             peer: peer.into(),
@@ -52,12 +109,33 @@ impl Table {
             better,
             ours_median,
             peer_median,
-            ratio: ours_median / peer_median,
+            ratio,
+            goal,
+            met: goal.map(|goal| goal.met_by(ratio)),
             ours_samples: ours.to_vec(),
             peer_samples: peers.to_vec(),
         };
-        eprintln!("{}: {:.3} against {}: {:.3} {unit}", row.what, ours_median, row.peer, peer_median);
+        let goal = Goal::text(row.goal, row.met);
+        eprintln!(
+            "{}: {ours_median:.3} against {}: {peer_median:.3} {unit}, {ratio:.2} {goal}",
+            row.what, row.peer
+        );
         self.rows.push(row);
+    }
+
+    /// Adds a number without a peer, and says it.
+    pub(crate) fn number(
+        &mut self,
+        what: impl Into<String>,
+        unit: &'static str,
+        samples: &[f64],
+        goal: Option<Goal>,
+    ) {
+        let median = median(samples);
+        let met = goal.map(|goal| goal.met_by(median));
+        let number = Number { what: what.into(), unit, median, goal, met, samples: samples.to_vec() };
+        eprintln!("{}: {median:.3} {unit} {}", number.what, Goal::text(goal, met));
+        self.numbers.push(number);
     }
 
     /// Adds what helps to read the rows.
@@ -69,20 +147,44 @@ impl Table {
 
     /// Prints it as Markdown.
     pub(crate) fn print(&self) {
+        self.print_rows();
+        if !self.numbers.is_empty() {
+            println!("| what | seen | unit | goal | range | runs |");
+            println!("|---|---:|---|---|---|---:|");
+        }
+        for number in &self.numbers {
+            println!(
+                "| {} | {} | {} | {} | {} | {} |",
+                number.what,
+                self::number(number.median),
+                number.unit,
+                Goal::text(number.goal, number.met),
+                range(&number.samples),
+                number.samples.len(),
+            );
+        }
+        println!();
+        for note in &self.notes {
+            println!("- {note}");
+        }
+    }
+
+    fn print_rows(&self) {
         if self.rows.is_empty() {
             return;
         }
-        println!("| what | ours | peer | unit | ratio | better | ours, range | peer, range | runs |");
-        println!("|---|---:|---:|---|---:|---|---|---|---:|");
+        println!("| what | ours | peer | unit | ratio | goal | better | ours, range | peer, range | runs |");
+        println!("|---|---:|---:|---|---:|---|---|---|---|---:|");
         for row in &self.rows {
             println!(
-                "| {} / {} | {} | {} | {} | **{:.2}** | {} | {} | {} | {} |",
+                "| {} / {} | {} | {} | {} | **{:.2}** | {} | {} | {} | {} | {} |",
                 row.what,
                 row.peer,
                 number(row.ours_median),
                 number(row.peer_median),
                 row.unit,
                 row.ratio,
+                Goal::text(row.goal, row.met),
                 if row.better == Better::Less { "less" } else { "more" },
                 range(&row.ours_samples),
                 range(&row.peer_samples),
@@ -90,9 +192,6 @@ impl Table {
             );
         }
         println!();
-        for note in &self.notes {
-            println!("- {note}");
-        }
     }
 
     /// The same for programs, with every sample.
@@ -139,7 +238,15 @@ fn number(value: f64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{median, quantile};
+    use super::{Goal, median, quantile};
+
+    #[test]
+    fn what_was_not_measured_reaches_no_goal() {
+        assert!(Goal::AtMost(1.15).met_by(1.15) && !Goal::AtMost(1.15).met_by(1.16));
+        assert!(Goal::AtLeast(0.9).met_by(0.9) && !Goal::AtLeast(0.9).met_by(0.89));
+        assert!(!Goal::AtMost(1.0).met_by(median(&[])) && !Goal::AtLeast(1.0).met_by(median(&[])));
+        assert_eq!(Goal::text(Some(Goal::AtMost(1.15)), Some(false)), "≤ 1.15 missed");
+    }
 
     #[test]
     fn the_median_is_in_the_middle() {

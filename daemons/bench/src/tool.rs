@@ -4,7 +4,11 @@ use std::{
     io::{Read, Write},
     net::{SocketAddr, TcpStream},
     process::{Child, Command, Output, Stdio},
-    sync::mpsc,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+        mpsc,
+    },
     time::{Duration, Instant},
 };
 
@@ -82,6 +86,11 @@ impl Server {
         let name = format!("{command:?}");
         command.stdout(Stdio::null());
         Ok(Self(command.spawn().map_err(|error| format!("cannot run {name}: {error}"))?))
+    }
+
+    /// Its process.
+    pub(crate) fn pid(&self) -> u32 {
+        self.0.id()
     }
 }
 
@@ -162,4 +171,40 @@ fn answer(address: SocketAddr, request: &[u8]) -> std::io::Result<String> {
     let mut head = [0; 512];
     let count = stream.read(&mut head)?;
     Ok(String::from_utf8_lossy(&head[..count]).into_owned())
+}
+
+/// Does something for each, so many at a time; the answers in their order, or the
+/// first failure, after which nothing more is begun.
+pub(crate) fn each<T: Sync, R: Send>(
+    at_once: usize,
+    items: &[T],
+    work: impl Fn(&T) -> Result<R> + Sync,
+) -> Result<Vec<R>> {
+    let next = AtomicUsize::new(0);
+    let done = Mutex::new((Vec::new(), None));
+    std::thread::scope(|scope| {
+        for _ in 0..at_once.min(items.len()) {
+            scope.spawn(|| {
+                loop {
+                    let at = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(item) = items.get(at) else { return };
+                    let answer = work(item).map_err(|error| error.to_string());
+                    let mut done = done.lock().unwrap_or_else(PoisonError::into_inner);
+                    match answer {
+                        Ok(answer) => done.0.push((at, answer)),
+                        Err(error) => {
+                            done.1.get_or_insert(error);
+                            next.store(items.len(), Ordering::Relaxed);
+                        }
+                    }
+                }
+            });
+        }
+    });
+    let (mut answers, failure) = done.into_inner().unwrap_or_else(PoisonError::into_inner);
+    if let Some(failure) = failure {
+        return Err(failure.into());
+    }
+    answers.sort_by_key(|(at, _)| *at);
+    Ok(answers.into_iter().map(|(_, answer)| answer).collect())
 }

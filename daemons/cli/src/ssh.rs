@@ -3,7 +3,7 @@
 //! needs a key of their own.
 
 use cocalc_core::runner::{Command, ExecRequest, Exit as Ended, Pty};
-use cocalc_ssh::client::{Client, HostKeyCheck, Identity, Jump, attach, terminal_size};
+use cocalc_ssh::client::{Client, HostKeyCheck, Identity, Jump, attach, terminal_modes, terminal_size};
 
 use crate::failure::{Exit, Failure, While};
 
@@ -24,8 +24,10 @@ pub(crate) fn run(
     }
     // A command gets a terminal only as ssh does: when none was named.
     let pty = match line {
-        None => terminal_size()
-            .map(|size| Pty { term: std::env::var("TERM").unwrap_or_else(|_| "xterm".to_owned()), size }),
+        None => terminal_size().map(|size| Pty {
+            modes: terminal_modes(),
+            ..Pty::new(std::env::var("TERM").unwrap_or_else(|_| "xterm".to_owned()), size)
+        }),
         Some(_) => None,
     };
     let terminal = pty.is_some();

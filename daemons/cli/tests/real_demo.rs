@@ -61,7 +61,7 @@ fn an_ordinary_user_gets_the_embedded_default() {
     // The build directory may be where this user cannot look.
     let built = Path::new(federation::COCALC).parent().unwrap();
     for name in ["cocalc", "cocalc-master", "cocalc-host", "cocalc-proxy", "cocalc-backup-worker"] {
-        std::fs::copy(built.join(name), dir.path().join(name)).unwrap();
+        cocalc_testkit::executable::copy(&built.join(name), &dir.path().join(name));
     }
     chown(dir.path(), Some(NOBODY), Some(NOBODY)).unwrap();
     let data = dir.path().join("data");

@@ -13,6 +13,7 @@ use std::{
 };
 
 use federation::{Federation, throw};
+use serde_json::json;
 
 /// One federation for all of it: starting one costs more than each fault.
 #[test]
@@ -27,6 +28,8 @@ fn faults_are_survived() {
 
     full_volume(&federation);
     works(&federation, "after a full volume");
+
+    full_quota(&federation);
 
     for victim in ["proxy", "host", "master"] {
         kill(&mut federation, victim);
@@ -138,6 +141,73 @@ fn full_volume(federation: &Federation) {
     );
     let output = federation.exec("rm ~/fill && sync && echo freed");
     assert!(String::from_utf8_lossy(&output.stdout).contains("freed"), "{output:?}");
+}
+
+/// Uploads into a project with a limit of 20 MB, which never runs: what does not
+/// fit is refused with its reason, leaves nothing behind, and harms no file.
+fn full_quota(federation: &Federation) {
+    let api = |method: &str, path: &str, body: serde_json::Value| {
+        let answer = curl(&[
+            "-X",
+            method,
+            "-H",
+            &format!("Authorization: Bearer {}", federation.json["master"]["admin_token"].as_str().unwrap()),
+            "-H",
+            "Content-Type: application/json",
+            "-d",
+            &body.to_string(),
+            &format!("{}/api/v1{path}", federation.json["master"]["url"].as_str().unwrap()),
+        ]);
+        serde_json::from_str::<serde_json::Value>(&answer).unwrap_or_else(|_| panic!("{path}: {answer}"))
+    };
+    let begun = api("POST", "/projects", json!({ "name": "small", "quota_bytes": 20_000_000 }));
+    let id = begun["project"]["id"].as_str().unwrap_or_else(|| panic!("{begun}")).to_owned();
+    federation.wait_for("the small project", Duration::from_secs(120), || {
+        let output = federation.cocalc(&["project", "show", &id, "--output", "json"]);
+        String::from_utf8_lossy(&output.stdout).contains("\"stopped\"")
+    });
+    let connect = api("POST", &format!("/projects/{id}/connect"), json!({ "ttl_secs": 300 }));
+    let bearer = format!("Authorization: Bearer {}", connect["token"].as_str().unwrap());
+    let dir = tempfile::tempdir().unwrap();
+    let large = dir.path().join("large");
+    let noise: Vec<u8> = (0..60_000_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    std::fs::write(&large, noise).unwrap();
+    let put = |url: &str, name: &str, content: &str| {
+        curl(&["-i", "-T", content, "-H", &bearer, &format!("{url}files/{name}")])
+    };
+    let small = dir.path().join("small");
+    std::fs::write(&small, "kept").unwrap();
+    let urls = ["direct", "proxy"].map(|way| connect[way]["path_url"].as_str().unwrap().to_owned());
+    let done = put(&urls[0], "kept", small.to_str().unwrap());
+    assert!(done.contains(" 201 "), "{done}");
+    for url in &urls {
+        for name in ["kept", "new"] {
+            let refused = put(url, name, large.to_str().unwrap());
+            assert!(
+                refused.contains(" 507 ")
+                    && refused.contains("cocalc-code: no_space")
+                    && refused.contains("ask for a higher limit"),
+                "{url} {name}: {refused}"
+            );
+        }
+        let listing = curl(&["-H", &bearer, &format!("{url}files/?format=json")]);
+        let listing: serde_json::Value = serde_json::from_str(&listing).unwrap();
+        let names: Vec<_> = listing["entries"].as_array().unwrap().iter().map(|e| &e["name"]).collect();
+        assert!(names.contains(&&json!("kept")) && !names.contains(&&json!("new")), "{names:?}");
+        assert_eq!(curl(&["-H", &bearer, &format!("{url}files/kept")]), "kept");
+        // What was refused is given back when the file system has tidied up.
+        federation.wait_for("the space of what was refused", Duration::from_secs(120), || {
+            put(url, "fits", small.to_str().unwrap()).contains(" 20")
+        });
+    }
+    federation.json(&["project", "delete", &id]);
+}
+
+fn curl(arguments: &[&str]) -> String {
+    let fixed = ["--silent", "--show-error", "--max-time", "120", "--noproxy", "*"];
+    let output = Command::new("curl").args(fixed).args(arguments).output().unwrap();
+    assert!(output.status.success(), "curl {arguments:?}: {output:?}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
 /// kill -9 of a daemon; `cocalc up` starts it again.

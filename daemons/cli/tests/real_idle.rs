@@ -135,7 +135,7 @@ fn types(way: &Way, typing: Arc<AtomicBool>) -> std::thread::JoinHandle<String> 
             let identity = Identity::Token(Secret::new(way.token.clone()));
             let project = way.project.parse().unwrap();
             let client = Client::connect(&way.ssh, project, &identity, HostKeyCheck::Any).await.unwrap();
-            let pty = Pty { term: "xterm".into(), size: WindowSize { cols: 200, rows: 24 } };
+            let pty = Pty::new("xterm", WindowSize { cols: 200, rows: 24 });
             let request =
                 ExecRequest { command: Run::Line("cat".into()), pty: Some(pty), ..ExecRequest::default() };
             let mut process = client.exec(&request).await.unwrap();

@@ -5,7 +5,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use cocalc_backup::Bounds;
 use cocalc_core::{activity::IdlePolicy, ids::HostName, runner::Network, snapshots::Policy};
 use cocalc_daemon::{acme::AcmeSettings, ending::Drain};
-use cocalc_http::TerminalLimits;
+use cocalc_http::{HttpSettings, TerminalLimits};
 use cocalc_ssh::HostKeyType;
 use serde::Deserialize;
 
@@ -30,8 +30,9 @@ pub struct Config {
     /// Where it serves its peers: other hosts, and proxies.
     pub peer_listen: SocketAddr,
     /// The types of SSH host keys that it has beside Ed25519: `rsa` (3072 bits)
-    /// and `ecdsa` (P-256), for clients that know nothing newer. Default: none.
-    #[serde(default)]
+    /// and `ecdsa` (P-256), for clients that know nothing newer. Default: `rsa`,
+    /// of which nobody complains.
+    #[serde(default = "more_host_keys")]
     pub ssh_more_host_keys: Vec<HostKeyType>,
     /// The file with the chain of certificates for `listen`, in PEM, the
     /// server's own first; with `tls_key`. Read again when it changes, within
@@ -103,6 +104,9 @@ pub struct Config {
     /// How much one user, one address and all of them may ask.
     #[serde(default)]
     pub limits: HostLimits,
+    /// Bytes and waits of its HTTP ingress.
+    #[serde(default)]
+    pub http: HttpSettings,
     /// The terminals of the project page.
     #[serde(default)]
     pub terminals: TerminalSettings,
@@ -320,6 +324,10 @@ pub enum RunnerKind {
     Process,
 }
 
+fn more_host_keys() -> Vec<HostKeyType> {
+    vec![HostKeyType::Rsa]
+}
+
 impl Config {
     pub(crate) fn has_certificate(&self) -> bool {
         self.tls_cert.is_some() || self.acme.is_on()
@@ -367,6 +375,7 @@ impl Config {
         self.idle.validate().map_err(|error| format!("idle.{error}"))?;
         self.terminals.validate()?;
         self.images.validate()?;
+        self.http.validate()?;
         self.limits.validate()
     }
 }
@@ -404,6 +413,15 @@ mod tests {
             let error = parse(&GOOD.replace(from, to)).unwrap_err();
             assert!(error.contains(key), "{error}");
         }
+    }
+
+    #[test]
+    fn waits_of_http_are_configured() {
+        assert_eq!(parse(GOOD).unwrap().http, HttpSettings::default());
+        let config = parse(&format!("{GOOD}[http]\nresponse_secs = 7\n")).unwrap();
+        assert_eq!(config.http, HttpSettings { response_secs: 7, ..HttpSettings::default() });
+        let error = parse(&format!("{GOOD}[http]\nresponse_secs = 0\n")).unwrap_err();
+        assert!(error.contains("http.response_secs"), "{error}");
     }
 
     #[test]

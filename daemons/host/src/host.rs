@@ -295,7 +295,10 @@ impl Host {
                 .served(served)
                 .https(address.url.starts_with("https://"))
                 .tls(tls.clone())
-                .limits(cocalc_http::Limits { drain: config.drain.limit(), ..config.limits.http() });
+                .limits(cocalc_http::Limits {
+                    drain: config.drain.limit(),
+                    ..config.http.limits(config.limits.http())
+                });
         if let Some(terminals) = config.terminals.limits() {
             http = http.terminals(terminals);
         }
@@ -333,6 +336,8 @@ impl Host {
         let dialer: Arc<dyn Connector> = Arc::new(dialer);
         let peer_listener = PeerListener::builder(&identity, peers, Arc::new(services))
             .drain(config.drain.limit())
+            // Each carries what one user's connection to a proxy does.
+            .connections_max(at_most(config.limits.connections))
             .build()
             .map_err(|e| open("peer channel")(e.into()))?;
 

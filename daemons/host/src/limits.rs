@@ -34,7 +34,7 @@ pub struct HostLimits {
     pub failures_burst: u32,
     /// After how many milliseconds one of them is forgiven. Default: 50.
     pub failure_recovery_ms: u32,
-    /// HTTP connections at a time. Default: 20,000.
+    /// HTTP connections at a time, and again as many of proxies. Default: 20,000.
     pub connections: u32,
     /// Of these, from one source address. Default: 1,000.
     pub connections_per_source: u32,

@@ -4,6 +4,7 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use cocalc_core::ids::HostName;
 use cocalc_daemon::{acme::AcmeSettings, ending::Drain};
+use cocalc_http::HttpSettings;
 use cocalc_ssh::HostKeyType;
 use serde::Deserialize;
 
@@ -24,8 +25,9 @@ pub struct Config {
     /// Where it serves SSH.
     pub ssh_listen: SocketAddr,
     /// The types of SSH host keys that it has beside Ed25519: `rsa` (3072 bits)
-    /// and `ecdsa` (P-256), for clients that know nothing newer. Default: none.
-    #[serde(default)]
+    /// and `ecdsa` (P-256), for clients that know nothing newer. Default: `rsa`,
+    /// of which nobody complains.
+    #[serde(default = "more_host_keys")]
     pub ssh_more_host_keys: Vec<HostKeyType>,
     /// The file with the chain of certificates for `listen`, in PEM, the
     /// server's own first; with `tls_key`. Read again when it changes, within
@@ -48,6 +50,13 @@ pub struct Config {
     /// if it is not the scheme's own. Default: none, path routing only.
     #[serde(default)]
     pub domain: String,
+    /// Bytes and waits of its HTTP ingress.
+    #[serde(default)]
+    pub http: HttpSettings,
+}
+
+fn more_host_keys() -> Vec<HostKeyType> {
+    vec![HostKeyType::Rsa]
 }
 
 impl Config {
@@ -77,6 +86,7 @@ impl Config {
             );
         }
         self.acme.validate(self.tls_cert.is_some(), &self.domain)?;
-        self.drain.validate()
+        self.drain.validate()?;
+        self.http.validate()
     }
 }

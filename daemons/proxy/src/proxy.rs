@@ -26,7 +26,7 @@ use cocalc_daemon::{
     probe::Metrics,
     start::{Error, all_taken, listen, make_dir},
 };
-use cocalc_http::{ProxyIngress, Served, Tls, TokenHost, TokenPrecheck};
+use cocalc_http::{Limits, ProxyIngress, Served, Tls, TokenHost, TokenPrecheck};
 use cocalc_sqlite::HostAcl;
 use cocalc_ssh::{HostKeys, RemoteGate, SshIngress};
 use cocalc_transfer::DirectConnector;
@@ -153,17 +153,15 @@ impl Proxy {
             audit: audit.clone(),
         };
         let precheck = Arc::new(Precheck { check: ProxyCheck::new(Arc::clone(&knowledge)), audit });
+        let mut limits = Limits { drain: config.drain.limit(), ..config.http.limits(Limits::default()) };
+        limits.connect_timeout = limits.connect_timeout.max(HOST_LIMIT);
         let http = ProxyIngress::builder(Arc::clone(&router), Arc::clone(&connector), precheck)
             .served(served)
             .https(address.url.starts_with("https://"))
             .tls(tls.clone())
             .endpoints(Arc::new(endpoints))
             .decoy(move |project| decoys.decoy(project))
-            .limits(cocalc_http::Limits {
-                drain: config.drain.limit(),
-                connect_timeout: HOST_LIMIT,
-                ..cocalc_http::Limits::default()
-            })
+            .limits(limits)
             .build();
         // It was made a line above and is set once.
         let _ = built.set(http.clone());

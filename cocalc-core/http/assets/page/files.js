@@ -1,5 +1,5 @@
 "use strict";
-// Files: browse, upload, download, edit a text.
+// Files: browse, upload, download, edit a text; and what they were.
 
 (() => {
   const { byId, made, button, ask, question } = cocalc;
@@ -7,8 +7,13 @@
   // Encoded segments, each with its slash, as the listing has them.
   let folder = "";
   let editing = null;
+  // The snapshot that is looked at; nothing for what there is now.
+  let past = "";
 
   const at = (href) => "files/" + folder + href;
+  // An address of what is looked at.
+  const seen = (href, query) => at(href) + [query, past && "snapshot=" + encode(past)].filter(Boolean)
+    .map((one, index) => (index ? "&" : "?") + one).join("");
   const said = (text) => { byId("files-said").textContent = text; };
   const report = (error) => said(error.message);
   const encode = (name) => encodeURIComponent(name).replace(/[!'()*]/g, (c) => "%" + c.charCodeAt(0).toString(16));
@@ -28,25 +33,97 @@
       const save = made("a", "Download");
       // Not the attribute: what browsers save by that, they ask for without the
       // session that belongs to this frame.
-      save.href = at(entry.href) + "?download";
+      save.href = seen(entry.href, "download");
       save.setAttribute("aria-label", "Download " + entry.name);
       act.append(save);
-      if (entry.bytes <= TEXT_BYTES_MAX) act.append(button("Edit", "Edit " + entry.name, () => edit(entry.name, entry.href)));
+      if (!past && entry.bytes <= TEXT_BYTES_MAX) act.append(button("Edit", "Edit " + entry.name, () => edit(entry.name, entry.href)));
     }
-    if (entry.kind === "file" || entry.kind === "directory") {
-      act.append(button("Delete", "Delete " + entry.name, async () => {
-        if (!(await question("Delete " + entry.name + "?"))) return;
-        try { await ask(at(entry.href), { method: "DELETE" }); await list(); } catch (error) { report(error); }
-      }));
+    if (past) {
+      act.append(button("Restore", "Restore " + entry.name, () => restore(entry, false).catch(report)));
+      act.append(button("Restore a copy", "Restore a copy of " + entry.name, () => restore(entry, true).catch(report)));
+    } else {
+      act.append(button("Rename", "Rename " + entry.name, () => rename(entry).catch(report)));
+      act.append(button("Delete", "Delete " + entry.name, () => remove(entry).catch(report)));
     }
     const when = new Date(entry.modified * 1000);
     const bytes = entry.bytes === null || entry.bytes === undefined ? "" : String(entry.bytes);
     return made("tr", "", name, made("td", bytes), made("td", when.toLocaleString()), act);
   }
 
+  // The whole address, as programs say it: path routing has more before files/.
+  const destination = (path) => new URL("files/" + path, location.href).pathname;
+  const taken = (error) => error.status === 412 ? new Error("There is something of this name. Delete or rename that first.") : error;
+  async function restore(entry, beside) {
+    let name = entry.name;
+    if (beside) name = await question("Name of the copy", true, name + ".restored");
+    else if (!(await question("Replace what " + name + " is now with this? The present state is kept as a snapshot."))) return;
+    if (!name) return;
+    const href = beside ? encode(name) : entry.href.replace(/\/$/, "");
+    const headers = { Destination: destination(folder + href), Overwrite: beside ? "F" : "T" };
+    said("Restoring " + name + "…");
+    try {
+      await ask(seen(entry.href), { method: "COPY", headers });
+    } catch (error) {
+      throw error.code === "no_parent" ? new Error("Its folder is no more. Restore that.") : taken(error);
+    }
+    await states();
+    said(name + " is restored.");
+  }
+  // Which snapshots there are; who may only look sees none.
+  async function states() {
+    if (!cocalc.terminals) return;
+    const { snapshots } = await (await ask(".cocalc/snapshots")).json();
+    const options = snapshots.reverse().map((one) => {
+      const when = new Date(one.taken * 1000).toLocaleString();
+      const option = made("option", "were at " + when + (one.automatic ? "" : " (" + one.name + ")"));
+      option.value = one.name;
+      return option;
+    });
+    const now = made("option", "are now");
+    now.value = "";
+    byId("then").replaceChildren(now, ...options);
+    byId("then").value = past;
+    byId("former").hidden = !options.length;
+  }
+  function look(state) {
+    past = state;
+    byId("changing").hidden = Boolean(past);
+    byId("past").hidden = !past;
+    if (past) byId("editor").hidden = true;
+    list().catch((error) => {
+      if (error.status === 404 && folder) { location.hash = "files"; return; }
+      report(error);
+    });
+  }
+  byId("then").addEventListener("change", () => look(byId("then").value));
+
+  async function rename(entry) {
+    const name = await question("New name of " + entry.name + ", or its new path from the top, beginning with /", true, entry.name);
+    if (!name || name === entry.name) return;
+    const path = name.startsWith("/") ? name.slice(1).split("/").map(encode).join("/") : folder + encode(name);
+    const headers = { Destination: destination(path), Overwrite: "F" };
+    try { await ask(at(entry.href), { method: "MOVE", headers }); } catch (error) { throw taken(error); } finally { await list(); }
+  }
+  async function remove(entry) {
+    const folder = entry.kind === "directory";
+    if (!(await question("Delete " + entry.name + (folder ? " and all that is in it?" : "?")))) return;
+    const href = at(entry.href) + (folder ? "?recursive=true" : "");
+    for (let worked = false; !worked;) {
+      try {
+        await ask(href, { method: "DELETE" });
+        worked = true;
+      } catch (error) {
+        // So much goes at a time only.
+        if (error.code !== "unfinished") throw error;
+        said(entry.name + ": " + error.message);
+      }
+    }
+    await list();
+  }
+
   async function list(next) {
-    const seen = await (await ask(at("") + (next ? next + "&format=json" : "?format=json"))).json();
-    const rows = seen.entries.map(row);
+    const page = await (await ask(next ? at("") + next + "&format=json" : seen("", "format=json"))).json();
+    const rows = page.entries.map(row);
     if (!next && folder) {
       const up = made("a", "../");
       up.href = "#files/" + folder.split("/").slice(0, -2).map((one) => one + "/").join("");
@@ -54,11 +131,11 @@
     }
     if (next) byId("entries").append(...rows); else byId("entries").replaceChildren(...rows);
     byId("where").textContent = "/" + shown(folder);
-    byId("archive").href = at("") + "?archive=tar";
+    byId("archive").href = seen("", "archive=zip");
     const more = byId("more");
-    more.hidden = !seen.next;
-    more.onclick = () => list(seen.next).catch(report);
-    if (!next) said(seen.entries.length ? "" : "This folder is empty.");
+    more.hidden = !page.next;
+    more.onclick = () => list(page.next).catch(report);
+    if (!next) said(page.entries.length ? "" : "This folder is empty.");
   }
 
   // An upload says how far it is; a file that is there is replaced only if that
@@ -164,6 +241,7 @@
   files.addEventListener("dragover", (event) => event.preventDefault());
   files.addEventListener("drop", (event) => {
     event.preventDefault();
+    if (past) return said("A snapshot is not changed. Choose what the files are now first.");
     uploads([...event.dataTransfer.files]).catch(report);
   });
 
@@ -171,7 +249,8 @@
     show(rest) {
       const parts = rest.split("/").filter((one) => one && one !== "." && one !== "..");
       folder = parts.map((one) => one + "/").join("");
-      list().catch(report);
+      states().catch(report);
+      look(past);
     },
   };
 })();

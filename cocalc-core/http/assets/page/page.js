@@ -201,11 +201,11 @@ const cocalc = (() => {
 
   // A question of our own: browsers show none of theirs in a frame of another
   // site. Yes is true, or the text that was asked for; no is null.
-  function question(text, wantsText) {
+  function question(text, wantsText, before) {
     const [dialog, input] = [byId("dialog"), byId("dialog-input")];
     byId("dialog-text").textContent = text;
     input.hidden = !wantsText;
-    input.value = "";
+    input.value = before || "";
     byId("dialog-yes").textContent = wantsText ? "OK" : "Yes";
     byId("dialog-no").textContent = wantsText ? "Cancel" : "No";
     return new Promise((resolve) => {

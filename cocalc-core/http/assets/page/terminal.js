@@ -90,7 +90,8 @@ cocalc.terminals && (() => {
         return;
       }
       this.over = true;
-      this.note(why === "closed" ? "this terminal was ended" : "the shell has ended with " + (signal || code) + "; press Enter for a new one");
+      // Its shell may have noticed before the host has said why.
+      this.note(why === "closed" || this.ending ? "this terminal was ended" : "the shell has ended with " + (signal || code) + "; press Enter for a new one");
     }
 
     closed(event) {
@@ -115,7 +116,7 @@ cocalc.terminals && (() => {
 
     typed(bytes) {
       if (this.over) {
-        if (bytes[0] === 13) { this.over = false; this.connect(); }
+        if (bytes[0] === 13) { this.over = this.ending = false; this.connect(); }
         return;
       }
       for (let at = 0; at < bytes.length; at += PIECE_BYTES) this.queue.push(bytes.subarray(at, at + PIECE_BYTES));
@@ -198,7 +199,13 @@ cocalc.terminals && (() => {
     location.hash = "terminal/" + number;
   });
   byId("end-terminal").addEventListener("click", () => {
-    if (current) cocalc.ask(".cocalc/terminal/" + current.name, { method: "DELETE" }).catch((error) => say(error.message));
+    if (!current) return;
+    const ending = current;
+    ending.ending = true;
+    cocalc.ask(".cocalc/terminal/" + ending.name, { method: "DELETE" }).catch((error) => {
+      ending.ending = false;
+      say(error.message);
+    });
   });
   byId("reader").addEventListener("change", () => {
     for (const session of open.values()) session.term.options.screenReaderMode = byId("reader").checked;

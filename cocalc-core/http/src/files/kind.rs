@@ -51,12 +51,26 @@ const KINDS: [(&str, &str); 44] = [
 
 const BYTES: &str = "application/octet-stream";
 
+const COMPRESSED: [&str; 36] = [
+    "7z", "aac", "apk", "avif", "br", "bz2", "deb", "docx", "epub", "flac", "gif", "gz", "jar", "jpeg",
+    "jpg", "lz4", "m4a", "mkv", "mov", "mp3", "mp4", "npz", "ods", "odt", "ogg", "opus", "png", "pptx",
+    "rar", "tgz", "webm", "webp", "whl", "xlsx", "xz", "zip",
+];
+
 /// The content type of a file of this name.
 pub(crate) fn of(name: &[u8]) -> &'static str {
     let Some(dot) = name.iter().rposition(|b| *b == b'.').filter(|dot| *dot > 0) else { return BYTES };
     let extension = name[dot + 1..].to_ascii_lowercase();
     let known = KINDS.iter().find(|(known, _)| known.as_bytes() == extension);
     known.map_or(BYTES, |(_, kind)| kind)
+}
+
+/// Whether a file of this name is as good as sure to be compressed already, so
+/// that doing it again costs time and gains nothing.
+pub(crate) fn is_compressed(name: &[u8]) -> bool {
+    let Some(dot) = name.iter().rposition(|b| *b == b'.') else { return false };
+    let extension = name.get(dot + 1..).unwrap_or_default().to_ascii_lowercase();
+    COMPRESSED.iter().any(|known| known.as_bytes() == extension)
 }
 
 /// Whether a browser shows it, rather than saves it.
@@ -80,6 +94,7 @@ mod tests {
         ] {
             assert_eq!(of(name), kind, "{name:?}");
         }
+        assert!(is_compressed(b"a.tar.GZ") && !is_compressed(b"gz") && !is_compressed(b"a.csv"));
         assert!(!is_shown(BYTES) && is_shown("text/html; charset=utf-8"));
     }
 }

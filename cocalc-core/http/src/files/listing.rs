@@ -2,18 +2,19 @@
 
 use std::fmt::Write as _;
 
+use cocalc_core::ids::SnapshotName;
 use rustix::fs::{FileType, Stat};
 use serde_json::json;
 
 use super::{
     conditions::seconds,
     path::{FilePath, encode},
-    tree::{Entry, Page},
+    tree::{Entry, Page, version},
 };
 use crate::problem::{escape, page as html_page};
 
 /// The listing as JSON.
-pub(crate) fn json(path: &FilePath, page: &Page, max: usize) -> String {
+pub(crate) fn json(path: &FilePath, state: Option<&SnapshotName>, page: &Page, max: usize) -> String {
     let entries: Vec<_> = page
         .entries
         .iter()
@@ -25,25 +26,29 @@ pub(crate) fn json(path: &FilePath, page: &Page, max: usize) -> String {
                 "kind": kind(&entry.stat),
                 "bytes": bytes(&entry.stat),
                 "modified": entry.stat.st_mtime,
+                // For `If-Match`.
+                "etag": version(&entry.stat).tag,
                 "mode": format!("{:04o}", entry.stat.st_mode & 0o7777),
             })
         })
         .collect();
-    json!({ "path": path.encoded(), "entries": entries, "next": next(page, max) }).to_string()
+    json!({ "path": path.encoded(), "snapshot": state, "entries": entries, "next": next(page, state, max) })
+        .to_string()
 }
 
 /// The listing as a page that needs no script.
-pub(crate) fn html(path: &FilePath, page: &Page, max: usize) -> String {
+pub(crate) fn html(path: &FilePath, state: Option<&SnapshotName>, page: &Page, max: usize) -> String {
     let mut rows = String::new();
+    let same = question(state, '?');
     if path.name().is_some() {
-        rows.push_str("<tr><td><a href=\"../\">../</a></td><td></td><td></td></tr>\n");
+        let _ = writeln!(rows, "<tr><td><a href=\"../{same}\">../</a></td><td></td><td></td></tr>");
     }
     for entry in &page.entries {
         let name = escape(&String::from_utf8_lossy(&entry.name));
         let (kind, when) = (kind(&entry.stat), httpdate::fmt_http_date(seconds(entry.stat.st_mtime)));
         let shown = match kind {
-            "file" => format!("<a href=\"{}\">{name}</a>", href(entry)),
-            "directory" => format!("<a href=\"{}\">{name}/</a>", href(entry)),
+            "file" => format!("<a href=\"{}{same}\">{name}</a>", href(entry)),
+            "directory" => format!("<a href=\"{}{same}\">{name}/</a>", href(entry)),
             "link" => format!("{name} (a link)"),
             _ => format!("{name} (not a file)"),
         };
@@ -51,20 +56,28 @@ pub(crate) fn html(path: &FilePath, page: &Page, max: usize) -> String {
         // Writing to a string does not fail.
         let _ = writeln!(rows, "<tr><td>{shown}</td><td align=\"right\">{size}</td><td>{when}</td></tr>");
     }
-    let more = next(page, max).map(|next| format!("<p><a href=\"{}\">More</a></p>", escape(&next)));
+    let more = next(page, state, max).map(|next| format!("<p><a href=\"{}\">More</a></p>", escape(&next)));
+    let also = escape(&question(state, '&'));
     let body = format!(
         "<table><thead><tr><th align=\"left\">Name</th><th align=\"right\">Bytes</th>\
          <th align=\"left\">Modified</th></tr></thead><tbody>\n{rows}</tbody></table>{}\
-         <p><a href=\"?archive=tar\">Download all of it (tar)</a></p>",
+         <p>Download all of it: <a href=\"?archive=zip{also}\">zip</a> <a href=\"?archive=tar{also}\">tar</a></p>",
         more.unwrap_or_default()
     );
-    html_page(&path.shown(), "", &body)
+    let title = state.map_or_else(|| path.shown(), |state| format!("{} in {state}", path.shown()));
+    html_page(&title, "", &body)
 }
 
 /// The question for what comes next.
-fn next(page: &Page, max: usize) -> Option<String> {
+fn next(page: &Page, state: Option<&SnapshotName>, max: usize) -> Option<String> {
     let last = page.entries.last().filter(|_| page.more)?;
-    Some(format!("?after={}&max={max}", encode(&last.name)))
+    Some(format!("?after={}&max={max}{}", encode(&last.name), question(state, '&')))
+}
+
+/// What keeps to a former state.
+fn question(state: Option<&SnapshotName>, before: char) -> String {
+    let name = |state: &SnapshotName| format!("{before}snapshot={}", encode(state.as_str().as_bytes()));
+    state.map(name).unwrap_or_default()
 }
 
 /// Relative to the directory. Every special character is escaped, so it is

@@ -1,6 +1,7 @@
 //! The content of a file, as a body that reads as fast as it is taken.
 
 use std::{
+    any::Any,
     fs::File,
     io,
     os::unix::fs::FileExt,
@@ -25,11 +26,16 @@ pub(crate) struct FileBody {
     at: u64,
     left: u64,
     reading: Option<JoinHandle<io::Result<Bytes>>>,
+    /// What keeps the file readable.
+    _held: Held,
 }
 
+/// What is kept for as long as something is read.
+pub(crate) type Held = Option<Box<dyn Any + Send + Sync>>;
+
 impl FileBody {
-    pub(crate) fn new(file: File, at: u64, length: u64) -> Self {
-        Self { file: Arc::new(file), at, left: length, reading: None }
+    pub(crate) fn new(file: File, at: u64, length: u64, held: Held) -> Self {
+        Self { file: Arc::new(file), at, left: length, reading: None, _held: held }
     }
 }
 

@@ -15,7 +15,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, Stat},
+    fs::{AtFlags, Dir, FileType, Mode, OFlags, RenameFlags, ResolveFlags, Stat},
     io::Errno,
 };
 
@@ -163,7 +163,8 @@ impl Node {
         Ok(rustix::fs::readlinkat(&self.fd, name, Vec::new())?.into_bytes())
     }
 
-    fn directory(&self) -> io::Result<OwnedFd> {
+    /// This directory, opened so that its names can be read.
+    pub(super) fn directory(&self) -> io::Result<OwnedFd> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         Ok(rustix::fs::openat(&self.fd, ".", flags, Mode::empty())?)
     }
@@ -212,6 +213,18 @@ impl Node {
     pub(crate) fn remove(&self, name: &[u8], directory: bool) -> io::Result<()> {
         let flags = if directory { AtFlags::REMOVEDIR } else { AtFlags::empty() };
         Ok(rustix::fs::unlinkat(&self.fd, name, flags)?)
+    }
+
+    /// Whether this and the other are one and the same.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        (self.stat.st_dev, self.stat.st_ino) == (other.stat.st_dev, other.stat.st_ino)
+    }
+
+    /// Gives the entry `name` of this directory the name `to` in another one. If
+    /// that is taken, it is [`Errno::EXIST`], or what has it is replaced.
+    pub(crate) fn rename(&self, name: &[u8], into: &Self, to: &[u8], replace: bool) -> io::Result<()> {
+        let flags = if replace { RenameFlags::empty() } else { RenameFlags::NOREPLACE };
+        Ok(rustix::fs::renameat_with(&self.fd, name, &into.fd, to, flags)?)
     }
 
     /// Makes what was named or removed in this directory last.

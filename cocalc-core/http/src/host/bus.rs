@@ -70,9 +70,9 @@ impl Inner {
         let admission = admitted.map_err(|denial| self.denied(project, &denial))?;
         let response = websocket::accept(&asked.parts);
         let opening = Opening { project, principal, uri: asked.parts.uri, headers: asked.parts.headers };
-        let (draining, switch) = (rest.connection.draining, self.limits.connect_timeout);
+        let (draining, switch) = (rest.connection.draining.clone(), self.limits.connect_timeout);
         let tap = self.meter(project).map(|meter| meter.tap(Source::Bus, Use::Work));
-        rest.connection.tasks.spawn(async move {
+        rest.connection.spawn(async move {
             let Ok(Ok(upgraded)) = timeout(switch, upgrade).await else { return };
             tokio::select! {
                 () = bus.serve(tapped(boxed(upgraded), tap), opening) => {}

@@ -133,6 +133,7 @@ impl Inner {
             let upstream = hyper::upgrade::on(&mut response);
             let upstream = async move { Ok(upstream::boxed(upstream.await?)) };
             let ended = async move { drop(revoked(admission).await) };
+            lease.leave();
             upstream::join(&connection, &self.limits, client, upstream, ended, watch.meter);
             self.websockets.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             let (mut parts, _) = response.into_parts();
@@ -315,10 +316,8 @@ fn outgoing(asked: Asked<'_>, body: Body) -> Result<Request<Body>, Problem> {
     *request.method_mut() = parts.method;
     *request.uri_mut() = target.into();
     let mut fields = parts.headers;
-    headers::remove_hop_by_hop(&mut fields);
+    headers::pass_request(&mut fields);
     headers::remove_forwarding(&mut fields);
-    // hyper has answered it already.
-    fields.remove(header::EXPECT);
     headers::set(&mut fields, header::HOST, &view.authority);
     headers::set(&mut fields, X_FORWARDED_HOST, &view.authority);
     headers::set(&mut fields, X_FORWARDED_PROTO, if view.https { "https" } else { "http" });

@@ -415,7 +415,7 @@ impl Inner {
                 if rest.connection.client.trusted {
                     // A proxy that is still sending would see a broken connection
                     // instead of the answer, and could not say what has happened.
-                    rest.connection.tasks.spawn(rest.body.drained(DRAIN_BYTES, DRAIN_TIME));
+                    rest.connection.spawn(rest.body.drained(DRAIN_BYTES, DRAIN_TIME));
                 }
                 return Err(problem);
             }

@@ -46,7 +46,7 @@ impl Inner {
         }
         let allowed = match path {
             "/stay" => "POST",
-            "/terminals" | "/ports" | "/status" => "GET, HEAD",
+            "/terminals" | "/ports" | "/status" | "/snapshots" => "GET, HEAD",
             path if path.starts_with("/assets/") => "GET, HEAD",
             path if path.starts_with("/terminal/") => "DELETE",
             _ => return Err(Problem::not_found()),
@@ -69,6 +69,13 @@ impl Inner {
                 let open =
                     open.into_iter().map(|(name, looking)| json!({ "name": name, "looking": looking }));
                 answer(&json!({ "terminals": open.collect::<Vec<_>>() }))
+            }
+            "/snapshots" => {
+                self.authorize(principal, project, Action::Write).await?;
+                let states = self.former_states(project).await?.into_iter().map(|state| {
+                    json!({ "name": state.name, "taken": state.taken.secs(), "automatic": state.automatic })
+                });
+                answer(&json!({ "snapshots": states.collect::<Vec<_>>() }))
             }
             "/stay" => {
                 self.authorize(principal, project, Action::Use(Scope::Ws)).await?;
@@ -163,7 +170,7 @@ impl Inner {
         let (meter, switch) = (self.meter(project), self.limits.connect_timeout);
         let (draining, closing) = (rest.connection.draining.clone(), rest.connection.closing.clone());
         self.websockets.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        rest.connection.tasks.spawn(async move {
+        rest.connection.spawn(async move {
             let Ok(Ok(upgraded)) = timeout(switch, upgrade).await else { return };
             let stop = async {
                 tokio::select! {

@@ -39,7 +39,7 @@ impl App {
 
     /// Keeps the app within its own place.
     pub(super) fn filter(&self, fields: &mut HeaderMap) {
-        headers::remove_hop_by_hop(fields);
+        headers::pass_response(fields);
         headers::remove_ours(fields);
         // It would send the user's next requests elsewhere.
         fields.remove(header::ALT_SVC);

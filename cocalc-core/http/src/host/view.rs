@@ -144,7 +144,7 @@ fn same_project(origin: &str, view: &View, asked: Origin) -> bool {
     domain.eq_ignore_ascii_case(here) && id.parse::<ProjectId>() == Ok(project)
 }
 
-fn without_port(authority: &str, https: bool) -> &str {
+pub(super) fn without_port(authority: &str, https: bool) -> &str {
     authority.strip_suffix(if https { ":443" } else { ":80" }).unwrap_or(authority)
 }
 

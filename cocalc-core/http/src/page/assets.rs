@@ -87,6 +87,11 @@ mod tests {
             named += 1;
         }
         assert!(named >= 7, "{named}");
+        let mut ids: Vec<_> = page.split(" id=\"").skip(1).map(|rest| rest.split('"').next()).collect();
+        let all = ids.len();
+        ids.sort();
+        ids.dedup();
+        assert_eq!(ids.len(), all, "an id is there twice");
         // A policy without inline scripts would stop them.
         assert!(!page.contains("<script>") && !page.contains("javascript:"));
         assert!(!page.split_whitespace().any(|word| word.starts_with("on") && word.contains("=\"")));

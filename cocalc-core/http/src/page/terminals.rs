@@ -174,7 +174,7 @@ impl Terminals {
         let project = key.0;
         let request = ExecRequest {
             command: Command::Shell,
-            pty: Some(Pty { term: "xterm-256color".to_owned(), size }),
+            pty: Some(Pty::new("xterm-256color", size)),
             ..ExecRequest::default()
         };
         let begun = timeout(OPEN_LIMIT, self.0.runner.exec(project, request)).await;

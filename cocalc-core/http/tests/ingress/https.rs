@@ -18,10 +18,10 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 use crate::support::*;
 
 /// Certificates of the names that are served, in files.
-struct Certificates(tempfile::TempDir);
+pub(crate) struct Certificates(tempfile::TempDir);
 
 impl Certificates {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let this = Self(tempfile::tempdir().unwrap());
         this.renew();
         this
@@ -35,15 +35,15 @@ impl Certificates {
         std::fs::write(self.path("key.pem"), made.signing_key.serialize_pem()).unwrap();
     }
 
-    fn path(&self, name: &str) -> std::path::PathBuf {
+    pub(crate) fn path(&self, name: &str) -> std::path::PathBuf {
         self.0.path().join(name)
     }
 
-    fn tls(&self) -> Tls {
+    pub(crate) fn tls(&self) -> Tls {
         Tls::open(&self.path("cert.pem"), &self.path("key.pem")).unwrap()
     }
 
-    fn shown(&self) -> CertificateDer<'static> {
+    pub(crate) fn shown(&self) -> CertificateDer<'static> {
         CertificateDer::from_pem_file(self.path("cert.pem")).unwrap()
     }
 }
@@ -67,7 +67,7 @@ async fn connect(
 }
 
 /// Runs a program of Node's, and returns what it printed.
-async fn node(certificate: &Path, program: &str, arguments: &[&str]) -> String {
+pub(crate) async fn node(certificate: &Path, program: &str, arguments: &[&str]) -> String {
     let run = tokio::process::Command::new("node")
         .env("NODE_EXTRA_CA_CERTS", certificate)
         .args(["-e", program, "--"])

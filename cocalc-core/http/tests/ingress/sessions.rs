@@ -173,7 +173,7 @@ async fn apps_see_the_user_and_nothing_else() {
             "-H",
             "X-Hop: 1",
             "-H",
-            "TE: trailers",
+            "TE: gzip, trailers",
             "-H",
             "Mine: kept",
             "-H",
@@ -190,7 +190,7 @@ async fn apps_see_the_user_and_nothing_else() {
             "authorization",
             "cocalc-",
             "x-hop",
-            "\r\nte:",
+            "gzip",
             "cocalc_token",
             "internal",
         ] {
@@ -198,6 +198,7 @@ async fn apps_see_the_user_and_nothing_else() {
         }
         for here in [
             "mine: kept".to_owned(),
+            "connection: te\r\nte: trailers".to_owned(),
             format!("host: localhost:{port}"),
             format!("x-forwarded-host: localhost:{port}"),
             "x-forwarded-proto: http".to_owned(),

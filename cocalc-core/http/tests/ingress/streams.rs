@@ -48,6 +48,26 @@ async fn websockets_carry_both_ways() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_websocket_counts_as_a_connection_of_its_address() {
+    let world = World::with(cocalc_http::Limits { connections_per_source: 2, ..quick() }).await;
+    let bearer = format!("Bearer {}", world.token());
+    let open = async || {
+        open(&world, world.host_address, "", world.echo, &[("authorization", &bearer)]).await.unwrap()
+    };
+    let mut sockets = [open().await, open().await];
+    for socket in &mut sockets {
+        socket.send(Message::text("hello")).await.unwrap();
+        assert_eq!(timeout(DEADLINE, socket.next()).await.unwrap().unwrap().unwrap(), Message::text("hello"));
+    }
+    assert_eq!(world.ingress.stats().connections, 2);
+    let request = "GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
+    assert!(raw(world.host_address, request).await.is_empty(), "a third one is closed at once");
+    drop(sockets);
+    eventually("they are gone", || world.ingress.stats().connections == 0).await;
+    assert!(!raw(world.host_address, request).await.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn websockets_of_other_sites_are_refused() {
     let world = World::new().await;
     for (address, base, _) in world.ways() {

@@ -4,8 +4,10 @@
 use std::{
     any::Any,
     collections::{BTreeSet, HashMap, HashSet},
+    ffi::OsStr,
     net::{IpAddr, SocketAddr},
-    os::fd::OwnedFd,
+    os::{fd::OwnedFd, unix::ffi::OsStrExt},
+    path::PathBuf,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -18,16 +20,18 @@ use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use cocalc_core::{
     activity::Meters,
     auth::{Admission, Auth, Context, Credential, Decision, Denial, Principal, Secret, Tier, Via},
+    clock::Timestamp,
     connector::{self, Connector, Service},
-    ids::{AccountId, Action, Epoch, HostId, ProjectId, Scope},
+    ids::{AccountId, Action, Epoch, HostId, ProjectId, Scope, SnapshotName},
     router::{self, HostAddress, Reach, Route, Router},
     runner::{self, Capabilities, ExecRequest, Process, ProjectSpec, Runner, State, Stats, Status},
+    storage,
     stream::BoxStream,
     wake::{Awake, Wake},
 };
 use cocalc_http::{
-    Body, BusEndpoint, Client, Endpoints, HostIngress, Limits, Opening, ProjectFiles, ProxyIngress, Served,
-    Tls, TokenHost, TokenPrecheck,
+    Body, BusEndpoint, Client, Copying, Endpoints, Former, FormerState, HostIngress, Limits, Opening,
+    ProjectFiles, ProxyIngress, Served, Tls, TokenHost, TokenPrecheck,
 };
 use serde_json::json;
 use tokio::{
@@ -363,6 +367,10 @@ pub(crate) struct Home {
     /// Whether they may be changed.
     pub(crate) thawed: AtomicBool,
     pub(crate) turn: Arc<tokio::sync::Mutex<()>>,
+    /// Former states, each a directory of this name.
+    pub(crate) states: tempfile::TempDir,
+    /// How many are held now.
+    pub(crate) held: Arc<()>,
 }
 
 #[async_trait]
@@ -375,6 +383,48 @@ impl ProjectFiles for Home {
         let turn = self.turn.clone().lock_owned().await;
         self.thawed.load(Ordering::Relaxed).then(|| Box::new(turn) as _)
     }
+
+    async fn states(&self, _: ProjectId) -> std::io::Result<Vec<FormerState>> {
+        let names = std::fs::read_dir(self.states.path())?.map(|entry| entry.unwrap().file_name());
+        let mut names: Vec<_> = names.map(|name| name.into_string().unwrap()).collect();
+        names.sort();
+        let state = |name: String| FormerState {
+            automatic: name.starts_with("auto"),
+            name: name.parse().unwrap(),
+            taken: Timestamp::from_secs(1_700_000_000),
+        };
+        Ok(names.into_iter().map(state).collect())
+    }
+
+    async fn state(&self, _: ProjectId, name: &SnapshotName) -> std::io::Result<Option<Former>> {
+        match std::fs::File::open(self.states.path().join(name.as_str())) {
+            Ok(root) => Ok(Some(Former { root: root.into(), held: Box::new(self.held.clone()) })),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn copy(&self, _: ProjectId, what: Copying) -> Result<(), storage::Error> {
+        assert!(self.turn.try_lock().is_err(), "not in the project's turn");
+        let place = |path: &[u8]| PathBuf::from(OsStr::from_bytes(path));
+        let from = match &what.from {
+            Some(name) => self.states.path().join(name.as_str()),
+            None => self.dir.path().to_owned(),
+        };
+        let to = self.dir.path().join(place(&what.to));
+        if what.replace {
+            // As storage does with a snapshot.
+            copy_all(self.dir.path(), &self.states.path().join("before"));
+            let _ = std::fs::remove_dir_all(&to);
+        }
+        copy_all(&from.join(place(&what.path)), &to);
+        Ok(())
+    }
+}
+
+fn copy_all(from: &std::path::Path, to: &std::path::Path) {
+    let done = std::process::Command::new("cp").arg("-a").arg(from).arg(to).status().unwrap();
+    assert!(done.success(), "cp -a {from:?} {to:?}");
 }
 
 /// One host, one proxy, one project with an app and a WebSocket app.
@@ -434,6 +484,8 @@ impl World {
             dir: tempfile::tempdir().unwrap(),
             thawed: AtomicBool::new(true),
             turn: Arc::default(),
+            states: tempfile::tempdir().unwrap(),
+            held: Arc::default(),
         });
         let meters = Meters::new(Arc::new(cocalc_core::clock::SystemClock));
         let ingress = HostIngress::builder(host, auth.clone(), table.clone(), ports.clone())
@@ -557,6 +609,45 @@ impl App {
 
     pub(crate) fn has_seen(&self, what: &str) -> bool {
         self.seen.lock().unwrap().iter().any(|head| head.contains(what))
+    }
+}
+
+/// An app that does with each connection, counted from 0, what `handle` says.
+pub(crate) async fn scripted<F>(
+    handle: impl Fn(TcpStream, usize) -> F + Send + 'static,
+) -> (u16, AbortOnDropHandle<()>)
+where
+    F: Future<Output = std::io::Result<()>> + Send + 'static,
+{
+    let (listener, address) = listen().await;
+    let task = own(async move {
+        let mut connections = tokio::task::JoinSet::new();
+        let mut index = 0;
+        while let Ok((stream, _)) = listener.accept().await {
+            connections.spawn(handle(stream, index));
+            index += 1;
+        }
+    });
+    (address.port(), task)
+}
+
+/// What comes until it ends with `end`.
+pub(crate) async fn until(
+    stream: &mut (impl tokio::io::AsyncRead + Unpin),
+    end: &str,
+) -> std::io::Result<String> {
+    let mut bytes = Vec::new();
+    while !bytes.ends_with(end.as_bytes()) {
+        bytes.push(stream.read_u8().await?);
+    }
+    Ok(text(bytes))
+}
+
+/// The same from outside, where it is certain to come.
+pub(crate) async fn heard(stream: &mut TcpStream, end: &str) -> String {
+    match timeout(DEADLINE, until(stream, end)).await {
+        Ok(heard) => heard.unwrap(),
+        Err(_) => panic!("{end:?} never came"),
     }
 }
 
@@ -720,7 +811,7 @@ pub(crate) fn text(bytes: Vec<u8>) -> String {
 
 /// The status and code of each response in a connection's bytes.
 pub(crate) fn outcomes(answer: &[u8]) -> Vec<(u16, String)> {
-    let answer = String::from_utf8_lossy(answer).into_owned();
+    let answer = String::from_utf8_lossy(answer).replace("HTTP/1.0 ", "HTTP/1.1 ");
     answer
         .split("HTTP/1.1 ")
         .skip(1)

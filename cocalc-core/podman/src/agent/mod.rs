@@ -6,15 +6,15 @@
 //! the project's own fate, every wait is bounded, no descriptor is accepted
 //! from it, and each of ours that it gets is one end of a pipe.
 
-mod process;
+pub(crate) mod process;
 pub(crate) mod services;
 mod socket;
 
 use std::{io, time::Duration};
 
-use cocalc_core::runner::{Command, ExecRequest, Process};
+use cocalc_core::runner::{Command, ExecRequest, Process, Pty};
 
-pub(crate) use socket::AgentSocket;
+pub(crate) use socket::{AgentSocket, next_frame};
 
 use self::process::AgentProcess;
 
@@ -26,7 +26,7 @@ pub const HELPER: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/helper"));
 /// How long the helper may take to answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// The longest answer.
-const ANSWER_BYTES_MAX: usize = 64 << 10;
+pub(crate) const ANSWER_BYTES_MAX: usize = 64 << 10;
 /// The longest request.
 const REQUEST_BYTES_MAX: usize = 2 << 20;
 
@@ -128,6 +128,15 @@ fn encode<'a>(
         pairs.push(format!("TERM={}", pty.term));
     }
     texts(&mut body, &pairs.iter().map(String::as_str).collect::<Vec<_>>());
+    // Last, where the helper of a project that an older host has started looks no
+    // more.
+    let modes = request.pty.as_ref().map_or(&[][..], |pty| &pty.modes);
+    let modes = &modes[..modes.len().min(Pty::MODES_MAX)];
+    body.extend(u32::try_from(modes.len()).unwrap_or(0).to_be_bytes());
+    for (code, value) in modes {
+        body.push(*code);
+        body.extend(value.to_be_bytes());
+    }
     if body.len() > REQUEST_BYTES_MAX {
         return Err(AgentError::Refused("the command and its environment are too long".into()));
     }

@@ -28,6 +28,8 @@ pub(super) struct AgentProcess {
     writer: OwnedWriteHalf,
     buffer: Vec<u8>,
     ended: Option<Exit>,
+    /// Whether the connection ended before the process did.
+    cut: bool,
 }
 
 impl AgentProcess {
@@ -64,7 +66,7 @@ impl AgentProcess {
             stdin: Box::pin(Closing(Some(stdin))),
             stdout: Box::pin(stdout),
             stderr: (!pty).then(|| Box::pin(stderr) as _),
-            handle: Box::new(Self { reader, writer, buffer, ended: None }),
+            handle: Box::new(Self { reader, writer, buffer, ended: None, cut: false }),
         })
     }
 
@@ -88,6 +90,15 @@ impl AgentProcess {
         tokio::time::timeout(Duration::from_secs(5), attempt)
             .await
             .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
+/// How a process ended, as the helper has it; `None` if it says something else.
+pub(crate) fn exit(answer: &[u8]) -> Option<Exit> {
+    match answer {
+        &[b'X', 0, code] => Some(Exit::Code(code)),
+        &[b'X', 1, signal] => Some(Exit::Signal(signals::name(signal))),
+        _ => None,
     }
 }
 
@@ -120,14 +131,18 @@ impl ProcessHandle for AgentProcess {
         if let Some(exit) = &self.ended {
             return Ok(exit.clone());
         }
-        let exit = match socket::next_frame(&mut self.reader, &mut self.buffer).await.as_deref() {
-            Ok(&[b'X', 0, code]) => Exit::Code(code),
-            Ok(&[b'X', 1, signal]) => Exit::Signal(signals::name(signal)),
+        let answer = socket::next_frame(&mut self.reader, &mut self.buffer).await;
+        let exit = answer.ok().and_then(|answer| exit(&answer)).unwrap_or_else(|| {
             // The helper went away, and with it, killed, all it had started.
-            Ok(_) | Err(_) => Exit::Signal("KILL".into()),
-        };
+            self.cut = true;
+            Exit::Signal("KILL".into())
+        });
         self.ended = Some(exit.clone());
         Ok(exit)
+    }
+
+    fn ended_with_its_project(&self) -> bool {
+        self.cut
     }
 }
 

@@ -65,7 +65,7 @@ pub(crate) async fn list(
 }
 
 /// Reads a list that a tenant may have made up.
-fn parse(answer: &[u8]) -> Option<ServiceList> {
+pub(crate) fn parse(answer: &[u8]) -> Option<ServiceList> {
     let mut input = answer.strip_prefix(b"L")?;
     let mut number = |count: usize| -> Option<u64> {
         let (head, rest) = input.split_at_checked(count)?;
@@ -102,12 +102,14 @@ pub(crate) async fn output(
     text(&mut body, name);
     body.extend(offset.to_be_bytes());
     let answer = ask(socket, b'O', &body, Duration::ZERO).await?;
-    let rest = answer.strip_prefix(b"O").ok_or_else(nonsense)?;
-    let (from, bytes) = rest.split_first_chunk::<8>().ok_or_else(nonsense)?;
-    if bytes.len() > OUTPUT_BYTES_MAX {
-        return Err(nonsense());
-    }
-    Ok(ServiceOutput { offset: u64::from_be_bytes(*from), bytes: bytes.to_vec() })
+    parse_output(&answer).ok_or_else(nonsense)
+}
+
+/// Reads output that a tenant may have made up.
+pub(crate) fn parse_output(answer: &[u8]) -> Option<ServiceOutput> {
+    let (from, bytes) = answer.strip_prefix(b"O")?.split_first_chunk::<8>()?;
+    let fits = bytes.len() <= OUTPUT_BYTES_MAX;
+    fits.then(|| ServiceOutput { offset: u64::from_be_bytes(*from), bytes: bytes.to_vec() })
 }
 
 pub(crate) async fn stop(socket: &AgentSocket, name: &str, grace: Duration) -> Result<(), AgentError> {

@@ -112,7 +112,7 @@ pub(super) async fn send_request(
 }
 
 /// The next frame. Cancel safe: what was read so far is in `buffer`.
-pub(super) async fn next_frame(
+pub(crate) async fn next_frame(
     stream: &mut (impl tokio::io::AsyncRead + Unpin),
     buffer: &mut Vec<u8>,
 ) -> Result<Vec<u8>, AgentError> {

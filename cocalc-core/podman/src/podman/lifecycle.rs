@@ -99,6 +99,7 @@ impl Shared {
         if entry.running().is_some() {
             return Ok(());
         }
+        let spec = self.with_slot(&entry, spec).await?;
         self.ready(&entry, &spec).await
     }
 
@@ -106,21 +107,11 @@ impl Shared {
     async fn ready(&self, entry: &Project, spec: &ProjectSpec) -> Result<()> {
         let project = spec.project;
         self.image(spec)?;
-        if spec.slot >= self.slots {
-            let reason = format!("slot {} is beyond this host's {}", spec.slot, self.slots);
-            return Err(Error::Invalid { project, reason });
-        }
         check_env(spec)?;
         let limits = self.machine.settle(project, &spec.limits, &self.defaults)?;
         let wanted = fingerprint(spec, &limits);
         entry.view().limits = limits.clone();
-        let (former, former_slot) = {
-            let view = entry.view();
-            (view.made_from.clone(), view.slot)
-        };
-        if let Some(former_slot) = former_slot.filter(|slot| *slot != spec.slot) {
-            self.remove_network(project, Some(former_slot)).await?;
-        }
+        let former = entry.view().made_from.clone();
         self.create_network(spec).await?;
         let (dirs, uid) = (self.mounts(project), self.uid(spec.slot));
         blocking("make directories for", project, move || dirs.create(uid)).await?;
@@ -140,9 +131,7 @@ impl Shared {
             other => other,
         };
         created.map_err(|error| backend("create", project, error))?;
-        let mut view = entry.view();
-        view.made_from = Some(wanted);
-        view.slot = Some(spec.slot);
+        entry.view().made_from = Some(wanted);
         Ok(())
     }
 
@@ -159,6 +148,7 @@ impl Shared {
         }
         let phase = InPhase::new(&entry, State::Starting);
         let mut receipt = Receipt::new();
+        let spec = self.with_slot(&entry, spec).await?;
         self.ready(&entry, &spec).await?;
         receipt.done("container");
         self.write_env(&spec).map_err(|error| backend("start", project, error))?;
@@ -423,7 +413,7 @@ impl Shared {
         Ok((path, digest.to_string()))
     }
 
-    async fn remove_container(&self, project: ProjectId) -> Result<()> {
+    pub(super) async fn remove_container(&self, project: ProjectId) -> Result<()> {
         let name = self.container(project);
         match self.cli.run(["rm", "--force", "--ignore", "--time", "0", &name]).await {
             Err(error) if !error.is_missing() => Err(backend("remove", project, error)),
@@ -468,7 +458,7 @@ impl Shared {
         Ok(())
     }
 
-    async fn remove_network(&self, project: ProjectId, slot: Option<u32>) -> Result<()> {
+    pub(super) async fn remove_network(&self, project: ProjectId, slot: Option<u32>) -> Result<()> {
         let network = self.network.clone();
         blocking("disconnect", project, move || network.remove(project, slot)).await
     }

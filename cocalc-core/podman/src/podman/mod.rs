@@ -10,6 +10,7 @@ mod limits;
 mod project;
 mod seccomp;
 mod services;
+mod slots;
 mod time;
 
 use std::{

@@ -32,6 +32,8 @@ pub(crate) struct View {
     pub(crate) phase: Phase,
     pub(crate) epoch: Option<Epoch>,
     pub(crate) slot: Option<u32>,
+    /// When it was last made ready.
+    pub(crate) used: Option<Instant>,
     /// What the container was made from; `None` if there is none.
     pub(crate) made_from: Option<String>,
     pub(crate) env: Arc<BTreeMap<String, String>>,

@@ -12,7 +12,7 @@ use cocalc_core::{
     BoxError,
     auth::Secret,
     ids::ProjectId,
-    runner::{Command, ExecRequest, Process},
+    runner::{Command, ExecRequest, Process, Pty},
 };
 use russh::{
     ChannelMsg, Disconnect, SshId,
@@ -21,7 +21,7 @@ use russh::{
 };
 use tokio::{net::TcpStream, time::timeout};
 
-pub use terminal::{attach, terminal_size};
+pub use terminal::{attach, terminal_modes, terminal_size};
 
 use crate::{HostKeyError, HostKeys, algorithms::preferred, host_keys::key_text};
 
@@ -174,7 +174,14 @@ impl Client {
             }
             if let Some(pty) = &request.pty {
                 let (cols, rows) = (u32::from(pty.size.cols), u32::from(pty.size.rows));
-                channel.request_pty(false, &pty.term, cols, rows, 0, 0, &[]).await?;
+                let modes: Vec<_> = pty
+                    .modes
+                    .iter()
+                    .filter_map(|(code, value)| Some((russh::Pty::from_u8(*code)?, *value)))
+                    .filter(|(code, _)| *code != russh::Pty::TTY_OP_END)
+                    .take(Pty::MODES_MAX)
+                    .collect();
+                channel.request_pty(false, &pty.term, cols, rows, 0, 0, &modes).await?;
             }
             match &request.command {
                 Command::Shell => channel.request_shell(true).await?,

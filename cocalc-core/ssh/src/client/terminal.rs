@@ -3,7 +3,10 @@
 use std::io::{self, IsTerminal, Read};
 
 use cocalc_core::runner::{Error, Exit, Process, WindowSize};
-use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
+use rustix::termios::{
+    InputModes, LocalModes, OptionalActions, OutputModes, SpecialCodeIndex, Termios, tcgetattr, tcgetwinsize,
+    tcsetattr,
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWrite, AsyncWriteExt},
     signal::unix::{Signal, SignalKind, signal},
@@ -18,6 +21,82 @@ pub fn terminal_size() -> Option<WindowSize> {
     }
     let size = tcgetwinsize(&input).ok()?;
     Some(WindowSize { cols: size.ws_col.max(1), rows: size.ws_row.max(1) })
+}
+
+/// The modes of this process's terminal, as SSH says them, so that a terminal
+/// elsewhere gets the same: to be asked for before [`attach`] changes them. None if
+/// standard input is no terminal.
+pub fn terminal_modes() -> Vec<(u8, u32)> {
+    let Ok(has) = tcgetattr(io::stdin()) else { return Vec::new() };
+    modes(&has)
+}
+
+fn modes(has: &Termios) -> Vec<(u8, u32)> {
+    use SpecialCodeIndex as Character;
+    // As RFC 4254 numbers them, section 8.
+    let characters = [
+        (1, Character::VINTR),
+        (2, Character::VQUIT),
+        (3, Character::VERASE),
+        (4, Character::VKILL),
+        (5, Character::VEOF),
+        (6, Character::VEOL),
+        (7, Character::VEOL2),
+        (8, Character::VSTART),
+        (9, Character::VSTOP),
+        (10, Character::VSUSP),
+        (12, Character::VREPRINT),
+        (13, Character::VWERASE),
+        (14, Character::VLNEXT),
+        (18, Character::VDISCARD),
+    ];
+    let input = [
+        (30, InputModes::IGNPAR),
+        (31, InputModes::PARMRK),
+        (32, InputModes::INPCK),
+        (33, InputModes::ISTRIP),
+        (34, InputModes::INLCR),
+        (35, InputModes::IGNCR),
+        (36, InputModes::ICRNL),
+        (38, InputModes::IXON),
+        (39, InputModes::IXANY),
+        (40, InputModes::IXOFF),
+        (41, InputModes::IMAXBEL),
+        (42, InputModes::IUTF8),
+    ];
+    let local = [
+        (50, LocalModes::ISIG),
+        (51, LocalModes::ICANON),
+        (53, LocalModes::ECHO),
+        (54, LocalModes::ECHOE),
+        (55, LocalModes::ECHOK),
+        (56, LocalModes::ECHONL),
+        (57, LocalModes::NOFLSH),
+        (58, LocalModes::TOSTOP),
+        (59, LocalModes::IEXTEN),
+        (60, LocalModes::ECHOCTL),
+        (61, LocalModes::ECHOKE),
+        (62, LocalModes::PENDIN),
+    ];
+    let output = [
+        (70, OutputModes::OPOST),
+        (72, OutputModes::ONLCR),
+        (73, OutputModes::OCRNL),
+        (74, OutputModes::ONOCR),
+        (75, OutputModes::ONLRET),
+    ];
+    // A character that does nothing is 0 here, and 255 there.
+    let character = |index| match has.special_codes[index] {
+        0 => 255,
+        character => u32::from(character),
+    };
+    let characters = characters.into_iter().map(|(code, index)| (code, character(index)));
+    let input = input.into_iter().map(|(code, mode)| (code, has.input_modes.contains(mode)));
+    let local = local.into_iter().map(|(code, mode)| (code, has.local_modes.contains(mode)));
+    let output = output.into_iter().map(|(code, mode)| (code, has.output_modes.contains(mode)));
+    let flags = input.chain(local).chain(output).map(|(code, on)| (code, u32::from(on)));
+    let speeds = [(128, has.input_speed()), (129, has.output_speed())];
+    characters.chain(flags).chain(speeds).collect()
 }
 
 /// Joins this process's standard streams to `process` until it ends, and

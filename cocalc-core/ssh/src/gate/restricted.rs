@@ -177,7 +177,7 @@ mod tests {
         let restrictions =
             Restrictions { pty: false, ports: Ports::Only([80].into()), ..Restrictions::default() };
         let restricted = restricted(restrictions);
-        let pty = Pty { term: "xterm".into(), size: WindowSize { cols: 80, rows: 24 } };
+        let pty = Pty::new("xterm", WindowSize { cols: 80, rows: 24 });
         let request = ExecRequest { pty: Some(pty), ..ExecRequest::default() };
         assert!(matches!(restricted.exec(project, request).await, Err(Error::Backend { .. })));
         let plain = restricted.exec(project, ExecRequest::default()).await;

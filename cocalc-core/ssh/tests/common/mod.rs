@@ -214,10 +214,8 @@ pub struct Shells {
 
 impl Shells {
     fn new(directory: &Path) -> Arc<Self> {
-        use std::os::unix::fs::PermissionsExt;
         let helper = directory.join("helper");
-        std::fs::write(&helper, cocalc_podman::HELPER).unwrap();
-        std::fs::set_permissions(&helper, std::fs::Permissions::from_mode(0o755)).unwrap();
+        cocalc_testkit::executable::write(&helper, cocalc_podman::HELPER);
         Arc::new(Self {
             home: directory.join("home"),
             starting: AtomicUsize::new(0),

@@ -6,7 +6,7 @@ import assert from "node:assert";
 import { mkdirSync, readFileSync, symlinkSync, writeFileSync } from "node:fs";
 import { createServer } from "node:net";
 import { join } from "node:path";
-import { HOSTS, MASTER, api, browser, enter, framed, project, run, shot, told, until } from "./driver.mjs";
+import { HOSTS, MASTER, SAME_SITE, api, browser, enter, framed, project, run, shot, told, until } from "./driver.mjs";
 
 const free = () => new Promise((resolve) => {
   const server = createServer().listen(0, "127.0.0.1", () => {
@@ -29,7 +29,7 @@ await run(async () => {
   };
   // It lets itself be shown in frames of its own origin only, unless it is told.
   writeFileSync(join(home, "jupyter_config.py"), `
-c.ServerApp.tornado_settings = {"headers": {"Content-Security-Policy": "frame-ancestors 'self' ${MASTER}"}}
+c.ServerApp.tornado_settings = {"headers": {"Content-Security-Policy": "frame-ancestors 'self' ${MASTER} ${SAME_SITE}"}}
 c.ServerApp.ip = "127.0.0.1"
 c.ServerApp.port = ${lab}
 c.ServerApp.port_retries = 0
@@ -102,6 +102,16 @@ import.meta.hot?.accept("./text.js", (fresh) => show(fresh.text));
   await shot(tab, "jupyterlab-in-a-tab");
   await strict.page.getByLabel("Show", { exact: true }).selectOption(String(dev));
   await strict.page.getByText("This browser keeps nothing for pages in frames").waitFor();
+  // But where the master's name and the project's are of one site, it has them,
+  // and works in the frame of that browser, too.
+  notebook("print(5 * 5)");
+  await enter(strict.page, id, told.admin, SAME_SITE);
+  await framed(strict.page, HOSTS[0]);
+  await strict.page.getByLabel("Show", { exact: true }).selectOption("ports");
+  await (await framed(strict.page, HOSTS[0])).getByRole("link", { name: `port/${lab}/`, exact: true }).click();
+  await works(strict.page, await until("its frame", () => strict.page.frames().find((one) =>
+    one.url().startsWith(`https://${id}.${HOSTS[0]}/port/${lab}/`))), "25");
+  await shot(strict.page, "jupyterlab-of-one-site");
   await strict.context.close();
 
   // Elsewhere it works in the frame, at the project's own origin, where an app

@@ -16,6 +16,8 @@ export const LIMIT = Number(process.env.COCALC_BROWSER_LIMIT_MS) || 90_000;
 
 const [alphaPort, betaPort, masterPort] = told.tls;
 export const MASTER = `https://master.example:${masterPort}`;
+/// The master under a name that is of one site with the first host's projects.
+export const SAME_SITE = `https://master.alpha.test:${masterPort}`;
 export const HOSTS = [`alpha.test:${alphaPort}`, `beta.test:${betaPort}`];
 
 // Terminates TLS, byte by byte, as something before a daemon does.
@@ -77,8 +79,8 @@ export async function until(what, look) {
 const contexts = [];
 
 // A browser of somebody's own. With `lenient`, it keeps third-party cookies, and
-// the storage of pages in frames of other sites.
-export async function browser(name, lenient = false) {
+// the storage of pages in frames of other sites. Without `scripts`, it runs none.
+export async function browser(name, lenient = false, scripts = true) {
   const profile = join(told.dir, name);
   mkdirSync(join(profile, "Default"), { recursive: true });
   const preferences = { profile: { cookie_controls_mode: lenient ? 0 : 1, block_third_party_cookies: !lenient } };
@@ -87,6 +89,7 @@ export async function browser(name, lenient = false) {
     executablePath: process.env.COCALC_CHROMIUM || "/usr/bin/chromium",
     headless: true,
     acceptDownloads: true,
+    javaScriptEnabled: scripts,
     viewport: { width: 1000, height: 700 },
     args: [
       "--no-sandbox",
@@ -106,8 +109,8 @@ export async function browser(name, lenient = false) {
 export const shot = (page, name) => page.screenshot({ path: join(told.screenshots, name + ".png") });
 
 // Opens the master's page, with a token typed in.
-export async function enter(page, id, token) {
-  await page.goto(`${MASTER}/projects/${id}`);
+export async function enter(page, id, token, master = MASTER) {
+  await page.goto(`${master}/projects/${id}`);
   await page.getByLabel("API token").fill(token);
   await page.getByRole("button", { name: "Open", exact: true }).click();
 }

@@ -2,6 +2,7 @@
 // stop, a revocation, signing out.
 
 import assert from "node:assert";
+import { createHash } from "node:crypto";
 import { readFileSync, writeFileSync, mkdirSync } from "node:fs";
 import { join } from "node:path";
 import { HOSTS, MASTER, api, browser, enter, framed, person, project, run, settle, shot, shows, screen, told, types, until } from "./driver.mjs";
@@ -24,6 +25,68 @@ await run(async () => {
   await shot(page, "terminal");
   assert.equal(new URL(frame.url()).origin, `https://${id}.${HOSTS[0]}`);
   assert(!frame.url().includes("cocalc_token") && !page.url().includes("cocalc_token"));
+
+  // Text of every kind, typed and pasted: in one piece, as a shell wants it.
+  await types(page, frame, "printf '%s|' ü 漢字 🙂 e\u0301; echo end\n");
+  await shows(frame, "ü|漢字|🙂|e\u0301|end");
+  await frame.locator(".screen:not([hidden]) textarea").evaluate((area) => {
+    const data = new DataTransfer();
+    data.setData("text/plain", "cat <<'END'\npasted ä 🙂\nand a second line\nEND\n");
+    area.dispatchEvent(new ClipboardEvent("paste", { clipboardData: data, bubbles: true, cancelable: true }));
+  });
+  await page.keyboard.press("Enter");
+  await shows(frame, "\npasted ä 🙂\r\nand a second line");
+  // Much of it, which waits for who reads it and loses nothing.
+  await types(page, frame, "echo now-$((1+1)); head -n 4000 | sha256sum\n");
+  await shows(frame, "now-2");
+  const lines = Array.from({ length: 4000 }, (_, at) => "line " + at + " ünï\n").join("");
+  await frame.locator(".screen:not([hidden]) textarea").evaluate((area, lines) => {
+    const data = new DataTransfer();
+    data.setData("text/plain", lines);
+    area.dispatchEvent(new ClipboardEvent("paste", { clipboardData: data, bubbles: true, cancelable: true }));
+  }, lines);
+  await shows(frame, createHash("sha256").update(lines).digest("hex"));
+
+  // A terminal is as large as it is shown, also on a small screen, where nothing
+  // is beside the page.
+  const sized = async (mark) => {
+    await types(page, frame, `clear; echo ${mark}-$(stty size | tr ' ' x)-\n`);
+    await shows(frame, mark + "-");
+    return until("a size", async () => (await screen(frame)).match(new RegExp(mark + "-(\\d+)x(\\d+)-"))?.slice(1).map(Number));
+  };
+  const [rows, columns] = await sized("large");
+  await page.setViewportSize({ width: 360, height: 640 });
+  await until("fewer columns", async () => (await frame.evaluate(() => innerWidth)) <= 360);
+  const small = await until("a smaller terminal", async () => {
+    const now = await sized("small" + Math.floor(Math.random() * 1e6));
+    return now[1] < columns ? now : null;
+  });
+  assert(small[1] >= 30 && small[0] >= 5, `${rows}x${columns} became ${small}`);
+  for (const view of ["terminal", "files", "ports"]) {
+    await frame.evaluate((view) => { location.hash = view; }, view);
+    await frame.locator("#" + view).waitFor();
+    const wide = await frame.evaluate(() => [document.documentElement.scrollWidth, innerWidth]);
+    assert(wide[0] <= wide[1], `${view} is wider than the screen: ${wide}`);
+    assert(await page.evaluate(() => document.documentElement.scrollWidth <= innerWidth), "the page around it");
+    await shot(page, "small-" + view);
+  }
+  await page.setViewportSize({ width: 1000, height: 700 });
+
+  // Many terminals, each with its own shell; one is ended, the others go on.
+  await frame.evaluate(() => { location.hash = "terminal/1"; });
+  for (let number = 2; number <= 6; number += 1) {
+    await frame.getByRole("button", { name: "New terminal" }).click();
+    await frame.getByRole("button", { name: "Terminal " + number, exact: true }).waitFor();
+    await types(page, frame, `mine=${number}; echo shell-$mine\n`);
+    await shows(frame, "shell-" + number);
+  }
+  await frame.getByRole("button", { name: "End this terminal" }).click();
+  await shows(frame, "this terminal was ended");
+  await frame.getByRole("button", { name: "Terminal 3", exact: true }).click();
+  await types(page, frame, "echo still-mine-$mine\n");
+  await shows(frame, "still-mine-3");
+  await frame.getByRole("button", { name: "Terminal 1", exact: true }).click();
+  await shows(frame, "typed-42");
 
   // Another site in the frame, whose ordinary cookies are blocked: the session
   // is kept apart for this page, and that is enough.
@@ -77,6 +140,58 @@ await run(async () => {
   await frame.locator("#upload").setInputFiles([text]);
   await frame.getByRole("dialog").getByRole("button", { name: "No" }).click();
   await frame.getByText("text.txt: left as it was").waitFor();
+
+  // Folders are made, renamed, and deleted with what is in them.
+  const answer = async (label, text) => {
+    const dialog = frame.getByRole("dialog");
+    if (text !== undefined) await dialog.getByRole("textbox").fill(text);
+    await dialog.getByRole("button", { name: label }).click();
+  };
+  await frame.getByRole("button", { name: "New folder" }).click();
+  await answer("OK", "work #1");
+  await frame.getByRole("button", { name: "Rename text.txt" }).click();
+  await answer("OK", "/work #1/text.txt");
+  await frame.getByRole("button", { name: "Rename work #1" }).click();
+  await answer("OK", "work");
+  await frame.getByRole("link", { name: "work/" }).click();
+  await frame.getByRole("button", { name: "Rename text.txt" }).waitFor();
+  await frame.getByRole("link", { name: "../" }).click();
+
+  // What is deleted comes back from a snapshot: in its place, and as a copy.
+  await settle(await api("POST", `/projects/${id}/snapshots`, { name: "before" }));
+  await frame.getByRole("button", { name: "Delete work" }).click();
+  await answer("Yes");
+  await frame.getByRole("link", { name: "work/" }).waitFor({ state: "hidden" });
+  await frame.evaluate(() => { location.hash = "ports"; });
+  await frame.evaluate(() => { location.hash = "files"; });
+  const state = frame.locator("#then");
+  const before = await until("the snapshot", () => state.evaluate((all) => [...all.options].find((one) => one.text.endsWith("(before)"))?.value));
+  await state.selectOption(before);
+  await frame.getByRole("link", { name: "work/" }).waitFor();
+  assert(!await frame.getByRole("button", { name: "New folder" }).isVisible());
+  await shot(page, "files-of-a-snapshot");
+  await frame.getByRole("button", { name: "Restore work", exact: true }).click();
+  await answer("Yes");
+  await frame.getByText("work is restored.").waitFor();
+  await frame.getByRole("link", { name: "work/" }).click();
+  const past = page.waitForEvent("download");
+  await frame.getByRole("link", { name: "Download text.txt" }).click();
+  assert.equal(readFileSync(await (await past).path(), "utf8"), "one\r\ntwo\r\nthree\r\n");
+  await frame.getByRole("button", { name: "Restore a copy of text.txt" }).click();
+  await answer("OK", "again.txt");
+  await frame.getByText("again.txt is restored.").waitFor();
+  await frame.getByRole("button", { name: "Restore a copy of text.txt" }).click();
+  await answer("OK", "again.txt");
+  await frame.getByText("There is something of this name.").waitFor();
+  await state.selectOption("");
+  await frame.getByRole("button", { name: "Rename again.txt" }).waitFor();
+  await frame.getByRole("button", { name: "Rename text.txt" }).click();
+  await answer("OK", "/text.txt");
+  await frame.getByRole("link", { name: "../" }).click();
+  await frame.getByRole("button", { name: "Delete work" }).click();
+  await answer("Yes");
+  await frame.getByRole("link", { name: "work/" }).waitFor({ state: "hidden" });
+  await frame.getByRole("button", { name: "Edit text.txt" }).waitFor();
 
   // The terminal of before goes on: another part of the page is another
   // connection, to the same shell.
@@ -203,6 +318,18 @@ h.HTTPServer(("127.0.0.1", 8124), H).serve_forever()' 2>/dev/null &\n`);
   const listing = await until("the files", () => his.page.frames().find((one) => one.url().endsWith("/files/")));
   await listing.getByText("text.txt").waitFor();
   await shot(his.page, "viewer");
+  // Without scripts: the page that says how far the start is looks again by
+  // itself, and what comes then leads to the files.
+  await settle(await api("POST", `/projects/${id}/stop`, {}));
+  const plain = await browser("plain", false, false);
+  const { token } = await api("POST", `/projects/${id}/connect`, { ttl_secs: 300 });
+  await plain.page.goto(`https://${id}.${HOSTS[1]}/?cocalc_token=${token}`);
+  await plain.page.getByText("is running. Terminals need JavaScript").waitFor();
+  assert(!plain.page.url().includes("token"), plain.page.url());
+  await plain.page.getByRole("link", { name: "its files" }).click();
+  await plain.page.getByRole("link", { name: "text.txt" }).waitFor();
+  await plain.page.getByRole("link", { name: "zip" }).waitFor();
+  await shot(plain.page, "without-scripts");
   assert.deepEqual(complaints, []);
   console.log("the page is used in a frame of another site");
 });

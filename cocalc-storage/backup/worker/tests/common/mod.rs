@@ -71,11 +71,9 @@ pub(crate) fn run(program: &str, arguments: &[&str]) {
 
 /// A worker that runs the true one after `before`, a line of shell.
 pub(crate) fn worker_after(root: &Path, name: &str, before: &str) -> PathBuf {
-    use std::os::unix::fs::PermissionsExt as _;
     let script = root.join(name);
     let text = format!("#!/bin/sh\n{before} exec {}\n", env!("CARGO_BIN_EXE_cocalc-backup-worker"));
-    fs::write(&script, text).unwrap();
-    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+    cocalc_testkit::executable::write(&script, text);
     script
 }
 
