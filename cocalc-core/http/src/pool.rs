@@ -56,10 +56,10 @@ struct Idle {
 struct Open {
     sender: SendRequest<Body>,
     heard: Arc<AtomicBool>,
-    running: Running,
+    task: AbortHandle,
 }
 
-/// The task of a connection; dropped, it ends, whatever the far end does.
+/// The task of a connection in use; dropped, it ends, whatever the far end does.
 struct Running(Option<AbortHandle>);
 
 impl Drop for Running {
@@ -82,6 +82,7 @@ pub(crate) struct Lease {
     pool: Arc<Pool>,
     key: Key,
     open: Open,
+    running: Running,
     /// Whether it served a request before.
     pub(crate) reused: bool,
     /// Whether no other request can follow on it.
@@ -104,16 +105,18 @@ impl Lease {
         self.open.heard.load(Ordering::Acquire)
     }
 
-    /// Keeps the connection for another request.
-    pub(crate) fn give_back(self) {
+    /// Keeps the connection for another request. It may still be sending this
+    /// one, to an app that has answered early, and goes on with that in any case.
+    pub(crate) fn give_back(mut self) {
         if !self.spent {
+            self.running.0 = None;
             self.pool.clone().put(self.key, self.open);
         }
     }
 
     /// Leaves the connection to what it was switched to.
     pub(crate) fn leave(mut self) {
-        self.open.running.0 = None;
+        self.running.0 = None;
     }
 }
 
@@ -191,7 +194,7 @@ impl Pool {
                     _ => continue,
                 }
             }
-            return Some(Lease { pool: self.clone(), key, open, reused: true, spent: false });
+            return Some(self.lend(key, open, true));
         }
     }
 
@@ -211,8 +214,12 @@ impl Pool {
                 tracing::debug!(%error, "an upstream connection ended");
             }
         });
-        let open = Open { sender, heard, running: Running(Some(task.abort_handle())) };
-        Ok(Lease { pool: self.clone(), key, open, reused: false, spent: false })
+        Ok(self.lend(key, Open { sender, heard, task: task.abort_handle() }, false))
+    }
+
+    fn lend(self: &Arc<Self>, key: Key, open: Open, reused: bool) -> Lease {
+        let running = Running(Some(open.task.clone()));
+        Lease { pool: self.clone(), key, open, running, reused, spent: false }
     }
 
     /// A connection: one that has been idle for no longer than `age`, or what

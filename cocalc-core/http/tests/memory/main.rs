@@ -6,6 +6,7 @@
 #![allow(dead_code, reason = "some of the support is for the tests of the ingress")]
 
 mod bodies;
+mod hostile;
 #[path = "../ingress/support.rs"]
 mod support;
 mod websockets;

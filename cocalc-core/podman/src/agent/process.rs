@@ -95,9 +95,9 @@ impl AgentProcess {
 
 /// How a process ended, as the helper has it; `None` if it says something else.
 pub(crate) fn exit(answer: &[u8]) -> Option<Exit> {
-    match answer {
-        &[b'X', 0, code] => Some(Exit::Code(code)),
-        &[b'X', 1, signal] => Some(Exit::Signal(signals::name(signal))),
+    match *answer {
+        [b'X', 0, code] => Some(Exit::Code(code)),
+        [b'X', 1, signal] => Some(Exit::Signal(signals::name(signal))),
         _ => None,
     }
 }

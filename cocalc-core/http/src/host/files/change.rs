@@ -159,7 +159,7 @@ impl Inner {
                 // Who is still sending would see a broken connection instead of
                 // the answer. Who waits to be told to send is not told so.
                 if begun && !problem.close && !body.is_end_stream() {
-                    rest.connection.tasks.spawn(body.drained(DRAIN_BYTES, DRAIN_TIME));
+                    rest.connection.spawn(body.drained(DRAIN_BYTES, DRAIN_TIME));
                 }
                 Err(problem)
             }
