@@ -18,7 +18,7 @@ case $goal in
   demo) ;;
   test) packages+=(
           attr busybox-static chromium curl docker-registry dropbear-bin faketime nginx-light openssh-server openssl
-          python3-cryptography python3-jwt python3-venv restic rsync sshfs xauth
+          pebble python3-cryptography python3-jwt python3-venv restic rsync sshfs xauth
         ) ;;
   bench) packages+=(curl nginx-light openssh-server restic rsync time wrk) ;;
   *) echo "setup.sh: unknown goal $goal" >&2; exit 2 ;;

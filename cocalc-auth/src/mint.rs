@@ -17,7 +17,7 @@ use zeroize::{Zeroize, Zeroizing};
 use crate::{
     PublicKey, RandomError, compact,
     stream::{PublicRing, RingKey},
-    token::{self, Algorithm, Audience, Claims, TokenId, Usage},
+    token::{self, Algorithm, Audience, Claims, LoginTag, TokenId, Usage},
 };
 
 /// How long a key is published before it signs.
@@ -290,7 +290,10 @@ impl SigningRing {
             scp: new.scopes.clone(),
             iat,
             exp: iat.saturating_add(ttl),
-            jti: TokenId::random()?,
+            jti: match new.login {
+                Some(login) => TokenId::under(login)?,
+                None => TokenId::random()?,
+            },
             sep: new.session_epoch,
             acl: new.acl,
             usage: new.usage,
@@ -417,6 +420,7 @@ pub struct NewToken {
     epoch: Epoch,
     scopes: BTreeSet<Scope>,
     session_epoch: u64,
+    login: Option<LoginTag>,
     acl: u64,
     usage: Usage,
     embed_origin: Option<String>,
@@ -441,6 +445,7 @@ impl NewToken {
             epoch,
             scopes: BTreeSet::new(),
             session_epoch: 0,
+            login: None,
             acl: 0,
             usage: Usage::Multi,
             embed_origin: None,
@@ -459,6 +464,14 @@ impl NewToken {
     #[must_use]
     pub fn session_epoch(mut self, epoch: u64) -> Self {
         self.session_epoch = epoch;
+        self
+    }
+
+    /// The account's log-in that it is minted under: what it opens ends with that.
+    /// Default: none.
+    #[must_use]
+    pub fn login(mut self, login: Option<LoginTag>) -> Self {
+        self.login = login;
         self
     }
 

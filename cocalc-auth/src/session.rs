@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
-use crate::{RandomError, compact};
+use crate::{RandomError, compact, token::LoginTag};
 
 /// What a session is good for. It is checked against the ACL on every use.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
@@ -29,6 +29,9 @@ pub struct SessionRecord {
     pub embed_origin: Option<String>,
     /// When it was made, in master time.
     pub created: Timestamp,
+    /// The log-in under which the token was minted that opened it.
+    #[serde(default)]
+    pub login: Option<LoginTag>,
 }
 
 /// A new session's secret: 256 random bits, base64url. Wiped on drop.

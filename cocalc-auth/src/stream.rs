@@ -8,6 +8,8 @@
 use cocalc_ids::{AccountId, Epoch, HostId, KeyId, ProjectId, ProxyId, Role};
 use serde::{Deserialize, Serialize};
 
+use crate::token::LoginTag;
+
 /// One frame.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct Frame {
@@ -99,6 +101,10 @@ pub struct AccountState {
     /// Grows when the account signs out everywhere; older tokens and sessions
     /// end.
     pub session_epoch: u64,
+    /// Log-ins that ended, and whose tokens and sessions end with them, for as
+    /// long as any could live.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ended_logins: Vec<LoginTag>,
     /// A banned account may do nothing.
     pub banned: bool,
     /// Its SSH keys.

@@ -9,8 +9,9 @@
 
 use std::{collections::BTreeSet, fmt, str::FromStr, time::Duration};
 
-use cocalc_ids::{AccountId, Epoch, HostId, ProjectId, Scope, Timestamp};
+use cocalc_ids::{AccountId, Epoch, HostId, KeyId, ProjectId, Scope, Timestamp};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use sha2::{Digest, Sha256};
 
 use crate::{
     PublicKey, RandomError,
@@ -145,7 +146,67 @@ impl<'de> Deserialize<'de> for Audience {
     }
 }
 
-/// The id of a token (claim `jti`): 128 random bits, base64url.
+/// Under which log-in of its account a token was minted: 64 bits of a hash of the
+/// log-in's id, in hexadecimal as text. What it opened ends with the log-in.
+#[derive(Clone, Copy, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct LoginTag([u8; 8]);
+
+impl LoginTag {
+    /// That of the log-in, or API key, of this id.
+    pub fn of(login: KeyId) -> Self {
+        let mut hasher = Sha256::new();
+        hasher.update(b"cocalc-login-1 ");
+        hasher.update(login.to_string().as_bytes());
+        let hash: [u8; 32] = hasher.finalize().into();
+        let mut tag = [0; 8];
+        tag.copy_from_slice(&hash[..8]);
+        Self(tag)
+    }
+}
+
+impl fmt::Display for LoginTag {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for LoginTag {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for LoginTag {
+    type Err = TokenError;
+
+    fn from_str(text: &str) -> Result<Self, TokenError> {
+        let mut bytes = [0; 8];
+        if text.len() != 16 || !text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
+            return Err(TokenError::Payload);
+        }
+        for (index, byte) in bytes.iter_mut().enumerate() {
+            *byte =
+                u8::from_str_radix(&text[2 * index..2 * index + 2], 16).map_err(|_| TokenError::Payload)?;
+        }
+        Ok(Self(bytes))
+    }
+}
+
+impl Serialize for LoginTag {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for LoginTag {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = <std::borrow::Cow<'de, str>>::deserialize(deserializer)?;
+        text.parse().map_err(|_| serde::de::Error::custom("not a log-in's tag"))
+    }
+}
+
+/// The id of a token (claim `jti`): 128 bits, base64url. Of one that was minted
+/// under a log-in the first 64 are that log-in's tag; all others are random.
 #[derive(Clone, Copy, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct TokenId([u8; 16]);
 
@@ -158,6 +219,25 @@ impl TokenId {
     /// The 16 bytes.
     pub const fn as_bytes(&self) -> &[u8; 16] {
         &self.0
+    }
+
+    /// A new id of a token that is minted under a log-in.
+    ///
+    /// # Errors
+    ///
+    /// The system has no randomness to give.
+    pub fn under(login: LoginTag) -> Result<Self, RandomError> {
+        let Self(mut bytes) = Self::random()?;
+        bytes[..8].copy_from_slice(&login.0);
+        Ok(Self(bytes))
+    }
+
+    /// The log-in that it was minted under; if it was under none, one that
+    /// nobody has.
+    pub fn login(&self) -> LoginTag {
+        let mut tag = [0; 8];
+        tag.copy_from_slice(&self.0[..8]);
+        LoginTag(tag)
     }
 
     /// A new random id.

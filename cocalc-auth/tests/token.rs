@@ -8,9 +8,9 @@ use cocalc_auth::{
     identity::Identity,
     mint::{MintError, NewToken, RotateError, SigningRing},
     stream::{PublicRing, RingKey},
-    token::{Algorithm, Claims, Expect, TokenError, Usage, Verifier, header_text},
+    token::{Algorithm, Claims, Expect, LoginTag, TokenError, Usage, Verifier, header_text},
 };
-use cocalc_ids::{AccountId, Epoch, HostId, ProjectId, Scope, Timestamp};
+use cocalc_ids::{AccountId, Epoch, HostId, KeyId, ProjectId, Scope, Timestamp};
 use proptest::prelude::*;
 
 const MASTER: &str = "https://master.example";
@@ -429,4 +429,19 @@ fn claims_say_when_in_time_and_not_in_seconds() {
     let minted = ring().mint(&new_token().ttl(std::time::Duration::from_secs(90)), now).unwrap();
     assert_eq!(minted.claims.issued(), now);
     assert_eq!(minted.claims.expires(), Timestamp::from_secs(1_800_000_090));
+}
+
+#[test]
+fn a_token_says_under_which_log_in_it_was_minted() {
+    let ring = ring();
+    let (one, other) = (LoginTag::of(KeyId::from_bytes([1; 16])), LoginTag::of(KeyId::from_bytes([2; 16])));
+    assert_ne!(one, other);
+    assert_eq!(one.to_string().parse(), Ok(one));
+    for bad in ["", "0", "00112233445566 7", "AA11223344556677", "001122334455667788"] {
+        assert!(bad.parse::<LoginTag>().is_err(), "{bad}");
+    }
+    let mint = |login| ring.mint(&new_token().login(login), NOW).unwrap().claims.jti;
+    assert_eq!(mint(Some(one)).login(), one);
+    assert_ne!(mint(Some(one)), mint(Some(one)), "each has an id of its own");
+    assert!(![one, other].contains(&mint(None).login()));
 }

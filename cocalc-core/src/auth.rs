@@ -39,6 +39,15 @@ pub trait Auth: fmt::Debug + Send + Sync + 'static {
     /// value (only its hash is kept). A `once` token is used up: the second
     /// call with the same `jti` is denied.
     async fn open_session(&self, principal: &Principal, project: ProjectId) -> Result<Secret, Denial>;
+
+    /// Ends the browser session whose cookie has this value, with what it has
+    /// open; one that there is not has ended already. Whoever shows a cookie may
+    /// end its session.
+    ///
+    /// # Errors
+    ///
+    /// [`Denial::Stale`] if it may come back, because that could not be kept.
+    async fn close_session(&self, session: &Secret) -> Result<(), Denial>;
 }
 
 /// Something that is claimed to prove an identity.
@@ -125,6 +134,9 @@ pub enum Via {
     Session {
         /// SHA-256 of the cookie's value, in hexadecimal.
         hash: String,
+        /// The log-in of the account that it was opened under, as the master
+        /// names it; empty if it named none.
+        login: String,
     },
     /// An SSH key.
     SshKey {

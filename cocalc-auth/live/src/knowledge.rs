@@ -631,7 +631,8 @@ mod tests {
                 viewable_ports: vec![],
             })
         };
-        let state = AccountState { account, session_epoch: 0, banned: false, keys: vec![] };
+        let state =
+            AccountState { account, session_epoch: 0, ended_logins: vec![], banned: false, keys: vec![] };
         let entries =
             [Entry::Reset, Entry::Account(state), acl(1, vec![(account, Role::Owner)]), Entry::Live];
         let frames: Vec<Frame> =
@@ -648,6 +649,7 @@ mod tests {
             action: Action::Use(Scope::Ws),
             epoch: None,
             session_epoch: Some(0),
+            login: None,
             acl: 0,
             proof: Proof::Token,
         };

@@ -133,6 +133,11 @@ impl Auth for LimitedAuth {
         self.used(principal)?;
         self.inner.open_session(principal, project).await
     }
+
+    async fn close_session(&self, session: &Secret) -> Result<(), Denial> {
+        // Of a session that there is: a bound would keep it open.
+        self.inner.close_session(session).await
+    }
 }
 
 impl fmt::Debug for LimitedAuth {
@@ -196,6 +201,10 @@ mod tests {
         }
 
         async fn open_session(&self, _: &Principal, _: ProjectId) -> Result<Secret, Denial> {
+            Err(Denial::Stale)
+        }
+
+        async fn close_session(&self, _: &Secret) -> Result<(), Denial> {
             Err(Denial::Stale)
         }
     }

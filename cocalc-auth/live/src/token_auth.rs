@@ -16,7 +16,7 @@ use cocalc_auth::{
     audit::Event,
     session::{SessionHash, SessionRecord, SessionSecret},
     stream::SshKey,
-    token::{Claims, Expect, LEEWAY, TokenError, TokenId, Usage},
+    token::{Claims, Expect, LEEWAY, LoginTag, TokenError, TokenId, Usage},
 };
 use cocalc_auth_ssh::{Found, Options, certificate_fingerprint, find_key, fingerprint, verify_user};
 use cocalc_core::{
@@ -134,7 +134,10 @@ impl TokenAuth {
             epoch: None,
             session_epoch: Some(session.session_epoch),
             acl: session.acl,
-            via: Via::Session { hash: hash.to_string() },
+            via: Via::Session {
+                hash: hash.to_string(),
+                login: session.login.map(|login| login.to_string()).unwrap_or_default(),
+            },
             embed_origin: session.embed_origin,
             expires: None,
             restrictions: Restrictions::default(),
@@ -281,7 +284,7 @@ impl TokenAuth {
         }
         let proof = match &principal.via {
             Via::Token { .. } => Proof::Token,
-            Via::Session { hash } => {
+            Via::Session { hash, .. } => {
                 let hash = hash.parse().map_err(|_| Denial::BadCredential("no such session".to_owned()))?;
                 Proof::Session(hash)
             }
@@ -299,6 +302,7 @@ impl TokenAuth {
             action,
             epoch: principal.epoch,
             session_epoch: principal.session_epoch,
+            login: login(&principal.via),
             acl: principal.acl,
             proof,
         })
@@ -484,6 +488,12 @@ impl Auth for TokenAuth {
         });
         opened
     }
+
+    async fn close_session(&self, session: &Secret) -> Result<(), Denial> {
+        let Some(hash) = SessionHash::of_cookie(session.expose()) else { return Ok(()) };
+        let knowledge = Arc::clone(&self.knowledge);
+        blocking(move || knowledge.end_session(hash)).await.map_err(|error| failed(&error))
+    }
 }
 
 impl TokenAuth {
@@ -514,6 +524,7 @@ impl TokenAuth {
             acl: principal.acl,
             embed_origin: principal.embed_origin.clone(),
             created: self.knowledge.master_now(),
+            login: login(&principal.via),
         };
         let (store, hash) = (self.knowledge.store.clone(), secret.hash());
         blocking(move || Ok(store.insert_session(&hash, &session)?)).await.map_err(|error| failed(&error))?;
@@ -565,6 +576,15 @@ fn refusal_text(credential: &Credential, denial: &Denial) -> String {
     match key {
         Some(key) => format!("{kind} {key}: {denial}"),
         None => format!("{kind}: {denial}"),
+    }
+}
+
+/// The log-in that a token or session was made under.
+fn login(via: &Via) -> Option<LoginTag> {
+    match via {
+        Via::Token { jti, .. } => jti.parse().ok().map(|jti: TokenId| jti.login()),
+        Via::Session { login, .. } => login.parse().ok(),
+        _ => None,
     }
 }
 

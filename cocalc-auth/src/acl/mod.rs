@@ -20,7 +20,7 @@ use crate::{
     session::SessionHash,
     store::{Position, Save, Saved, entry_name},
     stream::{AccountState, Entry, Frame, ProjectAcl, PublicRing, SshAuthorities, SshKey},
-    token::Verifier,
+    token::{LoginTag, Verifier},
 };
 
 /// A question: may this account, by this proof, do this to that project?
@@ -36,6 +36,9 @@ pub struct Ask {
     pub epoch: Option<Epoch>,
     /// The account's session epoch of the proof; `None` for keys.
     pub session_epoch: Option<u64>,
+    /// The account's log-in of the proof; `None` for keys, and for what is
+    /// older than such notes.
+    pub login: Option<LoginTag>,
     /// The lowest ACL version that may decide.
     pub acl: u64,
     /// By which proof.
@@ -124,7 +127,7 @@ pub enum Refusal {
     /// The account is banned.
     #[error("the account is banned")]
     Banned,
-    /// The account has signed out everywhere since.
+    /// The account has signed out since: everywhere, or of this log-in.
     #[error("the account has signed out")]
     SignedOut,
     /// The SSH key is not listed any more.
@@ -502,6 +505,9 @@ impl AclCache {
             Some(epoch) if epoch < account.session_epoch => return Err(Refusal::SignedOut),
             Some(epoch) if epoch > account.session_epoch => return Err(Refusal::TooOld),
             _ => {}
+        }
+        if ask.login.is_some_and(|login| account.ended_logins.contains(&login)) {
+            return Err(Refusal::SignedOut);
         }
         if let Some(proxy) = ask.proof.proxy()
             && self.attesting_proxy(ask.project, proxy).is_none()

@@ -7,6 +7,7 @@ use crate::{
     identity::Identity,
     store::{AclStore, MemoryStore},
     stream::{RingKey, SshKey},
+    token::LoginTag,
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -47,7 +48,7 @@ fn acl(n: u8, version: u64, members: &[(u8, Role)]) -> ProjectAcl {
 }
 
 fn state(n: u8, session_epoch: u64) -> AccountState {
-    AccountState { account: account(n), session_epoch, banned: false, keys: vec![] }
+    AccountState { account: account(n), session_epoch, ended_logins: vec![], banned: false, keys: vec![] }
 }
 
 fn ring(version: u64, withdrawn: &[&str]) -> PublicRing {
@@ -66,6 +67,7 @@ fn ask(account_: u8, project_: u8) -> Ask {
         action: Action::Use(Scope::Http),
         epoch: Some(Epoch::FIRST),
         session_epoch: Some(0),
+        login: None,
         acl: 0,
         proof: Proof::Token,
     }
@@ -809,4 +811,23 @@ fn entries_for_the_daemon_are_kept_by_name() {
     assert_eq!((sum.entries.len(), sum.position), (2, Some(sender.at)));
     sum.merge(Save { clear: true, position: Some(sender.at), ..Save::default() });
     assert!(sum.entries.is_empty() && sum.clear);
+}
+
+/// What was opened under one log-in ends with it, and nothing else does.
+#[test]
+fn a_log_in_ends_alone() {
+    let (mut cache, mut sender) = live();
+    let tag = |n| LoginTag::of(KeyId::from_bytes([n; 16]));
+    let under =
+        |n| Ask { login: Some(tag(n)), proof: Proof::Session(SessionHash::from_bytes([n; 32])), ..ask(1, 1) };
+    let mut admit = |ask: &Ask| cache.admit(ask, Some(Epoch::FIRST), START).1.expect("it is allowed");
+    let (ended, _, _) = (admit(&under(1)), admit(&under(2)), admit(&ask(1, 1)));
+    let applied =
+        sender.send(&mut cache, Entry::Account(AccountState { ended_logins: vec![tag(1)], ..state(1, 0) }));
+    assert_eq!(applied.close, [(ended, Refusal::SignedOut)], "and no other");
+    assert_eq!(outcome(&cache, &under(1), START), Err(Refusal::SignedOut));
+    let token = Ask { proof: Proof::Token, ..under(1) };
+    assert_eq!(outcome(&cache, &token, START), Err(Refusal::SignedOut));
+    assert_eq!(outcome(&cache, &under(2), START), Ok(()));
+    assert_eq!(cache.connections(), 2);
 }

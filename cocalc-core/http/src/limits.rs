@@ -99,8 +99,6 @@ pub struct HttpSettings {
     pub parked: u32,
     /// [`Limits::parked_wait`]. Default: 30.
     pub parked_secs: u32,
-    /// [`Limits::drain`]. Default: 10.
-    pub drain_secs: u32,
     /// [`Limits::idle_per_target`], 0 to 1,000,000. Default: 64.
     pub idle_per_target: u32,
     /// [`Limits::idle_total`], 0 to 1,000,000. Default: 2,048.
@@ -120,7 +118,6 @@ impl Default for HttpSettings {
             websocket_idle_secs: 7200,
             parked: 1_000,
             parked_secs: 30,
-            drain_secs: 10,
             idle_per_target: 64,
             idle_total: 2_048,
             idle_secs: 30,
@@ -146,7 +143,6 @@ impl HttpSettings {
             ("websocket_idle_secs", self.websocket_idle_secs, WAITS),
             ("parked", self.parked, (1, COUNTS.1)),
             ("parked_secs", self.parked_secs, WAITS),
-            ("drain_secs", self.drain_secs, WAITS),
             ("idle_per_target", self.idle_per_target, COUNTS),
             ("idle_total", self.idle_total, COUNTS),
             ("idle_secs", self.idle_secs, WAITS),
@@ -171,7 +167,6 @@ impl HttpSettings {
             websocket_idle: secs(self.websocket_idle_secs),
             parked: size(self.parked),
             parked_wait: secs(self.parked_secs),
-            drain: secs(self.drain_secs),
             idle_per_target: size(self.idle_per_target),
             idle_total: size(self.idle_total),
             idle_for: secs(self.idle_secs),

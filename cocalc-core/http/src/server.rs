@@ -33,6 +33,10 @@ use crate::{
     activity::Activity, body::Body, framing::Guarded, limits::Limits, pool::Pool, problem::Problem, tls::Tls,
 };
 
+/// At shutdown, how long a connection may take to send its first request, if it
+/// has sent none: it was accepted a moment ago, and its client is on its way.
+const FIRST_REQUEST: Duration = Duration::from_secs(2);
+
 /// How long a TLS handshake may take.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 
@@ -256,6 +260,11 @@ impl Server {
         }
     }
 
+    /// Asks everything that is open to end.
+    pub(crate) fn ask_to_end(&self) {
+        self.draining.cancel();
+    }
+
     /// Asks everything that is open to end, and ends it after `limits.drain`.
     pub(crate) async fn shut_down(&self) {
         self.draining.cancel();
@@ -377,10 +386,12 @@ impl Server {
         let guarded = Guarded::new(stream);
         let refused = guarded.refused();
         let requests = AtomicU64::new(0);
+        let begun = CancellationToken::new();
         let service = {
-            let connection = connection.clone();
+            let (connection, begun) = (connection.clone(), begun.clone());
             service_fn(move |request: Request<Incoming>| {
                 let index = requests.fetch_add(1, Ordering::Relaxed);
+                begun.cancel();
                 let refused = refused.is(index);
                 let (handler, connection) = (handler.clone(), connection.clone());
                 async move {
@@ -426,7 +437,11 @@ impl Server {
         let ended = tokio::select! {
             ended = served.as_mut() => ended,
             () = connection.closing.cancelled() => return,
-            () = connection.draining.cancelled() => {
+            () = async {
+                connection.draining.cancelled().await;
+                // The library would close it at once, and lose the request.
+                let _ = timeout(FIRST_REQUEST, begun.cancelled()).await;
+            } => {
                 served.as_mut().graceful_shutdown();
                 tokio::select! {
                     ended = served.as_mut() => ended,

@@ -1,9 +1,10 @@
 //! HTTPS: certificates from files, which may change while connections are open.
 
 use std::{
+    collections::BTreeMap,
     fmt, io,
     path::{Path, PathBuf},
-    sync::{Arc, PoisonError, RwLock},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
     time::Duration,
 };
 
@@ -23,6 +24,9 @@ use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 /// How often the files are looked at.
 const LOOK: Duration = Duration::from_secs(10);
+
+/// The protocol by which authorities check names (RFC 8737).
+const CHALLENGE: &[u8] = b"acme-tls/1";
 
 /// Most bytes of one of the files. A chain of certificates has some thousand.
 const FILE_BYTES_MAX: u64 = 1 << 20;
@@ -83,8 +87,13 @@ impl Tls {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let (certificate, key) = (certificate.to_owned(), key.to_owned());
         let shown = Shown::read(&certificate, &key, &provider)?;
-        let files =
-            Arc::new(Files { certificate, key, provider: provider.clone(), shown: RwLock::new(shown) });
+        let files = Arc::new(Files {
+            certificate,
+            key,
+            provider: provider.clone(),
+            shown: RwLock::new(shown),
+            challenges: Mutex::default(),
+        });
         let mut config = ServerConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .map_err(TlsError::Setup)?
@@ -92,6 +101,48 @@ impl Tls {
             .with_cert_resolver(files.clone());
         config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
         Ok(Self { files, acceptor: TlsAcceptor::from(Arc::new(config)) })
+    }
+
+    /// Also answers an authority's challenges of TLS-ALPN-01 (RFC 8737).
+    #[must_use]
+    pub fn with_challenges(mut self) -> Self {
+        let mut config = ServerConfig::clone(self.acceptor.config());
+        config.alpn_protocols.push(CHALLENGE.to_vec());
+        self.acceptor = TlsAcceptor::from(Arc::new(config));
+        self
+    }
+
+    /// Shows this certificate, with its key, both in DER, to whoever checks `name`
+    /// by TLS-ALPN-01, and to nobody else.
+    ///
+    /// # Errors
+    ///
+    /// [`TlsError::Key`].
+    pub fn answer_challenge(&self, name: &str, certificate: Vec<u8>, key: Vec<u8>) -> Result<(), TlsError> {
+        let failed = |source| TlsError::Key { path: PathBuf::from(name), source };
+        let key =
+            PrivateKeyDer::try_from(key).map_err(|why| failed(rustls::Error::General(why.to_owned())))?;
+        let chain = vec![CertificateDer::from(certificate)];
+        let key = self.files.provider.key_provider.load_private_key(key).map_err(failed)?;
+        // Whether it fits is not looked at: the proof is an extension that every
+        // client must refuse.
+        let certified = CertifiedKey::new(chain, key);
+        self.files.challenges().insert(name.to_owned(), Arc::new(certified));
+        Ok(())
+    }
+
+    /// Answers no challenge any more.
+    pub fn clear_challenges(&self) {
+        self.files.challenges().clear();
+    }
+
+    /// For servers that speak HTTP/1.1 only.
+    #[must_use]
+    pub fn only_http1(mut self) -> Self {
+        let mut config = ServerConfig::clone(self.acceptor.config());
+        config.alpn_protocols.retain(|name| name != b"h2");
+        self.acceptor = TlsAcceptor::from(Arc::new(config));
+        self
     }
 
     /// As [`open`](Self::open) with the files that a configuration names, if it
@@ -134,21 +185,35 @@ impl Tls {
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             looks.tick().await;
-            let tls = self.clone();
-            match tokio::task::spawn_blocking(move || tls.reload()).await {
-                Ok(Ok(true)) => tracing::info!("a new certificate is shown"),
-                Ok(Ok(false)) => {}
-                Ok(Err(error)) => {
-                    tracing::warn!(error = %cocalc_core::chain(&error), "the old certificate is kept");
-                }
-                Err(error) => tracing::warn!(%error, "the certificate was not looked at"),
+            self.look_again().await;
+        }
+    }
+
+    /// Reloads now, apart from the runtime, and logs what came of it.
+    pub async fn look_again(&self) {
+        let tls = self.clone();
+        match tokio::task::spawn_blocking(move || tls.reload()).await {
+            Ok(Ok(true)) => tracing::info!("a new certificate is shown"),
+            Ok(Ok(false)) => tracing::debug!("the certificate is the same"),
+            Ok(Err(error)) => {
+                tracing::warn!(error = %cocalc_core::chain(&error), "the old certificate is kept");
             }
+            Err(error) => tracing::warn!(%error, "the certificate was not looked at"),
         }
     }
 
     /// Shakes hands. The caller bounds the time.
-    pub(crate) async fn accept(&self, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
-        self.acceptor.accept(stream).await
+    ///
+    /// # Errors
+    ///
+    /// The client speaks no TLS that is allowed here, or has gone.
+    pub async fn accept(&self, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
+        let stream = self.acceptor.accept(stream).await?;
+        if stream.get_ref().1.alpn_protocol() == Some(CHALLENGE) {
+            // That was all.
+            return Err(io::Error::other("an authority has checked a name"));
+        }
+        Ok(stream)
     }
 }
 
@@ -163,6 +228,14 @@ struct Files {
     key: PathBuf,
     provider: Arc<CryptoProvider>,
     shown: RwLock<Shown>,
+    /// By name.
+    challenges: Mutex<BTreeMap<String, Arc<CertifiedKey>>>,
+}
+
+impl Files {
+    fn challenges(&self) -> MutexGuard<'_, BTreeMap<String, Arc<CertifiedKey>>> {
+        self.challenges.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl fmt::Debug for Files {
@@ -172,7 +245,11 @@ impl fmt::Debug for Files {
 }
 
 impl ResolvesServerCert for Files {
-    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        // As its only protocol (RFC 8737, 3).
+        if hello.alpn().is_some_and(|mut names| names.next() == Some(CHALLENGE) && names.next().is_none()) {
+            return self.challenges().get(hello.server_name()?).cloned();
+        }
         Some(self.shown.read().unwrap_or_else(PoisonError::into_inner).certified.clone())
     }
 }

@@ -243,8 +243,9 @@ mod tests {
     use cocalc_auth::{
         store::{MemoryStore, entry_name},
         stream::{AccountState, PublicRing},
+        token::LoginTag,
     };
-    use cocalc_ids::{AccountId, Scope};
+    use cocalc_ids::{AccountId, KeyId, Scope};
     use proptest::prelude::*;
 
     use super::*;
@@ -258,6 +259,7 @@ mod tests {
             acl: u64::MAX >> 1,
             embed_origin: Some("https://page.example".to_owned()),
             created: Timestamp::from_secs(created),
+            login: Some(LoginTag::of(KeyId::from_bytes([project; 16]))),
         }
     }
 
@@ -265,6 +267,7 @@ mod tests {
         Entry::Account(AccountState {
             account: AccountId::from_bytes([id; 16]),
             session_epoch,
+            ended_logins: vec![LoginTag::of(KeyId::from_bytes([id; 16]))],
             banned: false,
             keys: Vec::new(),
         })

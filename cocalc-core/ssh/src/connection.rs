@@ -31,6 +31,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     Attempt, Gate, Login, Names, Passage, Refusal, Witness,
+    brief::Briefs,
     channel::{self, Ends, Outward, Target, Wishes, signal_name},
     drive::Control,
     environment,
@@ -103,6 +104,7 @@ pub(crate) struct Connection {
     meter: Option<Arc<Meter>>,
     /// Whether a credential was refused.
     refused: Arc<AtomicBool>,
+    briefs: Briefs,
     refusal: Option<Refusal>,
     login: Option<Arc<Login>>,
     announce: Option<oneshot::Sender<Admitted>>,
@@ -166,6 +168,7 @@ impl Connection {
         grip: Grip,
         over: CancellationToken,
         refused: Arc<AtomicBool>,
+        briefs: Briefs,
     ) -> (Self, oneshot::Receiver<Admitted>) {
         let Surroundings { gate, channels_max, budget, passage, witness, names } = surroundings;
         let (announce, announced) = oneshot::channel();
@@ -181,6 +184,7 @@ impl Connection {
             names,
             meter: None,
             refused,
+            briefs,
             refusal: None,
             login: None,
             announce: Some(announce),
@@ -364,6 +368,11 @@ impl Connection {
         let x11 = x11.map(|kind| ("DISPLAY", kind, "your X display"));
         let wishes = Wishes { reverse, kinds: agent.into_iter().chain(x11).collect() };
         let run = channel::session(outward, login, request, wishes, receiver, steered, ends.overflow.clone());
+        let brief = (!has_pty).then(|| self.briefs.enter());
+        let run = async move {
+            run.await;
+            drop(brief);
+        };
         let state = State::Running { input: Some(sender), controls, ends, pty: has_pty, process: true };
         self.channels.insert(id, state);
         self.spawn(id, run);

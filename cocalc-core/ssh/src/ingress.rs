@@ -28,6 +28,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     Gate, HostCertificateError, HostKeys, Login, Names, Passage, Witness,
     algorithms::preferred,
+    brief::Briefs,
     connection::{Admitted, Connection, METHODS, Surroundings},
     input::{Budget, WINDOW_BYTES},
     line::{Grip, Line},
@@ -75,6 +76,14 @@ struct Limits {
     logins_per_address_max: Option<usize>,
     channels_max: usize,
     input_bytes_max: usize,
+    drain: Duration,
+}
+
+/// How a server ends: it is leaving, and then it is over.
+#[derive(Clone, Debug, Default)]
+struct End {
+    leaving: CancellationToken,
+    over: CancellationToken,
 }
 
 /// Connections now; and of these, those that have not logged in.
@@ -125,6 +134,7 @@ impl SshIngress {
                 logins_per_address_max: None,
                 channels_max: 128,
                 input_bytes_max: 256 * 1024 * 1024,
+                drain: Duration::ZERO,
             },
             keepalive: Duration::from_secs(30),
             passage: None,
@@ -150,7 +160,8 @@ impl SshIngress {
     }
 
     /// Accepts connections from `listener` until `shutdown` resolves, then
-    /// ends those that are open, and returns when they are gone.
+    /// ends those that are open, after [`drain`](SshIngressBuilder::drain) at the
+    /// latest, and returns when they are gone.
     ///
     /// It goes on when accepting fails, for instance because no file
     /// descriptor is left.
@@ -160,8 +171,8 @@ impl SshIngress {
     /// Dropping the future closes every connection.
     pub async fn serve(&self, listener: TcpListener, shutdown: impl Future<Output = ()> + Send) {
         let mut connections = JoinSet::new();
-        let over = CancellationToken::new();
-        let _guard = over.clone().drop_guard();
+        let end = End::default();
+        let _guard = end.over.clone().drop_guard();
         tokio::pin!(shutdown);
         loop {
             let accepted = tokio::select! {
@@ -172,8 +183,8 @@ impl SshIngress {
             match accepted {
                 Ok((stream, peer)) => {
                     if self.inner.bars(Some(peer.ip())) {
-                        let (inner, over) = (self.inner.clone(), over.clone());
-                        connections.spawn(async move { inner.hold(Box::pin(stream), &over).await });
+                        let (inner, end) = (self.inner.clone(), end.clone());
+                        connections.spawn(async move { inner.hold(Box::pin(stream), &end.leaving).await });
                         continue;
                     }
                     let Some(place) = Place::take(&self.inner, Some(peer.ip())) else {
@@ -181,7 +192,7 @@ impl SshIngress {
                         continue;
                     };
                     prepare(&stream);
-                    let run = self.inner.clone().connection(Box::pin(stream), place, over.clone());
+                    let run = self.inner.clone().connection(Box::pin(stream), place, end.clone());
                     connections.spawn(run);
                 }
                 Err(error) => {
@@ -194,7 +205,13 @@ impl SshIngress {
                 }
             }
         }
-        over.cancel();
+        drop(listener);
+        end.leaving.cancel();
+        let ended = async { while connections.join_next().await.is_some() {} };
+        if timeout(self.inner.limits.drain, ended).await.is_ok() {
+            return;
+        }
+        end.over.cancel();
         while connections.join_next().await.is_some() {}
     }
 
@@ -210,7 +227,7 @@ impl SshIngress {
         if self.inner.bars(source) {
             self.inner.hold(stream, &CancellationToken::new()).await;
         } else if let Some(place) = Place::take(&self.inner, source) {
-            self.inner.clone().connection(stream, place, CancellationToken::new()).await;
+            self.inner.clone().connection(stream, place, End::default()).await;
         }
     }
 }
@@ -267,6 +284,14 @@ impl SshIngressBuilder {
     /// processes do not read are closed. Default: 256 MiB.
     pub fn input_bytes_max(mut self, limit: usize) -> Self {
         self.limits.input_bytes_max = limit;
+        self
+    }
+
+    /// Lets connections go on for so long after the shutdown in which somebody
+    /// logs in or a command without a terminal runs, which end by themselves;
+    /// others end after a second. Default: not at all.
+    pub fn drain(mut self, limit: Duration) -> Self {
+        self.limits.drain = limit;
         self
     }
 
@@ -356,12 +381,13 @@ fn prepare(stream: &TcpStream) {
 
 impl Inner {
     #[tracing::instrument(name = "ssh.connection", skip_all, fields(source = ?place.source))]
-    async fn connection(self: Arc<Self>, stream: BoxStream, mut place: Place, shutdown: CancellationToken) {
+    async fn connection(self: Arc<Self>, stream: BoxStream, mut place: Place, end: End) {
         let grip = Grip::default();
         let over = CancellationToken::new();
         // However this future ends, nothing of the connection is left.
         let _cut = CutOnDrop(grip.clone());
         let _over = over.clone().drop_guard();
+        let briefs = Briefs::default();
         let mut conduct = Conduct::new(&self, place.source);
         let (handler, announced) = Connection::new(
             self.surroundings.clone(),
@@ -369,6 +395,7 @@ impl Inner {
             grip.clone(),
             over.clone(),
             conduct.refused.clone(),
+            briefs.clone(),
         );
         let line = Line::new(stream, grip.clone());
         let config = self.config.lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -377,7 +404,7 @@ impl Inner {
         let started = tokio::select! {
             started = run_stream(config, line, handler) => started,
             () = &mut grace => return conduct.was(Offence::Idle),
-            () = shutdown.cancelled() => return conduct.excuse(),
+            () = end.over.cancelled() => return conduct.excuse(),
         };
         let mut session = match started {
             Ok(session) => session,
@@ -395,7 +422,7 @@ impl Inner {
                 conduct.was(Offence::Idle);
                 None
             }
-            () = shutdown.cancelled() => {
+            () = end.over.cancelled() => {
                 conduct.excuse();
                 None
             }
@@ -435,7 +462,11 @@ impl Inner {
                             _ => "your access has ended".to_owned(),
                         }
                     }
-                    () = shutdown.cancelled() => "the server is shutting down".to_owned(),
+                    () = end.over.cancelled() => "the server is shutting down".to_owned(),
+                    () = async {
+                        end.leaving.cancelled().await;
+                        briefs.quiet().await;
+                    } => "the server is shutting down".to_owned(),
                 }
             }
         };

@@ -71,6 +71,7 @@
 //! refused, because neither could be kept.
 
 mod algorithms;
+mod brief;
 mod channel;
 pub mod client;
 mod connection;

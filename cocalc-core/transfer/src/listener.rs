@@ -89,6 +89,7 @@ pub struct PeerListener {
     handshake_limit: Duration,
     connections_max: usize,
     handshakes_per_address: usize,
+    drain: Duration,
 }
 
 impl fmt::Debug for PeerListener {
@@ -105,6 +106,7 @@ pub struct PeerListenerBuilder {
     handshake_limit: Duration,
     connections_max: usize,
     handshakes_per_address: usize,
+    drain: Duration,
 }
 
 impl fmt::Debug for PeerListenerBuilder {
@@ -134,6 +136,13 @@ impl PeerListenerBuilder {
         self
     }
 
+    /// How long open connections may go on after the shutdown, for handlers that
+    /// end by themselves then. Default: not at all.
+    pub fn drain(mut self, limit: Duration) -> Self {
+        self.drain = limit;
+        self
+    }
+
     /// The listener.
     ///
     /// # Errors
@@ -147,6 +156,7 @@ impl PeerListenerBuilder {
             handshake_limit: self.handshake_limit,
             connections_max: self.connections_max,
             handshakes_per_address: self.handshakes_per_address,
+            drain: self.drain,
         })
     }
 }
@@ -166,11 +176,12 @@ impl PeerListener {
             handshake_limit: Duration::from_secs(10),
             connections_max: 4096,
             handshakes_per_address: 64,
+            drain: Duration::ZERO,
         }
     }
 
-    /// Serves `socket` until `shutdown` is ready; then, or when it is dropped,
-    /// every connection ends.
+    /// Serves `socket` until `shutdown` is ready; then every connection ends,
+    /// after [`drain`](PeerListenerBuilder::drain) at the latest.
     ///
     /// # Cancel safety
     ///
@@ -216,6 +227,9 @@ impl PeerListener {
                 }
             });
         }
+        drop(socket);
+        let ended = async { while connections.join_next().await.is_some() {} };
+        let _ = tokio::time::timeout(self.drain, ended).await;
         connections.shutdown().await;
     }
 }

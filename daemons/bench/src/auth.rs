@@ -278,8 +278,13 @@ impl World {
             authorized_keys: false,
             viewable_ports: Vec::new(),
         };
-        let account =
-            AccountState { account: self.account, session_epoch: 0, banned: false, keys: Vec::new() };
+        let account = AccountState {
+            account: self.account,
+            session_epoch: 0,
+            ended_logins: Vec::new(),
+            banned: false,
+            keys: Vec::new(),
+        };
         let ring = Entry::KeyRing(self.ring.clone());
         vec![Entry::Reset, ring, Entry::Account(account), Entry::Project(acl), Entry::Live]
     }

@@ -34,6 +34,7 @@ impl Api {
             .timeout_global(Some(CALL_LIMIT))
             .http_status_as_error(false)
             .max_redirects(0)
+            .tls_config(cocalc_daemon::tls::for_agent(url))
             .build();
         Self {
             agent: config.into(),

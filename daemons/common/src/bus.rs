@@ -8,8 +8,10 @@ use cocalc_auth::{
     identity::Identity,
     peer::{self, PeerId},
 };
-use cocalc_conat::{Client, ClientOptions, Credentials};
+use cocalc_conat::{Client, ClientOptions, Credentials, Dial};
 use cocalc_core::{BoxError, connector::Peer, ids::Timestamp};
+
+use crate::tls::OverTls;
 
 /// The pauses between attempts to reach the master again. Short: a host that
 /// waits is a host that lets nobody in.
@@ -38,7 +40,7 @@ impl Credentials for SignIn {
 }
 
 /// Begins to connect `peer` to the bus of the master at `master_url`
-/// (`http://…`), whose tokens `issuer` signs. It connects again by itself.
+/// (`http://…` or `https://…`), whose tokens `issuer` signs. It connects again by itself.
 ///
 /// # Errors
 ///
@@ -49,9 +51,12 @@ pub fn connect(
     peer: Peer,
     identity: Arc<Identity>,
 ) -> Result<Client, BoxError> {
-    let address = master_url
-        .strip_prefix("http://")
-        .ok_or_else(|| format!("{master_url:?}: the bus is reached over http:// for now"))?;
+    let (scheme, address, dial): (_, _, Option<Arc<dyn Dial>>) =
+        match (master_url.strip_prefix("https://"), master_url.strip_prefix("http://")) {
+            (Some(address), _) => ("wss", address, Some(Arc::new(OverTls::new()?))),
+            (None, Some(address)) => ("ws", address, None),
+            (None, None) => return Err(format!("{master_url:?} is no address of a master").into()),
+        };
     let peer = match peer {
         Peer::Host(id) => PeerId::Host(id),
         Peer::Proxy(id) => PeerId::Proxy(id),
@@ -60,7 +65,8 @@ pub fn connect(
     let options = ClientOptions {
         reconnect_min: RECONNECT_MIN,
         reconnect_max: RECONNECT_MAX,
+        dial,
         ..ClientOptions::default()
     };
-    Ok(Client::connect(&format!("ws://{}/", address.trim_end_matches('/')), credentials, options)?)
+    Ok(Client::connect(&format!("{scheme}://{}/", address.trim_end_matches('/')), credentials, options)?)
 }

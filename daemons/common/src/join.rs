@@ -222,6 +222,7 @@ fn join<Id: DeserializeOwned>(
         .timeout_global(Some(ANSWER_LIMIT))
         .http_status_as_error(false)
         .max_redirects(0)
+        .tls_config(crate::tls::for_agent(joining.master_url))
         .build()
         .into();
     let (key, address) = (identity.public_key().to_string(), joining.address);

@@ -17,14 +17,19 @@
 //! # Ok::<(), cocalc_daemon::config::Error>(())
 //! ```
 
+pub mod acme;
 pub mod bus;
+pub mod certificate;
 pub mod certify;
 pub mod config;
+pub mod ending;
 pub mod files;
 pub mod join;
 pub mod probe;
+mod sockets;
 pub mod start;
 pub mod time;
+pub mod tls;
 
 use std::process::ExitCode;
 
@@ -60,10 +65,35 @@ pub async fn shutdown_signal() {
     }
 }
 
+/// SIGHUP, which asks a daemon to read again what it can while it runs. Made at
+/// the start: before it, the signal ends the process.
+#[derive(Debug)]
+pub struct HangUps(Option<tokio::signal::unix::Signal>);
+
+impl HangUps {
+    /// From now on the signal does not end the process.
+    pub fn watch() -> Self {
+        let watched = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup());
+        Self(watched.map_err(|error| tracing::warn!(%error, "SIGHUP is not heard")).ok())
+    }
+
+    /// Calls `act` at each, for as long as it is polled.
+    pub async fn each(mut self, act: impl AsyncFn()) {
+        while let Some(signal) = &mut self.0 {
+            match signal.recv().await {
+                Some(()) => act().await,
+                None => self.0 = None,
+            }
+        }
+        std::future::pending().await
+    }
+}
+
 /// Runs a daemon's `main`: arguments, configuration, then `run`.
 ///
 /// `--config FILE` names the TOML file (default: none, environment only),
 /// `--check-config` stops after validation, `--version` and `--help` answer.
+/// Listening sockets that a supervisor holds (`LISTEN_FDS`) are taken over.
 pub fn main<C, E>(
     name: &str,
     version: &str,
@@ -100,6 +130,10 @@ where
     if arguments.check_config {
         println!("cocalc-{name}: the configuration is valid");
         return ExitCode::SUCCESS;
+    }
+    if let Err(reason) = sockets::adopt() {
+        eprintln!("cocalc-{name}: {reason}");
+        return ExitCode::from(EXIT_CONFIG);
     }
     match run(config) {
         Ok(()) => ExitCode::SUCCESS,

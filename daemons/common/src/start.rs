@@ -8,6 +8,8 @@ use std::{
 use cocalc_core::BoxError;
 use tokio::net::TcpListener;
 
+use crate::sockets;
+
 /// Why a daemon could not be started.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -30,6 +32,9 @@ pub enum Error {
         /// Why.
         source: std::io::Error,
     },
+    /// Its supervisor handed over a socket that nothing is served on.
+    #[error("{0}")]
+    Handed(String),
     /// It is no member of a federation.
     #[error("cannot join the federation")]
     Join(#[from] crate::join::Error),
@@ -50,13 +55,31 @@ impl Error {
     }
 }
 
-/// Listens on the address that configuration key `key` names.
+/// Listens on the address that configuration key `key` names; or, if a
+/// supervisor of this process has handed over a socket for it, on that.
 ///
 /// # Errors
 ///
 /// [`Error::Listen`].
 pub async fn listen(key: &'static str, address: SocketAddr) -> Result<TcpListener, Error> {
-    TcpListener::bind(address).await.map_err(|source| Error::Listen { key, address, source })
+    let failed = |source| Error::Listen { key, address, source };
+    match sockets::take(key, address) {
+        Some(socket) => {
+            socket.set_nonblocking(true).map_err(failed)?;
+            TcpListener::from_std(socket).map_err(failed)
+        }
+        None => TcpListener::bind(address).await.map_err(failed),
+    }
+}
+
+/// That every socket that was handed over has been taken: on others,
+/// connections would wait for ever.
+///
+/// # Errors
+///
+/// [`Error::Handed`].
+pub fn all_taken() -> Result<(), Error> {
+    sockets::left().map_or(Ok(()), |which| Err(Error::Handed(which)))
 }
 
 /// Makes a directory that only this user may enter, if it is not there.

@@ -4,6 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use cocalc_backup::Bounds;
 use cocalc_core::{activity::IdlePolicy, ids::HostName, runner::Network, snapshots::Policy};
+use cocalc_daemon::{acme::AcmeSettings, ending::Drain};
 use cocalc_http::{HttpSettings, TerminalLimits};
 use cocalc_ssh::HostKeyType;
 use serde::Deserialize;
@@ -46,6 +47,12 @@ pub struct Config {
     pub public_ssh: Option<String>,
     /// How peers reach `peer_listen`, as `host:port`. Default: `peer_listen`.
     pub public_peer: Option<String>,
+    /// Its certificate by ACME, instead of files. Default: no.
+    #[serde(default)]
+    pub acme: AcmeSettings,
+    /// How it ends.
+    #[serde(default)]
+    pub drain: Drain,
     /// The domain under which each project has its own origin, with the port
     /// if it is not the scheme's own. Default: none, path routing only.
     #[serde(default)]
@@ -322,6 +329,10 @@ fn more_host_keys() -> Vec<HostKeyType> {
 }
 
 impl Config {
+    pub(crate) fn has_certificate(&self) -> bool {
+        self.tls_cert.is_some() || self.acme.is_on()
+    }
+
     /// Finds what no single value shows.
     ///
     /// # Errors
@@ -338,8 +349,10 @@ impl Config {
             return Err("tls_cert: goes with tls_key; set both or none".into());
         }
         let plain = |url: &String| url.starts_with("http://");
-        if self.tls_cert.is_some() && self.public_url.as_ref().is_some_and(plain) {
-            return Err("public_url: begins with http://, but tls_cert is set; use https://".into());
+        if self.has_certificate() && self.public_url.as_ref().is_some_and(plain) {
+            return Err(
+                "public_url: begins with http://, but tls_cert or acme.names is set; use https://".into()
+            );
         }
         if self.runner == RunnerKind::Podman && self.storage != StorageKind::Btrfs {
             return Err("runner: podman keeps each project's root in a Btrfs subvolume; set storage = \"btrfs\", or runner = \"process\"".into());
@@ -356,6 +369,8 @@ impl Config {
         if !(1..=1000).contains(&self.snapshot_visits_per_sec) {
             return Err("snapshot_visits_per_sec: 1 to 1000".into());
         }
+        self.acme.validate(self.tls_cert.is_some(), &self.domain)?;
+        self.drain.validate()?;
         self.backups.validate()?;
         self.idle.validate().map_err(|error| format!("idle.{error}"))?;
         self.terminals.validate()?;

@@ -8,7 +8,7 @@ use std::{
 use async_trait::async_trait;
 use cocalc_auth_live::{AuditLog, Knowledge};
 use cocalc_core::{auth::Tier, backups, ids::ProjectId, snapshots::Keeper};
-use cocalc_daemon::probe::Metrics;
+use cocalc_daemon::{ending::Ending, probe::Metrics};
 use cocalc_http::{Body, Client, Endpoints};
 use http::{Request, Response, StatusCode, header};
 use tokio::sync::watch;
@@ -20,6 +20,7 @@ const PROBE_LIMIT: Duration = Duration::from_secs(5);
 
 #[derive(Debug)]
 pub(crate) struct HostEndpoints {
+    pub(crate) ending: Ending,
     pub(crate) backends: Backends,
     pub(crate) knowledge: Arc<Knowledge>,
     pub(crate) connected: watch::Receiver<bool>,
@@ -53,6 +54,9 @@ impl Endpoints for HostEndpoints {
 impl HostEndpoints {
     /// What keeps this host from serving, found by asking each part.
     async fn lack(&self) -> Option<String> {
+        if self.ending.is_announced() {
+            return Some("shutting down".to_owned());
+        }
         // The first registration may still be on its way, or the master gone
         // for longer than lease and grace.
         if !*self.connected.borrow() && *self.knowledge.tier().borrow() == Tier::Expired {

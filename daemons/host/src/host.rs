@@ -28,16 +28,17 @@ use cocalc_core::{
     wake::Wake,
 };
 use cocalc_daemon::{
+    certificate::Certificate,
+    ending::{Drain, Ending},
     join::{self, Joining, Kind, Membership},
     probe::Metrics,
-    start::{Error, listen, make_dir},
+    start::{Error, all_taken, listen, make_dir},
 };
 use cocalc_http::{HostIngress, Served, Tls};
 use cocalc_sqlite::{HostAcl, HostLedger};
 use cocalc_ssh::{Gate as SshGate, HostKeys, LocalGate, SshIngress, SshPeers};
 use cocalc_transfer::{DirectConnector, Incoming, PeerHandler, PeerListener, PeerTransfer, SnapshotReceiver};
 use tokio::{net::TcpListener, task::JoinSet};
-use tokio_util::sync::CancellationToken;
 
 use crate::{
     apps::Apps,
@@ -66,10 +67,10 @@ use crate::{
 
 /// What is kept free on the volume beside a project that arrives.
 const RESERVE_BYTES: u64 = 256 << 20;
-/// How long what is open may take to end.
-const DRAIN_LIMIT: Duration = Duration::from_secs(5);
 /// How long the master is waited for before what ran is brought up again.
 const MASTER_FIRST: Duration = Duration::from_secs(60);
+/// How long what users do over SSH through proxies goes on at the end.
+const BRIEF: Duration = Duration::from_secs(2);
 /// How long the master may take, at the end, to hear where the audit log ends.
 const REPORT_LIMIT: Duration = Duration::from_secs(2);
 
@@ -78,7 +79,9 @@ const REPORT_LIMIT: Duration = Duration::from_secs(2);
 pub struct Host {
     id: HostId,
     address: HostAddress,
-    shutdown: CancellationToken,
+    ending: Ending,
+    drain: Drain,
+    tls: Option<Tls>,
     serving: JoinSet<()>,
     driver: StreamDriver,
     _background: JoinSet<()>,
@@ -109,7 +112,8 @@ impl Host {
     }
 
     async fn start_with(config: Config, backends: Backends, foundation: Foundation) -> Result<Self, Error> {
-        let Foundation { id, issuer, identity, address, listeners, tls, lock } = foundation;
+        let Foundation { id, issuer, identity, address, listeners, certificate, lock } = foundation;
+        let tls = certificate.as_ref().map(Certificate::tls);
         let data = &config.data_dir;
         let open = |part| Error::open(part);
 
@@ -269,7 +273,9 @@ impl Host {
             served = served.domain(&config.domain).map_err(|e| open("domain")(e.into()))?;
         }
         let visits = Visits::new(audit.clone());
+        let ending = Ending::default();
         let endpoints = HostEndpoints {
+            ending: ending.clone(),
             visits: Arc::clone(&visits),
             backends: backends.clone(),
             knowledge: Arc::clone(&knowledge),
@@ -290,7 +296,10 @@ impl Host {
                 .served(served)
                 .https(address.url.starts_with("https://"))
                 .tls(tls.clone())
-                .limits(config.http.limits(config.limits.http()));
+                .limits(cocalc_http::Limits {
+                    drain: config.drain.limit(),
+                    ..config.http.limits(config.limits.http())
+                });
         if let Some(terminals) = config.terminals.limits() {
             http = http.terminals(terminals);
         }
@@ -303,6 +312,7 @@ impl Host {
         let ssh = SshIngress::builder(Arc::clone(&gate), ssh_keys)
             .connections_max(at_most(config.limits.ssh_connections))
             .connections_per_address_max(at_most(config.limits.ssh_connections_per_source))
+            .drain(config.drain.limit())
             .witness(Arc::clone(&visits) as _)
             .names(Arc::new(LedgerNames(ledger.clone())))
             .build();
@@ -314,6 +324,7 @@ impl Host {
             move |certificates| offers.offer_certificates(certificates),
         );
         let services = PeerServices {
+            ending: ending.clone(),
             http: http.clone(),
             ssh: SshPeers::new(gate).ingress(ssh.clone()).witness(visits),
             moves: SnapshotReceiver::new(Arc::new(moves.clone())),
@@ -325,6 +336,7 @@ impl Host {
             .map_err(|e| open("peer channel")(e.into()))?;
         let dialer: Arc<dyn Connector> = Arc::new(dialer);
         let peer_listener = PeerListener::builder(&identity, peers, Arc::new(services))
+            .drain(config.drain.limit())
             // Each carries what one user's connection to a proxy does.
             .connections_max(at_most(config.limits.connections))
             .build()
@@ -332,8 +344,8 @@ impl Host {
 
         let mut background = JoinSet::new();
         background.spawn(certified);
-        if let Some(tls) = tls {
-            background.spawn(async move { tls.keep_fresh().await });
+        if let Some(certificate) = certificate {
+            background.spawn(async move { certificate.keep().await });
         }
         background.spawn(inbox::serve(Arc::clone(&bus), id, lifecycle.clone()));
         background.spawn(async move {
@@ -372,16 +384,31 @@ impl Host {
         }
         background.spawn(come_back(ledger, moves, starts, again, driver.connected()));
 
-        let shutdown = CancellationToken::new();
         let mut serving = JoinSet::new();
-        let stop = shutdown.clone();
-        serving.spawn(async move { http.serve(listeners.http, stop.cancelled_owned()).await });
-        let stop = shutdown.clone();
-        serving.spawn(async move { ssh.serve(listeners.ssh, stop.cancelled_owned()).await });
-        let stop = shutdown.clone();
-        serving.spawn(async move { peer_listener.serve(listeners.peer, stop.cancelled_owned()).await });
+        let (stop, users) = (ending.stopped(), http.clone());
+        serving.spawn(async move { users.serve(listeners.http, stop).await });
+        let stop = ending.stopped();
+        serving.spawn(async move { ssh.serve(listeners.ssh, stop).await });
+        let stop = ending.stopped();
+        serving.spawn(async move { peer_listener.serve(listeners.peer, stop).await });
+        let stop = ending.stopped();
+        // What came over proxies, whose connections the listener of peers ends.
+        serving.spawn(async move {
+            stop.await;
+            http.ask_to_end();
+        });
         tracing::info!(%id, name = %config.name, url = address.url, "host started");
-        Ok(Self { id, address, shutdown, serving, driver, _background: background, _lock: lock })
+        Ok(Self {
+            id,
+            address,
+            ending,
+            drain: config.drain,
+            tls,
+            serving,
+            driver,
+            _background: background,
+            _lock: lock,
+        })
     }
 
     /// Its id in the federation.
@@ -394,15 +421,19 @@ impl Host {
         &self.address
     }
 
-    /// Serves until `shutdown` resolves; then refuses what is new, lets what is
-    /// open end for a few seconds, and closes the rest. Projects run on.
+    /// The certificate of its listener, if it has one: it can be told to look at
+    /// the files at once.
+    pub fn tls(&self) -> Option<Tls> {
+        self.tls.clone()
+    }
+
+    /// Serves until `shutdown` resolves; then says so at `/readyz`, refuses what
+    /// is new, lets what is open end as the configuration's `[drain]` says, and
+    /// closes the rest. Projects run on.
     pub async fn run_until(mut self, shutdown: impl Future<Output = ()>) {
         shutdown.await;
-        self.shutdown.cancel();
-        let ended = async { while self.serving.join_next().await.is_some() {} };
-        if tokio::time::timeout(DRAIN_LIMIT, ended).await.is_err() {
-            tracing::info!("closing what is still open");
-        }
+        let served = async { while self.serving.join_next().await.is_some() {} };
+        self.ending.run(self.drain, served).await;
         if tokio::time::timeout(REPORT_LIMIT, self.driver.report_audit()).await.is_err() {
             tracing::info!("the master was not told the end of the audit log");
         }
@@ -416,7 +447,7 @@ struct Foundation {
     identity: Arc<Identity>,
     address: HostAddress,
     listeners: Listeners,
-    tls: Option<Tls>,
+    certificate: Option<Certificate>,
     lock: File,
 }
 
@@ -432,19 +463,21 @@ impl Foundation {
         let file = |error: std::io::Error| Error::File { path: data.clone(), source: error.into() };
         let lock = cocalc_daemon::files::lock_directory(&data).map_err(file)?;
         let identity = join::identity(&data, config.join_token_file.as_deref())?;
-        let tls = Tls::configured(config.tls_cert.as_deref(), config.tls_key.as_deref()).await;
-        let tls = tls.map_err(Error::open("certificate"))?;
+        let (cert, key) = (config.tls_cert.as_deref(), config.tls_key.as_deref());
+        let certificate = Certificate::open(cert, key, &config.acme, &data).await;
+        let certificate = certificate.map_err(Error::open("certificate"))?;
         let listeners = Listeners {
             http: listen("listen", config.listen).await?,
             ssh: listen("ssh_listen", config.ssh_listen).await?,
             peer: listen("peer_listen", config.peer_listen).await?,
         };
+        all_taken()?;
         let at = |listener: &TcpListener| listener.local_addr().map(|address| address.to_string());
         let address = HostAddress {
             url: match &config.public_url {
                 Some(url) => url.trim_end_matches('/').to_owned(),
                 None => {
-                    let scheme = if config.tls_cert.is_some() { "https" } else { "http" };
+                    let scheme = if config.has_certificate() { "https" } else { "http" };
                     format!("{scheme}://{}", at(&listeners.http).map_err(file)?)
                 }
             },
@@ -469,7 +502,15 @@ impl Foundation {
             });
             joined.await.map_err(|error| Error::open("membership")(error.into()))??
         };
-        Ok(Self { id: membership.id, issuer: membership.issuer, identity, address, listeners, tls, lock })
+        Ok(Self {
+            id: membership.id,
+            issuer: membership.issuer,
+            identity,
+            address,
+            listeners,
+            certificate,
+            lock,
+        })
     }
 }
 
@@ -548,6 +589,7 @@ fn admission(backends: Backends) -> impl Fn(&ProjectConfig, u64) -> Result<(), C
 
 /// What this host offers to other hosts and to proxies.
 struct PeerServices {
+    ending: Ending,
     http: HostIngress,
     ssh: SshPeers,
     moves: SnapshotReceiver,
@@ -575,9 +617,23 @@ impl PeerServices {
                 self.http.serve_connection(incoming.stream, incoming.source, true).await;
                 Ok(())
             }
-            (Service::Ssh, Peer::Proxy(proxy)) => self.ssh.serve(incoming.stream, proxy).await,
-            (Service::Transfer, Peer::Host(_)) => self.moves.serve(incoming).await,
-            (Service::Images, peer @ Peer::Host(_)) => self.images.serve(peer, incoming.stream).await,
+            (Service::Ssh, Peer::Proxy(proxy)) => tokio::select! {
+                ended = self.ssh.serve(incoming.stream, proxy) => ended,
+                // A command that ends soon does; what it is, the proxy knows.
+                () = async {
+                    self.ending.stopped().await;
+                    tokio::time::sleep(BRIEF).await;
+                } => Ok(()),
+            },
+            // These begin where they were when they are asked again.
+            (Service::Transfer, Peer::Host(_)) => tokio::select! {
+                ended = self.moves.serve(incoming) => ended,
+                () = self.ending.stopped() => Ok(()),
+            },
+            (Service::Images, peer @ Peer::Host(_)) => tokio::select! {
+                ended = self.images.serve(peer, incoming.stream) => ended,
+                () = self.ending.stopped() => Ok(()),
+            },
             (service, peer) => {
                 tracing::warn!(?service, ?peer, "a peer asked for what is not for it");
                 Ok(())

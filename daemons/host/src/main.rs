@@ -1,7 +1,8 @@
 //! Runs a project-host.
 
-use std::process::ExitCode;
+use std::{pin::pin, process::ExitCode};
 
+use cocalc_daemon::HangUps;
 use cocalc_host::{Config, Error, Host};
 
 fn main() -> ExitCode {
@@ -10,7 +11,23 @@ fn main() -> ExitCode {
 
 #[tokio::main]
 async fn run(config: Config) -> Result<(), Error> {
-    let host = Host::start(config).await?;
-    host.run_until(cocalc_daemon::shutdown_signal()).await;
+    // Looked at first, which registers them, so that no signal is missed.
+    let hang_ups = HangUps::watch();
+    let mut shutdown = pin!(cocalc_daemon::shutdown_signal());
+    let host = tokio::select! {
+        biased;
+        () = &mut shutdown => return Ok(()),
+        started = Host::start(config) => started?,
+    };
+    let tls = host.tls();
+    tokio::select! {
+        () = host.run_until(shutdown) => {}
+        () = hang_ups.each(async || {
+            tracing::info!("SIGHUP: the certificate is read again; all else is read at the next start");
+            if let Some(tls) = &tls {
+                tls.look_again().await;
+            }
+        }) => {}
+    }
     Ok(())
 }

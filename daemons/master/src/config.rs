@@ -7,6 +7,7 @@ use std::{
 
 use cocalc_auth::token::Algorithm;
 use cocalc_core::{control::Settings, runner::Limits};
+use cocalc_daemon::{acme::AcmeSettings, ending::Drain};
 use serde::Deserialize;
 
 use crate::{
@@ -21,10 +22,17 @@ use crate::{
 pub struct Config {
     /// Where it listens, for instance `127.0.0.1:7800`. Port 0 takes any.
     pub listen: SocketAddr,
+    /// The file with the chain of certificates for `listen`, in PEM, the server's
+    /// own first; with `tls_key`. Read again when it changes, within 10 s. Default:
+    /// none, plain HTTP, for loopback or behind what terminates TLS.
+    pub tls_cert: Option<PathBuf>,
+    /// The file with the certificate's private key, in PEM.
+    pub tls_key: Option<PathBuf>,
     /// Where it keeps its database and keys.
     pub data_dir: PathBuf,
     /// Its URL as users, hosts and proxies see it, without a trailing slash:
-    /// the issuer of its tokens. Default: `http://` and the listen address.
+    /// the issuer of its tokens. Default: `http://`, or with a certificate `https://`,
+    /// and the listen address.
     #[serde(default)]
     pub public_url: Option<String>,
     /// How often hosts renew their lease, in milliseconds. Default 5 s.
@@ -61,6 +69,12 @@ pub struct Config {
     /// OpenID providers with which people may log in. Default: none.
     #[serde(default)]
     pub oidc: Vec<OidcConfig>,
+    /// Its certificate by ACME, instead of files. Default: no.
+    #[serde(default)]
+    pub acme: AcmeSettings,
+    /// How it ends.
+    #[serde(default)]
+    pub drain: Drain,
     /// Backups. Default: none.
     #[serde(default)]
     pub backups: Option<BackupsConfig>,
@@ -87,6 +101,8 @@ impl Config {
     pub fn new(listen: SocketAddr, data_dir: impl Into<PathBuf>) -> Self {
         Self {
             listen,
+            tls_cert: None,
+            tls_key: None,
             data_dir: data_dir.into(),
             public_url: None,
             keepalive_ms: keepalive_ms(),
@@ -97,6 +113,8 @@ impl Config {
             token_algorithm: Algorithm::default(),
             limits_max: Limits::default(),
             oidc: Vec::new(),
+            acme: AcmeSettings::default(),
+            drain: Drain::default(),
             backups: None,
         }
     }
@@ -116,6 +134,15 @@ impl Config {
                 return Err("public_url: no trailing slash and no query".to_owned());
             }
         }
+        if self.tls_cert.is_some() != self.tls_key.is_some() {
+            return Err("tls_cert: goes with tls_key; set both or none".to_owned());
+        }
+        let plain = |url: &String| url.starts_with("http://");
+        if (self.tls_cert.is_some() || self.acme.is_on()) && self.public_url.as_ref().is_some_and(plain) {
+            return Err(
+                "public_url: begins with http://, but tls_cert or acme.names is set; use https://".to_owned()
+            );
+        }
         if self.data_dir.as_os_str().is_empty() {
             return Err("data_dir: is empty".to_owned());
         }
@@ -128,6 +155,8 @@ impl Config {
         if self.connections_per_address_max == 0 {
             return Err("connections_per_address_max: at least 1".to_owned());
         }
+        self.acme.validate(self.tls_cert.is_some(), "")?;
+        self.drain.validate()?;
         if let Some(backups) = &self.backups {
             backups.validate()?;
         }
@@ -157,11 +186,14 @@ mod tests {
         for (wrong, key) in [
             ("public_url = 'ftp://x'", "public_url"),
             ("public_url = 'http://x/'", "public_url"),
+            ("tls_cert = '/c'", "tls_key"),
+            ("tls_cert = '/c'\ntls_key = '/k'\npublic_url = 'http://x'", "public_url"),
             ("lease_ms = 100", "lease_ms"),
             ("keepalive_ms = 1", "keepalive_ms"),
             ("connections_per_address_max = 0", "connections_per_address_max"),
             ("token_algorithm = 'none'", "token_algorithm"),
             ("leese_ms = 100", "leese_ms"),
+            ("[drain]\nlimit_secs = 4000", "drain.limit_secs"),
             ("[backups]\n[backups.place]\nkind = 'directory'\npath = 'b'", "backups.place.path"),
             ("[backups]\ncolour = 1", "colour"),
             ("[[oidc]]\nname = 'x'\nclient_id = 'y'", "issuer"),

@@ -6,8 +6,8 @@
 //!
 //! It is one process over one SQLite file, with the control plane's bus inside:
 //! hosts and proxies connect to `/conat/`, programs and people to `/api/v1`,
-//! whose OpenAPI document is at `/api/v1/openapi.json`. TLS is the business of
-//! whoever stands before it.
+//! whose OpenAPI document is at `/api/v1/openapi.json`. It speaks HTTP/1.1, over
+//! TLS if it is given a certificate, and otherwise for whoever stands before it.
 //!
 //! ```
 //! use cocalc_master::{Config, Master};
@@ -51,8 +51,14 @@ use cocalc_core::{
     BoxError,
     clock::{Clock, SystemClock},
 };
+use cocalc_daemon::{
+    certificate::Certificate,
+    ending::{Drain, Ending},
+    start,
+};
+use cocalc_http::Tls;
 use cocalc_sqlite::master::Store;
-use tokio::{net::TcpListener, task::JoinSet};
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use self::{
@@ -100,6 +106,10 @@ pub enum Error {
         /// Why.
         source: std::io::Error,
     },
+    /// Its supervisor handed over a socket that it does not serve, or one that
+    /// cannot be used.
+    #[error(transparent)]
+    Start(#[from] start::Error),
     /// The database failed.
     #[error("the database failed at the start")]
     Store {
@@ -115,6 +125,8 @@ pub struct Master {
     shared: Arc<Shared>,
     address: SocketAddr,
     closing: CancellationToken,
+    drain: Drain,
+    tls: Option<Tls>,
     server: tokio::task::JoinHandle<()>,
     tasks: JoinSet<()>,
     broker: Broker,
@@ -163,10 +175,16 @@ impl Master {
         let stream = store.next_stream(now).map_err(|error| database(error.into()))?;
         store.forget_unanswered().map_err(|error| database(error.into()))?;
 
+        let (cert, key) = (config.tls_cert.as_deref(), config.tls_key.as_deref());
+        let certificate = Certificate::open(cert, key, &config.acme, &config.data_dir).await;
+        let certificate = certificate.map_err(start::Error::open("certificate"))?;
+        let tls = certificate.as_ref().map(|certificate| certificate.tls().only_http1());
+        let listener = start::listen("listen", config.listen).await?;
+        start::all_taken()?;
         let listen = |source| Error::Listen { address: config.listen, source };
-        let listener = TcpListener::bind(config.listen).await.map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
-        let issuer = config.public_url.clone().unwrap_or_else(|| format!("http://{address}"));
+        let scheme = if tls.is_some() { "https" } else { "http" };
+        let issuer = config.public_url.clone().unwrap_or_else(|| format!("{scheme}://{address}"));
 
         let backups = match config.backups.clone() {
             Some(own) => {
@@ -199,6 +217,7 @@ impl Master {
             untold: std::sync::Mutex::default(),
             turns: turns::Turns::default(),
             settings: config.settings(),
+            ending: Ending::default(),
             store,
             issuer,
             clock,
@@ -217,19 +236,29 @@ impl Master {
         tasks.spawn(backups::keep_tending(shared.clone()));
         shared.resume().await.map_err(|error| database(error.into()))?;
         let router = server::router(api::router(shared.clone()), broker.clone(), closing.clone());
+        if let Some(certificate) = certificate {
+            tasks.spawn(async move { certificate.keep().await });
+        }
         let server = tokio::spawn(server::serve(
             listener,
+            tls.clone(),
             router,
             config.connections_per_address_max,
             closing.clone(),
         ));
         tracing::info!(%address, issuer = shared.issuer, "the master listens");
-        Ok(Self { shared, address, closing, server, tasks, broker, _lock: lock })
+        Ok(Self { shared, address, closing, drain: config.drain, tls, server, tasks, broker, _lock: lock })
     }
 
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// The certificate of its listener, if it has one: it can be told to look at
+    /// the files at once.
+    pub fn tls(&self) -> Option<Tls> {
+        self.tls.clone()
     }
 
     /// Its URL: the issuer of its tokens.
@@ -245,16 +274,22 @@ impl Master {
     /// Runs until `shutdown` resolves, then [stops](Self::stop).
     pub async fn run_until(self, shutdown: impl Future<Output = ()>) {
         shutdown.await;
-        tracing::info!("shutting down");
         self.stop().await;
     }
 
-    /// Takes no more connections, lets requests end for at most five seconds,
-    /// and leaves operations to the next process. Hosts go on by themselves.
+    /// Says so at `/readyz`, takes no more connections, lets requests end for as
+    /// long as `[drain]` says, and leaves operations to the next process. Hosts
+    /// go on by themselves.
     pub async fn stop(mut self) {
-        self.closing.cancel();
-        self.shared.operations.stop().await;
-        let _ = tokio::time::timeout(Duration::from_secs(5), &mut self.server).await;
+        let ending = self.shared.ending.clone();
+        let (shared, closing, server) = (&self.shared, &self.closing, &mut self.server);
+        let served = async {
+            ending.stopped().await;
+            closing.cancel();
+            shared.operations.stop().await;
+            let _ = server.await;
+        };
+        ending.run(self.drain, served).await;
         self.tasks.shutdown().await;
         let audit = self.shared.audit.clone();
         if !matches!(tokio::task::spawn_blocking(move || audit.flush()).await, Ok(true)) {

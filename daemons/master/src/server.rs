@@ -19,10 +19,12 @@ use cocalc_conat::{
     Broker,
     upgrade::{self, OriginPolicy},
 };
+use cocalc_http::Tls;
 use http::{StatusCode, header};
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     sync::Semaphore,
     task::JoinSet,
@@ -31,8 +33,11 @@ use tokio_util::sync::CancellationToken;
 
 /// How many connections there may be, besides those of the bus.
 const CONNECTIONS_MAX: usize = 20_000;
-/// How long a client may take to send a request's head.
+/// How long a client may take to send a request's head, and to shake hands.
 const HEAD_LIMIT: Duration = Duration::from_secs(10);
+/// At shutdown, how long a connection may take to send its first request, if it
+/// has sent none: it was accepted a moment ago, and its client is on its way.
+const FIRST_REQUEST: Duration = Duration::from_secs(2);
 /// How large a request's head may be.
 const HEAD_BYTES_MAX: usize = 32 * 1024;
 
@@ -136,6 +141,7 @@ impl Drop for Counted {
 /// Accepts and serves connections until `closing`, then lets requests end.
 pub(crate) async fn serve(
     listener: TcpListener,
+    tls: Option<Tls>,
     router: Router,
     per_address_max: usize,
     closing: CancellationToken,
@@ -154,9 +160,9 @@ pub(crate) async fn serve(
                 // One too many is dropped, so that those who are there go on.
                 let Ok(place) = places.clone().try_acquire_owned() else { continue };
                 let Some(counted) = by_address.enter(peer.ip()) else { continue };
-                let (router, closing) = (router.clone(), closing.clone());
+                let (tls, router, closing) = (tls.clone(), router.clone(), closing.clone());
                 connections.spawn(async move {
-                    connection(stream, peer, router, closing).await;
+                    begin(stream, peer, tls, router, closing).await;
                     drop((place, counted));
                 });
                 while connections.try_join_next().is_some() {}
@@ -172,10 +178,33 @@ pub(crate) async fn serve(
     while connections.join_next().await.is_some() {}
 }
 
-async fn connection(stream: TcpStream, peer: SocketAddr, router: Router, closing: CancellationToken) {
+async fn begin(
+    stream: TcpStream,
+    peer: SocketAddr,
+    tls: Option<Tls>,
+    router: Router,
+    closing: CancellationToken,
+) {
     // Small frames are the rule here.
     let _ = stream.set_nodelay(true);
+    let Some(tls) = tls else { return connection(stream, peer, router, closing).await };
+    match tokio::time::timeout(HEAD_LIMIT, tls.accept(stream)).await {
+        Ok(Ok(stream)) => connection(stream, peer, router, closing).await,
+        Ok(Err(error)) => tracing::debug!(%peer, %error, "no TLS connection came about"),
+        Err(_) => tracing::debug!(%peer, "a TLS handshake took too long"),
+    }
+}
+
+async fn connection(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    peer: SocketAddr,
+    router: Router,
+    closing: CancellationToken,
+) {
+    let begun = CancellationToken::new();
+    let seen = begun.clone();
     let service = service_fn(move |mut request: hyper::Request<Incoming>| {
+        seen.cancel();
         request.extensions_mut().insert(peer);
         let router = router.clone();
         async move {
@@ -193,7 +222,11 @@ async fn connection(stream: TcpStream, peer: SocketAddr, router: Router, closing
     tokio::pin!(connection);
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
-        () = closing.cancelled() => {
+        () = async {
+            closing.cancelled().await;
+            // The library would close it at once, and lose the request.
+            let _ = tokio::time::timeout(FIRST_REQUEST, begun.cancelled()).await;
+        } => {
             connection.as_mut().graceful_shutdown();
             connection.await
         }

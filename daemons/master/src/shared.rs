@@ -18,6 +18,7 @@ use cocalc_core::{
     moves::NoAnswer,
     router::HostAddress,
 };
+use cocalc_daemon::ending::Ending;
 use cocalc_ids::{HostId, ProjectId, SessionId, Timestamp};
 use cocalc_sqlite::master::{self as store, Store};
 use futures_util::{StreamExt, stream::FuturesUnordered};
@@ -42,6 +43,8 @@ use crate::{
 
 /// A running master's state.
 pub(crate) struct Shared {
+    /// Where it is on the way to its end.
+    pub(crate) ending: Ending,
     pub(crate) store: Arc<Store>,
     pub(crate) issuer: String,
     pub(crate) settings: Settings,

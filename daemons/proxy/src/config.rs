@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use cocalc_core::ids::HostName;
+use cocalc_daemon::{acme::AcmeSettings, ending::Drain};
 use cocalc_http::HttpSettings;
 use cocalc_ssh::HostKeyType;
 use serde::Deserialize;
@@ -39,6 +40,12 @@ pub struct Config {
     pub public_url: Option<String>,
     /// How users reach `ssh_listen`, as `host:port`. Default: `ssh_listen`.
     pub public_ssh: Option<String>,
+    /// Its certificate by ACME, instead of files. Default: no.
+    #[serde(default)]
+    pub acme: AcmeSettings,
+    /// How it ends.
+    #[serde(default)]
+    pub drain: Drain,
     /// The domain under which each project has its own origin, with the port
     /// if it is not the scheme's own. Default: none, path routing only.
     #[serde(default)]
@@ -53,6 +60,10 @@ fn more_host_keys() -> Vec<HostKeyType> {
 }
 
 impl Config {
+    pub(crate) fn has_certificate(&self) -> bool {
+        self.tls_cert.is_some() || self.acme.is_on()
+    }
+
     /// Finds what no single value shows.
     ///
     /// # Errors
@@ -69,9 +80,13 @@ impl Config {
             return Err("tls_cert: goes with tls_key; set both or none".into());
         }
         let plain = |url: &String| url.starts_with("http://");
-        if self.tls_cert.is_some() && self.public_url.as_ref().is_some_and(plain) {
-            return Err("public_url: begins with http://, but tls_cert is set; use https://".into());
+        if self.has_certificate() && self.public_url.as_ref().is_some_and(plain) {
+            return Err(
+                "public_url: begins with http://, but tls_cert or acme.names is set; use https://".into()
+            );
         }
+        self.acme.validate(self.tls_cert.is_some(), &self.domain)?;
+        self.drain.validate()?;
         self.http.validate()
     }
 }

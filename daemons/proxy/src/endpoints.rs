@@ -5,13 +5,14 @@ use std::sync::{Arc, OnceLock, atomic::Ordering};
 use async_trait::async_trait;
 use cocalc_auth_live::{AuditLog, Knowledge};
 use cocalc_core::auth::Tier;
-use cocalc_daemon::probe::Metrics;
+use cocalc_daemon::{ending::Ending, probe::Metrics};
 use cocalc_http::{Body, Client, Endpoints, ProxyIngress};
 use http::{Request, Response, StatusCode, header};
 use tokio::sync::watch;
 
 #[derive(Debug)]
 pub(crate) struct ProxyEndpoints {
+    pub(crate) ending: Ending,
     pub(crate) knowledge: Arc<Knowledge>,
     pub(crate) connected: watch::Receiver<bool>,
     pub(crate) metrics: Metrics,
@@ -25,6 +26,9 @@ impl Endpoints for ProxyEndpoints {
     async fn answer(&self, path: &str, _request: Request<Body>, client: Client) -> Option<Response<Body>> {
         match path {
             "/healthz" => Some(text(StatusCode::OK, "alive\n")),
+            "/readyz" if self.ending.is_announced() => {
+                Some(text(StatusCode::SERVICE_UNAVAILABLE, "not ready: shutting down\n"))
+            }
             "/readyz" if self.ready() => Some(text(StatusCode::OK, "ready\n")),
             "/readyz" => {
                 Some(text(StatusCode::SERVICE_UNAVAILABLE, "not ready: the master has not been reached\n"))

@@ -20,16 +20,17 @@ use cocalc_core::{
     router::{HostAddress, Route, Router},
 };
 use cocalc_daemon::{
+    certificate::Certificate,
+    ending::{Drain, Ending},
     join::{self, Joining, Kind, Membership},
     probe::Metrics,
-    start::{Error, listen, make_dir},
+    start::{Error, all_taken, listen, make_dir},
 };
 use cocalc_http::{Limits, ProxyIngress, Served, Tls, TokenHost, TokenPrecheck};
 use cocalc_sqlite::HostAcl;
 use cocalc_ssh::{HostKeys, RemoteGate, SshIngress};
 use cocalc_transfer::DirectConnector;
 use tokio::{net::TcpListener, task::JoinSet};
-use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::Config, endpoints::ProxyEndpoints, names::MasterNames, pinned::Pinned, registrar::Registrar,
@@ -37,8 +38,9 @@ use crate::{
 
 /// How long the master may take to say where a project is.
 const LOOKUP_LIMIT: Duration = Duration::from_secs(2);
-/// How long what is open may take to end.
-const DRAIN_LIMIT: Duration = Duration::from_secs(5);
+/// How long a host may take to accept a connection: more than one needs that is
+/// being started again, whose socket waits.
+const HOST_LIMIT: Duration = Duration::from_secs(15);
 /// How long the master may take, at the end, to hear where the audit log ends.
 const REPORT_LIMIT: Duration = Duration::from_secs(2);
 
@@ -46,7 +48,9 @@ const REPORT_LIMIT: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub struct Proxy {
     id: ProxyId,
-    shutdown: CancellationToken,
+    ending: Ending,
+    drain: Drain,
+    tls: Option<Tls>,
     serving: JoinSet<()>,
     driver: StreamDriver,
     _background: JoinSet<()>,
@@ -65,16 +69,19 @@ impl Proxy {
         let file = |error: std::io::Error| Error::File { path: data.clone(), source: error.into() };
         let lock = cocalc_daemon::files::lock_directory(&data).map_err(file)?;
         let identity = Arc::new(join::identity(&data, config.join_token_file.as_deref())?);
-        let tls = Tls::configured(config.tls_cert.as_deref(), config.tls_key.as_deref()).await;
-        let tls = tls.map_err(Error::open("certificate"))?;
+        let (cert, key) = (config.tls_cert.as_deref(), config.tls_key.as_deref());
+        let certificate = Certificate::open(cert, key, &config.acme, &data).await;
+        let certificate = certificate.map_err(Error::open("certificate"))?;
+        let tls = certificate.as_ref().map(Certificate::tls);
         let http_listener = listen("listen", config.listen).await?;
         let ssh_listener = listen("ssh_listen", config.ssh_listen).await?;
+        all_taken()?;
         let at = |listener: &TcpListener| listener.local_addr().map(|address| address.to_string());
         let address = HostAddress {
             url: match &config.public_url {
                 Some(url) => url.trim_end_matches('/').to_owned(),
                 None => {
-                    let scheme = if config.tls_cert.is_some() { "https" } else { "http" };
+                    let scheme = if config.has_certificate() { "https" } else { "http" };
                     format!("{scheme}://{}", at(&http_listener).map_err(file)?)
                 }
             },
@@ -136,7 +143,9 @@ impl Proxy {
             served = served.domain(&config.domain).map_err(|e| open("domain")(e.into()))?;
         }
         let built = Arc::new(OnceLock::new());
+        let ending = Ending::default();
         let endpoints = ProxyEndpoints {
+            ending: ending.clone(),
             knowledge: Arc::clone(&knowledge),
             connected: driver.connected(),
             metrics: Metrics::default(),
@@ -144,13 +153,15 @@ impl Proxy {
             audit: audit.clone(),
         };
         let precheck = Arc::new(Precheck { check: ProxyCheck::new(Arc::clone(&knowledge)), audit });
+        let mut limits = Limits { drain: config.drain.limit(), ..config.http.limits(Limits::default()) };
+        limits.connect_timeout = limits.connect_timeout.max(HOST_LIMIT);
         let http = ProxyIngress::builder(Arc::clone(&router), Arc::clone(&connector), precheck)
             .served(served)
             .https(address.url.starts_with("https://"))
             .tls(tls.clone())
             .endpoints(Arc::new(endpoints))
             .decoy(move |project| decoys.decoy(project))
-            .limits(config.http.limits(Limits::default()))
+            .limits(limits)
             .build();
         // It was made a line above and is set once.
         let _ = built.set(http.clone());
@@ -160,6 +171,7 @@ impl Proxy {
         let ssh = SshIngress::builder(Arc::clone(&gate) as _, ssh_keys)
             .passage(gate)
             .names(Arc::new(names))
+            .drain(config.drain.limit())
             .build();
         let (offers, known) = (ssh.clone(), Arc::clone(&knowledge));
         let certified = cocalc_daemon::certify::keep_certified(
@@ -169,19 +181,27 @@ impl Proxy {
             move |certificates| offers.offer_certificates(certificates),
         );
 
-        let shutdown = CancellationToken::new();
         let mut background = JoinSet::new();
         background.spawn(certified);
-        if let Some(tls) = tls {
-            background.spawn(async move { tls.keep_fresh().await });
+        if let Some(certificate) = certificate {
+            background.spawn(async move { certificate.keep().await });
         }
         let mut serving = JoinSet::new();
-        let stop = shutdown.clone();
-        serving.spawn(async move { http.serve(http_listener, stop.cancelled_owned()).await });
-        let stop = shutdown.clone();
-        serving.spawn(async move { ssh.serve(ssh_listener, stop.cancelled_owned()).await });
+        let stop = ending.stopped();
+        serving.spawn(async move { http.serve(http_listener, stop).await });
+        let stop = ending.stopped();
+        serving.spawn(async move { ssh.serve(ssh_listener, stop).await });
         tracing::info!(%id, name = %config.name, url = address.url, "proxy started");
-        Ok(Self { id, shutdown, serving, driver, _background: background, _lock: lock })
+        Ok(Self {
+            id,
+            ending,
+            drain: config.drain,
+            tls,
+            serving,
+            driver,
+            _background: background,
+            _lock: lock,
+        })
     }
 
     /// Its id in the federation.
@@ -189,15 +209,19 @@ impl Proxy {
         self.id
     }
 
-    /// Serves until `shutdown` resolves; then refuses what is new, lets what is
-    /// open end for a few seconds, and closes the rest.
+    /// The certificate of its listener, if it has one: it can be told to look at
+    /// the files at once.
+    pub fn tls(&self) -> Option<Tls> {
+        self.tls.clone()
+    }
+
+    /// Serves until `shutdown` resolves; then says so at `/readyz`, refuses what
+    /// is new, lets what is open end as the configuration's `[drain]` says, and
+    /// closes the rest.
     pub async fn run_until(mut self, shutdown: impl Future<Output = ()>) {
         shutdown.await;
-        self.shutdown.cancel();
-        let ended = async { while self.serving.join_next().await.is_some() {} };
-        if tokio::time::timeout(DRAIN_LIMIT, ended).await.is_err() {
-            tracing::info!("closing what is still open");
-        }
+        let served = async { while self.serving.join_next().await.is_some() {} };
+        self.ending.run(self.drain, served).await;
         if tokio::time::timeout(REPORT_LIMIT, self.driver.report_audit()).await.is_err() {
             tracing::info!("the master was not told the end of the audit log");
         }

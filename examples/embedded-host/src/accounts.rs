@@ -100,8 +100,13 @@ impl Auth for Accounts {
         // Two random ids are 244 bits from the system's source.
         let value = format!("{}{}", AccountId::random(), AccountId::random());
         let mut session = principal.clone();
-        session.via = Via::Session { hash: String::new() };
+        session.via = Via::Session { hash: String::new(), login: String::new() };
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner).insert(value.clone(), session);
         Ok(Secret::new(value))
+    }
+
+    async fn close_session(&self, session: &Secret) -> Result<(), Denial> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner).remove(session.expose());
+        Ok(())
     }
 }

@@ -69,7 +69,13 @@ pub fn state(n: u8) -> AccountState {
         key: format!("ssh-ed25519 KEY{n}"),
         options: String::new(),
     };
-    AccountState { account: account(n), session_epoch: 0, banned: false, keys: vec![key] }
+    AccountState {
+        account: account(n),
+        session_epoch: 0,
+        ended_logins: vec![],
+        banned: false,
+        keys: vec![key],
+    }
 }
 
 /// What the master knows, and does when asked.

@@ -207,6 +207,12 @@ impl HostIngress {
         self.inner.clone().handle(request.map(Body::new), connection).await
     }
 
+    /// Asks everything that is open, on whichever listener, to end when what is
+    /// under way has ended. Does not wait, and closes nothing by force.
+    pub fn ask_to_end(&self) {
+        self.inner.server.ask_to_end();
+    }
+
     /// Asks everything that is open, on whichever listener, to end, and closes
     /// it after [`Limits::drain`].
     pub async fn shut_down(&self) {

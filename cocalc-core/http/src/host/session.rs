@@ -40,6 +40,11 @@ impl Inner {
         if asked.parts.method == Method::DELETE {
             // Not because a page of another site wishes it.
             self.check_origin(&asked, &Shown::Cookies(cookies::Found::default()))?;
+            // What was stolen is good for nothing any more, either.
+            for session in self.sessions_shown(&asked) {
+                let closed = self.auth.close_session(&session).await;
+                closed.map_err(|denial| self.denied(project, &denial))?;
+            }
             return Ok(self.forget(&asked));
         }
         if asked.parts.method != Method::POST {
@@ -55,6 +60,14 @@ impl Inner {
         // Where the project is matters only to who has a token for it.
         self.here(&asked, project).await?;
         self.open(&principal, &asked.place, &asked.view, next).await
+    }
+
+    /// The values of session cookies that the request has; as many as are looked
+    /// up.
+    fn sessions_shown(&self, asked: &Asked<'_>) -> Vec<Secret> {
+        let own_origin = asked.place.mount.is_empty();
+        let found = cookies::find_sessions(&asked.parts.headers, self.host, own_origin, asked.view.https);
+        found.spellings.into_iter().flatten().collect()
     }
 
     /// `POST /.cocalc/session` on the daemon's own origin: the token says which

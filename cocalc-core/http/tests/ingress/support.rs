@@ -157,9 +157,14 @@ impl Auth for FakeAuth {
         }
         let value = format!("session-{}", AccountId::random());
         let mut session = principal.clone();
-        session.via = Via::Session { hash: "h".to_owned() };
+        session.via = Via::Session { hash: "h".to_owned(), login: String::new() };
         self.sessions.lock().unwrap().insert(value.clone(), session);
         Ok(Secret::new(value))
+    }
+
+    async fn close_session(&self, session: &Secret) -> Result<(), Denial> {
+        self.sessions.lock().unwrap().remove(session.expose());
+        Ok(())
     }
 }
 

@@ -36,6 +36,12 @@ pub(super) const COLUMNS: &str = "a.id, a.name, a.admin, a.session_epoch, a.bann
 /// How many they are.
 pub(super) const WIDTH: usize = 6;
 
+/// Signs the account out everywhere, inside a transaction.
+pub(super) fn end_all_logins(db: &rusqlite::Connection, account: &str) -> rusqlite::Result<()> {
+    let sql = concat!("UPDATE accounts SET session_epoch = ", later_epoch!(), " WHERE id = ?1");
+    db.execute(sql, [account]).map(drop)
+}
+
 pub(super) fn read(row: &Row<'_>) -> rusqlite::Result<Account> {
     Ok(Account {
         id: parsed(row, 0)?,

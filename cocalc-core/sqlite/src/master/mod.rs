@@ -65,6 +65,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("schema_fences.sql"),
     include_str!("schema_images.sql"),
     include_str!("schema_aliases.sql"),
+    include_str!("schema_logins.sql"),
 ];
 
 /// The master's database.

@@ -171,9 +171,16 @@ impl Store {
         let keys = self.database.read::<_, Error>("list SSH keys", |db| {
             Ok(list(db, "account = ?1 AND project IS NULL", &id.to_string())?)
         })?;
+        let ended_logins = self.database.read::<_, Error>("list ended log-ins", |db| {
+            let sql = "SELECT tag FROM ended_logins WHERE account = ?1 ORDER BY ended, tag";
+            let mut statement = db.prepare_cached(sql)?;
+            let rows = statement.query_map([id.to_string()], |row| parsed(row, 0))?;
+            Ok(rows.collect::<rusqlite::Result<_>>()?)
+        })?;
         Ok(AccountState {
             account: id,
             session_epoch,
+            ended_logins,
             banned,
             keys: keys.into_iter().map(on_stream).collect(),
         })

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use cocalc_auth::token::LoginTag;
 use cocalc_core::{
     control::{Capabilities, ProjectConfig, ProjectReport},
     router::HostAddress,
@@ -495,6 +496,45 @@ fn a_session_epoch_is_never_given_twice_even_by_a_restored_database() {
     let second = world.store.ban(world.owner, true).unwrap().session_epoch;
     assert!(second > first);
     assert_eq!(world.store.ban(world.owner, false).unwrap().session_epoch, second);
+}
+
+#[test]
+fn an_ended_log_in_is_told_as_long_as_anything_opened_under_it_may_live() {
+    let world = World::new(0);
+    let (store, owner) = (&world.store, world.owner);
+    let state = || store.account_state(owner).unwrap();
+    let epoch = state().session_epoch;
+    let log_in = |n: u16| {
+        let mut id = [3; 16];
+        id[..2].copy_from_slice(&n.to_be_bytes());
+        let token = ApiToken {
+            id: KeyId::from_bytes(id),
+            name: String::new(),
+            limits: None,
+            created: NOW,
+            expires: None,
+        };
+        let mut hash = [4; 32];
+        hash[..2].copy_from_slice(&n.to_be_bytes());
+        store.add_api_token(&hash, owner, &token).unwrap();
+        token.id
+    };
+    let (first, second) = (log_in(0), log_in(1));
+    store.remove_api_token(owner, first, NOW).unwrap();
+    assert!(matches!(store.remove_api_token(owner, first, NOW), Err(Error::NotFound { .. })), "once");
+    assert_eq!(state().ended_logins, [LoginTag::of(first)]);
+    let month = NOW.plus(HOUR * 24 * 31);
+    store.remove_api_token(owner, second, month).unwrap();
+    assert_eq!(state().ended_logins, [LoginTag::of(first), LoginTag::of(second)]);
+    let third = log_in(2);
+    store.remove_api_token(owner, third, month.plus(HOUR)).unwrap();
+    assert_eq!(state().ended_logins, [LoginTag::of(second), LoginTag::of(third)]);
+    // More than anybody remembers: all of them end.
+    for n in 3..258 {
+        assert_eq!(state().session_epoch, epoch, "after {n}");
+        store.remove_api_token(owner, log_in(n), month.plus(HOUR)).unwrap();
+    }
+    assert!(state().session_epoch > epoch && state().ended_logins.is_empty());
 }
 
 #[test]

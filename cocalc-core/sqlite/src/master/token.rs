@@ -1,7 +1,8 @@
 //! Tokens of the API and for joining, of which only the hash is kept.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
+use cocalc_auth::token::LoginTag;
 use cocalc_ids::{AccountId, HostId, KeyId, ProjectId, Timestamp};
 use rusqlite::{OptionalExtension, Row, params, types::ValueRef};
 use serde::{Deserialize, Serialize};
@@ -11,6 +12,12 @@ use crate::{
     database::{json, parsed},
     error::Fault,
 };
+
+/// How long it is remembered that a log-in has ended: longer than any browser
+/// session lives (30 days) and the tokens that may still open one.
+const ENDED_LOGIN_LIFE: Duration = Duration::from_secs(31 * 24 * 3600);
+/// How many of them an account may have; the one after signs it out everywhere.
+const ENDED_LOGINS_MAX: i64 = 256;
 
 /// An API token, as it is listed: never the token itself.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -176,19 +183,32 @@ impl Store {
         })
     }
 
-    /// Ends an API token.
+    /// Ends an API token, and notes for hosts that what was opened under it ends
+    /// with it.
     ///
     /// # Errors
     ///
     /// [`Error::NotFound`] if the account has no such token, or the database
     /// failed.
-    pub fn remove_api_token(&self, account: AccountId, token: KeyId) -> Result<()> {
+    pub fn remove_api_token(&self, account: AccountId, token: KeyId, now: Timestamp) -> Result<()> {
         self.database.write("remove an API token", |db| {
             let sql = "DELETE FROM api_tokens WHERE id = ?1 AND account = ?2";
-            match db.execute(sql, params![token.to_string(), account.to_string()])? {
-                1 => Ok(()),
-                _ => Err(Fault::Refused(Error::NotFound { what: "API token" })),
+            if db.execute(sql, params![token.to_string(), account.to_string()])? != 1 {
+                return Err(Fault::Refused(Error::NotFound { what: "API token" }));
             }
+            let (id, tag) = (account.to_string(), LoginTag::of(token).to_string());
+            let life = i64::try_from(ENDED_LOGIN_LIFE.as_millis()).unwrap_or(i64::MAX);
+            let oldest = now.millis().saturating_sub(life);
+            db.execute("DELETE FROM ended_logins WHERE account = ?1 AND ended < ?2", params![id, oldest])?;
+            let add = "INSERT OR REPLACE INTO ended_logins (account, tag, ended) VALUES (?1, ?2, ?3)";
+            db.execute(add, params![id, tag, now.millis()])?;
+            let count = "SELECT count(*) FROM ended_logins WHERE account = ?1";
+            if db.query_row(count, [&id], |row| row.get::<_, i64>(0))? > ENDED_LOGINS_MAX {
+                // Rather one log-in too many ends than one that should have goes on.
+                account::end_all_logins(db, &id)?;
+                db.execute("DELETE FROM ended_logins WHERE account = ?1", [&id])?;
+            }
+            Ok(())
         })
     }
 

@@ -341,6 +341,7 @@ impl Sim {
             action: if facts.administer { Action::Administer } else { Action::Use(Scope::Ssh) },
             epoch: None,
             session_epoch: sep,
+            login: None,
             acl: 0,
             proof,
         };

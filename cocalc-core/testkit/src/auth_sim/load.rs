@@ -180,6 +180,7 @@ impl Sim {
             action: if administer { Action::Administer } else { Action::Use(Scope::Ws) },
             epoch: Some(claims.epoch),
             session_epoch: Some(claims.sep),
+            login: None,
             acl: claims.acl,
             proof: Proof::Token,
         };
@@ -205,6 +206,7 @@ impl Sim {
             project: ask.project,
             scopes: token.claims.scp.clone(),
             session_epoch: token.claims.sep,
+            login: None,
             acl: token.claims.acl,
             embed_origin: None,
             created,
@@ -232,6 +234,7 @@ impl Sim {
             action: Action::Use(Scope::Http),
             epoch: None,
             session_epoch: Some(record.session_epoch),
+            login: None,
             acl: record.acl,
             proof: Proof::Session(session.hash),
         };
@@ -361,6 +364,7 @@ impl Sim {
             action: Action::Use(Scope::Ws),
             epoch: None,
             session_epoch: None,
+            login: None,
             acl,
             proof: Proof::Token,
         };
@@ -394,6 +398,7 @@ fn key_ask(facts: &Facts, key: u64) -> Ask {
         action: Action::Use(Scope::Ssh),
         epoch: None,
         session_epoch: None,
+        login: None,
         acl: 0,
         proof: Proof::Key(key_id(key)),
     }

@@ -208,6 +208,7 @@ impl Master {
         AccountState {
             account: account_id(account),
             session_epoch: row.session_epoch,
+            ended_logins: Vec::new(),
             banned: row.banned,
             keys: row.key.map(key).into_iter().collect(),
         }

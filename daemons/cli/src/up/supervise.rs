@@ -24,7 +24,7 @@ const RESTART_MAX: Duration = Duration::from_secs(10);
 /// A child that lived this long starts over with the shortest pause.
 const STABLE: Duration = Duration::from_secs(10);
 /// How long a daemon may take to drain before it is killed.
-const STOP_LIMIT: Duration = Duration::from_secs(10);
+const STOP_LIMIT: Duration = Duration::from_secs(15);
 
 /// How to start a daemon.
 #[derive(Clone, Debug)]

@@ -9,10 +9,12 @@
 )]
 
 use std::{
+    collections::BTreeMap,
     io::Read,
     net::{SocketAddr, TcpListener as Probe},
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
 };
 
@@ -27,10 +29,27 @@ use tokio::io::AsyncReadExt;
 /// Every wait has an end; none is what is measured.
 pub(crate) const LIMIT: Duration = Duration::from_secs(90);
 
+/// Files in PEM of daemons that speak HTTPS.
+pub(crate) struct Https {
+    pub(crate) cert: PathBuf,
+    pub(crate) key: PathBuf,
+    pub(crate) trusted: PathBuf,
+}
+
 /// Daemons, which end with the value.
 pub(crate) struct World {
     pub(crate) dir: tempfile::TempDir,
     children: Vec<(String, Child)>,
+    /// The listening sockets that the daemons are given at each start, as
+    /// systemd gives them; empty if they listen themselves.
+    held: BTreeMap<String, Vec<(&'static str, Probe)>>,
+    hold: bool,
+    /// The certificate that all daemons show and trust, if they speak HTTPS.
+    https: Option<Https>,
+    /// Whom the daemons that are started from now on trust; `None`: the system's.
+    pub(crate) trusted: Option<PathBuf>,
+    /// Where each daemon listens, by the keys of its configuration.
+    pub(crate) ports: BTreeMap<(String, &'static str), u16>,
     pub(crate) url: String,
     pub(crate) admin: String,
     /// Where each host serves HTTP, in the order in which they were added.
@@ -51,15 +70,38 @@ pub(crate) fn free_port() -> u16 {
 impl World {
     /// Starts a master; `settings` are lines of its configuration.
     pub(crate) fn new(settings: &str) -> Self {
+        Self::begin(false, None, settings)
+    }
+
+    /// The same, where all daemons speak HTTPS, and trust only what is in
+    /// [`Https::trusted`].
+    pub(crate) fn over_https(https: Https, settings: &str) -> Self {
+        Self::begin(false, Some(https), settings)
+    }
+
+    /// The same, where this process holds the sockets on which daemons listen,
+    /// and hands them over at each start.
+    pub(crate) fn holding_sockets(settings: &str) -> Self {
+        Self::begin(true, None, settings)
+    }
+
+    fn begin(hold: bool, https: Option<Https>, settings: &str) -> Self {
         let dir = tempfile::Builder::new().prefix("cocalc-world-").tempdir().unwrap();
-        let port = free_port();
         let mut world = Self {
-            url: format!("http://127.0.0.1:{port}"),
+            url: String::new(),
             dir,
+            held: BTreeMap::new(),
+            hold,
+            trusted: https.as_ref().map(|https| https.trusted.clone()),
+            https,
+            ports: BTreeMap::new(),
             children: Vec::new(),
             admin: String::new(),
             hosts: Vec::new(),
         };
+        let port = world.port("master", "listen");
+        let scheme = if world.https.is_some() { "https" } else { "http" };
+        world.url = format!("{scheme}://127.0.0.1:{port}");
         let data = world.dir.path().join("master");
         let text = format!("listen = '127.0.0.1:{port}'\ndata_dir = '{}'\n{settings}", data.display());
         world.configure("master", &text);
@@ -71,6 +113,20 @@ impl World {
         world
     }
 
+    /// A port for a daemon's key: one that is free, or that of a socket held for it.
+    fn port(&mut self, name: &str, key: &'static str) -> u16 {
+        let port = if self.hold {
+            let socket = Probe::bind("127.0.0.1:0").unwrap();
+            let port = socket.local_addr().unwrap().port();
+            self.held.entry(name.to_owned()).or_default().push((key, socket));
+            port
+        } else {
+            free_port()
+        };
+        self.ports.insert((name.to_owned(), key), port);
+        port
+    }
+
     fn join_token(&self, kind: &str, name: &str) -> PathBuf {
         let token = self.ok("POST", "/join-tokens", json!({ "kind": kind }));
         let path = self.dir.path().join(format!("{name}.token"));
@@ -80,8 +136,14 @@ impl World {
 
     /// Starts a host; `settings` are more lines of its configuration.
     pub(crate) fn add_host(&mut self, name: &str, settings: &str) {
+        let http = self.port(name, "listen");
+        self.add_host_at(name, http, settings);
+    }
+
+    /// The same, which serves HTTP at this port.
+    pub(crate) fn add_host_at(&mut self, name: &str, http: u16, settings: &str) {
         let path = self.join_token("host", name);
-        let (http, ssh, peer) = (free_port(), free_port(), free_port());
+        let (ssh, peer) = (self.port(name, "ssh_listen"), self.port(name, "peer_listen"));
         let (url, dir) = (&self.url, self.dir.path().join(name));
         let text = format!(
             "name = '{name}'\nmaster_url = '{url}'\njoin_token_file = '{}'\ndata_dir = '{}'\n\
@@ -99,11 +161,16 @@ impl World {
 
     /// Starts a proxy, whose name begins with `proxy`.
     pub(crate) fn add_proxy(&mut self, name: &str) {
+        self.add_proxy_with(name, "");
+    }
+
+    /// The same, with more lines of its configuration.
+    pub(crate) fn add_proxy_with(&mut self, name: &str, settings: &str) {
         let path = self.join_token("proxy", name);
-        let (http, ssh) = (free_port(), free_port());
+        let (http, ssh) = (self.port(name, "listen"), self.port(name, "ssh_listen"));
         let text = format!(
             "name = '{name}'\nmaster_url = '{}'\njoin_token_file = '{}'\ndata_dir = '{}'\n\
-             listen = '127.0.0.1:{http}'\nssh_listen = '127.0.0.1:{ssh}'\n",
+             listen = '127.0.0.1:{http}'\nssh_listen = '127.0.0.1:{ssh}'\n{settings}",
             self.url,
             path.display(),
             self.data_dir(name).display(),
@@ -129,30 +196,37 @@ impl World {
     }
 
     pub(crate) fn configure(&self, name: &str, text: &str) {
+        // Keys of the daemon itself, before those of any table.
+        let text = match &self.https {
+            None => text.to_owned(),
+            Some(Https { cert, key, .. }) => {
+                format!("tls_cert = '{}'\ntls_key = '{}'\n{text}", cert.display(), key.display())
+            }
+        };
         std::fs::write(self.dir.path().join(format!("{name}.toml")), text).unwrap();
     }
 
     pub(crate) fn start(&mut self, name: &str) {
-        let log = std::fs::File::options()
-            .create(true)
-            .append(true)
-            .open(self.dir.path().join(format!("{name}.log")))
-            .unwrap();
         let binary = match name {
             "master" => "cocalc-master",
             name if name.starts_with("proxy") => "cocalc-proxy",
             _ => "cocalc-host",
         };
-        let child = Command::new(program(binary))
-            .arg("--config")
-            .arg(self.dir.path().join(format!("{name}.toml")))
-            .env("COCALC_LOG", "warn")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .unwrap();
-        self.children.push((name.to_owned(), child));
+        let log = self.dir.path().join(format!("{name}.log"));
+        let mut command = match self.held.get(name) {
+            Some(sockets) => handing_over(sockets, &program(binary), &log),
+            None => {
+                let log = std::fs::File::options().create(true).append(true).open(log).unwrap();
+                let mut command = Command::new(program(binary));
+                command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+                command
+            }
+        };
+        command.arg("--config").arg(self.dir.path().join(format!("{name}.toml"))).env("COCALC_LOG", "warn");
+        if let Some(trusted) = &self.trusted {
+            command.env("SSL_CERT_FILE", trusted).env_remove("SSL_CERT_DIR");
+        }
+        self.children.push((name.to_owned(), command.spawn().unwrap()));
     }
 
     /// As `kill -9` does.
@@ -199,13 +273,37 @@ impl World {
         text
     }
 
+    /// Sends a daemon a signal, for instance `HUP`.
+    pub(crate) fn signal(&self, name: &str, signal: &str) {
+        let (_, child) = self.children.iter().find(|(other, _)| other == name).unwrap();
+        let pid = child.id().to_string();
+        assert!(Command::new("kill").args([&format!("-{signal}"), &pid]).status().unwrap().success());
+    }
+
     /// Asks a daemon to end, as the system does, and waits until it has.
     pub(crate) fn stop(&mut self, name: &str) {
+        self.signal(name, "TERM");
+        self.ended_well(name);
+    }
+
+    /// From now on one of a daemon's sockets has another name, and is of another
+    /// address than any key.
+    pub(crate) fn mislead(&mut self, name: &str, key: &'static str) {
+        let socket = Probe::bind("127.0.0.1:0").unwrap();
+        self.held.get_mut(name).unwrap()[0] = (key, socket);
+    }
+
+    /// Waits until a daemon has ended.
+    pub(crate) fn exit_status(&mut self, name: &str) -> ExitStatus {
         let at = self.children.iter().position(|(other, _)| other == name).unwrap();
         let (_, mut child) = self.children.remove(at);
-        let killed = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
-        assert!(killed.success());
-        until(&format!("the end of {name}"), || child.try_wait().unwrap());
+        until(&format!("the end of {name}"), || child.try_wait().unwrap())
+    }
+
+    /// Waits until a daemon has ended, and well.
+    pub(crate) fn ended_well(&mut self, name: &str) {
+        let status = self.exit_status(name);
+        assert!(status.success(), "{name} ended with {status}\n{}", self.log());
     }
 
     /// One number of a host's metrics.
@@ -216,6 +314,29 @@ impl World {
         let line = line.unwrap_or_else(|| panic!("no {name} in\n{text}"));
         line.rsplit(' ').next().unwrap().parse().unwrap()
     }
+}
+
+/// A command that starts `program` with sockets as systemd hands them over: at
+/// descriptors from 3 on, with the process's own id. They come to the shell as
+/// its standard streams, so there may be three.
+fn handing_over(sockets: &[(&str, Probe)], program: &Path, log: &Path) -> Command {
+    let names: Vec<&str> = sockets.iter().map(|(key, _)| *key).collect();
+    let mut streams =
+        sockets.iter().map(|(_, socket)| Stdio::from(OwnedFd::from(socket.try_clone().unwrap())));
+    let mut stream = || streams.next().unwrap_or_else(Stdio::null);
+    let script = format!(
+        "exec 3<&0 {} {} 0</dev/null 1>/dev/null 2>>\"$LOG\"; \
+         export LISTEN_PID=$$ LISTEN_FDS={} LISTEN_FDNAMES={}; exec \"$0\" \"$@\"",
+        if sockets.len() > 1 { "4<&1" } else { "" },
+        if sockets.len() > 2 { "5<&2" } else { "" },
+        sockets.len(),
+        names.join(":"),
+    );
+    assert!(sockets.len() <= 3, "more sockets than standard streams");
+    let mut shell = Command::new("bash");
+    shell.arg("-c").arg(script).arg(program).env("LOG", log);
+    shell.stdin(stream()).stdout(stream()).stderr(stream());
+    shell
 }
 
 impl Drop for World {
@@ -271,6 +392,10 @@ impl Api {
             .http_status_as_error(false)
             .allow_non_standard_methods(true)
             .timeout_global(Some(LIMIT));
+        // Who the master is, its users look at; this is how the test is set up.
+        let tls = ureq::tls::TlsConfig::builder().disable_verification(true);
+        let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
+        let config = config.tls_config(tls.unversioned_rustls_crypto_provider(provider).build());
         let agent = ureq::Agent::from(config.build());
         let mut response = agent.run(request).map_err(|error| error.to_string())?;
         let mut text = String::new();

@@ -220,7 +220,7 @@ async fn tokens(
     Ok(Json(Tokens { tokens: tokens.into_iter().map(view).collect() }))
 }
 
-/// Ends an API token.
+/// Ends an API token, and what was opened under it, at every host.
 #[utoipa::path(delete, path = "/accounts/{id}/tokens/{token}", tag = "accounts",
     params(("id" = String, Path), ("token" = String, Path)),
     responses((status = 204), (status = "default", body = Problem)))]
@@ -230,7 +230,9 @@ async fn remove_token(
     Ids(id, token): Ids<AccountId, KeyId>,
 ) -> Answer<StatusCode> {
     caller.require_self(id)?;
-    shared.db(move |store| store.remove_api_token(id, token)).await?;
+    let now = shared.now();
+    shared.db(move |store| store.remove_api_token(id, token, now)).await?;
+    shared.announce_account(id).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

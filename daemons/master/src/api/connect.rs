@@ -3,7 +3,10 @@
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use axum::{Json, extract::State};
-use cocalc_auth::{mint::NewToken, token::Usage};
+use cocalc_auth::{
+    mint::NewToken,
+    token::{LoginTag, Usage},
+};
 use cocalc_core::{connector::Peer, router::HostAddress};
 use cocalc_ids::{Action, ProjectId, Role, Scope, Timestamp};
 use cocalc_sqlite::master::{Account, Project};
@@ -118,6 +121,7 @@ async fn mint(shared: &Shared, caller: &Caller, id: ProjectId, asked: Connect) -
     let new = NewToken::new(&shared.issuer, project.host, caller.id, id, project.epoch)
         .scopes(scopes)
         .session_epoch(account.session_epoch)
+        .login(caller.key.map(LoginTag::of))
         .acl(project.acl_version)
         .usage(match asked.usage {
             Use::Once => Usage::Once,

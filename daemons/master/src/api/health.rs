@@ -33,6 +33,9 @@ pub(super) async fn alive() -> &'static str {
 pub(super) async fn ready(
     State(shared): State<Arc<Shared>>,
 ) -> Result<&'static str, (StatusCode, &'static str)> {
+    if shared.ending.is_announced() {
+        return Err((StatusCode::SERVICE_UNAVAILABLE, "shutting down\n"));
+    }
     let limit = Duration::from_secs(2);
     match tokio::time::timeout(limit, shared.db(|store| store.probe())).await {
         Ok(Ok(())) => {}

@@ -197,7 +197,8 @@ async fn nobody() -> Answer<String> {
     HASH.get_or_try_init(make).await.cloned()
 }
 
-/// Ends the token that the call is made with.
+/// Ends the token that the call is made with, and what was opened under it, at
+/// every host: browser sessions, and connections by connect tokens.
 #[utoipa::path(post, path = "/logout", tag = "accounts",
     responses((status = 204), (status = "default", body = Problem)))]
 async fn logout(State(shared): State<Arc<Shared>>, caller: Caller) -> Answer<StatusCode> {
@@ -207,6 +208,8 @@ async fn logout(State(shared): State<Arc<Shared>>, caller: Caller) -> Answer<Sta
             "this token is not the master's own: end it where it is from",
         ));
     };
-    shared.db(move |store| store.remove_api_token(account, key)).await?;
+    let now = shared.now();
+    shared.db(move |store| store.remove_api_token(account, key, now)).await?;
+    shared.announce_account(account).await?;
     Ok(StatusCode::NO_CONTENT)
 }
