@@ -235,7 +235,12 @@ impl Store {
             if sys::is_gone(root, member.number()).doing("look for a subvolume")? {
                 // Nobody would find it afterwards.
                 self.bury_member(member)?;
-                sys::leave_group(root, member, group).doing("leave the quota group")?;
+                match sys::leave_group(root, member, group) {
+                    // The kernel removes the group of a subvolume that is gone when
+                    // nothing is charged to it any more, also just now.
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                    left => left.doing("leave the quota group")?,
+                }
             }
         }
         self.trash.filled();
