@@ -1,6 +1,10 @@
 //! What a host knows of who may do what, across restarts.
 
-use std::path::Path;
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
 
 use cocalc_auth::{
     session::{SessionHash, SessionRecord},
@@ -40,11 +44,28 @@ CREATE INDEX session_by_age ON session (created);
 /// survives power cuts, since the master is told what it holds; `sessions.db`
 /// survives a kill, which is enough for sessions and used tokens, and keeps
 /// the disk's flush out of every sign-in.
+///
+/// A session that was looked up is known from then on without reading the file
+/// again: only one of these may have the folder open.
 #[derive(Debug)]
 pub struct HostAcl {
     acl: Database,
     sessions: Database,
+    known: Mutex<Known>,
 }
+
+/// Sessions that are known without a look into the file: every request of a browser
+/// shows one.
+#[derive(Debug, Default)]
+struct Known {
+    sessions: BTreeMap<SessionHash, SessionRecord>,
+    /// How often any session was made or ended: what was read before that says
+    /// nothing of now.
+    changes: u64,
+}
+
+/// Beyond, all are looked up again; each takes less than a kilobyte.
+const KNOWN_MAX: usize = 16_384;
 
 impl HostAcl {
     /// Opens the files in `folder`, which exists, or creates them.
@@ -56,6 +77,7 @@ impl HostAcl {
         Ok(Self {
             acl: Database::open(&folder.join("acl.db"), Durability::Full, ACL)?,
             sessions: Database::open(&folder.join("sessions.db"), Durability::Normal, SESSIONS)?,
+            known: Mutex::default(),
         })
     }
 
@@ -67,6 +89,20 @@ impl HostAcl {
     pub fn check(&self) -> Result<(), Error> {
         self.acl.check()?;
         self.sessions.check()
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Something was changed in the file: forgets that session, or all.
+    fn forget(&self, which: Option<&SessionHash>) {
+        let mut known = self.known();
+        known.changes += 1;
+        match which {
+            Some(hash) => drop(known.sessions.remove(hash)),
+            None => known.sessions.clear(),
+        }
     }
 }
 
@@ -167,7 +203,8 @@ impl AclStore for HostAcl {
 
     fn insert_session(&self, hash: &SessionHash, session: &SessionRecord) -> Result<(), StoreError> {
         let operation = "keep a session";
-        self.sessions
+        let kept = self
+            .sessions
             .write(operation, |transaction| {
                 transaction.execute(
                     "INSERT OR REPLACE INTO session (hash, project, created, value) VALUES (?1, ?2, ?3, ?4)",
@@ -180,12 +217,22 @@ impl AclStore for HostAcl {
                 )?;
                 Ok::<_, Fault>(())
             })
-            .map_err(refused(operation))
+            .map_err(refused(operation));
+        self.forget(Some(hash));
+        kept
     }
 
     fn session(&self, hash: &SessionHash) -> Result<Option<SessionRecord>, StoreError> {
         let operation = "look up a session";
-        self.sessions
+        let changes = {
+            let known = self.known();
+            if let Some(session) = known.sessions.get(hash) {
+                return Ok(Some(session.clone()));
+            }
+            known.changes
+        };
+        let found = self
+            .sessions
             .read(operation, |connection| {
                 let found = connection
                     .prepare_cached("SELECT hash, value FROM session WHERE hash = ?1")?
@@ -193,7 +240,18 @@ impl AclStore for HostAcl {
                     .optional()?;
                 found.map(parse_session).transpose().map(|found| found.map(|(_, session)| session))
             })
-            .map_err(refused(operation))
+            .map_err(refused(operation))?;
+        if let Some(session) = &found {
+            let mut known = self.known();
+            // It may have ended since it was read.
+            if known.changes == changes {
+                if known.sessions.len() >= KNOWN_MAX {
+                    known.sessions.clear();
+                }
+                known.sessions.insert(*hash, session.clone());
+            }
+        }
+        Ok(found)
     }
 
     fn sessions_of(&self, project: ProjectId) -> Result<Vec<(SessionHash, SessionRecord)>, StoreError> {
@@ -210,7 +268,8 @@ impl AclStore for HostAcl {
 
     fn end_sessions(&self, which: &EndSessions) -> Result<usize, StoreError> {
         let operation = "end sessions";
-        self.sessions
+        let ended = self
+            .sessions
             .write(operation, |transaction| {
                 let ended = match which {
                     EndSessions::One(hash) => transaction
@@ -224,7 +283,13 @@ impl AclStore for HostAcl {
                 };
                 Ok::<_, Fault>(ended)
             })
-            .map_err(refused(operation))
+            .map_err(refused(operation));
+        // Also when that failed: what the file has counts.
+        self.forget(match which {
+            EndSessions::One(hash) => Some(hash),
+            EndSessions::Project(_) | EndSessions::Before(_) | EndSessions::All => None,
+        });
+        ended
     }
 }
 
@@ -395,6 +460,62 @@ mod tests {
         drop(stores);
         let store = HostAcl::open(dir.path()).unwrap();
         assert!(!store.insert_used(&TokenId::from_bytes([0; 16]), expires).unwrap());
+    }
+
+    #[test]
+    fn a_session_that_has_ended_is_unknown_to_whoever_asks_from_then_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = HostAcl::open(dir.path()).unwrap();
+        let done = std::sync::atomic::AtomicU8::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    loop {
+                        let round = done.load(std::sync::atomic::Ordering::Acquire);
+                        if round == u8::MAX {
+                            break;
+                        }
+                        // Reads it from the file while it ends.
+                        let _ = store.session(&SessionHash::from_bytes([round; 32])).unwrap();
+                    }
+                });
+            }
+            for round in 0..200 {
+                let hash = SessionHash::from_bytes([round; 32]);
+                store.insert_session(&hash, &session(round % 3, 1)).unwrap();
+                done.store(round, std::sync::atomic::Ordering::Release);
+                let which = match round % 4 {
+                    0 => EndSessions::One(hash),
+                    1 => EndSessions::Project(ProjectId::from_bytes([round % 3; 16])),
+                    2 => EndSessions::Before(Timestamp::from_secs(2)),
+                    _ => EndSessions::All,
+                };
+                assert_eq!(store.end_sessions(&which).unwrap(), 1, "round {round}");
+                for _ in 0..10 {
+                    assert_eq!(store.session(&hash).unwrap(), None, "round {round}");
+                }
+            }
+            done.store(u8::MAX, std::sync::atomic::Ordering::Release);
+        });
+    }
+
+    #[test]
+    fn what_is_known_is_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = HostAcl::open(dir.path()).unwrap();
+        let hash = |number: usize| {
+            let mut bytes = [0; 32];
+            bytes[..8].copy_from_slice(&number.to_be_bytes());
+            SessionHash::from_bytes(bytes)
+        };
+        store.insert_session(&hash(0), &session(1, 1)).unwrap();
+        for number in 1..KNOWN_MAX {
+            store.known().sessions.insert(hash(number), session(1, 1));
+        }
+        assert!(store.session(&hash(0)).unwrap().is_some());
+        store.insert_session(&hash(KNOWN_MAX), &session(1, 1)).unwrap();
+        assert!(store.session(&hash(KNOWN_MAX)).unwrap().is_some());
+        assert_eq!(store.known().sessions.len(), 1);
     }
 
     #[test]
