@@ -264,6 +264,16 @@ impl Federation {
         })
     }
 
+    /// The cookie of a browser's session, for which the token is redeemed.
+    pub(crate) fn session(&self, connect: &Connect) -> Result<String> {
+        let url = format!("{}?cocalc_token={}", connect.direct, connect.token);
+        let request = self.agent.get(&url).config().max_redirects(0).build();
+        let answer = request.call().map_err(|error| format!("a session: {error}"))?;
+        let cookie = answer.headers().get("set-cookie").and_then(|cookie| cookie.to_str().ok());
+        let cookie = cookie.and_then(|cookie| cookie.split(';').next());
+        Ok(cookie.ok_or_else(|| format!("a session: {} without a cookie", answer.status()))?.to_owned())
+    }
+
     /// Runs a line of shell in a project.
     pub(crate) fn exec(&self, project: &str, line: &str, limit: Duration) -> Result<String> {
         text(self.cocalc()?.args(["project", "exec", project, "--", "sh", "-c", line]), limit)

@@ -34,14 +34,14 @@ pub(super) struct Seen {
 
 impl Load {
     /// Runs it; all answers must be good.
-    pub(super) fn run(self, dir: &Path, mut wrk: Command, base: &str, token: Option<&str>) -> Result<Seen> {
+    pub(super) fn run(self, dir: &Path, mut wrk: Command, base: &str, field: Option<&str>) -> Result<Seen> {
         let script = dir.join("wrk.lua");
         std::fs::write(&script, SCRIPT)?;
         let threads = self.connections.min(2);
         wrk.args(["--threads", &threads.to_string(), "--connections", &self.connections.to_string()]);
         wrk.args(["--duration", &format!("{}s", self.seconds), "--timeout", "30s", "--script"]).arg(script);
-        if let Some(token) = token {
-            wrk.arg("--header").arg(format!("Authorization: Bearer {token}"));
+        if let Some(field) = field {
+            wrk.args(["--header", field]);
         }
         if !self.kept {
             wrk.args(["--header", "Connection: close"]);

@@ -36,6 +36,8 @@ const MICROS: (&str, Better) = ("µs", Better::Less);
 enum Way {
     /// The ingress of the project's host, with a token.
     Host,
+    /// The same with a browser's session.
+    Session,
     /// The same by the proxy.
     Proxy,
     /// nginx with `proxy_pass`.
@@ -50,12 +52,13 @@ enum Way {
 
 impl Way {
     /// In the order of their numbers.
-    const ALL: [Self; 6] = [Self::Host, Self::Proxy, Self::Nginx, Self::Auth, Self::Node, Self::App];
+    const ALL: [Self; 7] =
+        [Self::Host, Self::Session, Self::Proxy, Self::Nginx, Self::Auth, Self::Node, Self::App];
 
     /// In the project's namespace.
     fn port(self) -> Option<u16> {
         match self {
-            Self::Host | Self::Proxy => None,
+            Self::Host | Self::Session | Self::Proxy => None,
             Self::Nginx => Some(others::NGINX_PORT),
             Self::Auth => Some(others::AUTH_PORT),
             Self::Node => Some(others::NODE_PORT),
@@ -68,6 +71,7 @@ impl fmt::Display for Way {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Host => "host with token",
+            Self::Session => "host with session",
             Self::Proxy => "proxy and host",
             Self::Nginx => "nginx proxy_pass",
             Self::Auth => "nginx auth_request",
@@ -78,10 +82,13 @@ impl fmt::Display for Way {
 }
 
 /// What is compared, and what is aimed at for a rate.
-const PAIRS: [(Way, Way, Option<Goal>); 6] = [
+const PAIRS: [(Way, Way, Option<Goal>); 9] = [
     (Way::Host, Way::Auth, Some(Goal::AtLeast(1.0))),
     (Way::Host, Way::Nginx, Some(Goal::AtLeast(0.8))),
     (Way::Host, Way::Node, Some(Goal::AtLeast(3.0))),
+    (Way::Session, Way::Auth, Some(Goal::AtLeast(1.0))),
+    (Way::Session, Way::Nginx, Some(Goal::AtLeast(0.8))),
+    (Way::Session, Way::Node, Some(Goal::AtLeast(3.0))),
     // Two stations with TLS between them have no goal against one.
     (Way::Proxy, Way::Auth, None),
     (Way::Proxy, Way::Nginx, None),
@@ -133,7 +140,7 @@ impl Bench<'_> {
     /// The processes that do the work of a way.
     fn servers(&self, way: Way) -> Result<Vec<u32>> {
         Ok(match way {
-            Way::Host => vec![self.federation.hosts()?[0].pid],
+            Way::Host | Way::Session => vec![self.federation.hosts()?[0].pid],
             Way::Proxy => vec![self.federation.proxy_pid(), self.federation.hosts()?[0].pid],
             Way::Nginx | Way::Auth => processes::family(self.others.nginx.pid())?,
             Way::Node => self.others.node.as_ref().map(|node| vec![node.pid()]).unwrap_or_default(),
@@ -141,13 +148,22 @@ impl Bench<'_> {
         })
     }
 
-    /// The address of a way, and the token for it.
+    /// The address of a way, and the field that lets in.
     fn address(&self, way: Way) -> Result<(String, Option<String>)> {
         let connect = self.federation.connect(self.federation.project())?;
         Ok(match way.port() {
             Some(port) => (format!("http://{}/", SocketAddr::from((Ipv4Addr::LOCALHOST, port))), None),
-            None if way == Way::Host => (connect.direct, Some(connect.token)),
-            None => (connect.proxy, Some(connect.token)),
+            None => {
+                let bearer = format!("Authorization: Bearer {}", connect.token);
+                match way {
+                    Way::Session => {
+                        let cookie = self.federation.session(&connect)?;
+                        (connect.direct, Some(format!("Cookie: {cookie}")))
+                    }
+                    Way::Host => (connect.direct, Some(bearer)),
+                    _ => (connect.proxy, Some(bearer)),
+                }
+            }
         })
     }
 
@@ -162,7 +178,7 @@ impl Bench<'_> {
         let mut seen: [Vec<Seen>; Way::ALL.len()] = Default::default();
         for round in 0..=self.effort.runs {
             for way in self.ways() {
-                let (address, token) = self.address(way)?;
+                let (address, field) = self.address(way)?;
                 let wrk = match way.port() {
                     Some(_) => self.federation.inside("wrk")?,
                     None => attached("wrk"),
@@ -170,7 +186,7 @@ impl Bench<'_> {
                 let servers = self.servers(way)?;
                 let before = processes::cpu(&servers)?;
                 let mut one = load
-                    .run(&self.federation.dir, wrk, &address, token.as_deref())
+                    .run(&self.federation.dir, wrk, &address, field.as_deref())
                     .map_err(|error| format!("{way}: {error}"))?;
                 one.cpu_micros = (processes::cpu(&servers)? - before).as_secs_f64() * 1e6 / one.requests;
                 if round > 0 {

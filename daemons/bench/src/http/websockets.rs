@@ -41,7 +41,7 @@ pub(super) fn measure(bench: &Bench<'_>, table: &mut Table) -> Result<()> {
     if count < bench.effort.websockets {
         table.note(format!("{count} idle WebSockets: a process may not open more files here"));
     }
-    let ways = || bench.ways().filter(|way| !matches!(way, Way::Auth | Way::App));
+    let ways = || bench.ways().filter(|way| !matches!(way, Way::Session | Way::Auth | Way::App));
     for way in ways() {
         let kib = idle(bench, way, count).map_err(|error| format!("{way}: {error}"))?;
         let goal = matches!(way, Way::Host | Way::Proxy).then_some(Goal::AtMost(IDLE_KIB));
