@@ -28,7 +28,7 @@ use cocalc_ssh::client::{Client, HostKeyCheck, Identity};
 use ed25519_dalek::{Signer, SigningKey};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
-use world::{Api, LIMIT, World, free_port, run_line, waits_for, way};
+use world::{Api, LIMIT, World, free_port, run_line, until, waits_for, way};
 
 /// Tries of each side of the timing test; ten thousand, when built with
 /// `COCALC_ATTACKS_FULL` set.
@@ -966,6 +966,54 @@ fn median(took: &[Duration]) -> Duration {
     let mut sorted = took.to_vec();
     sorted.sort_unstable();
     sorted[sorted.len() / 2]
+}
+
+#[test]
+fn a_proxy_keeps_the_limits_it_is_given() {
+    let mut world = World::new("");
+    world.add_proxy_with(
+        "proxy",
+        "[limits]\nconnections_per_source = 3\nssh_connections_per_source = 2\n\
+         failures_burst = 4\nfailure_recovery_ms = 600000\n",
+    );
+    world.connected(0, 1);
+    let at = |key| SocketAddr::from((Ipv4Addr::LOCALHOST, world.ports[&("proxy".to_owned(), key)]));
+    let (http, ssh) = (at("listen"), at("ssh_listen"));
+    let greets = |stream: &mut TcpStream| {
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        let mut byte = [0];
+        stream.read(&mut byte).is_ok_and(|read| read == 1)
+    };
+
+    let from = |number| SocketAddr::from((Ipv4Addr::new(127, 9, 200, number), 0));
+    let mut open: Vec<Connection> = (0..3).map(|_| Connection::from(51201, http)).collect();
+    for connection in &mut open {
+        assert_eq!(connection.ask("GET", "/healthz", "").status, 200);
+    }
+    // One more of the address is closed at once, and another address is not held up.
+    assert!(!greets(&mut connect_from(from(1), http)));
+    assert_eq!(Connection::from(51202, http).ask("GET", "/healthz", "").status, 200);
+    // There is room again when one has gone.
+    drop(open);
+    until("room for another connection", || {
+        let mut stream = connect_from(from(1), http);
+        // It may be closed already.
+        stream.write_all(&request("GET", "/healthz", http, "", "")).ok()?;
+        greets(&mut stream).then_some(())
+    });
+
+    let mut open: Vec<TcpStream> = (0..2).map(|_| connect_from(from(3), ssh)).collect();
+    assert!(open.iter_mut().all(greets));
+    assert!(!greets(&mut connect_from(from(3), ssh)));
+    assert!(greets(&mut connect_from(from(4), ssh)));
+
+    let mut guesser = Connection::from(51205, http);
+    let path = "/00000000-0000-4000-8000-000000000001/port/1/";
+    for _ in 0..4 {
+        assert_eq!(guesser.ask("GET", path, &bearer("a.b.c")).said(), DENIED);
+    }
+    assert_eq!(guesser.ask("GET", path, &bearer("a.b.c")).said(), (429, "rate_limited"));
+    assert_eq!(Connection::from(51206, http).ask("GET", path, &bearer("a.b.c")).said(), DENIED);
 }
 
 #[test]

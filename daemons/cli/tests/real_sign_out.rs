@@ -124,8 +124,14 @@ fn a_log_in_ends_at_every_host_and_alone() {
             there.push(Open::new(&library, project).await);
         }
 
-        tokio::task::block_in_place(|| library.call("POST", "/logout", Value::Null).unwrap());
+        // Once every host has acknowledged it, nothing of the log-in is let in.
+        let ended = tokio::task::block_in_place(|| library.call("POST", "/logout?wait=true", Value::Null));
+        let receipt = &ended.as_ref().unwrap()["receipt"];
+        let holders: Vec<_> =
+            receipt["peers"].as_array().unwrap().iter().map(|peer| &peer["outcome"]).collect();
+        assert_eq!(holders, ["acknowledged", "acknowledged"], "{ended:?}");
         for open in &mut there {
+            assert_eq!(open.status(), 403);
             open.ends("what was opened in the library").await;
         }
         for open in &mut here {

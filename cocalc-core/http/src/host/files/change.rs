@@ -25,7 +25,7 @@ use tokio::{sync::OwnedMutexGuard, time::timeout};
 
 use super::{
     Raw, TURN_LIMIT, blocking, blocking_with,
-    refusals::{changed, failed, into_itself, no_parent, not_copied, refused, unfinished},
+    refusals::{changed, failed, holds_read_only, into_itself, no_parent, not_copied, refused, unfinished},
 };
 use crate::{
     body::{Body, BodyError},
@@ -33,7 +33,7 @@ use crate::{
         Copying,
         conditions::{Verdict, Version, weigh},
         path::FilePath,
-        remove::remove_all,
+        remove::{read_only_within, remove_all},
         tree::{Node, Tree, version},
     },
     headers,
@@ -348,6 +348,9 @@ fn apply(
         Change::Removal { recursive } => {
             let directory = source(&parent, path, name, fields)?.is_directory;
             if directory && recursive {
+                if let Some(found) = read_only_within(&parent, name).map_err(refused)? {
+                    return Err(holds_read_only(&found));
+                }
                 let until = Instant::now() + REMOVAL_LIMIT;
                 if !remove_all(&parent, name, until).map_err(refused)? {
                     return Err(unfinished());
