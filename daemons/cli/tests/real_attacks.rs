@@ -1009,11 +1009,13 @@ fn a_proxy_keeps_the_limits_it_is_given() {
 
     let mut guesser = Connection::from(51205, http);
     let path = "/00000000-0000-4000-8000-000000000001/port/1/";
+    let header = URL_SAFE_NO_PAD.encode(r#"{"alg":"EdDSA","typ":"cocalc-connect+jwt","kid":"k"}"#);
+    let guess = format!("{header}.e30.x");
     for _ in 0..4 {
-        assert_eq!(guesser.ask("GET", path, &bearer("a.b.c")).said(), DENIED);
+        assert_eq!(guesser.ask("GET", path, &bearer(&guess)).said(), DENIED);
     }
-    assert_eq!(guesser.ask("GET", path, &bearer("a.b.c")).said(), (429, "rate_limited"));
-    assert_eq!(Connection::from(51206, http).ask("GET", path, &bearer("a.b.c")).said(), DENIED);
+    assert_eq!(guesser.ask("GET", path, &bearer(&guess)).said(), (429, "rate_limited"));
+    assert_eq!(Connection::from(51206, http).ask("GET", path, &bearer(&guess)).said(), DENIED);
 }
 
 #[test]

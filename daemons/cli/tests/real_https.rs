@@ -391,3 +391,63 @@ fn a_certificate_is_got_from_an_acme_authority_and_kept() {
     assert!(shown("alpha.cocalc.test").status.success());
     assert_eq!(std::fs::read(kept.join("certificate.pem")).unwrap(), before);
 }
+
+#[test]
+fn a_master_gets_its_certificate_and_is_reached_by_who_trusts_the_authority() {
+    let files = Certificates::new();
+    let port = free_port();
+    let authority = Authority::new(&files, port);
+    let root = authority.root(&files);
+    let settings = format!(
+        "[acme]\nnames = ['localhost', 'master.cocalc.test']\nagree_to_terms = true\ndirectory = '{}'\n",
+        authority.directory
+    );
+    let mut world = World::certified(port, files.path("trusted.pem"), &settings);
+    let admin = format!("Authorization: Bearer {}", world.admin);
+    let ask = |name: &str| {
+        let at = format!("{name}:{port}:127.0.0.1");
+        let url = format!("https://{name}:{port}/api/v1/account");
+        curl(&root, &["--resolve", &at, "-w", " %{http_code} %{ssl_verify_result}", "-H", &admin, &url])
+    };
+    for name in ["localhost", "master.cocalc.test"] {
+        let deadline = Instant::now() + LIMIT;
+        while !ask(name).status.success() {
+            let log = std::fs::read_to_string(files.path("authority.log")).unwrap_or_default();
+            assert!(Instant::now() < deadline, "no certificate for {name}:\n{log}\n{}", world.log());
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        let said = String::from_utf8_lossy(&ask(name).stdout).into_owned();
+        assert!(said.contains("\"admin\":true") && said.ends_with(" 200 0"), "{said}");
+    }
+    assert_eq!(ask("other.cocalc.test").status.code(), Some(60), "another name");
+    // Who trusts another authority says nothing to this master.
+    let refused = curl(&files.path("trusted.pem"), &["-H", &admin, &format!("{}/api/v1/account", world.url)]);
+    assert_eq!(refused.status.code(), Some(60), "{refused:?}");
+    let refused = cocalc(&world, &files.path("trusted.pem"), &["host", "list"]);
+    assert!(!refused.status.success(), "{refused:?}");
+
+    // A host joins over it, and the command line, a browser's page and the bus work.
+    world.trusted = Some(root.clone());
+    world.add_host("alpha", "");
+    world.connected(1, 0);
+    let listed = cocalc(&world, &root, &["host", "list"]);
+    let said = String::from_utf8_lossy(&listed.stdout).into_owned();
+    assert!(listed.status.success() && said.contains("alpha"), "{listed:?}");
+    let begun = world.ok("POST", "/projects", json!({ "name": "p", "host": "alpha" }));
+    world.settle(&begun);
+    let page = format!("{}/projects/{}", world.url, begun["project"]["id"].as_str().unwrap());
+    let page = curl(&root, &[&page]);
+    assert!(page.status.success() && page.stdout.starts_with(b"<!doctype html>"), "{page:?}");
+
+    // Started again, it has it at once, and nobody is asked.
+    let kept = world.dir.path().join("master/acme/certificate.pem");
+    let before = std::fs::read(&kept).unwrap();
+    drop(authority);
+    world.stop("master");
+    world.start("master");
+    until("the master", || TcpStream::connect(("127.0.0.1", port)).ok());
+    let again = ask("localhost");
+    assert!(again.status.success(), "{again:?}");
+    assert_eq!(std::fs::read(&kept).unwrap(), before);
+    world.connected(1, 0);
+}

@@ -70,22 +70,29 @@ pub(crate) fn free_port() -> u16 {
 impl World {
     /// Starts a master; `settings` are lines of its configuration.
     pub(crate) fn new(settings: &str) -> Self {
-        Self::begin(false, None, settings)
+        Self::begin(false, None, None, settings)
     }
 
     /// The same, where all daemons speak HTTPS, and trust only what is in
     /// [`Https::trusted`].
     pub(crate) fn over_https(https: Https, settings: &str) -> Self {
-        Self::begin(false, Some(https), settings)
+        Self::begin(false, Some(https), None, settings)
+    }
+
+    /// The same, where the master alone speaks HTTPS, at `port` and under the name
+    /// `localhost`, with a certificate that `settings` say how to get; daemons
+    /// trust what is in `trusted`.
+    pub(crate) fn certified(port: u16, trusted: PathBuf, settings: &str) -> Self {
+        Self::begin(false, None, Some((port, trusted)), settings)
     }
 
     /// The same, where this process holds the sockets on which daemons listen,
     /// and hands them over at each start.
     pub(crate) fn holding_sockets(settings: &str) -> Self {
-        Self::begin(true, None, settings)
+        Self::begin(true, None, None, settings)
     }
 
-    fn begin(hold: bool, https: Option<Https>, settings: &str) -> Self {
+    fn begin(hold: bool, https: Option<Https>, certified: Option<(u16, PathBuf)>, settings: &str) -> Self {
         let dir = tempfile::Builder::new().prefix("cocalc-world-").tempdir().unwrap();
         let mut world = Self {
             url: String::new(),
@@ -99,9 +106,20 @@ impl World {
             admin: String::new(),
             hosts: Vec::new(),
         };
-        let port = world.port("master", "listen");
-        let scheme = if world.https.is_some() { "https" } else { "http" };
-        world.url = format!("{scheme}://127.0.0.1:{port}");
+        let port = match certified {
+            Some((port, trusted)) => {
+                world.trusted = Some(trusted);
+                world.url = format!("https://localhost:{port}");
+                world.ports.insert(("master".to_owned(), "listen"), port);
+                port
+            }
+            None => {
+                let port = world.port("master", "listen");
+                let scheme = if world.https.is_some() { "https" } else { "http" };
+                world.url = format!("{scheme}://127.0.0.1:{port}");
+                port
+            }
+        };
         let data = world.dir.path().join("master");
         let text = format!("listen = '127.0.0.1:{port}'\ndata_dir = '{}'\n{settings}", data.display());
         world.configure("master", &text);
