@@ -225,9 +225,12 @@ impl Inner {
         self.authorize(principal, project, Action::Write).await?;
         let (from, held) = self.tree_in(raw, project, state.as_ref()).await?;
         let into = self.tree(raw, project).await?;
-        let copying = Copying { from: state, path: path.relative(), to: to.relative(), replace };
+        let (source, target) = (path.relative(), to.relative());
         let fields = asked.parts.headers.clone();
         let replaced = blocking_with(move || check_copy(&from, &path, &into, &to, replace, &fields)).await?;
+        // Only if there is something to replace: the state before is kept then. What
+        // appears there meanwhile stays, and is said to be in the way.
+        let copying = Copying { from: state, path: source, to: target, replace: replaced };
         let files = Arc::clone(&raw.files);
         // Also if nobody waits for it any more.
         let copied = tokio::spawn(async move {
