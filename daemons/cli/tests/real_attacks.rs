@@ -28,7 +28,7 @@ use cocalc_ssh::client::{Client, HostKeyCheck, Identity};
 use ed25519_dalek::{Signer, SigningKey};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
-use world::{Api, LIMIT, World, free_port, run_line, until, waits_for, way};
+use world::{Api, LIMIT, World, free_port, start_app, until, way};
 
 /// Tries of each side of the timing test; ten thousand, when built with
 /// `COCALC_ATTACKS_FULL` set.
@@ -648,49 +648,14 @@ fn keys_and_names_that_are_not_what_they_look_like(stage: &Stage) {
     assert_eq!(log_in(composed)["account_id"], *stage.alice.id);
 }
 
-/// An app that writes down the head of every request.
-const APP: &str = r#"
-import asyncio, os, sys
-
-async def serve(reader, writer):
-    try:
-        while True:
-            head = await reader.readuntil(b"\r\n\r\n")
-            with open(sys.argv[3], "ab") as file:
-                file.write(head)
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
-            await writer.drain()
-    except (ConnectionError, asyncio.IncompleteReadError):
-        pass
-    finally:
-        writer.close()
-
-async def main():
-    server = await asyncio.start_server(serve, "127.0.0.1", int(sys.argv[1]))
-    with open(sys.argv[2], "w") as file:
-        file.write(str(os.getpid()))
-    await asyncio.sleep(600)
-
-asyncio.run(main())
-"#;
-
 /// A token in the address is gone before the app or a third party could see it,
 /// and one in `Referer` never reaches the app.
 fn the_app_sees_no_credential(stage: &Stage) {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let world = &stage.world;
-    let (program, pid) = (world.dir.path().join("app.py"), world.dir.path().join("app.pid"));
     let (heads, port) = (world.dir.path().join("heads"), free_port());
-    std::fs::write(&program, APP).unwrap();
-    let line = format!(
-        "setsid -f python3 {} {port} {pid} {} </dev/null >/dev/null 2>&1; {}",
-        program.display(),
-        heads.display(),
-        waits_for(&pid),
-        pid = pid.display()
-    );
     let way = way(&stage.alice.api, &stage.alice.project, port);
-    runtime.block_on(run_line(&way, line));
+    runtime.block_on(start_app(world, &way, Some(&heads)));
 
     let project = &stage.alice.project;
     let mut secrets = Vec::new();

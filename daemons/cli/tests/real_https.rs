@@ -16,41 +16,7 @@ use std::{
 };
 
 use serde_json::json;
-use world::{Https, LIMIT, Way, World, free_port, run_line, until, waits_for};
-
-/// Answers requests, and each message of a WebSocket with `ok`.
-const APP: &str = r#"
-import asyncio, base64, hashlib, os, sys
-
-async def serve(reader, writer):
-    try:
-        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-        fields = dict((line.split(": ", 1)[0].lower(), line.split(": ", 1)[1]) for line in head.split("\r\n")[1:] if ": " in line)
-        key = fields.get("sec-websocket-key")
-        if key:
-            digest = hashlib.sha1((key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest()
-            writer.write(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-                         b"Sec-WebSocket-Accept: " + base64.b64encode(digest) + b"\r\n\r\n")
-            while await reader.read(64):
-                writer.write(b"\x81\x02ok")
-                await writer.drain()
-        else:
-            text = fields.get("x-forwarded-proto", "").encode()
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(text) + text)
-            await writer.drain()
-    except (ConnectionError, asyncio.IncompleteReadError):
-        pass
-    finally:
-        writer.close()
-
-async def main():
-    server = await asyncio.start_server(serve, "127.0.0.1", int(sys.argv[1]))
-    with open(sys.argv[2], "w") as file:
-        file.write(str(os.getpid()))
-    await asyncio.sleep(600)
-
-asyncio.run(main())
-"#;
+use world::{Https, LIMIT, Way, World, free_port, start_app, until};
 
 /// Opens a WebSocket by upgrade and one by extended CONNECT (RFC 8441), and talks
 /// in both, once at once and once for each line that it is sent.
@@ -237,24 +203,15 @@ fn everything_goes_over_tls_and_certificates_are_replaced_meanwhile() {
         token: connect["token"].as_str().unwrap().to_owned(),
         port: free_port(),
     };
-    let (program, pid) = (world.dir.path().join("app.py"), world.dir.path().join("app.pid"));
-    std::fs::write(&program, APP).unwrap();
-    let line = format!(
-        "setsid -f python3 {} {} {} </dev/null >/dev/null 2>&1; {}",
-        program.display(),
-        direct.port,
-        pid.display(),
-        waits_for(&pid)
-    );
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(run_line(&direct, line));
+    runtime.block_on(start_app(&world, &direct, None));
 
     let bearer = format!("Authorization: Bearer {}", direct.token);
     let path = format!("/{project}/port/{}/", direct.port);
     let mut sockets = Vec::new();
     for name in ["alpha", "proxy-1"] {
         let base = format!("https://127.0.0.1:{}", world.ports[&(name.to_owned(), "listen")]);
-        let url = format!("{base}{path}");
+        let url = format!("{base}{path}scheme");
         for (option, version) in [("--http2", "2"), ("--http1.1", "1.1")] {
             let ask = [option, "-w", " %{http_version} %{http_code}", "-H", &bearer, &url];
             let expected = format!("https {version} 200");

@@ -368,6 +368,14 @@ impl Drop for World {
         while !end_all(self.dir.path()) && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(20));
         }
+        // What hosts note where a reboot empties it, as `cocalc down` does.
+        for entry in std::fs::read_dir(self.dir.path()).into_iter().flatten().flatten() {
+            let membership = std::fs::read(entry.path().join("data/membership.json")).unwrap_or_default();
+            let membership: Value = serde_json::from_slice(&membership).unwrap_or_default();
+            if let Some(id) = membership["id"].as_str() {
+                let _ = std::fs::remove_file(format!("/run/cocalc/{id}.position"));
+            }
+        }
     }
 }
 
@@ -471,6 +479,30 @@ pub(crate) async fn run_line(way: &Way, line: String) {
     }
     let exit = tokio::time::timeout(LIMIT, process.handle.wait()).await.unwrap().unwrap();
     assert_eq!(exit, cocalc_core::runner::Exit::Code(0), "{said}{errors}");
+}
+
+/// What runs in projects that have an app.
+const APP: &str = include_str!("app.py");
+
+/// Starts an app in a project, at `way`'s port, as a user would: by SSH. The heads
+/// of requests come to be in `heads`.
+pub(crate) async fn start_app(world: &World, way: &Way, heads: Option<&Path>) {
+    let dir = world.dir.path();
+    let (program, pid) = (dir.join("app.py"), dir.join(format!("app-{}.pid", way.port)));
+    std::fs::write(&program, APP).unwrap();
+    let log = pid.with_extension("log");
+    let line = format!(
+        "setsid -f python3 {} {} {} {} </dev/null >{} 2>&1; {}",
+        program.display(),
+        way.port,
+        pid.display(),
+        heads.map(Path::display).map(|heads| heads.to_string()).unwrap_or_default(),
+        log.display(),
+        waits_for(&pid),
+    );
+    run_line(way, line).await;
+    let said = std::fs::read_to_string(&log).unwrap_or_default();
+    assert!(said.is_empty(), "an app failed: {said}");
 }
 
 /// A shell's words that wait for a file: what is left in the background before
