@@ -28,7 +28,7 @@ clean_up() {
   for volume in "$dir"/bench-*/; do
     if mountpoint -q "$volume"; then umount "$volume" || status=1; fi
   done
-  rm -rf --one-file-system "$dir"
+  rm -rf --one-file-system "$dir" /dev/shm/"$(basename "$dir")"-*
   exit "$status"
 }
 trap clean_up EXIT

@@ -94,12 +94,12 @@ pub(crate) fn is_connect_token(token: &str) -> bool {
         return false;
     }
     let mut parts = token.split('.');
-    let text = |part: Option<&str>| part.and_then(|part| URL_SAFE_NO_PAD.decode(part).ok());
-    let (header, claims) = (text(parts.next()), text(parts.next()));
-    let says = |text: &Option<Vec<u8>>, what: &[u8]| {
-        text.as_ref().is_some_and(|text| text.windows(what.len()).any(|window| window == what))
+    let mut says = |what: &[&[u8]]| {
+        let text = parts.next().and_then(|part| URL_SAFE_NO_PAD.decode(part).ok()).unwrap_or_default();
+        what.iter().all(|what| text.windows(what.len()).any(|window| window == *what))
     };
-    says(&header, b"cocalc-connect+jwt") || (says(&claims, b"\"prj\"") && says(&claims, b"project-host:"))
+    // One that is whole says so at once.
+    says(&[b"cocalc-connect+jwt"]) || says(&[b"\"prj\"", b"project-host:"])
 }
 
 /// The project that a token claims to be for. A hint for routing only: nothing

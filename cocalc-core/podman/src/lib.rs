@@ -83,6 +83,7 @@ mod podman;
 mod probe;
 mod process;
 mod signals;
+mod turns;
 #[path = "../helper/users.rs"]
 mod users;
 

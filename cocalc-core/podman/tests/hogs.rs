@@ -134,3 +134,40 @@ async fn hogs_are_contained_and_their_neighbours_go_on() {
     world.podman.remove(disk.project).await.unwrap();
     must(Command::new("umount").arg(&mount));
 }
+
+/// Prints how long its turns on a processor are, in nanoseconds, before and after it
+/// has asked for longer ones in every way there is.
+const TURNS: &str = r#"
+import ctypes, os, platform
+libc = ctypes.CDLL(None, use_errno=True)
+get, put = {"x86_64": (315, 314), "aarch64": (275, 274)}[platform.machine()]
+def turn():
+    attributes = (ctypes.c_uint32 * 12)()
+    assert libc.syscall(get, 0, attributes, 48, 0) == 0
+    return attributes[6]
+print(turn())
+for policy in (os.SCHED_OTHER, os.SCHED_BATCH, os.SCHED_OTHER | os.SCHED_RESET_ON_FORK):
+    os.sched_setscheduler(0, policy, os.sched_param(0))
+os.sched_setparam(0, os.sched_param(0))
+longest = (ctypes.c_uint32 * 12)(48, 0, 0, 0, 0, 0, 100_000_000)
+assert libc.syscall(put, 0, longest, 0) == -1 and ctypes.get_errno() == 38
+print(turn())
+os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+print(os.sched_getscheduler(0))
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_keeps_a_processor_for_long_while_others_want_it() {
+    let world = World::new().await;
+    let spec = world.started(0).await;
+    std::fs::write(spec.volume.join("home/turns.py"), TURNS).unwrap();
+    for user in [None, Some("root")] {
+        let (exit, said) = world.run_as(spec.project, user, "python3 /home/user/turns.py").await;
+        assert_eq!(exit, cocalc_core::runner::Exit::Code(0), "{said}");
+        // Kernels older than 6.12 have no such turns, and say 0.
+        let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+        let version: Vec<u32> = release.split(['.', '-']).map_while(|part| part.parse().ok()).collect();
+        let turn = if version >= vec![6, 12] { "500000" } else { "0" };
+        assert_eq!(said.lines().collect::<Vec<_>>(), [turn, turn, "5"], "{user:?}");
+    }
+}

@@ -21,6 +21,11 @@ use tokio::{
 use super::{AgentError, socket};
 use crate::signals;
 
+/// What a pipe to or from a command holds, about as much as the sockets that sshd
+/// gives to one. With the kernel's 64 KiB a large transfer stops, and another process
+/// gets the processor, at every second packet.
+const PIPE_BYTES: usize = 256 * 1024;
+
 /// Its connection to the helper; closing it kills the process.
 #[derive(Debug)]
 pub(super) struct AgentProcess {
@@ -38,6 +43,12 @@ impl AgentProcess {
         let (stdin, for_stdin) = pipe::pipe()?;
         let (for_stdout, stdout) = pipe::pipe()?;
         let (for_stderr, stderr) = pipe::pipe()?;
+        if !pty {
+            // A smaller one still carries everything.
+            for wide in [stdin.as_fd(), stdout.as_fd()] {
+                let _ = rustix::pipe::fcntl_setpipe_size(wide, PIPE_BYTES);
+            }
+        }
         // The child's ends are of other open files than ours: what the project
         // does to their flags does not reach us.
         let (for_stdin, for_stdout) = (for_stdin.into_blocking_fd()?, for_stdout.into_blocking_fd()?);

@@ -159,8 +159,9 @@ impl Shared {
             view.slot = Some(slot);
             view.limits = serde_json::from_str(label(LABEL_LIMITS)).unwrap_or_default();
             view.made_from = Some(label(LABEL_SPEC).to_owned());
+            view.container = Some(container.id.clone());
             view.running = running.map(Arc::new);
-            view.started = container.started;
+            view.started = self.records.started(project, container).or(container.started);
             view.reason.clone_from(&container.reason);
         }
         if runs {
@@ -194,6 +195,7 @@ impl Shared {
                 view.slot = Some(record.slot);
                 view.limits = record.limits;
                 view.made_from = record.made_from;
+                view.container = Some(run.container);
                 view.running = Some(Arc::new(running));
                 view.started = run.started;
             }

@@ -12,7 +12,7 @@ use std::{
 
 use cocalc_core::{
     BoxError,
-    ids::{HostId, ImageDigest},
+    ids::{HostId, ImageDigest, ProjectId},
     runner::{Capabilities, LimitKind, Limits},
 };
 use sha2::{Digest, Sha256};
@@ -305,6 +305,7 @@ pub(crate) struct Dirs {
     pub(crate) sockets: PathBuf,
     pub(crate) networks: PathBuf,
     pub(crate) logs: PathBuf,
+    pids: PathBuf,
     pub(crate) environments: PathBuf,
     pub(crate) helper: PathBuf,
     pub(crate) resolv_conf: PathBuf,
@@ -319,6 +320,7 @@ impl Dirs {
             sockets: runtime.join("sockets"),
             networks: runtime.join("networks"),
             logs: state.join("logs"),
+            pids: runtime.join("pids"),
             environments: state.join("env"),
             helper: runtime.join("helper"),
             resolv_conf: runtime.join("resolv.conf"),
@@ -331,6 +333,7 @@ impl Dirs {
             (&dirs.projects, 0o711),
             (&dirs.sockets, 0o700),
             (&dirs.networks, 0o700),
+            (&dirs.pids, 0o700),
             (&runtime.join("running"), 0o700),
             (&dirs.logs, 0o700),
             (&dirs.environments, 0o700),
@@ -349,6 +352,11 @@ impl Dirs {
             }
         }
         Ok(dirs)
+    }
+
+    /// Where the number of a project's first process is left when it starts.
+    pub(crate) fn pid_file(&self, project: ProjectId) -> PathBuf {
+        self.pids.join(project.to_string())
     }
 
     fn write_shared(&self) -> std::io::Result<()> {

@@ -8,7 +8,8 @@ use std::{
 };
 
 use cocalc_core::{
-    ids::ProjectId,
+    BoxError,
+    ids::{ProjectId, Timestamp},
     runner::{Error, Limits, NetworkPolicy, ProjectSpec, Result, State, Status},
 };
 use rustix::process::Signal;
@@ -19,7 +20,7 @@ use super::{
     project::{InPhase, Project, Running},
     record::{Record, Run},
 };
-use crate::{agent, mounts, net::Resolver};
+use crate::{agent, mounts, net::Resolver, turns};
 
 /// What root in a project may do there: what installing packages and running
 /// services needs, and nothing about the kernel, devices or the network's
@@ -83,8 +84,9 @@ impl Shared {
             }
             other => other,
         };
-        created.map_err(|error| backend("create", project, error))?;
-        entry.view().made_from = Some(wanted);
+        let id = created.map_err(|error| backend("create", project, error))?.trim().to_owned();
+        let mut view = entry.view();
+        (view.made_from, view.container) = (Some(wanted), Some(id));
         Ok(())
     }
 
@@ -150,37 +152,53 @@ impl Shared {
         self.records.write(project, &record).map_err(|error| failed(backend("start", project, error)))?;
         // The log is of this run; what conmon appends begins anew.
         let _ = std::fs::remove_file(self.dirs.logs.join(format!("{project}.log")));
+        let _ = std::fs::remove_file(self.dirs.pid_file(project));
         self.cli.start(&name, listener).await.map_err(|error| Launch {
             missing: error.is_missing(),
             error: backend("start", project, error),
         })?;
+        let started = Some(Timestamp::now());
         receipt.done("podman start");
-        let found =
-            self.cli.inspect(&[name]).await.map_err(|error| failed(backend("start", project, error)))?;
-        let running = match found.first() {
-            Some(container) => {
-                Running::find(container).map_err(|error| failed(backend("start", project, error)))?
-            }
-            None => None,
-        };
-        let (Some(container), Some(running)) = (found.into_iter().next(), running) else {
-            return Err(failed(backend("start", project, "its first process ended at once")));
-        };
+        let running = self.first_process(entry, &name).await.map_err(failed)?;
+        if let Err(error) = turns::shorten(running.pid) {
+            tracing::warn!(%project, %error, "what runs in it has long turns on the processors");
+        }
         // Weights: podman has no option for all of them.
         let limits = entry.view().limits.clone();
         for write in running.groups.plan(&limits) {
             write.apply().map_err(|error| failed(backend("limit", project, error)))?;
         }
-        record.run =
-            Some(Run { container: running.container.clone(), pid: running.pid, started: container.started });
+        record.run = Some(Run { container: running.container.clone(), pid: running.pid, started });
         self.records.write(project, &record).map_err(|error| failed(backend("start", project, error)))?;
-        receipt.done("podman inspect");
+        receipt.done("first process");
         let mut view = entry.view();
         view.epoch = Some(spec.epoch);
         view.running = Some(Arc::new(running));
-        view.started = container.started;
+        view.started = started;
         view.reason = None;
         Ok(())
+    }
+
+    /// The first process of a container that was started just now: conmon has left
+    /// its number in a file. Asking podman for it would take a quarter of a start.
+    async fn first_process(&self, entry: &Project, name: &str) -> Result<Running> {
+        let project = entry.id;
+        let failed = |error: BoxError| backend("start", project, error);
+        let id = entry.view().container.clone();
+        let pid = std::fs::read_to_string(self.dirs.pid_file(project));
+        let pid = pid.ok().and_then(|text| text.trim().parse().ok());
+        if let (Some(pid), Some(id)) = (pid, id)
+            && let Some(running) = Running::of(pid, &id).map_err(|error| failed(error.into()))?
+        {
+            return Ok(running);
+        }
+        let found = self.cli.inspect(&[name.to_owned()]).await.map_err(|error| failed(error.into()))?;
+        let container = found.first().ok_or_else(|| failed("its container is gone".into()))?;
+        let running = Running::find(container).map_err(|error| failed(error.into()))?;
+        running.ok_or_else(|| {
+            let reason = container.reason.clone();
+            failed(reason.unwrap_or_else(|| "its first process ended at once".into()).into())
+        })
     }
 
     pub(super) async fn stop(&self, project: ProjectId, grace: Duration) -> Result<Status> {
@@ -243,6 +261,7 @@ impl Shared {
         blocking("remove", project, move || dirs.remove()).await?;
         let _ = std::fs::remove_file(self.dirs.logs.join(format!("{project}.log")));
         let _ = std::fs::remove_file(self.env_path(project));
+        let _ = std::fs::remove_file(self.dirs.pid_file(project));
         *entry.view() = super::project::View::default();
         // Under the operation's lock: who waits for it finds an empty entry,
         // and may fill it again.
@@ -321,6 +340,7 @@ impl Shared {
         // here and nowhere else, neither in the volume nor known to podman.
         option("tmpfs", format!("{SECRETS_INSIDE}:rw,nosuid,nodev,noexec,size=1m,mode=0700"));
         option("volume", format!("{}:/etc/resolv.conf:ro", self.dirs.resolv_conf.display()));
+        option("pidfile", self.dirs.pid_file(project).display().to_string());
         option("log-driver", "k8s-file".into());
         option("log-opt", format!("path={}", log.display()));
         option("log-opt", format!("max-size={}", limits.log_bytes.unwrap_or(super::limits::DEFAULT_LOG)));
@@ -468,7 +488,7 @@ fn unknown(project: ProjectId) -> Status {
 fn fingerprint(spec: &ProjectSpec, limits: &Limits) -> String {
     let ProjectSpec { project: _, epoch, volume: _, image, slot, limits: _, env: _, isolation } = spec;
     // The number in front changes with the arguments of `create_args`.
-    let text = format!("4 {epoch} {image:?} {slot} {limits:?} {isolation:?}");
+    let text = format!("5 {epoch} {image:?} {slot} {limits:?} {isolation:?}");
     Sha256::digest(text.as_bytes()).iter().take(16).map(|byte| format!("{byte:02x}")).collect()
 }
 

@@ -39,6 +39,8 @@ pub(crate) struct View {
     pub(crate) used: Option<Instant>,
     /// What the container was made from; `None` if there is none.
     pub(crate) made_from: Option<String>,
+    /// The container's id, where that is known.
+    pub(crate) container: Option<String>,
     pub(crate) env: Arc<BTreeMap<String, String>>,
     /// What it may use now.
     pub(crate) limits: Limits,

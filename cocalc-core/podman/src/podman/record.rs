@@ -14,6 +14,8 @@ use cocalc_core::{
 };
 use serde::{Deserialize, Serialize};
 
+use super::cli::Container;
+
 /// The notes of a runner.
 #[derive(Debug)]
 pub(super) struct Records {
@@ -68,6 +70,12 @@ impl Records {
             }
             _ => {}
         }
+    }
+
+    /// When the process that runs in a container began, as it was said then.
+    pub(super) fn started(&self, project: ProjectId, container: &Container) -> Option<Timestamp> {
+        let (_, Record { run, .. }) = read(&self.path(project))?;
+        run.filter(|run| run.container == container.id && run.pid == container.pid)?.started
     }
 
     /// Whether it may run for all that is noted.

@@ -93,7 +93,7 @@ fn rsync_up(connection: &Connection<'_>) -> Result<Duration> {
 }
 
 fn rsync_down(connection: &Connection<'_>) -> Result<Duration> {
-    let to = connection.places.file("down");
+    let to = connection.places.memory.path().join("down");
     let mut down = connection.rsync();
     down.arg(format!("{}:tree", connection.name())).arg(&to);
     let took = timed(down)?;

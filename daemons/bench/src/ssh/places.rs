@@ -68,6 +68,9 @@ impl fmt::Display for Place {
 pub(super) struct Places {
     pub(super) dir: PathBuf,
     pub(super) config: PathBuf,
+    /// In memory: a disk that takes thousands of small files would be what is
+    /// measured. It goes with the value.
+    pub(super) memory: tempfile::TempDir,
 }
 
 impl Places {
@@ -97,7 +100,10 @@ impl Places {
             peers = sshd.known_hosts.display(),
         );
         std::fs::write(&config, text)?;
-        Ok(Self { dir, config })
+        // Named after the bench, whose script looks for it when this was killed.
+        let name = federation.dir.file_name().unwrap_or_default().to_string_lossy();
+        let memory = tempfile::Builder::new().prefix(&format!("{name}-")).tempdir_in("/dev/shm")?;
+        Ok(Self { dir, config, memory })
     }
 
     /// A program of OpenSSH with the configuration.
