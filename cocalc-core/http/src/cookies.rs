@@ -126,7 +126,10 @@ pub(crate) fn confine(field: &HeaderValue, mount: &str, taken: &str) -> Option<H
     let field = str::from_utf8(field.as_bytes()).ok()?;
     let mut attributes = field.split(';');
     let pair = attributes.next()?;
-    if is_ours(pair.split('=').next()?.as_bytes()) {
+    let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+    // A cookie without a name is sent as its value alone, which another parser takes
+    // for a name and a value (RFC 6265bis, 5.6; CVE-2022-2860).
+    if is_ours(name.as_bytes()) || name.trim().is_empty() && is_ours(value.as_bytes()) {
         return None;
     }
     let mut confined = pair.trim().to_owned();
@@ -306,6 +309,11 @@ mod tests {
         assert_eq!(confined("cocalc-session-x=y", "", ""), None);
         assert_eq!(confined("__Host-Cocalc-Session-x=y; Secure; Path=/", "", ""), None);
         assert_eq!(confined(" __host-cocalc-session-x=y", "/id", ""), None);
+        for nameless in ["=cocalc-session-x=y", " = cocalc-session-http-x=y; Path=/", "=Cocalc-Session-x"] {
+            assert_eq!(confined(nameless, "/id", ""), None, "{nameless}");
+        }
+        keeps("=a=b", "", "", "=a=b");
+        keeps("a=cocalc-session-x=y", "", "", "a=cocalc-session-x=y");
     }
 
     #[test]

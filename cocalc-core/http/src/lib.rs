@@ -94,7 +94,7 @@ pub use body::{Body, BodyError};
 pub use files::{Copying, Former, FormerState, ProjectFiles};
 pub use host::{BusEndpoint, Endpoints, HostIngress, HostIngressBuilder, Opening, Stats};
 pub use limits::{HttpSettings, Limits};
-pub use page::TerminalLimits;
+pub use page::{SHARED_SCRIPT, SHARED_STYLE, TerminalLimits};
 pub use path::{Served, ServedError};
 pub use problem::CODE_HEADER;
 pub use proxy::{ProxyIngress, ProxyIngressBuilder, TokenHost, TokenPrecheck};

@@ -11,8 +11,8 @@ pub struct Limits {
     /// Connections at a time, WebSockets among them. Default: 20,000. More wait
     /// in the listen queue.
     pub connections: usize,
-    /// Connections at a time from one source address. Default: 1,000. More
-    /// are closed at once.
+    /// Connections at a time from one source address (IPv6: one /64 network).
+    /// Default: 1,000. More are closed at once.
     pub connections_per_source: u32,
     /// Denied credentials at once from one source address (IPv6: one /64
     /// network), counted where they are denied. Beyond, every request of it for

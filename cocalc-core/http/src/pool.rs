@@ -4,26 +4,20 @@ use std::{
     collections::HashMap,
     fmt,
     future::Future,
-    io,
-    pin::Pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
-    task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
 
 use cocalc_core::{
     ids::{Epoch, HostId, ProjectId},
-    stream::BoxStream,
+    stream::{BoxStream, Notice, Noticed},
 };
 use hyper::client::conn::http1::{Builder, SendRequest};
 use hyper_util::rt::TokioIo;
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    task::AbortHandle,
-};
+use tokio::task::AbortHandle;
 
 use crate::{body::Body, limits::Limits};
 
@@ -120,50 +114,14 @@ impl Lease {
     }
 }
 
-/// A stream that notes when something comes.
-struct Heard {
-    inner: BoxStream,
-    heard: Arc<AtomicBool>,
-}
+/// Notes that something has come.
+struct Heard(Arc<AtomicBool>);
 
-impl AsyncRead for Heard {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let before = buffer.filled().len();
-        let read = ready!(self.inner.as_mut().poll_read(cx, buffer));
-        if buffer.filled().len() > before && !self.heard.load(Ordering::Relaxed) {
-            self.heard.store(true, Ordering::Release);
+impl Notice for Heard {
+    fn read(&mut self, _bytes: &[u8]) {
+        if !self.0.load(Ordering::Relaxed) {
+            self.0.store(true, Ordering::Release);
         }
-        Poll::Ready(read)
-    }
-}
-
-impl AsyncWrite for Heard {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.inner.as_mut().poll_write(cx, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.inner.as_mut().poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.inner.as_mut().poll_shutdown(cx)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        self.inner.as_mut().poll_write_vectored(cx, bytes)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.inner.is_write_vectored()
     }
 }
 
@@ -201,7 +159,7 @@ impl Pool {
     /// Begins HTTP on a new connection.
     pub(crate) async fn begin(self: &Arc<Self>, key: Key, stream: BoxStream) -> Result<Lease, hyper::Error> {
         let heard = Arc::new(AtomicBool::new(false));
-        let stream = Heard { inner: stream, heard: heard.clone() };
+        let stream = Noticed::new(stream, Heard(heard.clone()));
         let (sender, connection) = Builder::new()
             .max_header_size(self.head_bytes)
             .max_buf_size(self.head_bytes + 64 * 1024)

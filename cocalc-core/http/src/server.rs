@@ -30,7 +30,8 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    activity::Activity, body::Body, framing::Guarded, limits::Limits, pool::Pool, problem::Problem, tls::Tls,
+    activity::Activity, body::Body, failures, framing::Guarded, limits::Limits, pool::Pool, problem::Problem,
+    tls::Tls,
 };
 
 /// At shutdown, how long a connection may take to send its first request, if it
@@ -231,7 +232,8 @@ impl Server {
                     }
                 },
             };
-            let Some(counted) = self.sources.enter(address, self.limits.connections_per_source) else {
+            let counted = self.sources.enter(failures::network(address), self.limits.connections_per_source);
+            let Some(counted) = counted else {
                 tracing::debug!(%address, "too many connections from one address");
                 continue;
             };

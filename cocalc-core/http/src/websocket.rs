@@ -12,12 +12,12 @@ use std::{
 use base64::Engine;
 use cocalc_core::{
     activity::{Meter, Source, Tap, Use},
-    stream::{BoxStream, ByteStream},
+    stream::{BoxStream, ByteStream, Notice, Noticed},
 };
 use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, header, request::Parts};
 use sha1::{Digest, Sha1};
 use tokio::{
-    io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf},
+    io::{AsyncWriteExt, ReadBuf},
     time::timeout,
 };
 
@@ -296,42 +296,14 @@ impl Way {
 /// noted on `tap`.
 pub(crate) fn tapped(stream: BoxStream, tap: Option<Tap>) -> BoxStream {
     match tap {
-        Some(tap) => {
-            Box::pin(Tapped { inner: stream, frames: Frames { tap: Some(tap), ..Frames::default() } })
-        }
+        Some(tap) => Box::pin(Noticed::new(stream, Frames { tap: Some(tap), ..Frames::default() })),
         None => stream,
     }
 }
 
-struct Tapped {
-    inner: BoxStream,
-    frames: Frames,
-}
-
-impl AsyncRead for Tapped {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let before = buffer.filled().len();
-        let read = ready!(self.inner.as_mut().poll_read(cx, buffer));
-        self.frames.feed(&buffer.filled()[before..]);
-        Poll::Ready(read)
-    }
-}
-
-impl AsyncWrite for Tapped {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.inner.as_mut().poll_write(cx, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.inner.as_mut().poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.inner.as_mut().poll_shutdown(cx)
+impl Notice for Frames {
+    fn read(&mut self, bytes: &[u8]) {
+        self.feed(bytes);
     }
 }
 

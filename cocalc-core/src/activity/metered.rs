@@ -11,7 +11,7 @@ use std::{
 use async_trait::async_trait;
 use cocalc_ids::ProjectId;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, ReadBuf},
     sync::watch,
 };
 
@@ -20,7 +20,7 @@ use crate::{
     runner::{
         Applied, Capabilities, ExecRequest, Limits, Process, ProjectSpec, Result, Runner, Stats, Status,
     },
-    stream::{BoxRead, BoxStream, BoxWrite},
+    stream::{BoxRead, BoxStream, Notice, Noticed},
 };
 
 /// Wraps a runner for an ingress whose users work with processes: SSH,
@@ -91,7 +91,7 @@ impl Runner for Metered {
             Box::pin(MeteredRead { inner, tap: meter.tap(source, shown), warnings })
         };
         Ok(Process {
-            stdin: Box::pin(MeteredWrite { inner: process.stdin, tap: meter.tap(source, Use::Work) }),
+            stdin: Box::pin(Noticed::new(process.stdin, meter.tap(source, Use::Work))),
             stdout: read(process.stdout),
             stderr: process.stderr.map(read),
             handle: process.handle,
@@ -102,7 +102,7 @@ impl Runner for Metered {
         let inner = self.runner.dial(project, port).await?;
         let meter = self.meters.meter(project);
         meter.worked(self.source);
-        Ok(Box::pin(MeteredStream { inner, tap: meter.tap(self.source, Use::Work) }))
+        Ok(Box::pin(Noticed::new(inner, meter.tap(self.source, Use::Work))))
     }
 
     async fn stats(&self, project: ProjectId) -> Result<Stats> {
@@ -114,26 +114,14 @@ impl Runner for Metered {
     }
 }
 
-struct MeteredWrite {
-    inner: BoxWrite,
-    tap: Tap,
-}
-
-impl AsyncWrite for MeteredWrite {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let written = ready!(self.inner.as_mut().poll_write(cx, bytes));
-        if matches!(written, Ok(1..)) {
-            self.tap.moved();
-        }
-        Poll::Ready(written)
+/// Each byte, either way, is use.
+impl Notice for Tap {
+    fn read(&mut self, _bytes: &[u8]) {
+        self.moved();
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.inner.as_mut().poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.inner.as_mut().poll_shutdown(cx)
+    fn written(&mut self, _count: usize) {
+        self.moved();
     }
 }
 
@@ -209,44 +197,6 @@ impl AsyncRead for MeteredRead {
             this.tap.moved();
         }
         Poll::Ready(read)
-    }
-}
-
-struct MeteredStream {
-    inner: BoxStream,
-    tap: Tap,
-}
-
-impl AsyncRead for MeteredStream {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let before = buffer.filled().len();
-        let read = ready!(self.inner.as_mut().poll_read(cx, buffer));
-        if buffer.filled().len() > before {
-            self.tap.moved();
-        }
-        Poll::Ready(read)
-    }
-}
-
-impl AsyncWrite for MeteredStream {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let written = ready!(self.inner.as_mut().poll_write(cx, bytes));
-        if matches!(written, Ok(1..)) {
-            self.tap.moved();
-        }
-        Poll::Ready(written)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.inner.as_mut().poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.inner.as_mut().poll_shutdown(cx)
     }
 }
 

@@ -56,6 +56,11 @@ pub(crate) enum Command {
         #[command(flatten)]
         browser: BrowserOptions,
     },
+    /// End the log-in, with what was opened under it everywhere, and forget it.
+    Logout {
+        #[command(flatten)]
+        wait: WaitOptions,
+    },
     /// Projects.
     #[command(subcommand)]
     Project(Project),
@@ -1033,6 +1038,8 @@ pub(crate) enum ApiKey {
         /// Of this account; otherwise your own.
         #[arg(long)]
         account: Option<String>,
+        #[command(flatten)]
+        wait: WaitOptions,
     },
 }
 

@@ -54,6 +54,7 @@ fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
             };
             profile::save(&url, &token).map(done)
         }
+        Command::Logout { wait } => profile::log_out(arguments.url, arguments.token, wait).map(done),
         Command::Audit(verb) => {
             let api = || profile::api(arguments.url, arguments.token);
             audit::run(api, output, &verb).map(done)

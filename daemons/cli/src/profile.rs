@@ -7,10 +7,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     api::Api,
-    args::BrowserOptions,
+    args::{BrowserOptions, WaitOptions},
     browser,
     failure::{Exit, Failure, While},
 };
+
+/// How long a log-out waits for hosts, at most: less than a call may take.
+const WAIT_SECS_MAX: u64 = 20;
 
 #[derive(Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -59,6 +62,31 @@ pub(crate) fn save(url: &str, token: &str) -> Result<(), Failure> {
     let bytes = serde_json::to_vec_pretty(&profile).during("cannot write the profile")?;
     cocalc_daemon::files::write_atomic(&path, &bytes).during(format!("cannot write {}", path.display()))?;
     println!("logged in to {url}");
+    Ok(())
+}
+
+/// Ends the log-in at the master, and forgets it here. One that has ended already
+/// is forgotten, too.
+pub(crate) fn log_out(url: Option<String>, token: Option<String>, wait: WaitOptions) -> Result<(), Failure> {
+    // Which is not the profile's if somebody names another.
+    let is_kept = url.is_none() && token.is_none();
+    let api = api(url, token)?;
+    // No other call can be made with it later.
+    let limit = wait.timeout.clamp(1, WAIT_SECS_MAX);
+    let query = if wait.wait { format!("?wait=true&timeout_secs={limit}") } else { String::new() };
+    let ended = match api.post(&format!("/logout{query}"), &serde_json::json!({})) {
+        Err(failure) if failure.message.contains("(unauthenticated)") => Ok(serde_json::Value::Null),
+        other => other,
+    }?;
+    if is_kept {
+        let path = path()?;
+        std::fs::remove_file(&path).during(format!("cannot remove {}", path.display()))?;
+    }
+    if wait.wait && ended["receipt"]["complete"] == false {
+        let message = format!("you are logged out, but not every host has said so within {limit} s");
+        return Err(Failure::new(Exit::TimedOut, message));
+    }
+    println!("logged out of {}", api.url());
     Ok(())
 }
 

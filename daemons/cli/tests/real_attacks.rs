@@ -28,7 +28,7 @@ use cocalc_ssh::client::{Client, HostKeyCheck, Identity};
 use ed25519_dalek::{Signer, SigningKey};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
-use world::{Api, LIMIT, World, free_port, run_line, waits_for, way};
+use world::{Api, LIMIT, World, free_port, start_app, until, way};
 
 /// Tries of each side of the timing test; ten thousand, when built with
 /// `COCALC_ATTACKS_FULL` set.
@@ -648,49 +648,14 @@ fn keys_and_names_that_are_not_what_they_look_like(stage: &Stage) {
     assert_eq!(log_in(composed)["account_id"], *stage.alice.id);
 }
 
-/// An app that writes down the head of every request.
-const APP: &str = r#"
-import asyncio, os, sys
-
-async def serve(reader, writer):
-    try:
-        while True:
-            head = await reader.readuntil(b"\r\n\r\n")
-            with open(sys.argv[3], "ab") as file:
-                file.write(head)
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
-            await writer.drain()
-    except (ConnectionError, asyncio.IncompleteReadError):
-        pass
-    finally:
-        writer.close()
-
-async def main():
-    server = await asyncio.start_server(serve, "127.0.0.1", int(sys.argv[1]))
-    with open(sys.argv[2], "w") as file:
-        file.write(str(os.getpid()))
-    await asyncio.sleep(600)
-
-asyncio.run(main())
-"#;
-
 /// A token in the address is gone before the app or a third party could see it,
 /// and one in `Referer` never reaches the app.
 fn the_app_sees_no_credential(stage: &Stage) {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let world = &stage.world;
-    let (program, pid) = (world.dir.path().join("app.py"), world.dir.path().join("app.pid"));
     let (heads, port) = (world.dir.path().join("heads"), free_port());
-    std::fs::write(&program, APP).unwrap();
-    let line = format!(
-        "setsid -f python3 {} {port} {pid} {} </dev/null >/dev/null 2>&1; {}",
-        program.display(),
-        heads.display(),
-        waits_for(&pid),
-        pid = pid.display()
-    );
     let way = way(&stage.alice.api, &stage.alice.project, port);
-    runtime.block_on(run_line(&way, line));
+    runtime.block_on(start_app(world, &way, Some(&heads)));
 
     let project = &stage.alice.project;
     let mut secrets = Vec::new();
@@ -966,6 +931,56 @@ fn median(took: &[Duration]) -> Duration {
     let mut sorted = took.to_vec();
     sorted.sort_unstable();
     sorted[sorted.len() / 2]
+}
+
+#[test]
+fn a_proxy_keeps_the_limits_it_is_given() {
+    let mut world = World::new("");
+    world.add_proxy_with(
+        "proxy",
+        "[limits]\nconnections_per_source = 3\nssh_connections_per_source = 2\n\
+         failures_burst = 4\nfailure_recovery_ms = 600000\n",
+    );
+    world.connected(0, 1);
+    let at = |key| SocketAddr::from((Ipv4Addr::LOCALHOST, world.ports[&("proxy".to_owned(), key)]));
+    let (http, ssh) = (at("listen"), at("ssh_listen"));
+    let greets = |stream: &mut TcpStream| {
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        let mut byte = [0];
+        stream.read(&mut byte).is_ok_and(|read| read == 1)
+    };
+
+    let from = |number| SocketAddr::from((Ipv4Addr::new(127, 9, 200, number), 0));
+    let mut open: Vec<Connection> = (0..3).map(|_| Connection::from(51201, http)).collect();
+    for connection in &mut open {
+        assert_eq!(connection.ask("GET", "/healthz", "").status, 200);
+    }
+    // One more of the address is closed at once, and another address is not held up.
+    assert!(!greets(&mut connect_from(from(1), http)));
+    assert_eq!(Connection::from(51202, http).ask("GET", "/healthz", "").status, 200);
+    // There is room again when one has gone.
+    drop(open);
+    until("room for another connection", || {
+        let mut stream = connect_from(from(1), http);
+        // It may be closed already.
+        stream.write_all(&request("GET", "/healthz", http, "", "")).ok()?;
+        greets(&mut stream).then_some(())
+    });
+
+    let mut open: Vec<TcpStream> = (0..2).map(|_| connect_from(from(3), ssh)).collect();
+    assert!(open.iter_mut().all(greets));
+    assert!(!greets(&mut connect_from(from(3), ssh)));
+    assert!(greets(&mut connect_from(from(4), ssh)));
+
+    let mut guesser = Connection::from(51205, http);
+    let path = "/00000000-0000-4000-8000-000000000001/port/1/";
+    let header = URL_SAFE_NO_PAD.encode(r#"{"alg":"EdDSA","typ":"cocalc-connect+jwt","kid":"k"}"#);
+    let guess = format!("{header}.e30.x");
+    for _ in 0..4 {
+        assert_eq!(guesser.ask("GET", path, &bearer(&guess)).said(), DENIED);
+    }
+    assert_eq!(guesser.ask("GET", path, &bearer(&guess)).said(), (429, "rate_limited"));
+    assert_eq!(Connection::from(51206, http).ask("GET", path, &bearer(&guess)).said(), DENIED);
 }
 
 #[test]

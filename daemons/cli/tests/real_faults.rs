@@ -6,6 +6,7 @@
 mod federation;
 
 use std::{
+    collections::BTreeSet,
     io::Write,
     net::TcpStream,
     process::Command,
@@ -25,6 +26,9 @@ fn faults_are_survived() {
     works(&federation, "after garbage at every listener");
 
     startup(&federation);
+
+    // While there is room: what is freed is not there again at once.
+    volumes_within(&federation);
 
     full_volume(&federation);
     works(&federation, "after a full volume");
@@ -146,20 +150,7 @@ fn full_volume(federation: &Federation) {
 /// Uploads into a project with a limit of 20 MB, which never runs: what does not
 /// fit is refused with its reason, leaves nothing behind, and harms no file.
 fn full_quota(federation: &Federation) {
-    let api = |method: &str, path: &str, body: serde_json::Value| {
-        let answer = curl(&[
-            "-X",
-            method,
-            "-H",
-            &format!("Authorization: Bearer {}", federation.json["master"]["admin_token"].as_str().unwrap()),
-            "-H",
-            "Content-Type: application/json",
-            "-d",
-            &body.to_string(),
-            &format!("{}/api/v1{path}", federation.json["master"]["url"].as_str().unwrap()),
-        ]);
-        serde_json::from_str::<serde_json::Value>(&answer).unwrap_or_else(|_| panic!("{path}: {answer}"))
-    };
+    let api = |method: &str, path: &str, body| api(federation, method, path, body);
     let begun = api("POST", "/projects", json!({ "name": "small", "quota_bytes": 20_000_000 }));
     let id = begun["project"]["id"].as_str().unwrap_or_else(|| panic!("{begun}")).to_owned();
     federation.wait_for("the small project", Duration::from_secs(120), || {
@@ -201,6 +192,146 @@ fn full_quota(federation: &Federation) {
         });
     }
     federation.json(&["project", "delete", &id]);
+}
+
+/// What an operator makes in a project's tree with `btrfs`: subvolumes, and
+/// snapshots of them. Whatever is asked for is done, or refused with its reason
+/// and nothing done; and once they are gone, the project is as before.
+fn volumes_within(federation: &Federation) {
+    let project = federation.project();
+    let homes = federation.json["hosts"].as_array().unwrap().iter().map(|host| {
+        std::path::Path::new(host["volume"].as_str().unwrap()).join(format!("projects/{project}/home"))
+    });
+    let home = homes.into_iter().find(|home| home.exists()).unwrap();
+    let btrfs = |arguments: &[&str]| {
+        let done = Command::new("btrfs").args(arguments).current_dir(&home).output().unwrap();
+        assert!(done.status.success(), "btrfs {arguments:?}: {done:?}");
+    };
+    let plant = || {
+        std::fs::create_dir_all(home.join("work/plain")).unwrap();
+        std::fs::write(home.join("work/plain/file"), "plain").unwrap();
+        btrfs(&["subvolume", "create", "work/sub"]);
+        btrfs(&["subvolume", "create", "work/sub/inner"]);
+        std::fs::write(home.join("work/sub/file"), "sub").unwrap();
+        std::fs::write(home.join("work/sub/inner/file"), "inner").unwrap();
+    };
+    plant();
+    btrfs(&["subvolume", "snapshot", "-r", "work/sub", "work/frozen"]);
+
+    let connect =
+        api(federation, "POST", &format!("/projects/{project}/connect"), json!({ "ttl_secs": 300 }));
+    let token = connect["token"].as_str().unwrap();
+    let bearer = format!("Authorization: Bearer {token}");
+    let files = format!("{}files", connect["direct"]["path_url"].as_str().unwrap());
+    let ask = |method: &str, place: &str, more: &[&str]| {
+        let url = format!("{files}{place}");
+        curl(&[&["-i", "-X", method, "-H", &bearer], more, &[&url]].concat())
+    };
+    let outcome = |method: &str, place: &str, more: &[&str]| {
+        let answer = ask(method, place, more);
+        let code = answer.lines().find_map(|line| line.strip_prefix("cocalc-code: ")).unwrap_or("");
+        format!("{} {code}", answer.split(' ').nth(1).unwrap()).trim().to_owned()
+    };
+    let to = |place: &str| {
+        format!(
+            "Destination: {}{place}",
+            files.split_once("://").unwrap().1.split_once('/').map(|(_, path)| format!("/{path}")).unwrap()
+        )
+    };
+
+    // They are read as folders, and are in archives.
+    assert!(ask("GET", "/work/sub/inner/file", &[]).ends_with("inner"));
+    assert!(ask("GET", "/work/frozen/file", &[]).ends_with("sub"));
+    let archive = federation.dir.path().join("work.tar");
+    curl(&["-o", archive.to_str().unwrap(), "-H", &bearer, &format!("{files}/work/?archive=tar")]);
+    let listed = Command::new("tar").arg("-tf").arg(&archive).output().unwrap();
+    let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+    for name in ["plain/file", "sub/file", "sub/inner/file", "frozen/file"] {
+        assert!(listed.lines().any(|line| line.ends_with(name)), "{name}: {listed}");
+    }
+
+    let seen = || (names(&home), tree(&home.join("work")));
+    let before = seen();
+    for (method, place, destination, expected) in [
+        ("DELETE", "/work/?recursive=true", None, "409 read_only"),
+        ("DELETE", "/work/frozen/?recursive=true", None, "409 read_only"),
+        ("DELETE", "/work/frozen/file", None, "409 read_only"),
+        ("DELETE", "/work/sub/", None, "409 not_empty"),
+        ("PUT", "/work/frozen/new", None, "409 read_only"),
+        ("PUT", "/work/frozen/file", None, "409 read_only"),
+        ("MKCOL", "/work/frozen/new", None, "409 read_only"),
+        ("MOVE", "/work/sub/file", Some("/work/moved"), "409 other_volume"),
+        ("MOVE", "/work/plain/file", Some("/work/sub/moved"), "409 other_volume"),
+        ("MOVE", "/work/plain", Some("/work/sub/moved"), "409 other_volume"),
+        ("MOVE", "/work/plain/file", Some("/work/frozen/file"), "409 read_only"),
+        ("COPY", "/work", Some("/copied"), "409 not_copied"),
+        ("COPY", "/work/plain/file", Some("/work/sub/copied"), "409 not_copied"),
+        ("COPY", "/work/plain/file", Some("/work/frozen/copied"), "409 not_copied"),
+        // What is there before would be kept as a snapshot, which cannot be.
+        ("COPY", "/work/plain/file", Some("/work/sub"), "409 not_copied"),
+    ] {
+        let destination = destination.map(to);
+        let more: Vec<&str> = match &destination {
+            Some(destination) => vec!["-H", destination],
+            None if method == "PUT" => vec!["-d", "x"],
+            None => vec![],
+        };
+        assert_eq!(outcome(method, place, &more), expected, "{method} {place} {destination:?}");
+        assert_eq!(seen(), before, "{method} {place} {destination:?}");
+    }
+    let refused = ask("DELETE", "/work/?recursive=true", &[]);
+    assert!(refused.contains("work/frozen is a read-only subvolume"), "{refused}");
+
+    // A file comes out of one, and one gets another name.
+    assert_eq!(outcome("COPY", "/work/frozen/file", &["-H", &to("/work/copied")]), "201");
+    assert_eq!(std::fs::read(home.join("work/copied")).unwrap(), b"sub");
+    assert_eq!(outcome("PUT", "/work/sub/new", &["-d", "x"]), "201");
+    assert_eq!(outcome("MOVE", "/work/sub", &["-H", &to("/work/renamed")]), "201");
+    assert_eq!(std::fs::read(home.join("work/renamed/inner/file")).unwrap(), b"inner");
+
+    btrfs(&["property", "set", "work/frozen", "ro", "false"]);
+    assert_eq!(outcome("DELETE", "/work/?recursive=true", &[]), "204");
+    assert!(!home.join("work").exists());
+    // Nothing is left that a snapshot would be refused for.
+    federation.json(&["snapshot", "create", &project, "--name", "after-volumes"]);
+}
+
+fn names(folder: &std::path::Path) -> BTreeSet<std::ffi::OsString> {
+    std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name()).collect()
+}
+
+/// Every path below a folder, with the content of files.
+fn tree(folder: &std::path::Path) -> Vec<(std::path::PathBuf, Vec<u8>)> {
+    let (mut found, mut todo) = (Vec::new(), vec![folder.to_owned()]);
+    while let Some(folder) = todo.pop() {
+        for entry in std::fs::read_dir(folder).unwrap().flatten() {
+            let kind = entry.file_type().unwrap();
+            if kind.is_dir() {
+                todo.push(entry.path());
+            }
+            let content = if kind.is_file() { std::fs::read(entry.path()).unwrap() } else { vec![] };
+            found.push((entry.path(), content));
+        }
+    }
+    found.sort();
+    found
+}
+
+/// The master's answer to the administrator.
+fn api(federation: &Federation, method: &str, path: &str, body: serde_json::Value) -> serde_json::Value {
+    let master = &federation.json["master"];
+    let answer = curl(&[
+        "-X",
+        method,
+        "-H",
+        &format!("Authorization: Bearer {}", master["admin_token"].as_str().unwrap()),
+        "-H",
+        "Content-Type: application/json",
+        "-d",
+        &body.to_string(),
+        &format!("{}/api/v1{path}", master["url"].as_str().unwrap()),
+    ]);
+    serde_json::from_str(&answer).unwrap_or_else(|_| panic!("{path}: {answer}"))
 }
 
 fn curl(arguments: &[&str]) -> String {

@@ -16,41 +16,7 @@ use std::{
 };
 
 use serde_json::json;
-use world::{Https, LIMIT, Way, World, free_port, run_line, until, waits_for};
-
-/// Answers requests, and each message of a WebSocket with `ok`.
-const APP: &str = r#"
-import asyncio, base64, hashlib, os, sys
-
-async def serve(reader, writer):
-    try:
-        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-        fields = dict((line.split(": ", 1)[0].lower(), line.split(": ", 1)[1]) for line in head.split("\r\n")[1:] if ": " in line)
-        key = fields.get("sec-websocket-key")
-        if key:
-            digest = hashlib.sha1((key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest()
-            writer.write(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-                         b"Sec-WebSocket-Accept: " + base64.b64encode(digest) + b"\r\n\r\n")
-            while await reader.read(64):
-                writer.write(b"\x81\x02ok")
-                await writer.drain()
-        else:
-            text = fields.get("x-forwarded-proto", "").encode()
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(text) + text)
-            await writer.drain()
-    except (ConnectionError, asyncio.IncompleteReadError):
-        pass
-    finally:
-        writer.close()
-
-async def main():
-    server = await asyncio.start_server(serve, "127.0.0.1", int(sys.argv[1]))
-    with open(sys.argv[2], "w") as file:
-        file.write(str(os.getpid()))
-    await asyncio.sleep(600)
-
-asyncio.run(main())
-"#;
+use world::{Https, LIMIT, Way, World, free_port, start_app, until};
 
 /// Opens a WebSocket by upgrade and one by extended CONNECT (RFC 8441), and talks
 /// in both, once at once and once for each line that it is sent.
@@ -237,24 +203,15 @@ fn everything_goes_over_tls_and_certificates_are_replaced_meanwhile() {
         token: connect["token"].as_str().unwrap().to_owned(),
         port: free_port(),
     };
-    let (program, pid) = (world.dir.path().join("app.py"), world.dir.path().join("app.pid"));
-    std::fs::write(&program, APP).unwrap();
-    let line = format!(
-        "setsid -f python3 {} {} {} </dev/null >/dev/null 2>&1; {}",
-        program.display(),
-        direct.port,
-        pid.display(),
-        waits_for(&pid)
-    );
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(run_line(&direct, line));
+    runtime.block_on(start_app(&world, &direct, None));
 
     let bearer = format!("Authorization: Bearer {}", direct.token);
     let path = format!("/{project}/port/{}/", direct.port);
     let mut sockets = Vec::new();
     for name in ["alpha", "proxy-1"] {
         let base = format!("https://127.0.0.1:{}", world.ports[&(name.to_owned(), "listen")]);
-        let url = format!("{base}{path}");
+        let url = format!("{base}{path}scheme");
         for (option, version) in [("--http2", "2"), ("--http1.1", "1.1")] {
             let ask = [option, "-w", " %{http_version} %{http_code}", "-H", &bearer, &url];
             let expected = format!("https {version} 200");
@@ -390,4 +347,64 @@ fn a_certificate_is_got_from_an_acme_authority_and_kept() {
     until("the host", || TcpStream::connect(("127.0.0.1", port)).ok());
     assert!(shown("alpha.cocalc.test").status.success());
     assert_eq!(std::fs::read(kept.join("certificate.pem")).unwrap(), before);
+}
+
+#[test]
+fn a_master_gets_its_certificate_and_is_reached_by_who_trusts_the_authority() {
+    let files = Certificates::new();
+    let port = free_port();
+    let authority = Authority::new(&files, port);
+    let root = authority.root(&files);
+    let settings = format!(
+        "[acme]\nnames = ['localhost', 'master.cocalc.test']\nagree_to_terms = true\ndirectory = '{}'\n",
+        authority.directory
+    );
+    let mut world = World::certified(port, files.path("trusted.pem"), &settings);
+    let admin = format!("Authorization: Bearer {}", world.admin);
+    let ask = |name: &str| {
+        let at = format!("{name}:{port}:127.0.0.1");
+        let url = format!("https://{name}:{port}/api/v1/account");
+        curl(&root, &["--resolve", &at, "-w", " %{http_code} %{ssl_verify_result}", "-H", &admin, &url])
+    };
+    for name in ["localhost", "master.cocalc.test"] {
+        let deadline = Instant::now() + LIMIT;
+        while !ask(name).status.success() {
+            let log = std::fs::read_to_string(files.path("authority.log")).unwrap_or_default();
+            assert!(Instant::now() < deadline, "no certificate for {name}:\n{log}\n{}", world.log());
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        let said = String::from_utf8_lossy(&ask(name).stdout).into_owned();
+        assert!(said.contains("\"admin\":true") && said.ends_with(" 200 0"), "{said}");
+    }
+    assert_eq!(ask("other.cocalc.test").status.code(), Some(60), "another name");
+    // Who trusts another authority says nothing to this master.
+    let refused = curl(&files.path("trusted.pem"), &["-H", &admin, &format!("{}/api/v1/account", world.url)]);
+    assert_eq!(refused.status.code(), Some(60), "{refused:?}");
+    let refused = cocalc(&world, &files.path("trusted.pem"), &["host", "list"]);
+    assert!(!refused.status.success(), "{refused:?}");
+
+    // A host joins over it, and the command line, a browser's page and the bus work.
+    world.trusted = Some(root.clone());
+    world.add_host("alpha", "");
+    world.connected(1, 0);
+    let listed = cocalc(&world, &root, &["host", "list"]);
+    let said = String::from_utf8_lossy(&listed.stdout).into_owned();
+    assert!(listed.status.success() && said.contains("alpha"), "{listed:?}");
+    let begun = world.ok("POST", "/projects", json!({ "name": "p", "host": "alpha" }));
+    world.settle(&begun);
+    let page = format!("{}/projects/{}", world.url, begun["project"]["id"].as_str().unwrap());
+    let page = curl(&root, &[&page]);
+    assert!(page.status.success() && page.stdout.starts_with(b"<!doctype html>"), "{page:?}");
+
+    // Started again, it has it at once, and nobody is asked.
+    let kept = world.dir.path().join("master/acme/certificate.pem");
+    let before = std::fs::read(&kept).unwrap();
+    drop(authority);
+    world.stop("master");
+    world.start("master");
+    until("the master", || TcpStream::connect(("127.0.0.1", port)).ok());
+    let again = ask("localhost");
+    assert!(again.status.success(), "{again:?}");
+    assert_eq!(std::fs::read(&kept).unwrap(), before);
+    world.connected(1, 0);
 }

@@ -29,7 +29,7 @@ use tokio::{
     net::{TcpSocket, tcp::OwnedWriteHalf},
     task::{JoinHandle, JoinSet},
 };
-use world::{Api, LIMIT, Way, World, free_port, run_line, until, waits_for, way};
+use world::{Api, LIMIT, Way, World, free_port, run_line, start_app, until, waits_for, way};
 
 const ACCOUNTS: usize = if FULL { 200 } else { 40 };
 const SOCKETS_EACH: usize = if FULL { 5 } else { 2 };
@@ -42,46 +42,6 @@ const PROJECTS: usize = 12;
 /// The master's timing: ten minutes of grace, sixty times as fast.
 const LEASE: Duration = Duration::from_secs(3);
 const GRACE: Duration = Duration::from_secs(10);
-
-/// The app of every project: greets a WebSocket, answers each message, and
-/// streams to who asks for `/stream`. It ends by itself after a while.
-const APP: &str = r#"
-import asyncio, base64, hashlib, os, sys
-
-async def serve(reader, writer):
-    try:
-        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-        fields = dict((line.split(": ", 1)[0].lower(), line.split(": ", 1)[1]) for line in head.split("\r\n")[1:] if ": " in line)
-        key = fields.get("sec-websocket-key")
-        if key:
-            digest = hashlib.sha1((key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest()
-            writer.write(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-                         b"Sec-WebSocket-Accept: " + base64.b64encode(digest) + b"\r\n\r\n")
-            while await reader.read(64):
-                writer.write(b"\x81\x02ok")
-                await writer.drain()
-        elif "/stream " in head:
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n")
-            while True:
-                writer.write(b"still here\n")
-                await writer.drain()
-                await asyncio.sleep(0.1)
-        else:
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
-            await writer.drain()
-    except (ConnectionError, asyncio.IncompleteReadError):
-        pass
-    finally:
-        writer.close()
-
-async def main():
-    server = await asyncio.start_server(serve, "127.0.0.1", int(sys.argv[1]), backlog=1024)
-    with open(sys.argv[2], "w") as file:
-        file.write(str(os.getpid()))
-    await asyncio.sleep(600)
-
-asyncio.run(main())
-"#;
 
 /// Something of an account's that is open.
 struct Open {
@@ -263,28 +223,12 @@ async fn scenario(world: &mut World) {
     without_the_master(world, &users, open).await;
 }
 
-/// In each project the app, as a user would start it: by SSH.
+/// In each project the app.
 async fn start_apps(world: &World, projects: &[(String, u16)]) {
-    let program = world.dir.path().join("app.py");
-    std::fs::write(&program, APP).unwrap();
     for (project, port) in projects {
         let (api, project, port) = (world.api(), project.clone(), *port);
         let way = tokio::task::spawn_blocking(move || way(&api, &project, port)).await.unwrap();
-        let pid = world.dir.path().join(format!("app-{port}.pid"));
-        let line = format!(
-            "setsid -f python3 {} {port} {pid} </dev/null >{} 2>&1; {}",
-            program.display(),
-            pid.with_extension("log").display(),
-            waits_for(&pid),
-            pid = pid.display(),
-        );
-        run_line(&way, line).await;
-        let log = pid.with_extension("log");
-        until("an app", || {
-            let said = std::fs::read_to_string(&log).unwrap_or_default();
-            assert!(said.is_empty(), "an app failed: {said}");
-            std::fs::read_to_string(&pid).ok().filter(|pid| !pid.is_empty())
-        });
+        start_app(world, &way, None).await;
     }
 }
 

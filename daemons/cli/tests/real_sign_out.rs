@@ -115,7 +115,7 @@ fn a_log_in_ends_at_every_host_and_alone() {
         let token = world.ok("POST", &format!("/accounts/{id}/tokens"), json!({ "name": name }));
         Api { url: world.url.clone(), token: token["token"].as_str().unwrap().to_owned() }
     };
-    let (laptop, library) = (log_in("laptop"), log_in("library"));
+    let (laptop, library, phone) = (log_in("laptop"), log_in("library"), log_in("phone"));
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     runtime.block_on(async {
         let (mut here, mut there) = (Vec::new(), Vec::new());
@@ -124,8 +124,14 @@ fn a_log_in_ends_at_every_host_and_alone() {
             there.push(Open::new(&library, project).await);
         }
 
-        tokio::task::block_in_place(|| library.call("POST", "/logout", Value::Null).unwrap());
+        // Once every host has acknowledged it, nothing of the log-in is let in.
+        let ended = tokio::task::block_in_place(|| library.call("POST", "/logout?wait=true", Value::Null));
+        let receipt = &ended.as_ref().unwrap()["receipt"];
+        let holders: Vec<_> =
+            receipt["peers"].as_array().unwrap().iter().map(|peer| &peer["outcome"]).collect();
+        assert_eq!(holders, ["acknowledged", "acknowledged"], "{ended:?}");
         for open in &mut there {
+            assert_eq!(open.status(), 403);
             open.ends("what was opened in the library").await;
         }
         for open in &mut here {
@@ -148,6 +154,27 @@ fn a_log_in_ends_at_every_host_and_alone() {
         assert_eq!(ask(way, "DELETE", "/.cocalc/session", &origin).0, 204);
         assert_eq!(here[0].status(), 403);
         assert_eq!(here[1].status(), 200, "another project's");
+
+        // The command line forgets what it ends, and says so.
+        let cocalc = |arguments: &[&str]| {
+            let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_cocalc"));
+            command.args(arguments).env("XDG_CONFIG_HOME", world.dir.path().join("config"));
+            command.env_remove("COCALC_URL").env_remove("COCALC_TOKEN");
+            tokio::task::block_in_place(|| command.output().unwrap())
+        };
+        let login = ["login", "--url", &world.url, "--token", &phone.token];
+        for _ in 0..2 {
+            assert!(cocalc(&["account", "api-key", "list"]).status.code() == Some(2), "nobody is logged in");
+            let in_again = cocalc(&login);
+            if in_again.status.success() {
+                assert!(cocalc(&["account", "api-key", "list"]).status.success());
+                let out = cocalc(&["logout", "--wait"]);
+                assert!(out.status.success(), "{out:?}");
+            } else {
+                assert_eq!(in_again.status.code(), Some(4), "it has ended: {in_again:?}");
+            }
+        }
+        assert_eq!(here[1].status(), 200, "another log-in goes on");
 
         // A token that is taken away is a log-in that ends.
         let path = format!("/accounts/{id}/tokens");

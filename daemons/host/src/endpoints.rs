@@ -34,7 +34,7 @@ pub(crate) struct HostEndpoints {
 
 #[async_trait]
 impl Endpoints for HostEndpoints {
-    async fn answer(&self, path: &str, _request: Request<Body>, client: Client) -> Option<Response<Body>> {
+    async fn answer(&self, path: &str, request: Request<Body>, client: Client) -> Option<Response<Body>> {
         match path {
             "/healthz" => Some(text(StatusCode::OK, "alive\n")),
             "/readyz" => Some(match self.lack().await {
@@ -42,7 +42,11 @@ impl Endpoints for HostEndpoints {
                 Some(lack) => text(StatusCode::SERVICE_UNAVAILABLE, &format!("not ready: {lack}\n")),
             }),
             // Through a proxy everybody's address may be loopback.
-            "/metrics" if !client.trusted && client.address.is_some_and(|address| address.is_loopback()) => {
+            "/metrics"
+                if !client.trusted
+                    && client.address.is_some_and(|address| address.is_loopback())
+                    && !is_forwarded(&request) =>
+            {
                 self.measure().await;
                 Some(text(StatusCode::OK, &self.metrics.render()))
             }
@@ -170,6 +174,14 @@ impl HostEndpoints {
         counter("cocalc_host_audit_failures_total", help, self.audit.failures());
         gauge("cocalc_host_auth_tier", "0 fresh, 1 in grace, 2 expired.", tier);
     }
+}
+
+/// Whether something in front has passed it on: then its own address says nothing
+/// of who asks.
+fn is_forwarded(request: &Request<Body>) -> bool {
+    ["forwarded", "x-forwarded-for", "x-real-ip", "via"]
+        .iter()
+        .any(|name| request.headers().contains_key(*name))
 }
 
 fn text(status: StatusCode, body: &str) -> Response<Body> {

@@ -8,6 +8,8 @@ use cocalc_http::HttpSettings;
 use cocalc_ssh::HostKeyType;
 use serde::Deserialize;
 
+use crate::limits::ProxyLimits;
+
 /// What a proxy is told. Every key is also `COCALC_PROXY_<KEY>`.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -50,6 +52,9 @@ pub struct Config {
     /// if it is not the scheme's own. Default: none, path routing only.
     #[serde(default)]
     pub domain: String,
+    /// How much one address and all of them may ask.
+    #[serde(default)]
+    pub limits: ProxyLimits,
     /// Bytes and waits of its HTTP ingress.
     #[serde(default)]
     pub http: HttpSettings,
@@ -87,6 +92,7 @@ impl Config {
         }
         self.acme.validate(self.tls_cert.is_some(), &self.domain)?;
         self.drain.validate()?;
-        self.http.validate()
+        self.http.validate()?;
+        self.limits.validate()
     }
 }

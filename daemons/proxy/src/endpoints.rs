@@ -23,7 +23,7 @@ pub(crate) struct ProxyEndpoints {
 
 #[async_trait]
 impl Endpoints for ProxyEndpoints {
-    async fn answer(&self, path: &str, _request: Request<Body>, client: Client) -> Option<Response<Body>> {
+    async fn answer(&self, path: &str, request: Request<Body>, client: Client) -> Option<Response<Body>> {
         match path {
             "/healthz" => Some(text(StatusCode::OK, "alive\n")),
             "/readyz" if self.ending.is_announced() => {
@@ -33,7 +33,9 @@ impl Endpoints for ProxyEndpoints {
             "/readyz" => {
                 Some(text(StatusCode::SERVICE_UNAVAILABLE, "not ready: the master has not been reached\n"))
             }
-            "/metrics" if client.address.is_some_and(|address| address.is_loopback()) => {
+            "/metrics"
+                if client.address.is_some_and(|address| address.is_loopback()) && !is_forwarded(&request) =>
+            {
                 self.measure();
                 Some(text(StatusCode::OK, &self.metrics.render()))
             }
@@ -61,6 +63,14 @@ impl ProxyEndpoints {
         let help = "Writes of the audit log that failed.";
         counter("cocalc_proxy_audit_failures_total", help, self.audit.failures());
     }
+}
+
+/// Whether something in front has passed it on: then its own address says nothing
+/// of who asks.
+fn is_forwarded(request: &Request<Body>) -> bool {
+    ["forwarded", "x-forwarded-for", "x-real-ip", "via"]
+        .iter()
+        .any(|name| request.headers().contains_key(*name))
 }
 
 fn text(status: StatusCode, body: &str) -> Response<Body> {

@@ -19,6 +19,7 @@
 
 mod config;
 mod endpoints;
+mod limits;
 mod names;
 mod pinned;
 mod proxy;
@@ -26,4 +27,5 @@ mod registrar;
 
 pub use cocalc_daemon::start::Error;
 pub use config::Config;
+pub use limits::ProxyLimits;
 pub use proxy::Proxy;

@@ -1,13 +1,6 @@
 //! Streams to hosts that end with the key that proved the host.
 
-use std::{
-    fmt, io,
-    net::IpAddr,
-    pin::Pin,
-    sync::Arc,
-    task::{Context, Poll},
-    time::Duration,
-};
+use std::{io, net::IpAddr, pin::Pin, sync::Arc, task::Context, time::Duration};
 
 use async_trait::async_trait;
 use cocalc_core::{
@@ -15,12 +8,9 @@ use cocalc_core::{
     ids::HostId,
     memory::router::TableRouter,
     router::Router,
-    stream::BoxStream,
+    stream::{BoxStream, Notice, Noticed},
 };
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    sync::broadcast::error::RecvError,
-};
+use tokio::sync::broadcast::error::RecvError;
 
 /// Opens streams with another connector, and breaks them off when the host is
 /// withdrawn, or comes with another key.
@@ -52,64 +42,29 @@ impl Connector for Pinned {
                 }
             }
         };
-        Ok(Box::pin(Stream { stream, ended: Some(Box::pin(ended)) }))
+        Ok(Box::pin(Noticed::new(stream, Until(Some(Box::pin(ended))))))
     }
 }
 
-struct Stream {
-    stream: BoxStream,
-    /// None once it has resolved.
-    ended: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
-}
+/// Notices that a stream is to end; none once it has.
+struct Until(Option<Pin<Box<dyn Future<Output = ()> + Send>>>);
 
-impl fmt::Debug for Stream {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Stream").finish_non_exhaustive()
-    }
-}
-
-impl Stream {
-    fn check(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
-        if let Some(ended) = &mut self.ended
+impl Notice for Until {
+    fn before_read(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        // Here it is waited for: whoever carries a stream always reads it.
+        if let Some(ended) = &mut self.0
             && ended.as_mut().poll(cx).is_ready()
         {
-            self.ended = None;
+            self.0 = None;
         }
-        self.alive()
+        self.before_write()
     }
 
-    fn alive(&self) -> io::Result<()> {
-        match self.ended {
+    fn before_write(&mut self) -> io::Result<()> {
+        match self.0 {
             Some(_) => Ok(()),
             None => Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the host's key is good no more")),
         }
-    }
-}
-
-impl AsyncRead for Stream {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        // Here it is waited for: whoever carries a stream always reads it.
-        self.check(cx)?;
-        self.stream.as_mut().poll_read(cx, buffer)
-    }
-}
-
-impl AsyncWrite for Stream {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.alive()?;
-        self.stream.as_mut().poll_write(cx, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.stream.as_mut().poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.stream.as_mut().poll_shutdown(cx)
     }
 }
 

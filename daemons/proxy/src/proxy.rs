@@ -153,7 +153,7 @@ impl Proxy {
             audit: audit.clone(),
         };
         let precheck = Arc::new(Precheck { check: ProxyCheck::new(Arc::clone(&knowledge)), audit });
-        let mut limits = Limits { drain: config.drain.limit(), ..config.http.limits(Limits::default()) };
+        let mut limits = Limits { drain: config.drain.limit(), ..config.http.limits(config.limits.http()) };
         limits.connect_timeout = limits.connect_timeout.max(HOST_LIMIT);
         let http = ProxyIngress::builder(Arc::clone(&router), Arc::clone(&connector), precheck)
             .served(served)
@@ -168,8 +168,11 @@ impl Proxy {
         let gate =
             Arc::new(RemoteGate::new(router, connector).decoy(move |project| strangers.decoy(project)));
         let names = MasterNames::new(Arc::clone(&bus), peer);
+        let at_most = |limit: u32| usize::try_from(limit).unwrap_or(usize::MAX);
         let ssh = SshIngress::builder(Arc::clone(&gate) as _, ssh_keys)
             .passage(gate)
+            .connections_max(at_most(config.limits.ssh_connections))
+            .connections_per_address_max(at_most(config.limits.ssh_connections_per_source))
             .names(Arc::new(names))
             .drain(config.drain.limit())
             .build();

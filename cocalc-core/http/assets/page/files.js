@@ -149,9 +149,9 @@
       request.onload = () => {
         if (request.status < 300) { resolve(true); return; }
         if (request.status === 412 && !replace) { resolve(false); return; }
-        let message = "The host answered " + request.status + ".";
-        try { message = JSON.parse(request.responseText).message || message; } catch { /* not the host's own */ }
-        reject(new Error(message));
+        let told = {};
+        try { told = JSON.parse(request.responseText); } catch { /* not the host's own */ }
+        reject(new Error(failure(told, "The host answered " + request.status + ".")));
       };
       request.onerror = () => reject(new Error("The connection broke."));
       request.onabort = () => reject(new Error("It was cancelled."));

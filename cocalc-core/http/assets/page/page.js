@@ -1,10 +1,8 @@
 "use strict";
 // The project page: which part is shown, how the project does, and what the
-// page that embeds this one is told. Names of files, and whatever else comes
-// from the project, become text nodes and nothing else.
+// page that embeds this one is told.
 
 const cocalc = (() => {
-  const byId = (id) => document.getElementById(id);
   const told = document.body.dataset;
   // Only with the origin that the user's token names, if it is really there.
   const embedder = told.embedder && parent !== window ? told.embedder : null;
@@ -12,33 +10,13 @@ const cocalc = (() => {
   let keep = null;
   let renewal = null;
 
-  const made = (kind, text, ...inside) => {
-    const node = document.createElement(kind);
-    node.textContent = text;
-    node.append(...inside);
-    return node;
-  };
-  const button = (text, label, act) => {
-    const node = made("button", text);
-    node.type = "button";
-    node.setAttribute("aria-label", label);
-    node.addEventListener("click", () => { Promise.resolve(act()).catch((error) => say(error.message)); });
-    return node;
-  };
   const say = (text) => { byId("state").textContent = text; };
+  const button = buttons((error) => say(error.message));
 
   const tell = (message) => { if (embedder) parent.postMessage(message, embedder); };
 
   // Asks the host; answers that are no success are errors with their code.
-  async function ask(path, init) {
-    const answer = await fetch(path, { credentials: "same-origin", ...init });
-    if (answer.ok) return answer;
-    let said = {};
-    try { said = await answer.json(); } catch { /* not from the host itself */ }
-    const error = new Error(said.message || "The host answered " + answer.status + ".");
-    Object.assign(error, { status: answer.status, code: said.code, location: said.location });
-    throw error;
-  }
+  const ask = async (path, init) => succeeded(await fetch(path, { credentials: "same-origin", ...init }), "The host");
 
   function gone(text, again) {
     byId("gone").hidden = false;
@@ -83,7 +61,8 @@ const cocalc = (() => {
         // A session that has ended, or is for another place, can be had anew.
         if (denials === 1 && await renewed()) return check();
         tell({ type: "cocalc:denied" });
-        gone(error.status === 401 ? "You are signed out of this project." : "Your access to this project was withdrawn.");
+        gone(error.status === 401 ? "You are signed out of this project. Open it again where you found it."
+          : "Your access to this project was withdrawn. Its owner can give it back.");
         return "denied";
       }
       return "away";

@@ -1,10 +1,13 @@
 //! Removes folders with all that is in them.
 
-use std::{io, time::Instant};
+use std::{
+    io,
+    time::{Duration, Instant},
+};
 
 use cocalc_core::ids::OperationId;
 use rustix::{
-    fs::{Dir, FileType},
+    fs::{Access, AtFlags, Dir, FileType},
     io::Errno,
 };
 
@@ -14,6 +17,56 @@ use super::tree::Node;
 const NAMES_MAX: usize = 256;
 /// How many folders are held open. What is deeper is first brought up.
 const OPEN_MAX: usize = 64;
+
+/// How long it is looked for what cannot be removed, before anything is.
+const LOOK_LIMIT: Duration = Duration::from_secs(4);
+
+/// Finds a read-only subvolume in the folder `name` of `parent`, or the folder
+/// itself if it is one: nothing in it can be removed, and who asks for all or
+/// nothing is told before anything is. Its path, from `parent` on. What is very
+/// deep, or cannot be looked at in time, is not looked at: the removal ends there.
+///
+/// # Errors
+///
+/// What cannot be looked at.
+pub(crate) fn read_only_within(parent: &Node, name: &[u8]) -> io::Result<Option<Vec<u8>>> {
+    look(parent, name, OPEN_MAX, Instant::now() + LOOK_LIMIT)
+}
+
+fn look(above: &Node, name: &[u8], depth: usize, until: Instant) -> io::Result<Option<Vec<u8>>> {
+    let Some(depth) = depth.checked_sub(1) else { return Ok(None) };
+    let folder = match above.entry(name) {
+        Ok(folder) if folder.kind() == FileType::Directory => folder,
+        // It is something else by now.
+        Ok(_) => return Ok(None),
+        Err(error) => match Errno::from_io_error(&error) {
+            Some(Errno::NOENT | Errno::LOOP | Errno::NOTDIR) => return Ok(None),
+            _ => return Err(error),
+        },
+    };
+    let directory = folder.directory()?;
+    // Another device, and yet no other mount: a subvolume.
+    if folder.stat.st_dev != above.stat.st_dev
+        && rustix::fs::accessat(&directory, ".", Access::WRITE_OK, AtFlags::empty()) == Err(Errno::ROFS)
+    {
+        return Ok(Some(name.to_vec()));
+    }
+    for (number, entry) in Dir::new(directory)?.enumerate() {
+        if number % 1024 == 0 && Instant::now() >= until {
+            return Ok(None);
+        }
+        let entry = entry?;
+        let inner = entry.file_name().to_bytes();
+        let folders = matches!(entry.file_type(), FileType::Directory | FileType::Unknown);
+        if !folders || inner == b"." || inner == b".." {
+            continue;
+        }
+        if let Some(found) = look(&folder, inner, depth, until)? {
+            return Ok(Some([name, b"/", &found].concat()));
+        }
+    }
+    Ok(None)
+}
 
 /// A folder that is being emptied.
 struct Level {

@@ -12,7 +12,10 @@ use cocalc_core::{
     wake::Awake,
 };
 use http::{HeaderName, Request, Response, StatusCode, header, uri::PathAndQuery};
-use hyper::{body::Incoming, upgrade::OnUpgrade};
+use hyper::{
+    body::{Body as _, Incoming},
+    upgrade::OnUpgrade,
+};
 use tokio::time::{sleep, timeout};
 
 use super::{Asked, Inner, Rest, respond::App, session::question};
@@ -55,6 +58,22 @@ impl Watch<'_> {
         let admission = Arc::new(admitted.map_err(|denial| self.inner.denied(self.project, &denial))?);
         self.admission = Some(admission.clone());
         Ok(admission)
+    }
+}
+
+impl Watch<'_> {
+    /// Registers the connection if it goes on for longer, and resolves when that is
+    /// refused, or its right ends.
+    fn later(&self) -> impl Future<Output = Denial> + Send + 'static {
+        let (auth, principal) = (Arc::clone(&self.inner.auth), self.principal.clone());
+        let (project, action) = (self.project, self.action);
+        async move {
+            sleep(SHORT).await;
+            match auth.admit(&principal, project, action).await {
+                Ok(admission) => admission.revoked().await,
+                Err(denial) => denial,
+            }
+        }
     }
 }
 
@@ -159,8 +178,11 @@ impl Inner {
         let kind = if pushed { Use::Presence } else { watch.kind };
         let tap = watch.meter.as_ref().map(|meter| meter.tap(Source::Http, kind));
         let mut body = Body::incoming(body).metered(tap);
-        if upstream::is_long(&body) {
+        if upstream::is_long(&body) || watch.admission.is_some() {
             body = body.until(revoked(watch.admit().await?));
+        } else if !body.is_end_stream() {
+            // It may take its time, however short it says it is.
+            body = body.until(watch.later());
         }
         Ok(Response::from_parts(parts, body.returning(lease)))
     }

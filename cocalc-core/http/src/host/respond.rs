@@ -45,10 +45,9 @@ impl App {
         fields.remove(header::ALT_SVC);
         if !self.mount.is_empty() {
             // These speak for the whole origin, which is shared.
-            for name in ["service-worker-allowed", "clear-site-data"] {
+            for name in WHOLE_ORIGIN {
                 fields.remove(HeaderName::from_static(name));
             }
-            fields.remove(header::STRICT_TRANSPORT_SECURITY);
         }
         if fields.contains_key(header::SET_COOKIE) {
             headers::rewrite_all(fields, header::SET_COOKIE, |field| {
@@ -59,10 +58,7 @@ impl App {
         if !self.taken.is_empty() && fields.contains_key(header::LOCATION) {
             headers::rewrite_all(fields, header::LOCATION, |field| Some(self.outside(field)));
         }
-        let html = fields.get(header::CONTENT_TYPE).is_some_and(|kind| {
-            kind.as_bytes().len() >= 9 && kind.as_bytes()[..9].eq_ignore_ascii_case(b"text/html")
-        });
-        if html {
+        if is_shown(fields.get(header::CONTENT_TYPE)) {
             // Policies add up: this one only narrows what the app allows.
             let policy = framed(fields).unwrap_or_else(|| self.frame_ancestors.clone());
             fields.append(header::CONTENT_SECURITY_POLICY, policy);
@@ -80,6 +76,32 @@ impl App {
         }
         HeaderValue::from_bytes(&[self.taken.as_bytes(), bytes].concat()).unwrap_or_else(|_| location.clone())
     }
+}
+
+/// Fields that a browser obeys, and keeps, for a whole origin. Some tell a third
+/// party of every address that is asked for there (Network Error Logging).
+const WHOLE_ORIGIN: [&str; 11] = [
+    "accept-ch",
+    "clear-site-data",
+    "critical-ch",
+    "expect-ct",
+    "nel",
+    "public-key-pins",
+    "public-key-pins-report-only",
+    "report-to",
+    "service-worker-allowed",
+    "set-login",
+    "strict-transport-security",
+];
+
+/// Whether a browser may show a response as a page: what is HTML or XML, and what
+/// says of itself nothing that it could be, for then it is looked at.
+fn is_shown(kind: Option<&HeaderValue>) -> bool {
+    let Some(kind) = kind else { return true };
+    let kind = kind.as_bytes();
+    let kind = kind.split(|b| *b == b';').next().unwrap_or_default().trim_ascii();
+    let contains = |what: &[u8]| kind.windows(what.len()).any(|part| part.eq_ignore_ascii_case(what));
+    !kind.contains(&b'/') || contains(b"html") || contains(b"xml")
 }
 
 /// Whether browsers trust the place without TLS.
@@ -157,13 +179,21 @@ mod tests {
                     ("service-worker-allowed", "/"),
                     ("clear-site-data", "*"),
                     ("strict-transport-security", "max-age=1"),
+                    ("nel", "{\"report_to\":\"x\",\"success_fraction\":1,\"max_age\":99}"),
+                    ("report-to", "{\"group\":\"x\",\"endpoints\":[{\"url\":\"https://evil.example\"}]}"),
+                    ("accept-ch", "x"),
+                    ("content-type", "text/plain"),
                     ("cocalc-code", "project_moved"),
                     ("set-cookie", "a=b; Domain=x; Path=/"),
                     ("set-cookie", "cocalc-session-x=y"),
                     ("location", "/login"),
                 ]
             ),
-            ["set-cookie: a=b; Path=/id/proxy/80/", "location: /id/proxy/80/login"]
+            [
+                "content-type: text/plain",
+                "set-cookie: a=b; Path=/id/proxy/80/",
+                "location: /id/proxy/80/login"
+            ]
         );
         for kept in ["https://x/", "//x/", "relative", "/id/proxy/80/x"] {
             assert_eq!(by_path.outside(&HeaderValue::from_static(kept)), kept);
@@ -176,6 +206,25 @@ mod tests {
                 "content-security-policy: frame-ancestors 'self'"
             ]
         );
+    }
+
+    #[test]
+    fn whatever_can_be_shown_as_a_page_says_who_may_frame_it() {
+        let policed = |fields: &[(&'static str, &'static str)]| {
+            filtered(&app("", ""), fields).iter().any(|field| field.contains("frame-ancestors"))
+        };
+        assert!(policed(&[]), "browsers guess");
+        for kind in
+            ["text/html", "TEXT/HTML; charset=x", " application/xhtml+xml", "image/svg+xml", "text/xml"]
+        {
+            assert!(policed(&[("content-type", kind)]), "{kind}");
+        }
+        assert!(policed(&[("content-type", "html")]) && policed(&[("content-type", "")]));
+        // Nominated for removal, it says nothing either.
+        assert!(policed(&[("content-type", "text/plain"), ("connection", "content-type")]));
+        for kind in ["application/json", "text/css; charset=xml", "image/png", "application/octet-stream"] {
+            assert!(!policed(&[("content-type", kind)]), "{kind}");
+        }
     }
 
     #[test]

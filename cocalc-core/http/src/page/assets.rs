@@ -8,6 +8,13 @@ use crate::problem::escape;
 
 const PAGE: &str = include_str!("../../assets/page/page.html");
 
+/// The script that the project page has in common with a page around it: plain
+/// JavaScript for the beginning of a script, which defines `byId`, `made`, `buttons`,
+/// `failure` (a problem's text, with what helps) and `succeeded`.
+pub const SHARED_SCRIPT: &str = include_str!("../../assets/page/shared.js");
+/// The style that they have in common.
+pub const SHARED_STYLE: &str = include_str!("../../assets/page/shared.css");
+
 /// A file that the page uses.
 #[derive(Debug)]
 pub(crate) struct Asset {
@@ -22,6 +29,8 @@ const TEXT: &str = "text/plain; charset=utf-8";
 /// By name.
 pub(crate) fn asset(name: &str) -> Option<Asset> {
     let (kind, bytes): (_, &[u8]) = match name {
+        "shared.css" => (STYLE, SHARED_STYLE.as_bytes()),
+        "shared.js" => (SCRIPT, SHARED_SCRIPT.as_bytes()),
         "page.css" => (STYLE, include_bytes!("../../assets/page/page.css")),
         "page.js" => (SCRIPT, include_bytes!("../../assets/page/page.js")),
         "files.js" => (SCRIPT, include_bytes!("../../assets/page/files.js")),
@@ -40,7 +49,17 @@ pub(crate) fn asset(name: &str) -> Option<Asset> {
 pub(crate) static VERSION: LazyLock<String> = LazyLock::new(|| {
     let mut hash = Sha1::new();
     hash.update(PAGE);
-    for name in ["page.css", "page.js", "files.js", "terminal.js", "xterm.css", "xterm.js", "addon-fit.js"] {
+    for name in [
+        "shared.css",
+        "shared.js",
+        "page.css",
+        "page.js",
+        "files.js",
+        "terminal.js",
+        "xterm.css",
+        "xterm.js",
+        "addon-fit.js",
+    ] {
         hash.update(asset(name).map_or(&[][..], |asset| asset.bytes));
     }
     hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()

@@ -7,4 +7,5 @@ pub(crate) mod ring;
 pub(crate) mod socket;
 pub(crate) mod terminals;
 
+pub use assets::{SHARED_SCRIPT, SHARED_STYLE};
 pub use terminals::TerminalLimits;

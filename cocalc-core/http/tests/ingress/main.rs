@@ -9,6 +9,7 @@ mod autobahn;
 mod bodies;
 mod changes;
 mod contents;
+mod enemy;
 mod faults;
 mod files;
 mod history;

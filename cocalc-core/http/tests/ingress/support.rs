@@ -115,6 +115,11 @@ impl FakeAuth {
         self.revoked.send_replace(Some(Denial::Forbidden("removed".to_owned())));
     }
 
+    /// The right is there again, for who comes from now on.
+    pub(crate) fn restore(&self) {
+        self.revoked.send_replace(None);
+    }
+
     pub(crate) fn admitted(&self) -> usize {
         self.revoked.receiver_count()
     }

@@ -32,6 +32,8 @@ pub(super) enum Right {
     /// An account has not signed out since this login. Logins are told apart
     /// also where a restored database counts session epochs anew.
     Login(u32, u64),
+    /// This log-in of an account, one of several, has not ended.
+    LogIn(u32, u64),
     /// An account lists this SSH key.
     Key(u32, u64),
     /// A signing key is not withdrawn.
@@ -45,6 +47,8 @@ pub(super) enum Right {
 pub(super) struct Since {
     pub(super) holds: bool,
     pub(super) at: Ms,
+    /// Whether it was otherwise before.
+    again: bool,
     /// The stream epoch at that time: whoever has the whole state of a later
     /// one knows.
     life: u64,
@@ -68,6 +72,8 @@ pub(super) struct Facts {
     pub(super) account: u32,
     pub(super) project: u32,
     pub(super) login: Option<u64>,
+    /// The log-in under which it was opened.
+    pub(super) under: Option<u64>,
     pub(super) key: Option<u64>,
     pub(super) signer: Option<u64>,
     pub(super) administer: bool,
@@ -80,6 +86,7 @@ impl Facts {
             Some(Right::Member(self.project, account)),
             Some(Right::Welcome(account)),
             self.login.map(|login| Right::Login(account, login)),
+            self.under.map(|under| Right::LogIn(account, under)),
             self.key.map(|key| Right::Key(account, key)),
             self.signer.map(Right::Signer),
         ]
@@ -95,7 +102,8 @@ impl Truth {
         if before == Some(holds) || (before.is_none() && !holds) {
             return;
         }
-        let since = Since { holds, at: now, life, places: BTreeMap::new(), in_force: BTreeSet::new() };
+        let again = before.is_some();
+        let since = Since { holds, at: now, again, life, places: BTreeMap::new(), in_force: BTreeSet::new() };
         self.rights.insert(right, since);
     }
 
@@ -201,7 +209,10 @@ impl Sim {
         let acknowledged = self.hosts[host].acknowledged;
         let rights = &self.truth.rights;
         let known = |right| {
-            rights.get(&right).is_some_and(|since: &Since| since.holds && since.known(host, acknowledged))
+            // Hosts are not told of log-ins that begin.
+            let begun = |since: &Since| matches!(right, Right::LogIn(..)) && !since.again;
+            let told = |since: &Since| begun(since) || since.known(host, acknowledged);
+            rights.get(&right).is_some_and(|since| since.holds && told(since))
         };
         let about_rights = matches!(
             refusal,
@@ -292,16 +303,22 @@ impl Sim {
             };
             let project = project as u32;
             let strangers = [0, 1, 2].map(|_| self.below(self.master.db.accounts.len() as u64) as u32);
-            for account in members.into_iter().chain(strangers) {
+            let all = members.into_iter().chain(strangers);
+            let all = all.flat_map(|account| {
                 let row = &self.master.db.accounts[account as usize];
-                let facts = Facts {
+                let under = row.log_ins.iter().chain(&row.ended).map(|one| Some(*one)).chain([None]);
+                let facts = under.map(|under| Facts {
                     account,
                     project,
                     login: Some(row.login),
+                    under,
                     key: row.key,
                     signer: None,
                     administer: false,
-                };
+                });
+                facts.collect::<Vec<_>>()
+            });
+            for facts in all.collect::<Vec<_>>() {
                 let allowed = self
                     .ask_of(owner, &facts)
                     .and_then(|(ask, held)| self.decide(owner, &ask, held).map(|verdict| verdict.outcome));
@@ -341,7 +358,7 @@ impl Sim {
             action: if facts.administer { Action::Administer } else { Action::Use(Scope::Ssh) },
             epoch: None,
             session_epoch: sep,
-            login: None,
+            login: facts.under.map(super::world::login_tag),
             acl: 0,
             proof,
         };

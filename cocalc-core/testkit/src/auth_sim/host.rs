@@ -749,6 +749,9 @@ impl Sim {
         if self.is(Broken::SessionEpochIgnored) {
             ask.session_epoch = None;
         }
+        if self.is(Broken::LogInIgnored) {
+            ask.login = None;
+        }
         ask
     }
 

@@ -16,7 +16,7 @@ use super::{
     check::{Facts, Right},
     host::Visit,
     master::{News, Signing},
-    world::{Event, Ms, Sim, account_id, host_id, key_id, project_id, session_bytes},
+    world::{Event, Ms, Sim, account_id, host_id, key_id, login_tag, project_id, session_bytes},
 };
 
 const ISSUER: &str = "https://master.example";
@@ -39,6 +39,7 @@ struct Token {
     project: u32,
     host: usize,
     login: u64,
+    under: Option<u64>,
     signer: u64,
     claims: Rc<Claims>,
     text: Option<Rc<str>>,
@@ -51,6 +52,7 @@ struct Session {
     project: u32,
     host: usize,
     login: u64,
+    under: Option<u64>,
     signer: u64,
 }
 
@@ -104,12 +106,15 @@ impl Sim {
     /// The master gives a token to who may have one.
     fn mint(&mut self, project: u32, account: u32) -> Option<Token> {
         self.master.process.as_ref()?;
+        let which = self.pick(5);
         let row = &self.master.db.projects[project as usize];
         let who = &self.master.db.accounts[account as usize];
         if !row.members.contains(&account) || who.banned {
             return None;
         }
         let signer = self.master.current_key_number()?;
+        // Some are minted for no log-in.
+        let under = who.log_ins.get(which).copied();
         let now = self.master_now();
         let iat = u64::try_from(now.secs()).ok()?;
         let claims = Claims {
@@ -121,7 +126,7 @@ impl Sim {
             scp: Scope::ALL.iter().copied().collect::<BTreeSet<_>>(),
             iat,
             exp: iat + TOKEN_SECS,
-            jti: TokenId::from_bytes([0; 16]),
+            jti: token_id(under),
             sep: who.session_epoch,
             acl: row.version,
             usage: Usage::Multi,
@@ -134,7 +139,7 @@ impl Sim {
         } else {
             None
         };
-        Some(Token { account, project, host, login, signer, claims: Rc::new(claims), text })
+        Some(Token { account, project, host, login, under, signer, claims: Rc::new(claims), text })
     }
 
     /// Whether the host takes the token for good: the real verifier for those
@@ -170,6 +175,7 @@ impl Sim {
             account: token.account,
             project: token.project,
             login: Some(token.login),
+            under: token.under,
             key: None,
             signer: Some(token.signer),
             administer,
@@ -180,7 +186,7 @@ impl Sim {
             action: if administer { Action::Administer } else { Action::Use(Scope::Ws) },
             epoch: Some(claims.epoch),
             session_epoch: Some(claims.sep),
-            login: None,
+            login: Some(claims.jti.login()),
             acl: claims.acl,
             proof: Proof::Token,
         };
@@ -206,15 +212,15 @@ impl Sim {
             project: ask.project,
             scopes: token.claims.scp.clone(),
             session_epoch: token.claims.sep,
-            login: None,
+            login: Some(token.claims.jti.login()),
             acl: token.claims.acl,
             embed_origin: None,
             created,
         };
         let _ = self.hosts[host].disk.store.insert_session(&hash, &record);
-        let (account, project, login, signer) = (token.account, token.project, token.login, token.signer);
+        let Token { account, project, login, under, signer, .. } = *token;
         let at = self.pick(CARRIED_MAX);
-        carry(&mut self.load.sessions, at, Session { hash, account, project, host, login, signer });
+        carry(&mut self.load.sessions, at, Session { hash, account, project, host, login, under, signer });
     }
 
     fn show_session(&mut self, session: Session) {
@@ -224,6 +230,7 @@ impl Sim {
             account: session.account,
             project: session.project,
             login: Some(session.login),
+            under: session.under,
             key: None,
             signer: Some(session.signer),
             administer: false,
@@ -234,7 +241,7 @@ impl Sim {
             action: Action::Use(Scope::Http),
             epoch: None,
             session_epoch: Some(record.session_epoch),
-            login: None,
+            login: record.login,
             acl: record.acl,
             proof: Proof::Session(session.hash),
         };
@@ -249,7 +256,15 @@ impl Sim {
         if self.find_key(host, project_id(project), key) == Some(false) {
             return;
         }
-        let facts = Facts { account, project, login: None, key: Some(key), signer: None, administer: false };
+        let facts = Facts {
+            account,
+            project,
+            login: None,
+            under: None,
+            key: Some(key),
+            signer: None,
+            administer: false,
+        };
         let visit = Visit { ask: key_ask(&facts, key), facts, stays: self.below(2) == 0, must: false };
         self.come(host, visit);
     }
@@ -275,9 +290,15 @@ impl Sim {
                 let news = self.remove_member(project, member);
                 self.commit(news);
             }
-            50..=59 => {
+            50..=53 => {
                 let news = self.sign_out(member, None);
                 self.commit(news);
+            }
+            54..=59 => {
+                for _ in 0..1 + self.below(2) {
+                    let news = self.end_log_in(member);
+                    self.commit(news);
+                }
             }
             60..=64 => {
                 let news = self.sign_out(member, Some(true));
@@ -329,9 +350,10 @@ impl Sim {
                 }
                 let hosts = match right {
                     Right::Member(project, _) => vec![self.master.db.projects[project as usize].owner],
-                    Right::Welcome(account) | Right::Login(account, _) | Right::Key(account, _) => {
-                        self.master.hosts_of_account(account)
-                    }
+                    Right::Welcome(account)
+                    | Right::Login(account, _)
+                    | Right::LogIn(account, _)
+                    | Right::Key(account, _) => self.master.hosts_of_account(account),
                     Right::Signer(_) | Right::Owned(_) => Vec::new(),
                 };
                 for host in hosts {
@@ -357,7 +379,8 @@ impl Sim {
     /// At the end: a grant whose frames were lost is found by a fetch.
     pub(super) fn drill(&mut self, step: u8, project: u32, account: u32) {
         let host = self.master.db.projects[project as usize].owner;
-        let facts = Facts { account, project, login: None, key: None, signer: None, administer: false };
+        let facts =
+            Facts { account, project, login: None, under: None, key: None, signer: None, administer: false };
         let ask = |acl| Ask {
             account: account_id(account),
             project: project_id(project),
@@ -389,6 +412,16 @@ impl Sim {
             }
         }
     }
+}
+
+/// The id of a token that is minted under a log-in, or under none.
+fn token_id(under: Option<u64>) -> TokenId {
+    let tag = under.map(|under| login_tag(under).to_string()).unwrap_or_default();
+    let mut id = [0; 16];
+    for (at, byte) in id.iter_mut().take(8).enumerate() {
+        *byte = tag.get(2 * at..2 * at + 2).and_then(|two| u8::from_str_radix(two, 16).ok()).unwrap_or(0);
+    }
+    TokenId::from_bytes(id)
 }
 
 fn key_ask(facts: &Facts, key: u64) -> Ask {

@@ -17,13 +17,18 @@ use cocalc_ids::{Epoch, Role};
 use super::{
     Broken,
     check::{Facts, Right},
-    world::{Answer, Event, Ms, Request, Sim, account_id, key_id, project_id},
+    world::{Answer, Event, Ms, Request, Sim, account_id, key_id, login_tag, project_id},
 };
 
 /// How many sent frames are kept. The original keeps 1024; with fewer, whole
 /// states are sent more often.
 const KEPT_FRAMES: usize = 48;
 const RECEIPTS_MAX: usize = 10_000;
+/// How many log-ins an account has at a time.
+const LOG_INS: usize = 3;
+/// How many ended log-ins of an account are told; beyond, all of them end. The
+/// original tells of more.
+const ENDED_MAX: usize = 8;
 
 /// What was committed.
 #[derive(Clone, Debug)]
@@ -41,6 +46,10 @@ pub(super) struct Account {
     pub(super) session_epoch: u64,
     /// Which login, in truth, that is.
     pub(super) login: u64,
+    /// Those under which tokens are minted.
+    pub(super) log_ins: Vec<u64>,
+    /// Those that have ended, since all of them did last.
+    pub(super) ended: Vec<u64>,
     pub(super) banned: bool,
     pub(super) key: Option<u64>,
 }
@@ -80,6 +89,8 @@ pub(super) struct Master {
     pub(super) db: Db,
     /// Which session epoch each login had.
     pub(super) logins: BTreeMap<u64, u64>,
+    /// Which was the account's login when a log-in ended.
+    ended_under: BTreeMap<u64, u64>,
     pub(super) process: Option<Process>,
     /// The projects of each host; never lost with a database.
     pub(super) owned: Vec<BTreeSet<u32>>,
@@ -139,6 +150,7 @@ impl Master {
                 receipts: BTreeMap::new(),
             },
             logins: BTreeMap::new(),
+            ended_under: BTreeMap::new(),
             process: None,
             owned: vec![BTreeSet::new(); hosts],
             standby: None,
@@ -208,7 +220,7 @@ impl Master {
         AccountState {
             account: account_id(account),
             session_epoch: row.session_epoch,
-            ended_logins: Vec::new(),
+            ended_logins: row.ended.iter().map(|ended| login_tag(*ended)).collect(),
             banned: row.banned,
             keys: row.key.map(key).into_iter().collect(),
         }
@@ -267,8 +279,16 @@ impl Sim {
         for n in 0..(hosts as u64 * 2) {
             let login = self.name();
             let key = (n % 2 == 0).then(|| self.name());
+            let log_ins = (0..LOG_INS).map(|_| self.name()).collect();
             self.master.logins.insert(login, 0);
-            self.master.db.accounts.push(Account { session_epoch: 0, login, banned: false, key });
+            self.master.db.accounts.push(Account {
+                session_epoch: 0,
+                login,
+                log_ins,
+                ended: Vec::new(),
+                banned: false,
+                key,
+            });
         }
         let accounts = self.master.db.accounts.len();
         for project in 0..(hosts * 2) as u32 {
@@ -325,9 +345,18 @@ impl Sim {
         }
         for (n, account) in (0..).zip(&db.accounts) {
             hold.insert(Right::Login(n, account.login));
+            hold.extend(account.log_ins.iter().map(|log_in| Right::LogIn(n, *log_in)));
             hold.extend(account.key.map(|key| Right::Key(n, key)));
             hold.extend((!account.banned).then_some(Right::Welcome(n)));
         }
+        // Of a log-in of which the database knows nothing it knows no end.
+        let unended = self.truth.rights.keys().filter(|right| match right {
+            Right::LogIn(account, log_in) => {
+                db.accounts.get(*account as usize).is_none_or(|row| !row.ended.contains(log_in))
+            }
+            _ => false,
+        });
+        hold.extend(unended.copied());
         // What is not withdrawn is good, or has run out by itself.
         let withdrawn = &db.ring.withdrawn;
         hold.extend(
@@ -462,7 +491,13 @@ impl Sim {
                 News::Project(project, ..) | News::Owner(project, _) => {
                     self.master.project_entries(host, *project)
                 }
-                News::Account(account, _) => vec![Entry::Account(self.master.account_state(*account))],
+                News::Account(account, _) => {
+                    let mut state = self.master.account_state(*account);
+                    if self.is(Broken::EndedLogInsForgotten) && state.ended_logins.len() > 1 {
+                        state.ended_logins.drain(..state.ended_logins.len() - 1);
+                    }
+                    vec![Entry::Account(state)]
+                }
                 News::Ring(_) => vec![Entry::KeyRing(self.master.public_ring())],
             };
             let of_members = self.is(Broken::ReceiptForMembersOnly);
@@ -742,6 +777,7 @@ impl Sim {
             account,
             project,
             login: None,
+            under: None,
             key: None,
             signer: None,
             administer: false,
@@ -749,13 +785,22 @@ impl Sim {
         let account = match right {
             Right::Member(project, account) => return vec![plain(account, project)],
             Right::Signer(_) | Right::Owned(_) => return Vec::new(),
-            Right::Welcome(account) | Right::Login(account, _) | Right::Key(account, _) => account,
+            Right::Welcome(account)
+            | Right::Login(account, _)
+            | Right::LogIn(account, _)
+            | Right::Key(account, _) => account,
         };
         let of = self.master.owned[host]
             .iter()
             .filter(|project| self.master.db.projects[**project as usize].members.contains(&account));
         of.map(|project| Facts {
-            login: if let Right::Login(_, login) = right { Some(login) } else { None },
+            login: match right {
+                Right::Login(_, login) => Some(login),
+                // What a token says that was minted under it, at the latest.
+                Right::LogIn(_, log_in) => self.master.ended_under.get(&log_in).copied(),
+                _ => None,
+            },
+            under: if let Right::LogIn(_, log_in) = right { Some(log_in) } else { None },
             key: if let Right::Key(_, key) = right { Some(key) } else { None },
             ..plain(account, *project)
         })
@@ -804,6 +849,7 @@ impl Sim {
         }
         let mut rights = Vec::new();
         if ban != Some(false) {
+            row.ended.clear();
             row.session_epoch = floor.max(row.session_epoch + 1);
             rights.push(Right::Login(account, row.login));
             self.truth.set(Right::Login(account, row.login), false, self.now, life);
@@ -816,6 +862,28 @@ impl Sim {
             row.banned = ban;
             rights.push(Right::Welcome(account));
             self.truth.set(Right::Welcome(account), !ban, self.now, life);
+        }
+        Some(News::Account(account, rights))
+    }
+
+    /// One log-in of an account ends; another begins.
+    pub(super) fn end_log_in(&mut self, account: u32) -> Option<News> {
+        let life = self.master.process.as_ref()?.epoch;
+        let (which, fresh) = (self.pick(LOG_INS), self.name());
+        let row = &mut self.master.db.accounts[account as usize];
+        let log_in = std::mem::replace(row.log_ins.get_mut(which)?, fresh);
+        row.ended.push(log_in);
+        self.master.ended_under.insert(log_in, row.login);
+        let full = row.ended.len() > ENDED_MAX;
+        self.truth.set(Right::LogIn(account, log_in), false, self.now, life);
+        self.truth.set(Right::LogIn(account, fresh), true, self.now, life);
+        let mut rights = vec![Right::LogIn(account, log_in)];
+        if full && let Some(News::Account(_, more)) = self.sign_out(account, None) {
+            rights.extend(more);
+        }
+        if self.is(Broken::OneLogInEndsAll) {
+            let row = &mut self.master.db.accounts[account as usize];
+            row.session_epoch += 1;
         }
         Some(News::Account(account, rights))
     }

@@ -17,12 +17,17 @@
 //! **Modelled**, with the constants of the original: the host's driver
 //! (`cocalc-auth-live`: the same calls in the same order, with its waits and
 //! limits), the fetch of single projects, and the master's database, streams
-//! and peers (`cocalc-master`). What is left out: moves (a project changes hands
+//! and peers (`cocalc-master`), log-ins of an account among them, each of which
+//! ends alone. What is left out: moves (a project changes hands
 //! only while both hosts are there, and is never lost with a database; moves
 //! have their own simulator, [`crate::sim`]), sessions that travel with a move,
-//! proxies, rate limits, sizes of frames, and jumps of the master's own clock.
+//! proxies, rate limits, sizes of frames, jumps of the master's own clock, and
+//! that ended log-ins are forgotten after what was opened under them has ended by
+//! itself.
 //! One thing is given to the master that it cannot know: after a failover that
 //! lost commits, that a silent host may have heard of a longer grace in them.
+//! And of a log-in that is lost with them, beginning and end, nobody knows any
+//! more that it has ended: it counts as one that nobody has ended.
 //!
 //! Time is virtual, and everything random follows from the seed: [`run`] with
 //! the same arguments does the same again. What is checked at each step is in
@@ -143,6 +148,12 @@ pub enum Broken {
     GraceIgnored,
     /// A host does not compare session epochs.
     SessionEpochIgnored,
+    /// A host does not look under which log-in something was opened.
+    LogInIgnored,
+    /// The master tells of the last log-in that has ended only.
+    EndedLogInsForgotten,
+    /// The master ends all of an account's log-ins with one of them.
+    OneLogInEndsAll,
     /// A host does not notice that its store was restored.
     RestoreUnnoticed,
     /// A host acknowledges before it applies.

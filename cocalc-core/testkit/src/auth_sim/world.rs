@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use cocalc_auth::{acl::ConnectionId, store::Position, stream::Frame};
+use cocalc_auth::{acl::ConnectionId, store::Position, stream::Frame, token::LoginTag};
 use cocalc_ids::{AccountId, HostId, KeyId, ProjectId, Timestamp};
 
 use super::{
@@ -564,6 +564,10 @@ pub(super) fn account_id(n: u32) -> AccountId {
 
 pub(super) fn key_id(n: u64) -> KeyId {
     KeyId::from_bytes(bytes(4, n))
+}
+
+pub(super) fn login_tag(n: u64) -> LoginTag {
+    LoginTag::of(key_id(n))
 }
 
 pub(super) fn session_bytes(n: u64) -> [u8; 32] {

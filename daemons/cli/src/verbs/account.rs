@@ -70,8 +70,14 @@ fn api_key(api: &Api, output: Output, verb: ApiKey) -> Result<(), Failure> {
             let columns = ["id", "name", "verbs", "projects", "expires_at"];
             print(output, items(&answer, "tokens"), &columns);
         }
-        ApiKey::Revoke { id, account } => {
-            api.delete(&format!("/accounts/{}/tokens/{id}", whose(api, account)?))?;
+        ApiKey::Revoke { id, account, wait } => {
+            let path = format!("/accounts/{}/tokens/{id}", whose(api, account)?);
+            if !wait.wait {
+                api.delete(&path)?;
+                return Ok(());
+            }
+            let answer = api.delete(&format!("{path}?wait=true&timeout_secs=1"))?;
+            super::receipt::finish(api, output, answer, wait)?;
         }
     }
     Ok(())

@@ -55,6 +55,7 @@ pub(crate) fn run(api: &Api, output: Output, command: Command) -> Result<ExitCod
         | Command::Doctor(_)
         | Command::Audit(_)
         | Command::Login { .. }
+        | Command::Logout { .. }
         | Command::Completion { .. } => {}
     }
     Ok(ExitCode::SUCCESS)

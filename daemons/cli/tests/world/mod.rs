@@ -70,22 +70,29 @@ pub(crate) fn free_port() -> u16 {
 impl World {
     /// Starts a master; `settings` are lines of its configuration.
     pub(crate) fn new(settings: &str) -> Self {
-        Self::begin(false, None, settings)
+        Self::begin(false, None, None, settings)
     }
 
     /// The same, where all daemons speak HTTPS, and trust only what is in
     /// [`Https::trusted`].
     pub(crate) fn over_https(https: Https, settings: &str) -> Self {
-        Self::begin(false, Some(https), settings)
+        Self::begin(false, Some(https), None, settings)
+    }
+
+    /// The same, where the master alone speaks HTTPS, at `port` and under the name
+    /// `localhost`, with a certificate that `settings` say how to get; daemons
+    /// trust what is in `trusted`.
+    pub(crate) fn certified(port: u16, trusted: PathBuf, settings: &str) -> Self {
+        Self::begin(false, None, Some((port, trusted)), settings)
     }
 
     /// The same, where this process holds the sockets on which daemons listen,
     /// and hands them over at each start.
     pub(crate) fn holding_sockets(settings: &str) -> Self {
-        Self::begin(true, None, settings)
+        Self::begin(true, None, None, settings)
     }
 
-    fn begin(hold: bool, https: Option<Https>, settings: &str) -> Self {
+    fn begin(hold: bool, https: Option<Https>, certified: Option<(u16, PathBuf)>, settings: &str) -> Self {
         let dir = tempfile::Builder::new().prefix("cocalc-world-").tempdir().unwrap();
         let mut world = Self {
             url: String::new(),
@@ -99,9 +106,20 @@ impl World {
             admin: String::new(),
             hosts: Vec::new(),
         };
-        let port = world.port("master", "listen");
-        let scheme = if world.https.is_some() { "https" } else { "http" };
-        world.url = format!("{scheme}://127.0.0.1:{port}");
+        let port = match certified {
+            Some((port, trusted)) => {
+                world.trusted = Some(trusted);
+                world.url = format!("https://localhost:{port}");
+                world.ports.insert(("master".to_owned(), "listen"), port);
+                port
+            }
+            None => {
+                let port = world.port("master", "listen");
+                let scheme = if world.https.is_some() { "https" } else { "http" };
+                world.url = format!("{scheme}://127.0.0.1:{port}");
+                port
+            }
+        };
         let data = world.dir.path().join("master");
         let text = format!("listen = '127.0.0.1:{port}'\ndata_dir = '{}'\n{settings}", data.display());
         world.configure("master", &text);
@@ -350,6 +368,14 @@ impl Drop for World {
         while !end_all(self.dir.path()) && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(20));
         }
+        // What hosts note where a reboot empties it, as `cocalc down` does.
+        for entry in std::fs::read_dir(self.dir.path()).into_iter().flatten().flatten() {
+            let membership = std::fs::read(entry.path().join("data/membership.json")).unwrap_or_default();
+            let membership: Value = serde_json::from_slice(&membership).unwrap_or_default();
+            if let Some(id) = membership["id"].as_str() {
+                let _ = std::fs::remove_file(format!("/run/cocalc/{id}.position"));
+            }
+        }
     }
 }
 
@@ -453,6 +479,30 @@ pub(crate) async fn run_line(way: &Way, line: String) {
     }
     let exit = tokio::time::timeout(LIMIT, process.handle.wait()).await.unwrap().unwrap();
     assert_eq!(exit, cocalc_core::runner::Exit::Code(0), "{said}{errors}");
+}
+
+/// What runs in projects that have an app.
+const APP: &str = include_str!("app.py");
+
+/// Starts an app in a project, at `way`'s port, as a user would: by SSH. The heads
+/// of requests come to be in `heads`.
+pub(crate) async fn start_app(world: &World, way: &Way, heads: Option<&Path>) {
+    let dir = world.dir.path();
+    let (program, pid) = (dir.join("app.py"), dir.join(format!("app-{}.pid", way.port)));
+    std::fs::write(&program, APP).unwrap();
+    let log = pid.with_extension("log");
+    let line = format!(
+        "setsid -f python3 {} {} {} {} </dev/null >{} 2>&1; {}",
+        program.display(),
+        way.port,
+        pid.display(),
+        heads.map(Path::display).map(|heads| heads.to_string()).unwrap_or_default(),
+        log.display(),
+        waits_for(&pid),
+    );
+    run_line(way, line).await;
+    let said = std::fs::read_to_string(&log).unwrap_or_default();
+    assert!(said.is_empty(), "an app failed: {said}");
 }
 
 /// A shell's words that wait for a file: what is left in the background before

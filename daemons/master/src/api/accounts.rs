@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
-use axum::{Json, extract::State};
+use axum::{Json, extract::State, response::Response};
 use cocalc_ids::{AccountId, KeyId, ProjectId};
 use cocalc_sqlite::master::{ApiToken, KeyLimits, Verb};
 use http::StatusCode;
@@ -14,7 +14,7 @@ use super::{
     caller::Caller,
     input::{Asked, Body, Id, Ids, clean_name},
     problem::{Answer, Problem},
-    receipts::Wait,
+    receipts::{Ended, Wait},
     scope,
     view::{AccountView, time},
 };
@@ -222,18 +222,20 @@ async fn tokens(
 
 /// Ends an API token, and what was opened under it, at every host.
 #[utoipa::path(delete, path = "/accounts/{id}/tokens/{token}", tag = "accounts",
-    params(("id" = String, Path), ("token" = String, Path)),
-    responses((status = 204), (status = "default", body = Problem)))]
+    params(("id" = String, Path), ("token" = String, Path), Wait),
+    responses((status = 204), (status = 200, description = "With `wait`", body = Ended),
+        (status = "default", body = Problem)))]
 async fn remove_token(
     State(shared): State<Arc<Shared>>,
     caller: Caller,
     Ids(id, token): Ids<AccountId, KeyId>,
-) -> Answer<StatusCode> {
+    Asked(wait): Asked<Wait>,
+) -> Answer<Response> {
     caller.require_self(id)?;
     let now = shared.now();
     shared.db(move |store| store.remove_api_token(id, token, now)).await?;
-    shared.announce_account(id).await?;
-    Ok(StatusCode::NO_CONTENT)
+    let targets = shared.announce_account(id).await?;
+    wait.answer(&shared, caller.change("api-key.revoke", token), targets).await
 }
 
 #[derive(Serialize, ToSchema)]

@@ -9,7 +9,7 @@ use argon2::{
     Argon2,
     password_hash::{PasswordHasher, PasswordVerifier, phc::PasswordHash},
 };
-use axum::{Extension, Json, extract::State};
+use axum::{Extension, Json, extract::State, response::Response};
 use cocalc_ids::{AccountId, KeyId};
 use cocalc_sqlite::master::ApiToken;
 use http::StatusCode;
@@ -20,8 +20,9 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
     caller::Caller,
-    input::{Body, Id, NAME_CHARS_MAX, clean_name, composed},
+    input::{Asked, Body, Id, NAME_CHARS_MAX, clean_name, composed},
     problem::{Answer, Problem},
+    receipts::{Ended, Wait},
     trail::Trail,
     view::time,
 };
@@ -198,10 +199,16 @@ async fn nobody() -> Answer<String> {
 }
 
 /// Ends the token that the call is made with, and what was opened under it, at
-/// every host: browser sessions, and connections by connect tokens.
-#[utoipa::path(post, path = "/logout", tag = "accounts",
-    responses((status = 204), (status = "default", body = Problem)))]
-async fn logout(State(shared): State<Arc<Shared>>, caller: Caller) -> Answer<StatusCode> {
+/// every host: browser sessions, and connections by connect tokens. Who calls
+/// again, because the answer was lost, is told 401: it has ended.
+#[utoipa::path(post, path = "/logout", tag = "accounts", params(Wait),
+    responses((status = 204), (status = 200, description = "With `wait`", body = Ended),
+        (status = "default", body = Problem)))]
+async fn logout(
+    State(shared): State<Arc<Shared>>,
+    caller: Caller,
+    Asked(wait): Asked<Wait>,
+) -> Answer<Response> {
     let (account, Some(key)) = (caller.id, caller.key) else {
         return Err(Problem::conflict(
             "not_here",
@@ -210,6 +217,6 @@ async fn logout(State(shared): State<Arc<Shared>>, caller: Caller) -> Answer<Sta
     };
     let now = shared.now();
     shared.db(move |store| store.remove_api_token(account, key, now)).await?;
-    shared.announce_account(account).await?;
-    Ok(StatusCode::NO_CONTENT)
+    let targets = shared.announce_account(account).await?;
+    wait.answer(&shared, caller.change("account.log-out", key), targets).await
 }

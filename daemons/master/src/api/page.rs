@@ -32,7 +32,11 @@ pub(super) async fn project(State(shared): State<Arc<Shared>>, Id(id): Id<Projec
         format!("<a href=\"/auth/oidc/{name}/start?next=/projects/{id}\">Log in with {shown}</a>\n")
     };
     let links: String = shared.oidc.all().iter().map(link).collect();
-    let page = PAGE.replace("PROJECT_ID", &id.to_string()).replace("LOG_INS", &links);
+    let page = PAGE
+        .replace("SHARED_STYLE", cocalc_http::SHARED_STYLE)
+        .replace("SHARED_SCRIPT", cocalc_http::SHARED_SCRIPT)
+        .replace("PROJECT_ID", &id.to_string())
+        .replace("LOG_INS", &links);
     respond(StatusCode::OK, page, POLICY)
 }
 

@@ -2,10 +2,15 @@
 
 use std::{sync::Arc, time::Duration};
 
-use axum::{Json, extract::State};
+use axum::{
+    Json,
+    extract::State,
+    response::{IntoResponse, Response},
+};
 use cocalc_ids::ReceiptId;
-use serde::Deserialize;
-use utoipa::IntoParams;
+use http::StatusCode;
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
@@ -55,6 +60,28 @@ impl Wait {
             None => Ok(None),
         }
     }
+}
+
+impl Wait {
+    /// The answer to a call that says nothing unless somebody waits for it.
+    pub(super) async fn answer(
+        &self,
+        shared: &Shared,
+        change: Change,
+        targets: Vec<Target>,
+    ) -> Answer<Response> {
+        if !self.wait {
+            return Ok(StatusCode::NO_CONTENT.into_response());
+        }
+        let receipt = self.receipt(shared, change, targets).await?;
+        Ok(Json(Ended { receipt }).into_response())
+    }
+}
+
+/// Where it is in force that a log-in has ended.
+#[derive(Serialize, ToSchema)]
+pub(super) struct Ended {
+    receipt: Option<Receipt>,
 }
 
 impl Caller {

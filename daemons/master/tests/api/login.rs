@@ -39,6 +39,15 @@ async fn people_log_in_with_a_password() {
     let second = second["token"].as_str().unwrap();
     assert_eq!(world.call("POST", "/logout", token, Value::Null).await.0, 204);
     assert_eq!(world.call("GET", "/account", token, Value::Null).await.0, 401);
+    assert_eq!(world.call("POST", "/logout", token, Value::Null).await.0, 401, "again");
+    assert_eq!(world.call("GET", "/account", second, Value::Null).await.0, 200);
+    // Who waits is told where it is in force: nowhere was anything opened.
+    let (_, third) = login("ada", "battery staple").await;
+    let third = third["token"].as_str().unwrap();
+    let (status, ended) = world.call("POST", "/logout?wait=true", third, Value::Null).await;
+    assert_eq!((status, &ended["receipt"]["complete"]), (200, &json!(true)), "{ended}");
+    assert_eq!(ended["receipt"]["change"], "account.log-out");
+    assert_eq!(world.call("GET", "/account", third, Value::Null).await.0, 401);
     assert_eq!(world.call("GET", "/account", second, Value::Null).await.0, 200);
     assert_eq!(world.call("POST", &format!("/accounts/{id}/sign-out"), second, json!({})).await.0, 200);
     assert_eq!(world.call("GET", "/account", second, Value::Null).await.0, 401);

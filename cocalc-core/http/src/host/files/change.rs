@@ -25,7 +25,7 @@ use tokio::{sync::OwnedMutexGuard, time::timeout};
 
 use super::{
     Raw, TURN_LIMIT, blocking, blocking_with,
-    refusals::{changed, failed, into_itself, no_parent, not_copied, refused, unfinished},
+    refusals::{changed, failed, holds_read_only, into_itself, no_parent, not_copied, refused, unfinished},
 };
 use crate::{
     body::{Body, BodyError},
@@ -33,7 +33,7 @@ use crate::{
         Copying,
         conditions::{Verdict, Version, weigh},
         path::FilePath,
-        remove::remove_all,
+        remove::{read_only_within, remove_all},
         tree::{Node, Tree, version},
     },
     headers,
@@ -225,9 +225,12 @@ impl Inner {
         self.authorize(principal, project, Action::Write).await?;
         let (from, held) = self.tree_in(raw, project, state.as_ref()).await?;
         let into = self.tree(raw, project).await?;
-        let copying = Copying { from: state, path: path.relative(), to: to.relative(), replace };
+        let (source, target) = (path.relative(), to.relative());
         let fields = asked.parts.headers.clone();
         let replaced = blocking_with(move || check_copy(&from, &path, &into, &to, replace, &fields)).await?;
+        // Only if there is something to replace: the state before is kept then. What
+        // appears there meanwhile stays, and is said to be in the way.
+        let copying = Copying { from: state, path: source, to: target, replace: replaced };
         let files = Arc::clone(&raw.files);
         // Also if nobody waits for it any more.
         let copied = tokio::spawn(async move {
@@ -348,6 +351,9 @@ fn apply(
         Change::Removal { recursive } => {
             let directory = source(&parent, path, name, fields)?.is_directory;
             if directory && recursive {
+                if let Some(found) = read_only_within(&parent, name).map_err(refused)? {
+                    return Err(holds_read_only(&found));
+                }
                 let until = Instant::now() + REMOVAL_LIMIT;
                 if !remove_all(&parent, name, until).map_err(refused)? {
                     return Err(unfinished());

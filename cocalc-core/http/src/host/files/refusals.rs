@@ -58,6 +58,14 @@ pub(super) fn unfinished() -> Problem {
     Problem::unavailable("unfinished", message, 1)
 }
 
+pub(super) fn holds_read_only(path: &[u8]) -> Problem {
+    let shown = path.escape_ascii();
+    let message = format!(
+        "{shown} is a read-only subvolume, so nothing was deleted. Whoever made it can delete it, or make it writable (btrfs property set)."
+    );
+    Problem::new(StatusCode::CONFLICT, "read_only", message)
+}
+
 pub(super) fn no_parent(error: io::Error) -> Problem {
     match Errno::from_io_error(&error) {
         Some(Errno::NOENT | Errno::NOTDIR) => {
@@ -79,7 +87,12 @@ pub(super) fn refused(error: io::Error) -> Problem {
         Some(Errno::NXIO | Errno::INVAL) => {
             problem(StatusCode::FORBIDDEN, "not_a_file", "That is neither a file nor a folder.")
         }
-        Some(Errno::ACCESS | Errno::PERM | Errno::ROFS) => {
+        Some(Errno::ROFS) => problem(
+            StatusCode::CONFLICT,
+            "read_only",
+            "That is in a read-only subvolume. Copy out of it what you want to change.",
+        ),
+        Some(Errno::ACCESS | Errno::PERM) => {
             problem(StatusCode::FORBIDDEN, "file_refused", "The file system does not allow that.")
         }
         Some(Errno::NOSPC | Errno::DQUOT) => problem(
