@@ -27,8 +27,16 @@ pub(super) struct Connection<'a> {
 
 impl<'a> Connection<'a> {
     pub(super) fn open(places: &'a Places, place: Place) -> Result<Self> {
-        let socket = places.file(&format!("mux-{}", place as usize));
+        Self::open_with(places, place, None)
+    }
+
+    /// With one cipher instead of what client and server agree on.
+    pub(super) fn open_with(places: &'a Places, place: Place, cipher: Option<&str>) -> Result<Self> {
+        let socket = places.file(&format!("mux-{}{}", place as usize, cipher.map_or("", |_| "-c")));
         let mut ssh = places.program("ssh");
+        if let Some(cipher) = cipher {
+            ssh.args(["-c", cipher]);
+        }
         ssh.args(["-M", "-N", "-S"]).arg(&socket).arg(place.alias());
         let child = ssh.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
         let mut connection = Self { places, place, socket, child };

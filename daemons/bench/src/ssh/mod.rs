@@ -24,6 +24,7 @@ use crate::{
 };
 
 const LIMIT: Duration = Duration::from_secs(300);
+const AES: &str = "aes256-gcm@openssh.com";
 
 pub(crate) fn measure(federation: &Federation, effort: Effort, table: &mut Table) -> Result<()> {
     let sshd = Sshd::start(federation)?;
@@ -82,6 +83,25 @@ impl Bench<'_> {
             let rates = self.by_turns(effort.runs, |place| Ok(mib / measure(of(place))?.as_secs_f64()))?;
             let goals = (Goal::AtLeast(0.9), Goal::AtLeast(1.0));
             self.add(table, &format!("{what}, {mib} MiB"), ("MiB/s", Better::More), &rates, goals);
+        }
+        // As `cocalc ssh-config` sets it where the client's machine has instructions
+        // for it. The way over a jump keeps its own.
+        let with_aes: Vec<Connection<'_>> = [Place::Host, Place::Sshd]
+            .into_iter()
+            .map(|place| Connection::open_with(self.places, place, Some(AES)))
+            .collect::<Result<_>>()?;
+        for (what, measure) in files::STREAMS {
+            let (mut ours, mut peer) = (Vec::new(), Vec::new());
+            for round in 0..=effort.runs {
+                for (connection, rates) in with_aes.iter().zip([&mut ours, &mut peer]) {
+                    let rate = mib / measure(connection)?.as_secs_f64();
+                    if round > 0 {
+                        rates.push(rate);
+                    }
+                }
+            }
+            let (what, unit) = (format!("{what}, {mib} MiB, host by AES"), ("MiB/s", Better::More));
+            table.compare(what, "sshd", unit, &ours, &peer, Some(Goal::AtLeast(0.9)));
         }
         let files = f64::from(effort.small_files);
         for (what, measure) in files::TREES {

@@ -65,6 +65,21 @@ fn servers(answer: &Value, list: &str) -> Vec<Server> {
     .collect()
 }
 
+/// OpenSSH's client would rather have ChaCha20, for machines without instructions for
+/// AES; with them, that takes both ends several times the processor time.
+const AES_FIRST: &str = "aes256-gcm@openssh.com,aes128-gcm@openssh.com,chacha20-poly1305@openssh.com";
+
+/// Whether this machine, whose client reads the entries, has such instructions.
+fn has_aes() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    let has = std::arch::is_x86_feature_detected!("aes");
+    #[cfg(target_arch = "aarch64")]
+    let has = std::arch::is_aarch64_feature_detected!("aes");
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    let has = false;
+    has
+}
+
 /// An entry. The names are their owners', so each counts only where it can be
 /// one for ssh, and never without what tells it from the user's other hosts.
 fn entry(id: &str, names: &[&str], host: &Server, jump: Option<&Server>, identity: Option<&Path>) -> String {
@@ -97,6 +112,9 @@ fn entry(id: &str, names: &[&str], host: &Server, jump: Option<&Server>, identit
         lines.push(format!("  IdentityFile {}", identity.display()));
         lines.push("  IdentitiesOnly yes".to_owned());
     }
+    if has_aes() {
+        lines.push(format!("  Ciphers {AES_FIRST}"));
+    }
     // A connection is kept for what comes next, and a dead one is noticed.
     lines.push("  ServerAliveInterval 30".to_owned());
     lines.join("\n")
@@ -117,6 +135,7 @@ mod tests {
         assert!(direct.starts_with("Host id-1\n"), "{direct}");
         assert!(direct.contains("HostName alpha.example\n  Port 2222\n  IdentityFile /k"), "{direct}");
         assert!(!direct.contains("ProxyCommand"));
+        assert_eq!(direct.contains("\n  Ciphers aes256-gcm@openssh.com,"), has_aes(), "{direct}");
     }
 
     #[test]
