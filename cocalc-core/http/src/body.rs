@@ -38,6 +38,8 @@ enum Kind {
 #[derive(Default)]
 struct Watch {
     revoked: Option<Pin<Box<dyn Future<Output = Denial> + Send>>>,
+    /// Whether `revoked` counts only while nothing is there to be read.
+    patient: bool,
     stall: Option<(Duration, Pin<Box<Sleep>>)>,
     lease: Option<Lease>,
     activity: Option<Arc<Activity>>,
@@ -102,6 +104,14 @@ impl Body {
     pub(crate) fn until(mut self, revoked: impl Future<Output = Denial> + Send + 'static) -> Self {
         self.watch().revoked = Some(Box::pin(revoked));
         self
+    }
+
+    /// Ends with an error when `revoked` resolves while nothing of it is there to be
+    /// read: one that is there whole costs no timer.
+    pub(crate) fn until_late(self, revoked: impl Future<Output = Denial> + Send + 'static) -> Self {
+        let mut body = self.until(revoked);
+        body.watch().patient = true;
+        body
     }
 
     /// Is not read before `gate` resolves.
@@ -178,6 +188,15 @@ impl Body {
         self.watch.get_or_insert_default()
     }
 
+    /// The error with which it ends now, if it does.
+    fn poll_revoked(&mut self, cx: &mut Context<'_>, patient: bool) -> Option<BoxError> {
+        let watch = self.watch.as_mut().filter(|watch| watch.patient == patient)?;
+        let Poll::Ready(denial) = watch.revoked.as_mut()?.as_mut().poll(cx) else { return None };
+        self.watch = None;
+        self.kind = Kind::Empty;
+        Some(BodyError::Revoked(denial).into())
+    }
+
     fn poll_kind(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         match &mut self.kind {
             Kind::Empty => Poll::Ready(None),
@@ -201,12 +220,8 @@ impl HttpBody for Body {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        if let Some(revoked) = self.watch.as_mut().and_then(|watch| watch.revoked.as_mut())
-            && let Poll::Ready(denial) = revoked.as_mut().poll(cx)
-        {
-            self.watch = None;
-            self.kind = Kind::Empty;
-            return Poll::Ready(Some(Err(BodyError::Revoked(denial).into())));
+        if let Some(denial) = self.poll_revoked(cx, false) {
+            return Poll::Ready(Some(Err(denial)));
         }
         if let Some(watch) = self.watch.as_mut()
             && let Some(gate) = watch.gate.as_mut()
@@ -227,6 +242,9 @@ impl HttpBody for Body {
             let frame = match polled {
                 Poll::Ready(frame) => frame,
                 Poll::Pending => {
+                    if let Some(denial) = self.poll_revoked(cx, true) {
+                        return Poll::Ready(Some(Err(denial)));
+                    }
                     if let Some((limit, sleep)) = self.watch.as_mut().and_then(|watch| watch.stall.as_mut())
                         && sleep.as_mut().poll(cx).is_ready()
                     {

@@ -14,6 +14,7 @@ use std::{
     time::Duration,
 };
 
+use cocalc_core::auth::{Admission, Denial};
 use http::{Request, Response, header};
 use hyper::{
     body::{Body as _, Incoming},
@@ -27,7 +28,10 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::{MissedTickBehavior, interval, sleep, timeout},
 };
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::{
+    sync::CancellationToken,
+    task::{AbortOnDropHandle, TaskTracker},
+};
 
 use crate::{
     activity::Activity, body::Body, failures, framing::Guarded, limits::Limits, pool::Pool, problem::Problem,
@@ -37,6 +41,9 @@ use crate::{
 /// At shutdown, how long a connection may take to send its first request, if it
 /// has sent none: it was accepted a moment ago, and its client is on its way.
 const FIRST_REQUEST: Duration = Duration::from_secs(2);
+
+/// How long a client may leave unread that it may have no more.
+const UNREAD: Duration = Duration::from_millis(500);
 
 /// How long a TLS handshake may take.
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -72,7 +79,7 @@ pub(crate) struct Connection {
     pub(crate) client: Client,
     /// Open connections are asked to end.
     pub(crate) draining: CancellationToken,
-    /// They must end now.
+    /// It must end now: all of them must, or what it carries may no longer.
     pub(crate) closing: CancellationToken,
     /// Whatever outlives the request runs here.
     tasks: TaskTracker,
@@ -92,6 +99,24 @@ struct Place {
 }
 
 impl Connection {
+    /// Resolves when the right to what this connection carries ends. A client that
+    /// takes in nothing would not notice, and keep it open, with what waits to be
+    /// sent: its connection is closed.
+    pub(crate) fn bound(&self, admission: Arc<Admission>) -> impl Future<Output = Denial> + Send + 'static {
+        let (closing, right) = (self.closing.clone(), admission.clone());
+        // Not polled by whoever sends, who waits for the client. It ends with what it
+        // watches over.
+        let unread = AbortOnDropHandle::new(tokio::spawn(async move {
+            right.revoked().await;
+            sleep(UNREAD).await;
+            closing.cancel();
+        }));
+        async move {
+            let _unread = unread;
+            admission.revoked().await
+        }
+    }
+
     /// Runs what outlives the request, as part of the connection.
     pub(crate) fn spawn(&self, future: impl Future<Output = ()> + Send + 'static) {
         let (place, open) = (self.place.clone(), self.open.enter());
@@ -182,7 +207,7 @@ impl Server {
         Connection {
             client,
             draining: self.draining.clone(),
-            closing: self.closing.clone(),
+            closing: self.closing.child_token(),
             tasks: self.tasks.clone(),
             open: self.open.clone(),
             name: None,
@@ -240,6 +265,7 @@ impl Server {
             prepare(&stream);
             let connection = Connection {
                 client: Client { address: Some(address), trusted: false },
+                closing: connection.closing.child_token(),
                 place: Some(Arc::new(Place { _permit: permit, _counted: counted })),
                 ..connection.clone()
             };

@@ -64,13 +64,13 @@ impl Watch<'_> {
 impl Watch<'_> {
     /// Registers the connection if it goes on for longer, and resolves when that is
     /// refused, or its right ends.
-    fn later(&self) -> impl Future<Output = Denial> + Send + 'static {
+    fn later(&self, connection: &Connection) -> impl Future<Output = Denial> + Send + 'static {
         let (auth, principal) = (Arc::clone(&self.inner.auth), self.principal.clone());
-        let (project, action) = (self.project, self.action);
+        let (project, action, connection) = (self.project, self.action, connection.clone());
         async move {
             sleep(SHORT).await;
             match auth.admit(&principal, project, action).await {
-                Ok(admission) => admission.revoked().await,
+                Ok(admission) => connection.bound(Arc::new(admission)).await,
                 Err(denial) => denial,
             }
         }
@@ -179,10 +179,10 @@ impl Inner {
         let tap = watch.meter.as_ref().map(|meter| meter.tap(Source::Http, kind));
         let mut body = Body::incoming(body).metered(tap);
         if upstream::is_long(&body) || watch.admission.is_some() {
-            body = body.until(revoked(watch.admit().await?));
+            body = body.until(connection.bound(watch.admit().await?));
         } else if !body.is_end_stream() {
             // It may take its time, however short it says it is.
-            body = body.until(watch.later());
+            body = body.until_late(watch.later(&connection));
         }
         Ok(Response::from_parts(parts, body.returning(lease)))
     }

@@ -26,7 +26,8 @@ async def echo(socket):
     async for message in socket:
         await socket.send(message)
 async def main():
-    async with serve(echo, "127.0.0.1", 0, max_size=None) as server:
+    # No pings of its own: behind a thousand large messages their answers are late.
+    async with serve(echo, "127.0.0.1", 0, max_size=None, ping_interval=None) as server:
         print(server.sockets[0].getsockname()[1], flush=True)
         await server.serve_forever()
 asyncio.run(main())
@@ -46,10 +47,10 @@ async fn app() -> (Child, u16) {
 }
 
 /// How each case ends: behaviour, and that of the closing handshake.
-async fn outcomes_at(url: &str, cases: &[&str]) -> BTreeMap<String, (String, String)> {
+async fn outcomes_at(url: &str, cases: &[&str], at_once: usize) -> BTreeMap<String, (String, String)> {
     let reports = tempfile::tempdir().unwrap();
     let mut kosoku = Command::new(program("kosoku"));
-    kosoku.arg(url).args(["--parallelism", "4", "--outdir"]).arg(reports.path());
+    kosoku.arg(url).args(["--parallelism", &at_once.to_string(), "--outdir"]).arg(reports.path());
     kosoku.args(cases).stdout(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
     // That cases fail is said in the report.
     timeout(Duration::from_secs(1800), kosoku.status()).await.expect("it hangs").unwrap();
@@ -79,7 +80,7 @@ async fn websocket_cases_end_as_they_do_at_the_app() {
     }
     let world = World::with(cocalc_http::Limits::default()).await;
     let (_app, port) = app().await;
-    let direct = outcomes_at(&format!("ws://127.0.0.1:{port}/"), cases).await;
+    let direct = outcomes_at(&format!("ws://127.0.0.1:{port}/"), cases, 4).await;
     assert!(direct.len() > 200, "{} cases", direct.len());
     let good = direct.values().filter(|outcome| conforms(outcome)).count();
     assert!(good * 10 > direct.len() * 9, "{good} of {} are good at the app", direct.len());
@@ -87,11 +88,22 @@ async fn websocket_cases_end_as_they_do_at_the_app() {
         let (project, token) = (world.project, world.token());
         let url =
             format!("ws://127.0.0.1:{}{base}/{project}/port/{port}/?cocalc_token={token}", address.port());
-        let through = outcomes_at(&url, cases).await;
-        let worse: Vec<_> = direct
-            .iter()
-            .map(|(case, outcome)| (case, outcome, through.get(case)))
-            .filter(|(_, outcome, through)| conforms(outcome) && !through.is_some_and(conforms))
+        let mut through = outcomes_at(&url, cases, 4).await;
+        let worse = |through: &BTreeMap<String, (String, String)>| -> Vec<String> {
+            let good = direct.iter().filter(|(_, outcome)| conforms(outcome)).map(|(case, _)| case);
+            good.filter(|case| !through.get(*case).is_some_and(conforms)).cloned().collect()
+        };
+        // Those of a thousand large messages have a clock of their own, and fail where
+        // much else goes on: each is tried again by itself.
+        let again = worse(&through);
+        if !again.is_empty() {
+            println!("again, one by one, at {address}: {again:?}");
+            let cases: Vec<&str> = again.iter().flat_map(|case| ["-i", case.as_str()]).collect();
+            through.extend(outcomes_at(&url, &cases, 1).await);
+        }
+        let worse: Vec<_> = worse(&through)
+            .into_iter()
+            .map(|case| (direct.get(&case), through.get(&case).cloned(), case))
             .collect();
         assert!(worse.is_empty(), "at {address}: {worse:?}");
     }

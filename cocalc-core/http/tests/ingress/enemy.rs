@@ -97,3 +97,39 @@ async fn signing_out_twice_is_no_mistake() {
         assert!(curl(&evil).await.contains("cocalc-code: origin_refused"), "{name}");
     }
 }
+
+/// Who may have no more, and reads nothing, would keep what is on its way to them: the
+/// connection ends nevertheless, in all versions and for files, too.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_reads_nothing_does_not_stay() {
+    let world = World::new().await;
+    let (port, _app) = scripted(|mut stream: TcpStream, _| async move {
+        until(&mut stream, "\r\n\r\n").await?;
+        stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000000\r\n\r\n").await?;
+        loop {
+            stream.write_all(&[b'x'; 65536]).await?;
+        }
+    })
+    .await;
+    std::fs::File::create(world.path("huge")).unwrap().set_len(1 << 34).unwrap();
+    for (address, base, name) in world.ways() {
+        for place in [format!("port/{port}/"), "files/huge".to_owned()] {
+            let mut client = TcpStream::connect(address).await.unwrap();
+            let ask = format!(
+                "GET {base}/{}/{place} HTTP/1.1\r\nHost: localhost:{}\r\nAuthorization: Bearer {}\r\n\r\n",
+                world.project,
+                address.port(),
+                world.token()
+            );
+            client.write_all(ask.as_bytes()).await.unwrap();
+            let head = heard(&mut client, "\r\n\r\n").await;
+            assert!(head.starts_with("HTTP/1.1 200 "), "{name} {place}: {head}");
+            eventually("it is known that it goes on", || world.auth.admitted() > 0).await;
+            // Until nothing more fits in between.
+            tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+            world.auth.revoke();
+            eventually(&format!("{name} {place} is closed"), || world.auth.admitted() == 0).await;
+            world.auth.restore();
+        }
+    }
+}

@@ -33,6 +33,7 @@ use crate::{
     },
     headers,
     problem::Problem,
+    server::Connection,
     upstream::is_long,
     websocket::Wish,
 };
@@ -138,7 +139,10 @@ impl Inner {
                 headers::set(response.headers_mut(), header::ALLOW, METHODS);
                 response
             }
-            "GET" | "HEAD" => self.read_files(raw, &asked, principal, action, path, state).await?,
+            "GET" | "HEAD" => {
+                let connection = rest.connection;
+                self.read_files(raw, &asked, &connection, principal, action, path, state).await?
+            }
             "PUT" => self.put_file(raw, asked, rest, principal, path).await?,
             "DELETE" => {
                 let change = Change::removal(&asked)?;
@@ -223,10 +227,12 @@ impl Inner {
         })
     }
 
+    #[expect(clippy::too_many_arguments, reason = "what a request says, taken apart once")]
     async fn read_files(
         &self,
         raw: &Raw,
         asked: &Asked<'_>,
+        connection: &Connection,
         principal: &Principal,
         action: Action,
         path: FilePath,
@@ -278,7 +284,7 @@ impl Inner {
             .append(header::CONTENT_SECURITY_POLICY, frame_ancestors(principal.embed_origin.as_deref()));
         if is_long(response.body()) {
             let admission = self.admitted(principal, project, action).await?;
-            response = response.map(|body| body.until(async move { admission.revoked().await }));
+            response = response.map(|body| body.until(connection.bound(Arc::new(admission))));
         }
         Ok(response)
     }
