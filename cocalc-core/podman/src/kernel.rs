@@ -2,8 +2,8 @@
 
 #![allow(
     unsafe_code,
-    reason = "mount_setattr, setfsuid, unshare, signal, sched_setattr and landlock_restrict_self have no safe \
-              wrapper, nor has waiting for a descriptor of any kind"
+    reason = "mount_setattr, setfsuid, unshare, signal and landlock_restrict_self have no safe wrapper, nor has \
+              waiting for a descriptor of any kind"
 )]
 
 use std::{
@@ -140,12 +140,10 @@ pub(crate) fn unshare_network() -> io::Result<()> {
 
 /// Makes the child of `command` start with the signals as they are by default
 /// (who starts a daemon with `nohup` or in the background may have it ignore
-/// some), with short turns on the processors, and with so many open files at most.
+/// some), and with so many open files at most.
 pub(crate) fn tame(command: &mut Command, nofile: Option<u32>) {
     let tamed = move || {
         default_signals();
-        // Longer ones harm others, and nobody here.
-        let _ = shorten_turns(0);
         if let Some(nofile) = nofile {
             let most = rustix::process::getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX);
             let limit = Some(u64::from(nofile).min(most));
@@ -188,31 +186,6 @@ pub(crate) fn confine(command: &mut Command, ruleset: Option<OwnedFd>, nofile: O
     };
     // SAFETY: the closure makes system calls and allocates nothing.
     unsafe { command.pre_exec(confined) };
-}
-
-/// How long a thread keeps a processor that others want, in nanoseconds. The usual is
-/// 2.8 ms and more, and the kernel takes no less than 0.1 ms; what runs is asked to
-/// make room at each of its ticks anyway, so that shorter turns cost little.
-const TURN_NANOS: u64 = 500_000;
-
-/// Gives a thread (0: this one), and what it will start, short turns
-/// (`sched_setattr(2)`; the slice of `include/uapi/linux/sched/types.h` counts since
-/// Linux 6.12, and older kernels take no notice of it).
-pub(crate) fn shorten_turns(thread: i32) -> io::Result<()> {
-    // SAFETY: integers only, for which zeros are values.
-    let mut attributes: libc::sched_attr = unsafe { std::mem::zeroed() };
-    let size = u32::try_from(size_of::<libc::sched_attr>()).map_err(io::Error::other)?;
-    // SAFETY: the struct is ours, and its size is passed with it.
-    if unsafe { libc::syscall(libc::SYS_sched_getattr, thread, &raw mut attributes, size, 0) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    attributes.size = size;
-    attributes.sched_runtime = TURN_NANOS;
-    // SAFETY: as before; everything but the slice is as the kernel has it.
-    match unsafe { libc::syscall(libc::SYS_sched_setattr, thread, &raw const attributes, 0) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
 }
 
 /// Puts every signal back to what it does by default.

@@ -83,7 +83,6 @@ mod podman;
 mod probe;
 mod process;
 mod signals;
-mod turns;
 #[path = "../helper/users.rs"]
 mod users;
 

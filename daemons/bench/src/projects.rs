@@ -73,6 +73,13 @@ impl<'a> Projects<'a> {
     }
 }
 
+impl Projects<'_> {
+    /// Leaves them to the end of the federation, which takes all together.
+    pub(crate) fn leave(mut self) {
+        self.made.clear();
+    }
+}
+
 impl Drop for Projects<'_> {
     fn drop(&mut self) {
         for id in &self.made {

@@ -20,7 +20,7 @@ use super::{
     project::{InPhase, Project, Running},
     record::{Record, Run},
 };
-use crate::{agent, mounts, net::Resolver, turns};
+use crate::{agent, mounts, net::Resolver};
 
 /// What root in a project may do there: what installing packages and running
 /// services needs, and nothing about the kernel, devices or the network's
@@ -160,9 +160,6 @@ impl Shared {
         let started = Some(Timestamp::now());
         receipt.done("podman start");
         let running = self.first_process(entry, &name).await.map_err(failed)?;
-        if let Err(error) = turns::shorten(running.pid) {
-            tracing::warn!(%project, %error, "what runs in it has long turns on the processors");
-        }
         // Weights: podman has no option for all of them.
         let limits = entry.view().limits.clone();
         for write in running.groups.plan(&limits) {

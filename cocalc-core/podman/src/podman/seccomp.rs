@@ -3,9 +3,8 @@
 //! `seccomp.json` is the default profile of containers/common, as Debian 12 has
 //! it, for the architectures we run on, with less in it: no mounts (root in a
 //! project could not make any, and their calls are a large part of the kernel),
-//! no keyrings, no log of the kernel's, no turns on the processors that are longer
-//! than others'. The rules of `ioctl`, `socket`, `socketcall`, `clone`, `unshare`,
-//! `sched_setscheduler` and `sched_setparam` are made here.
+//! no keyrings, no log of the kernel's. The rules of `ioctl`, `socket`,
+//! `socketcall`, `clone` and `unshare` are made here.
 
 use serde_json::{Value, json};
 
@@ -25,17 +24,9 @@ const FAMILIES: [u32; 5] = [1, 2, 10, 16, 17];
 /// pointer, where no filter sees them: the C library falls back to `clone`.
 const NAMESPACES: [u32; 7] =
     [0x2_0000, 0x200_0000, 0x400_0000, 0x800_0000, 0x1000_0000, 0x2000_0000, 0x4000_0000];
-/// The ordinary policies of the scheduler, without and with the flag by which children
-/// do not inherit it. Whoever asks for one has it, but would also have turns of the
-/// usual length again, which are others' latency: so nothing is done, and no error is
-/// seen. The idle policy, and those for which no project has the capability, are the
-/// kernel's to decide on.
-const POLICIES: [u32; 4] = [0, 3, 0x4000_0000, 0x4000_0003];
 /// The flag for times, which `clone` has for something else.
 const NEW_TIME: u32 = 0x80;
 
-/// No error.
-const DONE: u32 = 0;
 const EPERM: u32 = 1;
 const EAFNOSUPPORT: u32 = 97;
 
@@ -51,9 +42,6 @@ pub(crate) fn profile() -> Value {
         // each other unless all is decided.
         rules.push(json!({ "names": ["socketcall"], "action": "SCMP_ACT_ERRNO", "errnoRet": EPERM }));
         rules.extend(only("socket", 0, &FAMILIES, EAFNOSUPPORT));
-        rules.extend(all_but("sched_setscheduler", 1, &POLICIES, DONE));
-        // It can only say what is so.
-        rules.push(json!({ "names": ["sched_setparam"], "action": "SCMP_ACT_ERRNO", "errnoRet": DONE }));
         rules.extend(no_flags("clone", 0, &NAMESPACES, EPERM));
         rules.extend(no_flags("unshare", 0, &[&NAMESPACES[..], &[NEW_TIME]].concat(), EPERM));
     }
@@ -127,16 +115,7 @@ mod tests {
             })
         };
         assert!(allows("openat") && allows("ioctl") && allows("socket"));
-        for refused in [
-            "socketcall",
-            "kexec_load",
-            "mount",
-            "keyctl",
-            "clone3",
-            "io_uring_setup",
-            "syslog",
-            "sched_setattr",
-        ] {
+        for refused in ["socketcall", "kexec_load", "mount", "keyctl", "clone3", "io_uring_setup", "syslog"] {
             assert!(!allows(refused), "{refused}");
         }
     }
