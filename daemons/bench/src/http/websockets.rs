@@ -120,10 +120,10 @@ fn idle(bench: &Bench<'_>, way: Way, count: u32) -> Result<f64> {
 
 /// Opens so many.
 fn open(bench: &Bench<'_>, way: Way, count: u32) -> Result<Vec<TcpStream>> {
-    let (url, token) = bench.address(way)?;
+    let (url, field) = bench.address(way)?;
     let namespace = bench.namespace(way)?;
     let (address, path) = split(&url)?;
-    let authorization = token.map(|token| format!("authorization: Bearer {token}\r\n")).unwrap_or_default();
+    let authorization = field.map(|field| format!("{field}\r\n")).unwrap_or_default();
     let request = format!(
         "GET {path}ws HTTP/1.1\r\nhost: {address}\r\n{authorization}connection: Upgrade\r\n\
          upgrade: websocket\r\nsec-websocket-version: 13\r\nsec-websocket-key: {KEY}\r\n\r\n"
