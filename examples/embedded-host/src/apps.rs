@@ -49,7 +49,11 @@ impl Runner for LocalApps {
         let ports = self.ports.get(&project).ok_or(Error::NotRunning { project })?;
         let address = ports.get(&port).ok_or(Error::Refused { project, port })?;
         match TcpStream::connect(address).await {
-            Ok(stream) => Ok(Box::pin(stream)),
+            Ok(stream) => {
+                // What users type arrives at once; a delay is not worth an error.
+                let _ = stream.set_nodelay(true);
+                Ok(Box::pin(stream))
+            }
             Err(_) => Err(Error::Refused { project, port }),
         }
     }

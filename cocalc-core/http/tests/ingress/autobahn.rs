@@ -26,7 +26,8 @@ async def echo(socket):
     async for message in socket:
         await socket.send(message)
 async def main():
-    # No pings of its own: behind a thousand large messages their answers are late.
+    # No pings of its own: the cases of compression, which last longer than its 20 s
+    # on a busy machine, take a ping for their end, and fail.
     async with serve(echo, "127.0.0.1", 0, max_size=None, ping_interval=None) as server:
         print(server.sockets[0].getsockname()[1], flush=True)
         await server.serve_forever()

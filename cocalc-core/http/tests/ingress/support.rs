@@ -274,7 +274,11 @@ impl Runner for Ports {
             return Err(runner::Error::NotRunning { project });
         }
         match TcpStream::connect(("127.0.0.1", port)).await {
-            Ok(stream) => Ok(Box::pin(stream)),
+            Ok(stream) => {
+                // As the real runners do.
+                let _ = stream.set_nodelay(true);
+                Ok(Box::pin(stream))
+            }
             Err(_) => Err(runner::Error::Refused { project, port }),
         }
     }
