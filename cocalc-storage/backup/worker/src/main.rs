@@ -118,7 +118,12 @@ fn work(order: &Order, renewal: Renewal) -> Result<Event, Failed> {
     let done = loop {
         let tried = catch_unwind(AssertUnwindSafe(|| attempt(job, &backend, mirror.as_ref())));
         match tried.unwrap_or_else(|_| Err(Failed::panicked())) {
-            Err(failed) if beginnings < BEGINNINGS_MAX && is_harmless(&job.task) && failed.is_late() => {
+            // Only of what is known to do nothing: another task may have begun.
+            Err(failed)
+                if beginnings < BEGINNINGS_MAX
+                    && matches!(&job.task, Task::Check(options) if !options.repair)
+                    && failed.is_late() =>
+            {
                 said::forget();
                 beginnings += 1;
             }
