@@ -467,6 +467,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = HostAcl::open(dir.path()).unwrap();
         let done = std::sync::atomic::AtomicU8::new(0);
+        // Looked at when the threads have ended: they would outlive a panic here.
+        let mut known = Vec::new();
         std::thread::scope(|scope| {
             for _ in 0..2 {
                 scope.spawn(|| {
@@ -490,13 +492,15 @@ mod tests {
                     2 => EndSessions::Before(Timestamp::from_secs(2)),
                     _ => EndSessions::All,
                 };
-                assert_eq!(store.end_sessions(&which).unwrap(), 1, "round {round}");
-                for _ in 0..10 {
-                    assert_eq!(store.session(&hash).unwrap(), None, "round {round}");
+                let ended = store.end_sessions(&which).ok();
+                let seen = (0..10).any(|_| !matches!(store.session(&hash), Ok(None)));
+                if ended != Some(1) || seen {
+                    known.push((round, ended, seen));
                 }
             }
             done.store(u8::MAX, std::sync::atomic::Ordering::Release);
         });
+        assert_eq!(known, []);
     }
 
     #[test]
