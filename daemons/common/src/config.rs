@@ -74,6 +74,19 @@ impl Arguments {
     }
 }
 
+/// Finds a limit that would let nobody in, or is none; each with its key in the table
+/// `[limits]`.
+///
+/// # Errors
+///
+/// Which, and what it may be.
+pub fn check_limits(limits: &[(&str, u32)]) -> Result<(), String> {
+    match limits.iter().find(|(_, value)| !(1..=10_000_000).contains(value)) {
+        Some((name, value)) => Err(format!("limits.{name}: {value} is not 1 to 10000000")),
+        None => Ok(()),
+    }
+}
+
 /// Loads the configuration of daemon `name` from `path` and the process's
 /// environment.
 ///

@@ -84,7 +84,7 @@ impl HostLimits {
             ssh_connections,
             ssh_connections_per_source,
         } = *self;
-        for (name, value) in [
+        cocalc_daemon::config::check_limits(&[
             ("source_per_sec", source_per_sec),
             ("source_burst", source_burst),
             ("account_per_sec", account_per_sec),
@@ -99,12 +99,7 @@ impl HostLimits {
             ("connections_per_source", connections_per_source),
             ("ssh_connections", ssh_connections),
             ("ssh_connections_per_source", ssh_connections_per_source),
-        ] {
-            if !(1..=10_000_000).contains(&value) {
-                return Err(format!("limits.{name}: {value} is not 1 to 10000000"));
-            }
-        }
-        Ok(())
+        ])
     }
 
     pub(crate) fn auth(&self) -> AuthLimits {

@@ -50,19 +50,14 @@ impl ProxyLimits {
             ssh_connections,
             ssh_connections_per_source,
         } = *self;
-        for (name, value) in [
+        cocalc_daemon::config::check_limits(&[
             ("failures_burst", failures_burst),
             ("failure_recovery_ms", failure_recovery_ms),
             ("connections", connections),
             ("connections_per_source", connections_per_source),
             ("ssh_connections", ssh_connections),
             ("ssh_connections_per_source", ssh_connections_per_source),
-        ] {
-            if !(1..=10_000_000).contains(&value) {
-                return Err(format!("limits.{name}: {value} is not 1 to 10000000"));
-            }
-        }
-        Ok(())
+        ])
     }
 
     pub(crate) fn http(&self) -> Limits {
