@@ -23,7 +23,7 @@ use std::{
 use async_trait::async_trait;
 use cocalc_core::{
     ids::ProjectId,
-    runner::{Command, Error, ExecRequest, Exit, Process, ProcessHandle, Result, WindowSize},
+    runner::{Command, Error, ExecRequest, Exit, Process, ProcessHandle, Pty, Result, WindowSize},
 };
 use rustix::process::{Pid, Signal};
 use tokio::{io::AsyncWrite, process::ChildStdin};
@@ -100,6 +100,20 @@ impl Shared {
             Command::Tool(tool) => helper(tool.args()),
             _ => return Err(invalid("there is no program to run")),
         };
+        // The terminal inside is the runtime's. Its modes are set where the process
+        // begins: by the time that the host could reach it, the process would run. The
+        // helper's program cannot be changed from within, whatever became of the helper;
+        // but it may be that of an older host, which does not know of this.
+        let sets_modes = request.pty.is_some() && inside.has_file(HELPER_INSIDE, &self.dirs.helper);
+        let args = match &request.pty {
+            Some(pty) if sets_modes => {
+                let some = pty.modes.iter().take(Pty::MODES_MAX);
+                let modes: Vec<String> = some.map(|(code, value)| format!("{code}={value}")).collect();
+                let tool = ["tool".to_owned(), "terminal".to_owned(), modes.join(",")];
+                helper(tool.into_iter().chain(args).collect())
+            }
+            _ => args,
+        };
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let name = format!("exec-{}-{number}.pid", std::process::id());
@@ -143,7 +157,7 @@ impl Shared {
         let entered =
             |child, terminal| Box::new(Entered { child, pid_file, container, terminal, ended: None });
         if let Some(pty) = &request.pty {
-            let (terminal, end) = Terminal::open(pty.size).map_err(enter)?;
+            let (terminal, end) = Terminal::open(pty.size, sets_modes).map_err(enter)?;
             let end = || end.try_clone().map(Stdio::from);
             command.stdin(end().map_err(enter)?).stdout(end().map_err(enter)?).stderr(end().map_err(enter)?);
             let child = command.spawn().map_err(enter)?;
