@@ -9,9 +9,11 @@ use std::{
 
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
-use tokio::io::{AsyncBufReadExt, BufReader};
 
-use super::ImageError;
+use super::{
+    ImageError,
+    lines::{Last, Lines},
+};
 use crate::podman::find_program;
 
 const TOOL: &str = "mmdebstrap";
@@ -203,17 +205,15 @@ impl Recipe {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
         let mut child = command.spawn().map_err(|error| failed(error.to_string()))?;
         drop(command);
-        let mut last = Vec::new();
+        let mut last = Last::new(20);
         let watch = async {
             if let Some(stderr) = child.stderr.take() {
-                let mut lines = BufReader::new(stderr).lines();
-                while let Ok(Some(line)) = lines.next_line().await {
+                let mut lines = Lines::new(stderr);
+                while let Some(line) = lines.next().await {
                     if line.starts_with("I: ") {
                         progress(line.trim_start_matches("I: "));
                     }
                     last.push(line);
-                    let surplus = last.len().saturating_sub(20);
-                    last.drain(..surplus);
                 }
             }
             child.wait().await
@@ -222,7 +222,7 @@ impl Recipe {
         let status = tokio::time::timeout(LIMIT, watch).await.map_err(timed_out)?;
         match status {
             Ok(status) if status.success() => {}
-            Ok(_) => return Err(failed(last.join("\n"))),
+            Ok(_) => return Err(failed(last.text())),
             Err(error) => return Err(failed(error.to_string())),
         }
         std::fs::File::open(&draft.0).and_then(|file| file.sync_all()).map_err(cache)?;
