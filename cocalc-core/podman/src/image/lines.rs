@@ -79,7 +79,7 @@ mod tests {
     #[tokio::test]
     async fn lines_and_how_many_there_are_fill_no_memory() {
         let mut said = b"one\r\n\n\xff\xfe\n".to_vec();
-        said.extend([b'x'; 3_000_000]);
+        said.extend(vec![b'x'; 3_000_000]);
         said.extend(b"\nlast");
         let mut lines = Lines::new(&said[..]);
         let mut last = Last::new(2);
