@@ -329,17 +329,16 @@ mod tests {
         let mirror = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = format!("http://{}/debian", mirror.local_addr().unwrap());
         let recipe = Recipe { mirror: Some(address), ..Recipe::default() };
-        let named = |at: &Path, what: &str| {
-            let mut entries = std::fs::read_dir(at).into_iter().flatten().flatten();
-            entries.find(|entry| entry.file_name().to_string_lossy().contains(what)).map(|entry| entry.path())
+        let in_it = |at: &Path| -> Vec<PathBuf> {
+            std::fs::read_dir(at).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
         };
         let deadline = std::time::Instant::now() + Duration::from_secs(120);
         let begun = async {
             loop {
                 tokio::time::sleep(Duration::from_millis(20)).await;
                 assert!(std::time::Instant::now() < deadline, "mmdebstrap does not begin");
-                let tree = named(dir.path(), ".tree").and_then(|tree| named(&tree, "mmdebstrap."));
-                if tree.is_some_and(|tree| named(&tree, "etc").is_some()) {
+                let within = in_it(dir.path()).iter().flat_map(|tree| in_it(tree)).collect::<Vec<_>>();
+                if within.iter().any(|root| root.join("etc/apt").exists()) {
                     break;
                 }
             }
@@ -353,8 +352,8 @@ mod tests {
             let mut lines = lines.filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok());
             lines.any(|line| String::from_utf8_lossy(&line).contains(&*dir.path().to_string_lossy()))
         };
-        while named(dir.path(), "").is_some() || works() {
-            assert!(std::time::Instant::now() < deadline, "{:?} is left", named(dir.path(), ""));
+        while !in_it(dir.path()).is_empty() || works() {
+            assert!(std::time::Instant::now() < deadline, "{:?} is left", in_it(dir.path()));
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
