@@ -147,6 +147,19 @@ async fn a_project_whose_helper_is_dead_silent_or_lies_is_entered_without_it() {
     until("it is gone", async || world.run(project, "pgrep -f 'sleep 9876[5]' | wc -l").await.trim() == "0")
         .await;
 
+    // Also if it is dropped before anybody knows which process it is.
+    for _ in 0..4 {
+        drop(world.podman.exec(project, line("exec sleep 65432")).await.unwrap());
+    }
+    let pid_files = format!("{}/sockets/exec-", world.instance);
+    until("nobody starts anything any more", async || {
+        let lines = std::fs::read_dir("/proc").unwrap().flatten();
+        let mut lines = lines.filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok());
+        !lines.any(|line| String::from_utf8_lossy(&line).contains(&pid_files))
+    })
+    .await;
+    assert_eq!(world.run(project, "pgrep -f 'sleep 6543[2]' | wc -l").await.trim(), "0");
+
     // Silent, and lying: a runner that has not seen it fail finds out in time.
     for lies in [false, true] {
         let listener = UnixListener::bind(&socket).unwrap();
