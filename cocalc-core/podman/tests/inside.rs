@@ -147,9 +147,12 @@ async fn a_project_whose_helper_is_dead_silent_or_lies_is_entered_without_it() {
     until("it is gone", async || world.run(project, "pgrep -f 'sleep 9876[5]' | wc -l").await.trim() == "0")
         .await;
 
-    // Also if it is dropped before anybody knows which process it is.
-    for _ in 0..4 {
-        drop(world.podman.exec(project, line("exec sleep 65432")).await.unwrap());
+    // Also if it is dropped before anybody knows which process it is: at any moment of
+    // its start.
+    for millis in (0..160).step_by(5) {
+        let process = world.podman.exec(project, line("exec sleep 65432")).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(millis)).await;
+        drop(process);
     }
     let pid_files = format!("{}/sockets/exec-", world.instance);
     until("nobody starts anything any more", async || {
@@ -158,7 +161,10 @@ async fn a_project_whose_helper_is_dead_silent_or_lies_is_entered_without_it() {
         !lines.any(|line| String::from_utf8_lossy(&line).contains(&pid_files))
     })
     .await;
-    assert_eq!(world.run(project, "pgrep -f 'sleep 6543[2]' | wc -l").await.trim(), "0");
+    until("all are gone", async || {
+        world.run(project, "pgrep -f 'sleep 6543[2]' | wc -l").await.trim() == "0"
+    })
+    .await;
 
     // Silent, and lying: a runner that has not seen it fail finds out in time.
     for lies in [false, true] {
