@@ -6,7 +6,7 @@ use std::{
 };
 
 use cocalc_core::{
-    ids::{Epoch, ProjectId},
+    ids::{Epoch, ProjectId, Timestamp},
     runner::{Error, Result},
 };
 use tokio::sync::watch;
@@ -14,9 +14,11 @@ use tokio::sync::watch;
 use super::{
     Podman, Shared,
     cli::{CliError, Container},
+    end::End,
     lifecycle::{LABEL_EPOCH, LABEL_LIMITS, LABEL_PROJECT, LABEL_SLOT, LABEL_SPEC},
     project::Running,
 };
+use crate::oom;
 
 /// How long a new runner waits for podman to say which containers there are.
 const FIRST_LIMIT: Duration = Duration::from_secs(20);
@@ -152,6 +154,7 @@ impl Shared {
             None
         });
         let runs = running.is_some();
+        let reason = self.reason_found(project, container).await;
         {
             let mut view = entry.view();
             view.env = Arc::new(self.read_env(project));
@@ -160,13 +163,27 @@ impl Shared {
             view.limits = serde_json::from_str(label(LABEL_LIMITS)).unwrap_or_default();
             view.made_from = Some(label(LABEL_SPEC).to_owned());
             view.container = Some(container.id.clone());
-            view.running = running.map(Arc::new);
+            view.running = running;
             view.started = self.records.started(project, container).or(container.started);
-            view.reason.clone_from(&container.reason);
+            view.reason = reason;
         }
         if runs {
             self.resolve_found(project, slot).await;
         }
+    }
+
+    /// Why a container does not run that was found; `None` if it does, or never did.
+    async fn reason_found(&self, project: ProjectId, container: &Container) -> Option<String> {
+        let exit = container.exit.clone()?;
+        let mut end = End { exit: Some(exit), ..End::default() };
+        // What was stopped has no note; and of its processes nobody had notices.
+        if let Some(run) = self.records.run_of(project, container) {
+            let ago = run.started.map_or(Duration::MAX, |started| Timestamp::now().since(started));
+            let since = oom::log_time().saturating_sub(ago);
+            let victim = tokio::task::spawn_blocking(move || oom::victim(run.pid, since)).await;
+            end.victim = victim.unwrap_or_default();
+        }
+        Some(end.words())
     }
 
     /// Adopts what is noted to run and does; how many.
@@ -196,7 +213,7 @@ impl Shared {
                 view.limits = record.limits;
                 view.made_from = record.made_from;
                 view.container = Some(run.container);
-                view.running = Some(Arc::new(running));
+                view.running = Some(running);
                 view.started = run.started;
             }
             found += 1;

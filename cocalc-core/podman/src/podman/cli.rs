@@ -13,7 +13,7 @@ use cocalc_core::ids::Timestamp;
 use serde::Deserialize;
 use tokio::process::Command;
 
-use super::time::parse_time;
+use super::{end::Exit, time::parse_time};
 use crate::command::{CommandError, run};
 
 /// How long podman may take for one call.
@@ -22,8 +22,6 @@ pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 const QUICK_LIMIT: Duration = Duration::from_secs(10);
 /// For how long one that took too long is not asked for such a word.
 const PAUSE: Duration = Duration::from_secs(60);
-/// The exit code of a first process that was killed.
-const KILLED: i32 = 128 + 9;
 /// How many containers are asked about in one call: each call takes podman a tenth
 /// of a second, and a name in it a thousandth.
 const INSPECT_MAX: usize = 50;
@@ -54,7 +52,8 @@ pub(crate) struct Container {
     pub(crate) running: bool,
     pub(crate) pid: i32,
     pub(crate) started: Option<Timestamp>,
-    pub(crate) reason: Option<String>,
+    /// How its first process ended; `None` if it runs or was never started.
+    pub(crate) exit: Option<Exit>,
 }
 
 #[derive(Deserialize)]
@@ -245,15 +244,11 @@ impl TryFrom<Inspected> for Container {
     fn try_from(inspected: Inspected) -> Result<Self, CliError> {
         let state = inspected.state;
         let started = parse_time(&state.started_at).map_err(|error| CliError::Answer(error.into()))?;
-        let reason = match () {
-            () if state.running || started.is_none() => None,
-            // That is also said of one whose other processes were killed long before.
-            () if state.oom_killed && state.exit_code == KILLED => {
-                Some("killed because its memory was used up".into())
-            }
-            () if !state.error.is_empty() => Some(state.error),
-            () => Some(format!("its first process ended with code {}", state.exit_code)),
-        };
+        let exit = (!state.running && started.is_some()).then_some(Exit {
+            code: state.exit_code,
+            complaint: state.error,
+            memory_used_up: state.oom_killed,
+        });
         Ok(Self {
             id: inspected.id,
             name: inspected.name,
@@ -261,7 +256,7 @@ impl TryFrom<Inspected> for Container {
             running: state.running,
             pid: state.pid,
             started,
-            reason,
+            exit,
         })
     }
 }

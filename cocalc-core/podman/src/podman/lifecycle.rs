@@ -17,6 +17,7 @@ use sha2::{Digest, Sha256};
 
 use super::{
     Shared, backend, blocking,
+    end::{End, Exit},
     project::{InPhase, Project, Running},
     record::{Record, Run},
 };
@@ -34,6 +35,10 @@ const SECRETS_INSIDE: &str = "/run/secrets";
 pub(super) const HELPER_INSIDE: &str = "/dev/cocalc-init";
 /// How long the kernel may take to end processes that were killed.
 const KILL_LIMIT: Duration = Duration::from_secs(30);
+/// How long podman may take to notice the end of a container, and how often it is
+/// asked whether it has.
+const NOTICE_LIMIT: Duration = Duration::from_secs(5);
+const NOTICE_AGAIN: Duration = Duration::from_millis(200);
 /// How much of a log is read for its last lines, in bytes.
 const LOG_BYTES_READ: u64 = super::limits::DEFAULT_LOG;
 
@@ -170,7 +175,7 @@ impl Shared {
         receipt.done("first process");
         let mut view = entry.view();
         view.epoch = Some(spec.epoch);
-        view.running = Some(Arc::new(running));
+        view.running = Some(running);
         view.started = started;
         view.reason = None;
         Ok(())
@@ -178,7 +183,7 @@ impl Shared {
 
     /// The first process of a container that was started just now: conmon has left
     /// its number in a file. Asking podman for it would take a quarter of a start.
-    async fn first_process(&self, entry: &Project, name: &str) -> Result<Running> {
+    async fn first_process(&self, entry: &Project, name: &str) -> Result<Arc<Running>> {
         let project = entry.id;
         let failed = |error: BoxError| backend("start", project, error);
         let id = entry.view().container.clone();
@@ -193,8 +198,8 @@ impl Shared {
         let container = found.first().ok_or_else(|| failed("its container is gone".into()))?;
         let running = Running::find(container).map_err(|error| failed(error.into()))?;
         running.ok_or_else(|| {
-            let reason = container.reason.clone();
-            failed(reason.unwrap_or_else(|| "its first process ended at once".into()).into())
+            let end = container.exit.clone().map(|exit| End { exit: Some(exit), ..End::default() });
+            failed(end.map_or_else(|| "its first process ended at once".into(), |end| end.words()).into())
         })
     }
 
@@ -284,15 +289,31 @@ impl Shared {
         Ok(entry.status())
     }
 
-    /// Asks podman how the first process ended.
+    /// Finds out how the first process ended.
     async fn note_reason(&self, entry: &Project) {
-        let found = self.cli.inspect_quickly(&self.container(entry.id)).await;
-        let reason = found.ok().and_then(|found| found.into_iter().next()?.reason);
+        let Some(running) = entry.view().running.clone().filter(|running| !running.process.is_alive()) else {
+            return;
+        };
+        let exit = self.exit(entry.id).await;
+        let ended = Arc::clone(&running);
+        let end = tokio::task::spawn_blocking(move || ended.end(exit)).await;
         let mut view = entry.view();
         // A start since then has made a new one.
-        if let Some(running) = view.running.clone().filter(|running| !running.process.is_alive()) {
-            let reason = reason.unwrap_or_else(|| "its first process ended".into());
-            view.reason = Some(reason + &running.epilogue());
+        if view.running.as_ref().is_some_and(|now| Arc::ptr_eq(now, &running)) {
+            view.reason = Some(end.unwrap_or_default().words());
+        }
+    }
+
+    /// Asks podman how a first process ended, until it has noticed the end itself.
+    async fn exit(&self, project: ProjectId) -> Option<Exit> {
+        let name = self.container(project);
+        let begun = std::time::Instant::now();
+        loop {
+            let found = self.cli.inspect_quickly(&name).await.ok()?.into_iter().next()?;
+            if found.exit.is_some() || begun.elapsed() >= NOTICE_LIMIT {
+                return found.exit;
+            }
+            tokio::time::sleep(NOTICE_AGAIN).await;
         }
     }
 

@@ -5,6 +5,7 @@ mod adopt;
 mod builder;
 mod cleanup;
 mod cli;
+mod end;
 mod fallback;
 mod lifecycle;
 mod limits;

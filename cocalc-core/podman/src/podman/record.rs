@@ -74,8 +74,13 @@ impl Records {
 
     /// When the process that runs in a container began, as it was said then.
     pub(super) fn started(&self, project: ProjectId, container: &Container) -> Option<Timestamp> {
+        self.run_of(project, container).filter(|run| run.pid == container.pid)?.started
+    }
+
+    /// The first process that a container has or had, if it was not stopped.
+    pub(super) fn run_of(&self, project: ProjectId, container: &Container) -> Option<Run> {
         let (_, Record { run, .. }) = read(&self.path(project))?;
-        run.filter(|run| run.container == container.id && run.pid == container.pid)?.started
+        run.filter(|run| run.container == container.id)
     }
 
     /// Whether it may run for all that is noted.
