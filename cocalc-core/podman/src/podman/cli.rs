@@ -25,6 +25,9 @@ const PAUSE: Duration = Duration::from_secs(60);
 /// How many containers are asked about in one call: each call takes podman a tenth
 /// of a second, and a name in it a thousandth.
 const INSPECT_MAX: usize = 50;
+/// After how many containers in a row of which podman says nothing, and nothing of
+/// others, it is not asked of more.
+const FAILURES_MAX: usize = 5;
 
 /// What podman reads instead of the system's `containers.conf`: the default
 /// sysctls cannot be set in a network namespace that is not the container's
@@ -49,7 +52,8 @@ pub(crate) struct Container {
     pub(crate) id: String,
     pub(crate) name: String,
     pub(crate) labels: BTreeMap<String, String>,
-    pub(crate) running: bool,
+    /// The state as podman calls it.
+    pub(crate) status: String,
     pub(crate) pid: i32,
     pub(crate) started: Option<Timestamp>,
     /// How its first process ended; `None` if it runs or was never started.
@@ -69,6 +73,8 @@ struct Inspected {
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct InspectedState {
+    #[serde(default)]
+    status: String,
     running: bool,
     #[serde(rename = "OOMKilled")]
     oom_killed: bool,
@@ -85,6 +91,9 @@ struct InspectedConfig {
     #[serde(default)]
     labels: Option<BTreeMap<String, String>>,
 }
+
+/// A container's name, and what podman knows of it.
+pub(crate) type Said = (String, Result<Container, CliError>);
 
 /// Why a call of podman failed.
 #[derive(Debug, thiserror::Error)]
@@ -196,25 +205,37 @@ impl Cli {
         self.inspect_within(QUICK_LIMIT, &[name.to_owned()]).await
     }
 
-    /// What podman knows of those of these containers that are still there.
-    pub(crate) async fn inspect_present(&self, names: &[String]) -> Result<Vec<Container>, CliError> {
-        let mut found = Vec::with_capacity(names.len());
+    /// What podman knows of those of these containers that are still there, or why it
+    /// does not say. A podman that takes too long, or says nothing at all, fails.
+    pub(crate) async fn inspect_each(&self, names: &[String]) -> Result<Vec<Said>, CliError> {
+        let mut all = Vec::with_capacity(names.len());
         for some in names.chunks(INSPECT_MAX) {
             match self.inspect(some).await {
-                Ok(containers) => found.extend(containers),
-                // One that vanished meanwhile is not missed; the others are here.
-                Err(error) if error.is_missing() => {
+                Ok(containers) => all.extend(containers.into_iter().map(|one| (one.name.clone(), Ok(one)))),
+                Err(error) if error.is_late() => return Err(error),
+                // The others are there and in order.
+                Err(_) => {
+                    let before = all.len();
+                    let mut failed = 0;
                     for name in some {
                         match self.inspect(std::slice::from_ref(name)).await {
                             Err(error) if error.is_missing() => {}
-                            one => found.extend(one?),
+                            Err(error) if error.is_late() => return Err(error),
+                            Err(error) => {
+                                failed += 1;
+                                // That is podman's trouble, and not a container's.
+                                if failed >= FAILURES_MAX && failed == all.len() - before + 1 {
+                                    return Err(error);
+                                }
+                                all.push((name.clone(), Err(error)));
+                            }
+                            Ok(one) => all.extend(one.into_iter().map(|one| (name.clone(), Ok(one)))),
                         }
                     }
                 }
-                Err(error) => return Err(error),
             }
         }
-        Ok(found)
+        Ok(all)
     }
 
     async fn inspect_within(&self, limit: Duration, names: &[String]) -> Result<Vec<Container>, CliError> {
@@ -229,12 +250,21 @@ impl Cli {
         inspected.into_iter().map(Container::try_from).collect()
     }
 
-    /// The names of all containers with this label, if podman says them in time.
-    pub(crate) async fn labelled(&self, label: &str, limit: Duration) -> Result<Vec<String>, CliError> {
+    /// The names and states of all containers with this label, if podman says them in
+    /// time.
+    pub(crate) async fn listed(
+        &self,
+        label: &str,
+        limit: Duration,
+    ) -> Result<Vec<(String, String)>, CliError> {
         let filter = format!("label={label}");
-        let args = ["ps", "--all", "--no-trunc", "--filter", &filter, "--format", "{{.Names}}"];
+        let args = ["ps", "--all", "--no-trunc", "--filter", &filter, "--format", "{{.Names}} {{.State}}"];
         let text = self.run_within(limit, args).await?;
-        Ok(text.lines().map(str::to_owned).filter(|line| !line.is_empty()).collect())
+        let of = |line: &str| {
+            let (name, state) = line.split_once(' ').unwrap_or((line, ""));
+            (name.to_owned(), state.trim().to_ascii_lowercase())
+        };
+        Ok(text.lines().filter(|line| !line.is_empty()).map(of).collect())
     }
 }
 
@@ -253,7 +283,7 @@ impl TryFrom<Inspected> for Container {
             id: inspected.id,
             name: inspected.name,
             labels: inspected.config.labels.unwrap_or_default(),
-            running: state.running,
+            status: state.status,
             pid: state.pid,
             started,
             exit,

@@ -61,6 +61,8 @@ pub(crate) struct View {
     pub(crate) running: Option<Arc<Running>>,
     pub(crate) started: Option<Timestamp>,
     pub(crate) reason: Option<String>,
+    /// Why it is not known what it does; `None` if it is.
+    pub(crate) doubt: Option<String>,
     /// The receipt of the last start.
     pub(crate) phases: Vec<(String, u64)>,
 }
@@ -83,15 +85,30 @@ impl Project {
         self.view().running.clone().filter(|running| running.process.is_alive())
     }
 
+    /// Why it is not known what it does; `None` if it is.
+    pub(crate) fn doubt(&self) -> Option<String> {
+        self.view().doubt.clone()
+    }
+
+    /// Whether it does not run, and nobody is about to change that.
+    pub(crate) fn is_at_rest(&self) -> bool {
+        self.running().is_none() && self.view().phase.is_none()
+    }
+
     pub(crate) fn status(&self) -> Status {
         let alive = self.running().is_some();
         let view = self.view();
         let state = match view.phase {
             Some(phase) => phase,
             None if alive => State::Running,
+            None if view.doubt.is_some() => State::Unknown,
             None => State::Stopped,
         };
-        let reason = view.reason.clone().filter(|_| state == State::Stopped);
+        let reason = match state {
+            State::Stopped => view.reason.clone(),
+            State::Unknown => view.doubt.clone(),
+            _ => None,
+        };
         Status { project: self.id, epoch: view.epoch, state, started: view.started, reason }
     }
 }
@@ -185,9 +202,18 @@ impl Running {
         *self.failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
     }
 
-    /// The first process of a container, or `None` if it is not there any more.
-    pub(crate) fn find(container: &Container) -> io::Result<Option<Arc<Self>>> {
-        if container.running { Self::of(container.pid, &container.id) } else { Ok(None) }
+    /// The first process of a container, which podman names or else others;
+    /// `None` if it is not there any more.
+    pub(crate) fn find(
+        container: &Container,
+        others: impl IntoIterator<Item = i32>,
+    ) -> io::Result<Option<Arc<Self>>> {
+        for pid in [container.pid].into_iter().chain(others) {
+            if let Some(found) = Self::of(pid, &container.id)? {
+                return Ok(Some(found));
+            }
+        }
+        Ok(None)
     }
 
     /// The same, of a container by its id and the number of its first process.
