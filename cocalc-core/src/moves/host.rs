@@ -630,7 +630,8 @@ pub fn runner_error(error: runner::Error) -> CommandError {
         runner::Error::NoImage { .. } => ErrorCode::NotFound,
         runner::Error::Busy { .. } => ErrorCode::Busy,
         runner::Error::Invalid { .. } => ErrorCode::Invalid,
-        runner::Error::TimedOut { .. } | runner::Error::Unknown { .. } => ErrorCode::Unavailable,
+        runner::Error::TimedOut { .. } => ErrorCode::Unavailable,
+        runner::Error::Unknown { .. } => ErrorCode::StateUnknown,
         _ => ErrorCode::Failed,
     };
     CommandError { code, message: crate::chain(&error) }
