@@ -25,7 +25,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// After how long podman is asked again at first, and at most.
 const AGAIN: Duration = Duration::from_secs(1);
 const AGAIN_MAX: Duration = Duration::from_secs(60);
-/// How often it is looked whether a doubt has been settled, by whoever waits for it.
+/// How long a change of a project waits for an answer of podman about that one, and
+/// how often it is looked whether a doubt has been settled.
+const DOUBT_PATIENCE: Duration = Duration::from_secs(5);
 const DOUBT_LOOK: Duration = Duration::from_millis(500);
 /// What ends not knowing, for people.
 const ADVICE: &str = "podman is asked again at least once a minute; if this lasts, see what \
@@ -120,17 +122,19 @@ async fn look_on(shared: Weak<Shared>) {
             }
         };
         let wait = if settled { runner.look_again } else { pause };
-        // It may be slow, for all it has to look through.
-        (pause, limit) = if settled {
-            (AGAIN, FIRST_LIMIT)
-        } else {
-            ((pause * 2).min(AGAIN_MAX), (limit * 2).min(AGAIN_MAX))
-        };
         let doubt = Arc::clone(&runner.adoption.doubt);
         // One that is gone is not held.
         drop(runner);
         tokio::select! {
-            () = tokio::time::sleep(wait) => {}
+            () = tokio::time::sleep(wait) => {
+                // It may be slow, for all it has to look through.
+                (pause, limit) = if settled {
+                    (AGAIN, FIRST_LIMIT)
+                } else {
+                    ((pause * 2).min(AGAIN_MAX), (limit * 2).min(AGAIN_MAX))
+                };
+            }
+            // Somebody wants to know: that makes nothing slower.
             () = doubt.notified() => {}
         }
     }
@@ -146,7 +150,9 @@ impl Shared {
         }
         // Podman may be mended by now. Whoever goes on sees for themselves.
         let begun = Instant::now();
-        while self.known(project).is_some_and(|entry| entry.doubt().is_some()) && begun.elapsed() < PATIENCE {
+        while self.known(project).is_some_and(|entry| entry.doubt().is_some())
+            && begun.elapsed() < DOUBT_PATIENCE
+        {
             self.adoption.doubt.notify_one();
             tokio::time::sleep(DOUBT_LOOK).await;
         }

@@ -85,6 +85,10 @@ impl Shared {
                 let entry = self.entry(project);
                 let _operation = entry.operation.lock().await;
                 self.look_at(&entry).await;
+                // It was removed since it was listed.
+                if entry.view().is_empty() && Arc::strong_count(&entry) <= 2 {
+                    self.projects().remove(&project);
+                }
             }
         }
         let noted: Vec<Arc<Project>> = self

@@ -67,6 +67,20 @@ pub(crate) struct View {
     pub(crate) phases: Vec<(String, u64)>,
 }
 
+impl View {
+    /// Whether nothing is known of it, nor anything of it there.
+    pub(crate) fn is_empty(&self) -> bool {
+        let Self { phase, epoch, slot, made_from, container, running, doubt, .. } = self;
+        phase.is_none()
+            && epoch.is_none()
+            && slot.is_none()
+            && made_from.is_none()
+            && container.is_none()
+            && running.is_none()
+            && doubt.is_none()
+    }
+}
+
 impl Project {
     pub(crate) fn new(id: ProjectId) -> Self {
         Self { id, operation: tokio::sync::Mutex::default(), view: Mutex::default() }

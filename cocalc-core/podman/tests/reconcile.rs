@@ -1,5 +1,6 @@
-//! What is left over of a host's projects goes, in whatever state it was left, and what
-//! is somebody else's stays. On real podman; needs root.
+//! What podman has and what the host wants meet again: what is left over goes, in
+//! whatever state it was left, what is somebody else's stays, and what is not known is
+//! left alone until it is. On real podman; needs root.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test")]
 
@@ -18,8 +19,9 @@ use cocalc_core::{
     control::ProjectConfig,
     grant::{Ledger, MemoryLedgerStore, sweep_orphans},
     ids::{Epoch, HostId, ProjectId},
-    runner::{Runner, State},
+    runner::{Error, ProjectSpec, Runner, State},
 };
+use cocalc_podman::Podman;
 use world::{World, must, until};
 
 /// The containers that podman knows of: their ids and names.
@@ -295,4 +297,154 @@ async fn what_is_left_over_goes_from_any_state_and_what_is_others_stays() {
     .await;
     podman.start(&resting).await.unwrap();
     assert_eq!(world::run_in(&podman, resting.project, None, "echo up").await, "up\n");
+}
+
+/// A podman that fails as a file says, while it is there: both, in `dir`. The file has
+/// `fails`, or one of these words and the name of a container, which is asked about
+/// alone: `silent` (it does not say what it is), `odd` (nor does it know it), `begun`
+/// (it is started, and then podman fails).
+fn podman_that_fails(dir: &Path) -> (PathBuf, PathBuf) {
+    let (wrapper, how) = (dir.join("failing-podman"), dir.join("how"));
+    let script = format!(
+        r#"#!/bin/sh
+test -e {how} || exec podman "$@"
+read word name <{how}
+fail() {{ echo "Error: the database is locked" >&2; exit 125; }}
+for last; do :; done
+case "$word $*" in
+fails\ *) fail;;
+silent*inspect*"$name"*) fail;;
+odd*" container inspect $name")
+  podman "$@" | sed 's/"Status": "[a-z]*"/"Status": "unknown"/; s/"Running": true/"Running": false/; s/"Pid": [0-9]*/"Pid": 0/'
+  exit 0;;
+odd*inspect*"$name"*) fail;;
+begun*" start $name") podman "$@"; fail;;
+begun*" stop "*"$name"|begun*" inspect $name") fail;;
+esac
+exec podman "$@"
+"#,
+        how = how.display()
+    );
+    cocalc_testkit::executable::write(&wrapper, script);
+    (wrapper, how)
+}
+
+/// Asserts that nothing is known of a project, that it is told why and what to do, and
+/// that nothing is done to it.
+async fn is_left_alone(podman: &Podman, spec: &ProjectSpec, why: &str) {
+    let project = spec.project;
+    // They wait a moment for podman, which is asked at once.
+    let (prepared, started, removed) =
+        tokio::join!(podman.prepare(spec), podman.start(spec), podman.remove(project));
+    let others = (podman.status(project).await, podman.dial(project, 1).await);
+    for refused in [prepared, started.map(drop), removed, others.0.map(drop), others.1.map(drop)] {
+        let Err(Error::Unknown { reason, .. }) = refused else { panic!("{why}: {refused:?}") };
+        assert!(reason.contains(why) && reason.contains("podman ps"), "{reason}");
+    }
+    let list = podman.list().await.unwrap();
+    let one = list.iter().find(|one| one.project == project).unwrap();
+    assert!(one.state == State::Unknown && one.reason.is_some(), "{one:?}");
+}
+
+async fn is_known(podman: &Podman, project: ProjectId) -> State {
+    let begun = std::time::Instant::now();
+    loop {
+        match podman.status(project).await {
+            Ok(status) => return status.state,
+            Err(Error::Unknown { reason, .. }) => {
+                assert!(begun.elapsed() < Duration::from_secs(300), "podman is not asked again: {reason}");
+            }
+            Err(error) => panic!("{error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_podman_does_not_say_is_not_known_and_nothing_is_done_until_it_is() {
+    let world = World::new().await;
+    let (running, resting, other) = (world.started(0).await, world.started(1).await, world.started(2).await);
+    world.podman.stop(resting.project, Duration::from_secs(5)).await.unwrap();
+    let pid = world.first_process(running.project);
+    let (wrapper, how) = podman_that_fails(world.state.path());
+    let name = |spec: &ProjectSpec| format!("cocalc-{}-{}", world.instance, spec.project);
+    let says = |text: String| {
+        let new = how.with_extension("new");
+        std::fs::write(&new, format!("{text}\n")).unwrap();
+        std::fs::rename(new, &how).unwrap();
+    };
+    let daemon = async || {
+        let builder = world::builder(world.instance, world.state.path(), world.index, &world.volume);
+        builder.podman(&wrapper).build().await.unwrap()
+    };
+    let runtime = PathBuf::from("/run/cocalc").join(world.instance.to_string());
+    let note = runtime.join(format!("running/{}.json", running.project));
+
+    // Of one container nothing is said; the others go on.
+    says(format!("silent {}", name(&resting)));
+    let podman = daemon().await;
+    is_left_alone(&podman, &resting, "the database is locked").await;
+    assert_eq!(podman.status(running.project).await.unwrap().state, State::Running);
+    podman.stop(other.project, Duration::from_secs(5)).await.unwrap();
+    assert_eq!(podman.start(&other).await.unwrap().state, State::Running);
+    // What is said is not understood.
+    says(format!("odd {}", name(&resting)));
+    let begun = std::time::Instant::now();
+    loop {
+        let Err(Error::Unknown { reason, .. }) = podman.status(resting.project).await else {
+            panic!("known")
+        };
+        if reason.contains("\"unknown\"") {
+            break;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(300), "podman is not asked again");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    is_left_alone(&podman, &resting, "\"unknown\"").await;
+    std::fs::remove_file(&how).unwrap();
+    assert_eq!(is_known(&podman, resting.project).await, State::Stopped);
+    assert_eq!(podman.start(&resting).await.unwrap().state, State::Running);
+    drop(podman);
+
+    // A note that makes no sense, of one that runs, whatever podman says: it is seen.
+    std::fs::write(&note, "{").unwrap();
+    says(format!("odd {}", name(&running)));
+    let podman = daemon().await;
+    assert_eq!(podman.status(running.project).await.unwrap().state, State::Running);
+    assert!(std::fs::read_to_string(&note).unwrap().contains(&pid), "and noted");
+    drop(podman);
+    // Without any trace of its first process it is not known; then it is adopted.
+    std::fs::write(&note, "{").unwrap();
+    std::fs::remove_file(runtime.join(format!("pids/{}", running.project))).unwrap();
+    let podman = daemon().await;
+    is_left_alone(&podman, &running, "\"unknown\"").await;
+    std::fs::remove_file(&how).unwrap();
+    assert_eq!(is_known(&podman, running.project).await, State::Running);
+    assert_eq!(world.first_process(running.project), pid, "not started again");
+    assert_eq!(world::run_in(&podman, running.project, None, "echo still").await, "still\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_that_broke_off_is_not_tried_again_before_it_is_known_what_came_of_it() {
+    let world = World::new().await;
+    let spec = world.project(0);
+    let (wrapper, how) = podman_that_fails(world.state.path());
+    let builder = world::builder(world.instance, world.state.path(), world.index, &world.volume);
+    let podman = builder.podman(&wrapper).build().await.unwrap();
+    std::fs::write(&how, format!("begun cocalc-{}-{}\n", world.instance, spec.project)).unwrap();
+    let started = podman.start(&spec).await;
+    assert!(matches!(started, Err(Error::Backend { .. })), "{started:?}");
+    // It runs, and nobody here has seen that.
+    let pid = world.first_process(spec.project);
+    is_left_alone(&podman, &spec, "the database is locked").await;
+    // All of podman fails for a while.
+    std::fs::write(&how, "fails\n").unwrap();
+    is_left_alone(&podman, &spec, "the database is locked").await;
+    std::fs::remove_file(&how).unwrap();
+    assert_eq!(is_known(&podman, spec.project).await, State::Running);
+    assert_eq!(world.first_process(spec.project), pid);
+    assert_eq!(podman.start(&spec).await.unwrap().state, State::Running);
+    assert_eq!(world::run_in(&podman, spec.project, None, "echo up > ~/x; cat ~/x").await.trim(), "up");
+    podman.stop(spec.project, Duration::from_secs(5)).await.unwrap();
+    podman.remove(spec.project).await.unwrap();
 }
