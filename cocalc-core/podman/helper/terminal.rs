@@ -1,12 +1,19 @@
 //! The modes of a terminal, as SSH says them (RFC 4254, section 8), given to the
 //! kernel: numbers of asm-generic/termbits.h, which x86-64 and Arm share.
 
-use std::fs::File;
+use std::{
+    fs::File,
+    time::{Duration, Instant},
+};
 
 use crate::sys::{self, Termios};
 
 /// What SSH says for a character that does nothing, and what the kernel has.
 const DISABLED: (u32, u8) = (255, 0);
+/// That a line that is shown ends with a return.
+const ONLCR: u32 = 0o4;
+/// How long a runtime may take to have a terminal as it wants it.
+const RUNTIME_LIMIT: Duration = Duration::from_secs(2);
 /// The bits of the speed.
 const SPEED_BITS: u32 = 0o010_017;
 
@@ -59,12 +66,12 @@ const LOCAL: [(u8, u32); 13] = [
     (62, 0o40000),   // PENDIN
 ];
 const OUTPUT: [(u8, u32); 6] = [
-    (70, 0o1),  // OPOST
-    (71, 0o2),  // OLCUC
-    (72, 0o4),  // ONLCR
-    (73, 0o10), // OCRNL
-    (74, 0o20), // ONOCR
-    (75, 0o40), // ONLRET
+    (70, 0o1),   // OPOST
+    (71, 0o2),   // OLCUC
+    (72, ONLCR), // ONLCR
+    (73, 0o10),  // OCRNL
+    (74, 0o20),  // ONOCR
+    (75, 0o40),  // ONLRET
 ];
 const CONTROL: [(u8, u32); 4] = [
     (90, 0o40),   // CS7
@@ -107,6 +114,34 @@ const BAUDS: [(u32, u32); 31] = [
     (3_500_000, 0o10016),
     (4_000_000, 0o10017),
 ];
+
+/// Has a terminal that a container runtime has made as every new one is. runc takes
+/// the returns from it, from outside and at the same time, and puts them into its own
+/// user's terminal: there they would come into what programs show that know what they
+/// do. So this waits until it has, and undoes it. One that does not is not waited for
+/// long.
+pub(crate) fn await_runtime(terminal: &File) {
+    let begun = Instant::now();
+    loop {
+        match sys::modes(terminal) {
+            Some(mut has) if has.output & ONLCR == 0 => {
+                has.output |= ONLCR;
+                return sys::set_modes(terminal, &has);
+            }
+            Some(_) if begun.elapsed() < RUNTIME_LIMIT => std::thread::sleep(Duration::from_millis(1)),
+            _ => return,
+        }
+    }
+}
+
+/// Reads modes from a command line, as `53=0,1=3`. What makes no sense is left out.
+pub(crate) fn parse(modes: &str) -> Vec<(u8, u32)> {
+    let one = |text: &str| {
+        let (code, value) = text.split_once('=')?;
+        Some((code.parse().ok()?, value.parse().ok()?))
+    };
+    modes.split(',').filter_map(one).collect()
+}
 
 /// Gives a terminal the modes that somebody asks for. What is unknown, or cannot
 /// be, is left as it is: a terminal that is not quite as wished is better than none.
@@ -172,6 +207,27 @@ mod tests {
         set_modes(&slave, &[(53, 1), (36, 1), (72, 1)]);
         let now = sys::modes(&slave).unwrap();
         assert_eq!((now.local, now.input, now.output), (new.local, new.input, new.output));
+    }
+
+    #[test]
+    fn what_a_runtime_takes_from_a_terminal_is_given_back_and_what_is_asked_for_counts() {
+        let (master, slave) = sys::open_pty().unwrap();
+        let new = sys::modes(&slave).unwrap();
+        let runtime = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(50));
+            let mut has = sys::modes(&master).unwrap();
+            has.output &= !ONLCR;
+            sys::set_modes(&master, &has);
+            master
+        });
+        await_runtime(&slave);
+        let _master = runtime.join().unwrap();
+        assert_eq!(sys::modes(&slave).unwrap(), new);
+        set_modes(&slave, &parse("72=0,x=1,,53=0,1=7,3=,999=1,2=99999999999"));
+        let now = sys::modes(&slave).unwrap();
+        assert_eq!((now.output & ONLCR, now.local & 0o10, now.characters[0]), (0, 0, 7));
+        assert_eq!(now.characters[1..], new.characters[1..]);
+        assert_eq!(parse(""), []);
     }
 
     fn is_known(code: u8) -> bool {

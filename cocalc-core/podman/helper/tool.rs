@@ -12,11 +12,12 @@ use std::{
     io::{self, BufRead, Read, Write},
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs},
     os::{
-        fd::OwnedFd,
+        fd::{AsFd, OwnedFd},
         linux::net::SocketAddrExt,
         unix::{
             fs::DirBuilderExt,
             net::{UnixListener, UnixStream},
+            process::CommandExt,
         },
     },
     path::{Path, PathBuf},
@@ -25,7 +26,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{sftp, sys};
+use crate::{sftp, sys, terminal};
 
 /// How many accepted connections wait for being taken over.
 const WAITING_MAX: usize = 64;
@@ -53,6 +54,7 @@ pub(crate) fn run(args: &[String]) -> i32 {
         ["connect-tcp", host, port] => return carry(connect(host, port)),
         ["connect-unix", path] => return carry(UnixStream::connect(path).map(OwnedFd::from)),
         ["sftp"] => return sftp::serve(),
+        ["terminal", modes, program, ref args @ ..] => return in_terminal(modes, program, args),
         _ => Err(io::Error::other("unknown tool")),
     };
     match done {
@@ -62,6 +64,19 @@ pub(crate) fn run(args: &[String]) -> i32 {
             1
         }
     }
+}
+
+/// Gives the terminal that this is started in its modes, and becomes the program;
+/// its exit status is what a shell says of one that is not there.
+fn in_terminal(modes: &str, program: &str, args: &[&str]) -> i32 {
+    if let Ok(own) = io::stdin().as_fd().try_clone_to_owned() {
+        let own = File::from(own);
+        terminal::await_runtime(&own);
+        terminal::set_modes(&own, &terminal::parse(modes));
+    }
+    let error = Command::new(program).args(args).exec();
+    eprintln!("{program}: {}", one_line(&error));
+    if error.kind() == io::ErrorKind::NotFound { 127 } else { 126 }
 }
 
 fn one_line(error: &io::Error) -> String {

@@ -28,7 +28,7 @@ use crate::{
     kernel, mounts,
 };
 
-pub(crate) use dns::{ADDRESS as RESOLVER, Resolver, Servers};
+pub(crate) use dns::{ADDRESS as RESOLVER, QUESTIONS_PER_SEC, Resolver, Servers};
 pub(crate) use sockets::Sockets;
 
 /// The beginning of every cable's name on the host, whichever runner made it.

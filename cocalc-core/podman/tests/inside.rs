@@ -95,6 +95,7 @@ async fn a_project_whose_helper_is_dead_silent_or_lies_is_entered_without_it() {
     // With the helper, for comparison.
     std::fs::rename(&original, &socket).unwrap();
     let with = world.run(project, look).await;
+    let modes_with = modes_of(&world, project).await;
 
     // Dead: nobody listens.
     std::fs::rename(&socket, &original).unwrap();
@@ -119,6 +120,8 @@ async fn a_project_whose_helper_is_dead_silent_or_lies_is_entered_without_it() {
     assert!(matches!(&refused, Error::Invalid { reason, .. } if reason.contains("no user")), "{refused}");
     assert_eq!(world.run(project, "pwd").await, "/home/user\n");
     terminals_without_the_helper(&world, project).await;
+    assert_eq!(modes_of(&world, project).await, modes_with, "of terminals, as they were asked for");
+    nobody_else_sees_the_environment(&world, project).await;
     // What ingresses need inside: here it is refused by the kernel, and says so.
     let tool = Tool::ConnectTcp { host: "127.0.0.1".into(), port: 9 };
     let request = ExecRequest { command: Command::Tool(tool), ..ExecRequest::default() };
@@ -135,27 +138,6 @@ async fn a_project_whose_helper_is_dead_silent_or_lies_is_entered_without_it() {
     world.root(project, "rm /etc/passwd").await;
     assert_eq!(world.root(project, "id -u; mv /etc/passwd.kept /etc/passwd; id -un").await, "0\nroot\n");
 
-    // What is in its environment is on no command line that others can read.
-    let mut request = line("echo up; exec sleep 87654");
-    request.env.insert("TOLD".into(), "an-environment-canary".into());
-    let mut process = world.podman.exec(project, request).await.unwrap();
-    let mut up = [0; 3];
-    process.stdout.read_exact(&mut up).await.unwrap();
-    let told = || -> (bool, bool) {
-        let lines: Vec<String> = std::fs::read_dir("/proc")
-            .unwrap()
-            .flatten()
-            .filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok())
-            .map(|line| String::from_utf8_lossy(&line).into_owned())
-            .collect();
-        let says = |what: &str| lines.iter().any(|line| line.contains(what));
-        (says("87654"), says("an-environment-canary"))
-    };
-    // Between one program and the next there is no line.
-    until("its own is there", async || told().0).await;
-    assert!(!told().1);
-    drop(process);
-
     // Dropping it ends the process inside, not the runtime's own only.
     let mut process = world.podman.exec(project, line("echo up; exec sleep 98765")).await.unwrap();
     let mut up = [0; 3];
@@ -164,6 +146,25 @@ async fn a_project_whose_helper_is_dead_silent_or_lies_is_entered_without_it() {
     drop(process);
     until("it is gone", async || world.run(project, "pgrep -f 'sleep 9876[5]' | wc -l").await.trim() == "0")
         .await;
+
+    // Also if it is dropped before anybody knows which process it is: at any moment of
+    // its start.
+    for millis in (0..160).step_by(5) {
+        let process = world.podman.exec(project, line("exec sleep 65432")).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(millis)).await;
+        drop(process);
+    }
+    let pid_files = format!("{}/sockets/exec-", world.instance);
+    until("nobody starts anything any more", async || {
+        let lines = std::fs::read_dir("/proc").unwrap().flatten();
+        let mut lines = lines.filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok());
+        !lines.any(|line| String::from_utf8_lossy(&line).contains(&pid_files))
+    })
+    .await;
+    until("all are gone", async || {
+        world.run(project, "pgrep -f 'sleep 6543[2]' | wc -l").await.trim() == "0"
+    })
+    .await;
 
     // Silent, and lying: a runner that has not seen it fail finds out in time.
     for lies in [false, true] {
@@ -200,6 +201,72 @@ async fn a_project_whose_helper_is_dead_silent_or_lies_is_entered_without_it() {
     }
     std::fs::rename(&original, &socket).unwrap();
     world.podman.stop(project, Duration::from_secs(5)).await.unwrap();
+}
+
+/// The modes of terminals inside, new ones and such as were asked for, and what they
+/// show of a line.
+async fn modes_of(world: &World, project: ProjectId) -> Vec<String> {
+    // No echo, ^G interrupts, no ^D, returns are not made from line feeds nor the other
+    // way round, another speed, and one that nobody knows.
+    let asked = vec![(53, 0), (1, 7), (5, 255), (36, 0), (72, 0), (129, 9600), (200, 1)];
+    let mut all = Vec::new();
+    for modes in [Vec::new(), asked, vec![(51, 0), (70, 0)], [(71, 1)].repeat(300)] {
+        let size = WindowSize { cols: 80, rows: 24 };
+        let pty = Some(Pty { modes, ..Pty::new("xterm", size) });
+        let mut process = world
+            .podman
+            .exec(project, ExecRequest { pty, ..line("stty -g; stty speed; echo end") })
+            .await
+            .unwrap();
+        let mut shown = String::new();
+        let read = process.stdout.read_to_string(&mut shown);
+        tokio::time::timeout(Duration::from_secs(60), read).await.unwrap().unwrap();
+        assert_eq!(process.handle.wait().await.unwrap(), Exit::Code(0), "{shown:?}");
+        all.push(shown);
+    }
+    assert!(all[0].ends_with("\r\nend\r\n") && all[1].ends_with("\nend\n"), "{all:?}");
+    assert!(all[1].contains("9600") && all[1] != all[0], "{all:?}");
+    all
+}
+
+/// What is in the environment of a process is on no command line that others can read,
+/// neither while it starts nor afterwards; and it gets signals.
+async fn nobody_else_sees_the_environment(world: &World, project: ProjectId) {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let says = |what: &str| {
+        let lines = std::fs::read_dir("/proc").unwrap().flatten();
+        let lines = lines.filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok());
+        lines.filter(|line| String::from_utf8_lossy(line).contains(what)).count()
+    };
+    let (mut seen, over) = (0, std::sync::Arc::new(AtomicBool::new(false)));
+    let looking = over.clone();
+    let looks = std::thread::spawn(move || {
+        let mut looks = 0;
+        while !looking.load(Ordering::Relaxed) {
+            seen += says("an-environment-canary");
+            looks += 1;
+        }
+        (looks, seen)
+    });
+    for pty in [None, Some(Pty::new("xterm", WindowSize { cols: 80, rows: 24 }))] {
+        let mut request = ExecRequest {
+            pty,
+            ..line("trap 'exit 5' USR1; echo $TOLD; while :; do sleep 0.02; done #87654")
+        };
+        request.env.insert("TOLD".into(), "an-environment-canary".into());
+        let mut process = world.podman.exec(project, request).await.unwrap();
+        let mut told = [0; 21];
+        process.stdout.read_exact(&mut told).await.unwrap();
+        assert_eq!(&told, b"an-environment-canary");
+        // Between one program and the next there is no line.
+        until("its own line is there", async || says("#87654") > 0).await;
+        process.handle.signal("USR1").await.unwrap();
+        let end = tokio::time::timeout(Duration::from_secs(60), process.handle.wait()).await;
+        assert_eq!(end.unwrap().unwrap(), Exit::Code(5));
+    }
+    over.store(true, Ordering::Relaxed);
+    let (looks, seen) = looks.join().unwrap();
+    assert!(looks > 1 && seen == 0, "seen {seen} times in {looks} looks");
 }
 
 /// A terminal that the runtime carries: it shows, is typed in, has a size that changes,

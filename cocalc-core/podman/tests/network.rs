@@ -92,6 +92,9 @@ impl Drop for Outside {
     }
 }
 
+/// How often a name server of these tests was asked for `flood.test`.
+static FLOOD: AtomicU32 = AtomicU32::new(0);
+
 /// A name server on the host's loopback, where a project can't reach it: knows a
 /// few names, over UDP and TCP. Returns its address.
 fn name_server() -> SocketAddr {
@@ -138,6 +141,9 @@ fn answer(question: &[u8]) -> Vec<u8> {
         at += 1 + usize::from(length);
     }
     let ended = at + 5;
+    if labels == ["flood", "test"] {
+        FLOOD.fetch_add(1, Ordering::Relaxed);
+    }
     let address: Option<IpAddr> = match labels.join(".").as_str() {
         "allowed.test" | "many.test" => Some(INTERNET.parse().unwrap()),
         "other.test" => Some(OTHER.parse().unwrap()),
@@ -275,8 +281,61 @@ print(s.recv(512)[-4:].hex())'";
     open.isolation.network = NetworkPolicy::Full;
     world.podman.start(&open).await.unwrap();
     assert!(ask(&world, project, INTERNET, 81).await.is_ok());
+    one_that_floods_the_resolver_holds_up_nobody(&world, full, project).await;
     world.podman.remove(project).await.unwrap();
     let left = world::must(Command::new("nft").args(["list", "ruleset"]));
     assert!(!left.contains("only_2"), "{left}");
     drop(outside);
+}
+
+/// Asks as often as it can, over UDP and TCP; how often, and for how long.
+const FLOOD_NAMES: &str = r#"python3 -c '
+import socket, struct, time
+query = bytes.fromhex("000701000001000000000000") + b"\x05flood\x04test\0\0\x01\0\x01"
+began = time.monotonic()
+udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+udp.connect(("127.0.0.11", 53))
+udp.setblocking(False)
+sent = 0
+while time.monotonic() < began + 4 or sent < 4000 + 200 * (time.monotonic() - began):
+    try:
+        udp.send(query)
+        sent += 1
+        udp.recv(512)
+    except OSError:
+        time.sleep(0.0003)
+for _ in range(200):
+    try:
+        tcp = socket.create_connection(("127.0.0.11", 53), 2)
+        tcp.sendall(struct.pack(">H", len(query)) + query)
+        tcp.recv(512)
+        sent += 1
+    except OSError:
+        pass
+print(sent, time.monotonic() - began)
+'"#;
+
+/// Of what one project asks without end only so much is asked on, and another's names
+/// are found meanwhile.
+async fn one_that_floods_the_resolver_holds_up_nobody(world: &World, floods: ProjectId, other: ProjectId) {
+    let asked = async {
+        let mut asked = 0;
+        loop {
+            // Well within what each may ask.
+            assert!(ask(world, other, "allowed.test", 80).await.is_ok(), "after {asked}");
+            asked += 1;
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        }
+    };
+    let said = tokio::select! {
+        said = world.run(floods, FLOOD_NAMES) => said,
+        () = asked => unreachable!("it does not end"),
+    };
+    let (sent, secs) = said.trim().split_once(' ').unwrap();
+    let (sent, secs): (u32, f64) = (sent.parse().unwrap(), secs.parse().unwrap());
+    let most = 500.0 + 100.0 * (secs + 1.0);
+    let answered = FLOOD.load(Ordering::Relaxed);
+    assert!(answered >= 100, "{answered} of {sent} were asked on");
+    assert!(f64::from(answered) <= most, "{answered} of {sent} were asked on in {secs} s");
+    assert!(f64::from(sent) > most, "that was no flood: {sent} in {secs} s");
 }

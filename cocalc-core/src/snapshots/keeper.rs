@@ -148,7 +148,11 @@ impl Keeper {
     pub async fn stopped(&self, entry: &Entry) {
         let project = entry.project;
         let policy = self.policy(&entry.config);
-        if policy.fields().enabled && self.keep(project, &policy).await.is_err() {
+        if !policy.fields().enabled {
+            return;
+        }
+        let here = self.0.storage.snapshots(project).await;
+        if self.keep(project, &policy, here).await.is_err() {
             let now = self.0.clock.boot();
             self.state().schedule.rests(project, policy.interval(), now);
         }
@@ -236,26 +240,31 @@ impl Keeper {
             state.space.forget(project);
             return Outcome::Done;
         };
-        if let Err(error) = self.sweep_fetched(project).await {
+        let here = self.0.storage.snapshots(project).await;
+        if let Ok(here) = &here
+            && let Err(error) = self.sweep_fetched(project, here).await
+        {
             tracing::warn!(%project, error = %crate::chain(&error), "cannot look for what restores have left");
         }
         let policy = self.policy(&entry.config);
         if !policy.fields().enabled {
             return Outcome::Done;
         }
-        match self.keep(project, &policy).await {
+        match self.keep(project, &policy, here).await {
             Ok(()) => Outcome::Done,
             Err(_) => Outcome::Failed,
         }
     }
 
     /// Deletes what a restore brought and nobody has deleted: its master or this
-    /// host was away when it failed.
-    async fn sweep_fetched(&self, project: ProjectId) -> storage::Result<()> {
+    /// host was away when it failed. With it goes the room that it had.
+    async fn sweep_fetched(&self, project: ProjectId, here: &[Snapshot]) -> storage::Result<()> {
         let now = self.0.clock.wall();
-        for snapshot in self.0.storage.snapshots(project).await? {
+        for snapshot in here {
             if is_fetched(&snapshot.name) && now.since(snapshot.created) >= FETCHED_MAX {
                 self.delete(project, &snapshot.name).await?;
+                let now = self.0.clock.boot();
+                self.state().space.end(project, &snapshot.name, now);
                 tracing::info!(%project, name = %snapshot.name, "what a restore had left is deleted");
             }
         }
@@ -267,9 +276,18 @@ impl Keeper {
         tokio::time::timeout(TURN_LIMIT, self.0.ledger.turn(project)).await.ok()
     }
 
-    /// Takes a snapshot if something has changed, and deletes what is not kept.
-    async fn keep(&self, project: ProjectId, policy: &Policy) -> storage::Result<()> {
-        let kept = self.keep_now(project, policy).await;
+    /// Takes a snapshot if something has changed since those that are `here`, and
+    /// deletes what is not kept.
+    async fn keep(
+        &self,
+        project: ProjectId,
+        policy: &Policy,
+        here: storage::Result<Vec<Snapshot>>,
+    ) -> storage::Result<()> {
+        let kept = match here {
+            Ok(here) => self.keep_now(project, policy, names(here)).await,
+            Err(error) => Err(error),
+        };
         let mut state = self.state();
         match &kept {
             Ok(()) => drop(state.failures.remove(&project)),
@@ -288,8 +306,12 @@ impl Keeper {
         kept
     }
 
-    async fn keep_now(&self, project: ProjectId, policy: &Policy) -> storage::Result<()> {
-        let mut names = names(self.0.storage.snapshots(project).await?);
+    async fn keep_now(
+        &self,
+        project: ProjectId,
+        policy: &Policy,
+        mut names: Vec<SnapshotName>,
+    ) -> storage::Result<()> {
         let (name, new) = self.take(project, &names).await?;
         if new {
             names.push(name);

@@ -400,7 +400,7 @@ impl Connection {
 
     /// Takes what a client sent on a channel.
     fn receive(&mut self, id: ChannelId, data: &[u8], left: u32) {
-        let Some(State::Running { input: Some(input), ends, .. }) = self.channels.get(&id) else {
+        let Some(State::Running { input: Some(input), .. }) = self.channels.get(&id) else {
             return;
         };
         let fits = input.push(data);
@@ -410,22 +410,43 @@ impl Connection {
         let queued = input.queued();
         self.credit.note(id.number(), queued);
         self.credit.came(id.number(), left, Instant::now());
-        let total = || self.channels.values().map(State::queued).sum::<usize>();
-        if !fits || (self.credit.is_stalled(id.number()) && total() > CONNECTION_BYTES_MAX) {
+        if !fits {
+            self.give_up(id);
+        } else if self.credit.is_stalled(id.number())
+            && self.channels.values().map(State::queued).sum::<usize>() > CONNECTION_BYTES_MAX
+            && let Some(longest) = self.longest_untouched()
+        {
+            self.give_up(longest);
+        }
+        if let Some(rest) = self.granted.take().and_then(|granted| self.credit.rest(id.number(), granted)) {
+            self.grip.rest(rest);
+        }
+    }
+
+    /// The stalled channel of which nothing has been read for longest.
+    fn longest_untouched(&self) -> Option<ChannelId> {
+        let stalled = self.channels.iter().filter_map(|(id, state)| match state {
+            State::Running { input: Some(input), .. } if self.credit.is_stalled(id.number()) => {
+                Some((input.untouched_since()?, *id))
+            }
+            _ => None,
+        });
+        stalled.min_by_key(|(since, _)| *since).map(|(_, id)| id)
+    }
+
+    /// Closes a channel that does not read its input.
+    fn give_up(&mut self, id: ChannelId) {
+        if let Some(State::Running { input, ends, .. }) = self.channels.get_mut(&id) {
+            let queued = input.as_ref().map_or(0, InputSender::queued);
             tracing::info!(
                 channel = id.number(),
                 queued,
                 "a channel that does not read its input was closed"
             );
             ends.overflow.cancel();
-            if let Some(State::Running { input, .. }) = self.channels.get_mut(&id) {
-                *input = None;
-            }
-            self.credit.forget(id.number());
+            *input = None;
         }
-        if let Some(rest) = self.granted.take().and_then(|granted| self.credit.rest(granted)) {
-            self.grip.rest(rest);
-        }
+        self.credit.forget(id.number());
     }
 }
 

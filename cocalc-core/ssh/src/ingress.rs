@@ -279,9 +279,11 @@ impl SshIngressBuilder {
         self
     }
 
-    /// What all connections together keep of what their users have sent and
-    /// their processes have not read yet. When it is used up, channels whose
-    /// processes do not read are closed. Default: 256 MiB.
+    /// What all connections together keep, in bytes, of what their users have
+    /// sent and their processes have not read yet. It is never exceeded: when it
+    /// is used up, the project that keeps most gives up a channel whose process
+    /// has not read for longest, and above three quarters of it one that has not
+    /// read for three seconds. Default: 256 MiB.
     pub fn input_bytes_max(mut self, limit: usize) -> Self {
         self.limits.input_bytes_max = limit;
         self

@@ -49,9 +49,10 @@
 //! does not read is stopped at its client, with about 4 MiB waiting here, for
 //! as long as it takes; the others go on, each with a window in a round trip
 //! or two. What all queues hold together is bounded
-//! ([`SshIngressBuilder::input_bytes_max`]): above that, and at 32 MiB of one
-//! channel, which a client reaches by ignoring its credit, a channel that does
-//! not read is closed, and its user told. Between proxy and host every process
+//! ([`SshIngressBuilder::input_bytes_max`]): there, at 64 MiB of one connection,
+//! and at 32 MiB of one channel, which a client reaches by ignoring its credit,
+//! a channel that does not read is closed, and its user told: of the project that
+//! keeps most, the one that has not read for longest. Between proxy and host every process
 //! and forwarded port has a stream of its own, with the kernel's flow control.
 //! Output is never read from a process before its client has credit for it.
 //!

@@ -627,6 +627,25 @@ async fn what_all_keep_together_is_bounded_and_who_does_not_read_is_told() {
     let data = vec![1; 8 << 20];
     let upload = finish(world.ssh(world.direct, &["127.0.0.1", "cat"]), &data).await;
     assert!(upload.stdout == data, "{}", text(&upload.stderr));
+    // Nor does who reads slowly, and has shown it, whoever comes then.
+    const SENT: usize = 12 << 20;
+    let script = "n=0
+        while m=$(head -c 300000 | wc -c); [ $m -gt 0 ]; do
+            n=$((n + m)); sleep 0.1; [ $n -lt 2000000 ] || echo > reads
+        done
+        echo $n";
+    let slow = world.ssh(world.direct, &["127.0.0.1", script]);
+    let slow = tokio::spawn(async move { finish(slow, &vec![0; SENT]).await });
+    until("it reads", || world.path("home/reads").exists()).await;
+    for _ in 0..4 {
+        let ssh = world.ssh(world.direct, &["127.0.0.1", "exec sleep 1000"]);
+        let flood = flood.clone();
+        stalled.spawn(async move { finish(ssh, &flood).await });
+    }
+    let slow = within(60, slow).await.unwrap();
+    assert_eq!(text(&slow.stdout), format!("{SENT}\n"), "{}", text(&slow.stderr));
+    let given_up = within(60, stalled.join_next()).await.unwrap().unwrap();
+    assert!(text(&given_up.stderr).contains("does not read its input"), "{}", text(&given_up.stderr));
     stalled.abort_all();
 }
 
@@ -686,6 +705,32 @@ async fn a_host_certificate_saves_the_question() {
         ssh.args(["-o", &file]).args(world.ssh(port, &["127.0.0.1", "echo in"]).as_std().get_args());
         let output = finish(ssh, b"").await;
         assert_eq!(text(&output.stdout), "in\n", "{}", text(&output.stderr));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_host_key_is_known_by_its_certificate_and_refused_where_the_old_one_is_pinned() {
+    let (old, new) = (World::new().await, World::new().await);
+    assert_ne!(old.host_keys[0], new.host_keys[0]);
+    keygen(&new.path("ca"));
+    std::fs::write(new.path("host.pub"), format!("{}\n", new.host_keys[0])).unwrap();
+    sign(&new, &["-q", "-s", "ca", "-I", "h", "-h", "-n", "127.0.0.1", "-V", "-1m:+1h", "host.pub"]);
+    for ingress in &new.ingresses {
+        ingress.offer_certificates(&[certificate(&new, "host-cert.pub")]).unwrap();
+    }
+    let authority = std::fs::read_to_string(new.path("ca.pub")).unwrap();
+    for port in [new.direct, new.proxied] {
+        // The old key is known as well, as it is while keys are replaced.
+        let pinned = format!("[127.0.0.1]:{port} {}\n", old.host_keys[0]);
+        let certified = format!("{pinned}@cert-authority [127.0.0.1]:* {authority}");
+        std::fs::write(new.path("known_hosts"), certified).unwrap();
+        let output = new.run(port, "echo in", b"").await;
+        assert_eq!(text(&output.stdout), "in\n", "{}", text(&output.stderr));
+        std::fs::write(new.path("known_hosts"), pinned).unwrap();
+        let output = new.run(port, "echo in", b"").await;
+        assert_eq!((output.status.code(), output.stdout.len()), (Some(255), 0));
+        let complaint = text(&output.stderr);
+        assert!(complaint.contains("REMOTE HOST IDENTIFICATION HAS CHANGED"), "{complaint}");
     }
 }
 

@@ -180,6 +180,11 @@ impl StatusStore for Kept {
 }
 
 const RPO: Duration = Duration::from_secs(900);
+/// How much time passes between two rounds.
+const STEP: Duration = Duration::from_secs(10);
+/// In which every project is looked at, whatever its phase: the first round,
+/// from which the first look counts, is a step after the beginning.
+const INTERVAL: Duration = Duration::from_secs(900 + 10);
 const JOBS: usize = 2;
 
 struct World {
@@ -265,9 +270,8 @@ impl World {
 
     /// Lets time pass, with rounds all the while.
     async fn pass(&self, time: Duration) {
-        let step = Duration::from_secs(10);
-        for _ in 0..time.as_secs().div_ceil(step.as_secs()) {
-            self.clock.advance(step);
+        for _ in 0..time.as_secs().div_ceil(STEP.as_secs()) {
+            self.clock.advance(STEP);
             self.keeper.round_to_end().await;
         }
     }
@@ -298,16 +302,16 @@ impl World {
 async fn what_changes_is_backed_up_in_time_and_what_does_not_is_not() {
     let world = World::new().await;
     let (busy, idle) = (world.project().await, world.project().await);
-    world.pass(RPO).await;
+    world.pass(INTERVAL).await;
     assert_eq!((world.vault.made(busy).len(), world.vault.made(idle).len()), (1, 1), "the first of each");
     for n in 0..5 {
         world.files.write(busy, "log", format!("line {n}")).unwrap();
         let (changed, before) = (world.clock_now(), world.vault.made(busy).len());
         while world.vault.made(busy).len() == before {
-            world.pass(Duration::from_secs(10)).await;
+            world.pass(STEP).await;
         }
         let waited = world.clock_now().since(changed);
-        assert!(waited <= RPO + Duration::from_secs(10), "{waited:?}");
+        assert!(waited <= RPO + STEP, "{waited:?}");
     }
     assert_eq!(world.vault.made(idle).len(), 1, "nothing has changed since");
     let status = world.status(busy);
@@ -348,7 +352,7 @@ async fn a_repository_out_of_reach_is_told_tried_again_and_caught_up_with() {
     world.restart().await;
     assert!(world.keeper.notice(project).is_some());
     world.vault.away.store(false, Ordering::SeqCst);
-    world.pass(RPO).await;
+    world.pass(INTERVAL).await;
     let status = world.status(project);
     assert_eq!((status.pending_since, status.failure), (None, None));
     assert_eq!(
@@ -380,7 +384,7 @@ async fn a_stop_is_backed_up_at_once_and_is_pending_until_then_also_for_the_next
     assert_eq!(world.status(project).pending_since, None);
     world.files.write(project, "notes", "newer").unwrap();
     world.keeper.stopped(&entry).await;
-    world.pass(Duration::from_secs(10)).await;
+    world.pass(STEP).await;
     assert_eq!(world.vault.sources().last().unwrap().kind, BackupKind::Stop);
 }
 
@@ -388,7 +392,7 @@ async fn a_stop_is_backed_up_at_once_and_is_pending_until_then_also_for_the_next
 async fn a_project_that_leaves_takes_its_backup_off_and_goes_on_elsewhere_from_the_newest() {
     let world = World::new().await;
     let project = world.project().await;
-    world.pass(RPO).await;
+    world.pass(INTERVAL).await;
     world.vault.slow.store(true, Ordering::SeqCst);
     world.files.write(project, "notes", "new").unwrap();
     let keeper = world.keeper.clone();
@@ -419,17 +423,17 @@ async fn a_project_that_leaves_takes_its_backup_off_and_goes_on_elsewhere_from_t
     there.vault.lists.lock().unwrap().insert(project, world.vault.made(project));
     there.ledger.create(project, second, ProjectConfig::default()).await.unwrap();
     there.storage.create(project, &VolumeOptions::default()).await.unwrap();
-    there.pass(RPO).await;
+    there.pass(INTERVAL).await;
     let source = there.vault.sources().pop().unwrap();
     assert_eq!((source.parent.as_deref(), source.moved), (Some(&*world.vault.made(project)[0].id), true));
     assert_eq!((source.epoch, source.host), (second, there.ledger.host()));
     // And the next one is as usual, until all files are written anew.
     there.files.write(project, "notes", "newer").unwrap();
-    there.pass(RPO).await;
+    there.pass(INTERVAL).await;
     assert!(!there.vault.sources().pop().unwrap().moved);
     there.keeper.rewritten(project).await;
     there.files.write(project, "notes", "newest").unwrap();
-    there.pass(RPO).await;
+    there.pass(INTERVAL).await;
     assert!(there.vault.sources().pop().unwrap().moved);
 }
 
@@ -437,14 +441,15 @@ async fn a_project_that_leaves_takes_its_backup_off_and_goes_on_elsewhere_from_t
 async fn few_at_once_and_nobody_is_passed_over() {
     let world = World::new().await;
     let mut projects = BTreeSet::new();
-    for _ in 0..25 {
+    // So many that more than two are due in the same round, whatever their ids.
+    for _ in 0..200 {
         projects.insert(world.project().await);
     }
     for _ in 0..4 {
         for project in &projects {
             world.files.write(*project, "log", format!("{:?}", world.clock_now())).unwrap();
         }
-        world.pass(RPO).await;
+        world.pass(INTERVAL).await;
     }
     assert_eq!(world.vault.most.load(Ordering::SeqCst), JOBS);
     for project in projects {
@@ -518,15 +523,15 @@ async fn who_asks_gets_one_backup_for_one_operation_sees_it_go_on_and_can_end_it
 async fn what_was_deleted_from_the_repository_is_backed_up_again() {
     let world = World::new().await;
     let project = world.project().await;
-    world.pass(RPO).await;
+    world.pass(INTERVAL).await;
     world.files.write(project, "notes", "new").unwrap();
-    world.pass(RPO).await;
+    world.pass(INTERVAL).await;
     let made = world.vault.made(project);
     assert_eq!(made.len(), 2);
     let gone =
         |backups: Vec<String>| world.keeper.execute(project, Epoch::FIRST, BackupsCommand::Gone { backups });
     gone(vec![made[0].id.clone()]).await.unwrap();
-    world.pass(RPO).await;
+    world.pass(INTERVAL).await;
     assert_eq!(world.vault.made(project).len(), 2, "the newest is there");
     for ids in [vec![made[1].id.clone()], Vec::new()] {
         let before = world.vault.made(project).len();
@@ -556,7 +561,7 @@ async fn without_automatic_snapshots_one_is_left_and_policies_are_obeyed() {
     let project = world.project_with(config.clone()).await;
     for n in 0..4 {
         world.files.write(project, "log", format!("{n}")).unwrap();
-        world.pass(RPO).await;
+        world.pass(INTERVAL).await;
         assert_eq!(world.storage.snapshots(project).await.unwrap().len(), 1, "of the last backup");
     }
     assert_eq!(world.vault.made(project).len(), 4);

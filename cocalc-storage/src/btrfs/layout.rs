@@ -40,6 +40,8 @@ pub(super) struct Layout {
     pub(super) root: PathBuf,
     pub(super) root_fd: File,
     pub(super) commits: Commits,
+    /// What is promised to data that is not on the disk yet, as the kernel shows it.
+    pub(super) promised: PathBuf,
 }
 
 /// A subvolume: an open descriptor of its root, and what the kernel knows.
@@ -56,6 +58,13 @@ impl Subvolume {
 }
 
 impl Layout {
+    pub(super) fn free_bytes(&self) -> io::Result<u64> {
+        let stat = rustix::fs::fstatvfs(&self.root_fd)?;
+        // Where the kernel does not show it, what is free falls when it is written out.
+        let promised = fs::read_to_string(&self.promised).ok().and_then(|text| text.trim().parse().ok());
+        Ok(stat.f_bavail.saturating_mul(stat.f_frsize).saturating_sub(promised.unwrap_or(0)))
+    }
+
     pub(super) fn projects(&self) -> PathBuf {
         self.root.join("projects")
     }

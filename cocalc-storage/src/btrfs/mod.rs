@@ -120,14 +120,15 @@ impl Btrfs {
         .await
     }
 
-    /// Bytes that are free on the volume, as the file system estimates them.
+    /// Bytes that are free on the volume, as the file system estimates them,
+    /// without those that it has promised to what is written but not yet on the
+    /// disk: of them there may be as many as the machine has memory.
     ///
     /// # Errors
     ///
     /// Those of `statvfs`.
     pub fn free_bytes(&self) -> std::io::Result<u64> {
-        let stat = rustix::fs::fstatvfs(&self.0.layout.root_fd)?;
-        Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+        self.0.layout.free_bytes()
     }
 
     /// The directory that this store owns.

@@ -173,7 +173,13 @@ impl BtrfsBuilder {
         refuse_read_only(path, &root_fd)?;
         lay_out(path).map_err(|error| failed(path, error))?;
 
-        let layout = Layout { root: path.to_owned(), root_fd, commits: Commits::losing(self.loses_commits) };
+        let promised = sys::shown(&root_fd).map_err(|error| failed(path, error))?;
+        let layout = Layout {
+            root: path.to_owned(),
+            root_fd,
+            commits: Commits::losing(self.loses_commits),
+            promised: promised.join("allocation/data/bytes_may_use"),
+        };
         let mut weaknesses = Vec::new();
         let mut quotas = None;
         if self.quotas {

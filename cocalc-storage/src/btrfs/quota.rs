@@ -7,11 +7,7 @@
 //! deleted: a file that a snapshot has too is charged until both are gone, and
 //! what only a deleted snapshot had is, until the kernel's cleaner has run.
 
-use std::{
-    fs,
-    os::fd::AsFd,
-    path::{Path, PathBuf},
-};
+use std::{fs, os::fd::AsFd, path::PathBuf};
 
 use cocalc_core::storage::{Usage, UsageSource};
 
@@ -39,9 +35,7 @@ pub(super) struct Quotas {
 
 /// Where the kernel shows the quota groups of this file system.
 fn sysfs(fd: impl AsFd) -> Result<PathBuf, Failure> {
-    let id = sys::filesystem_id(fd).doing("find the file system's id")?;
-    let id = cocalc_core::ids::VolumeUuid::from_bytes(id);
-    Ok(Path::new("/sys/fs/btrfs").join(id.to_string()).join("qgroups"))
+    Ok(sys::shown(fd).doing("find the file system's id")?.join("qgroups"))
 }
 
 /// What is enabled now.

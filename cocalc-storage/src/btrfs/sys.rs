@@ -19,6 +19,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use cocalc_core::ids::VolumeUuid;
 use rustix::ioctl::{Getter, NoArg, Opcode, Setter, Updater, ioctl, opcode};
 
 /// `BTRFS_SUPER_MAGIC` of `linux/magic.h`, as `statfs` gives it.
@@ -512,11 +513,11 @@ pub(super) fn commit(fd: impl AsFd) -> io::Result<()> {
     Ok(())
 }
 
-/// The id under which `/sys/fs/btrfs` shows this file system.
-pub(super) fn filesystem_id(fd: impl AsFd) -> io::Result<[u8; 16]> {
+/// Where the kernel shows this file system.
+pub(super) fn shown(fd: impl AsFd) -> io::Result<PathBuf> {
     // SAFETY: the number names FsInfoArgs, all of which the kernel writes.
     let args: FsInfoArgs = unsafe { ioctl(fd, Getter::<FS_INFO, _>::new()) }?;
-    Ok(args.fsid)
+    Ok(Path::new("/sys/fs/btrfs").join(VolumeUuid::from_bytes(args.fsid).to_string()))
 }
 
 /// Turns quotas on: simple ones, or the classic.

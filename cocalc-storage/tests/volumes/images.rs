@@ -286,3 +286,96 @@ async fn an_image_travels_and_only_the_one_that_was_named_is_taken() {
     assert!(a.store.send_image(&ImageDigest::from_bytes([9; 32]), 1).await.is_err());
     nothing_staged(&b.store).await;
 }
+
+/// Bytes that come without end, and how many have.
+struct Endless {
+    start: Cursor<Vec<u8>>,
+    came: u64,
+}
+
+impl tokio::io::AsyncRead for Endless {
+    fn poll_read(
+        mut self: std::pin::Pin<&mut Self>,
+        cx: &mut std::task::Context<'_>,
+        buf: &mut tokio::io::ReadBuf<'_>,
+    ) -> std::task::Poll<std::io::Result<()>> {
+        let before = buf.filled().len();
+        let _ = std::pin::Pin::new(&mut self.start).poll_read(cx, buf);
+        if buf.filled().len() == before {
+            buf.initialize_unfilled().fill(0x5a);
+            buf.advance(buf.remaining());
+        }
+        self.came += (buf.filled().len() - before) as u64;
+        std::task::Poll::Ready(Ok(()))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_an_image_comes_some_space_stays_free_whatever_is_said_of_its_size() {
+    const MIB: u64 = 1 << 20;
+    let root = tempfile::tempdir().unwrap();
+    let (small, large) =
+        (stores::volume(root.path(), "s", 512 * MIB), stores::volume(root.path(), "l", 1 << 30));
+    for volume in [&small, &large] {
+        Btrfs::initialize(volume.path()).unwrap();
+    }
+    let (store, other) = (Btrfs::open(small.path()).await.unwrap(), Btrfs::open(large.path()).await.unwrap());
+    let empty = store.free_bytes().unwrap();
+    let limits = ImageLimits { free_bytes: empty - 160 * MIB, ..ImageLimits::default() };
+    let given_back = async || {
+        nothing_staged(&store).await;
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while store.free_bytes().unwrap() + 16 * MIB < empty {
+            assert!(Instant::now() < deadline, "{} of {empty}", store.free_bytes().unwrap());
+            // Has the kernel give back what was deleted sooner than by itself.
+            let sync =
+                std::process::Command::new("btrfs").args(["filesystem", "sync"]).arg(small.path()).output();
+            assert!(sync.unwrap().status.success());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        assert!(store.images().await.unwrap().is_empty());
+    };
+
+    // An archive with a file that does not end.
+    let mut archive = plain();
+    archive.header("./big", b'0', "", 7 << 30, 0);
+    let (reader, mut writer) = tokio::io::duplex(1 << 16);
+    let feed = tokio::spawn(async move {
+        let mut endless = Endless { start: Cursor::new(archive.0), came: 0 };
+        // Until nobody reads it any more.
+        let _ = tokio::io::copy(&mut endless, &mut writer).await;
+        endless.came
+    });
+    let refused = store.import_image(Box::pin(reader), &limits).await;
+    assert!(matches!(refused, Err(ImageError::NoSpace)), "{refused:?}");
+    let came = feed.await.unwrap();
+    assert!((64 * MIB..260 * MIB).contains(&came), "{} MiB came", came / MIB);
+    given_back().await;
+
+    // Another host's, which says that it is small.
+    let mut archive = plain();
+    archive = archive.add("./big", b'0', "", &vec![0x5a; 300 << 20]);
+    let digest = import(&other, archive.end(), &ImageLimits::default()).await.unwrap();
+    let mut sent = other.send_image(&digest, 2).await.unwrap();
+    let refused = store.receive_image(&sent.header, sent.reader, &limits).await;
+    assert!(matches!(refused, Err(ImageError::NoSpace)), "it says its size: {refused:?}");
+    sent = other.send_image(&digest, 2).await.unwrap();
+    let lies = ImageHeader {
+        record: cocalc_storage::ImageRecord { bytes: 0, ..sent.header.record.clone() },
+        ..sent.header.clone()
+    };
+    let refused = store.receive_image(&lies, sent.reader, &limits).await;
+    assert!(matches!(refused, Err(ImageError::NoSpace)), "{refused:?}");
+    given_back().await;
+
+    // A file of an archive that cannot fit is not begun with.
+    let file = root.path().join("image.tar");
+    fs::write(&file, plain().add("./big", b'0', "", &vec![0x5a; 200 << 20]).end()).unwrap();
+    let refused = store.import_image_file(&file, &limits).await;
+    assert!(matches!(refused, Err(ImageError::NoSpace)), "{refused:?}");
+    let less = ImageLimits { free_bytes: 16 * MIB, ..limits };
+    assert_eq!(store.import_image_file(&file, &less).await.unwrap(), store.images().await.unwrap()[0].0);
+    let sent = other.send_image(&digest, 2).await.unwrap();
+    let refused = store.receive_image(&sent.header, sent.reader, &less).await;
+    assert!(matches!(refused, Err(ImageError::NoSpace)), "there is no room for two: {refused:?}");
+}

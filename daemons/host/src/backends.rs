@@ -66,16 +66,18 @@ impl Backends {
             RunnerKind::Podman => {
                 let here = images.clone();
                 let find = move |digest: ImageDigest| here.path(digest);
-                let runner = Podman::builder(id, config.data_dir.join("runner"), Arc::new(find))
+                let mut runner = Podman::builder(id, config.data_dir.join("runner"), Arc::new(find))
                     .machine_index(config.machine_slot)
                     .unenforceable(unenforceable)
                     .fences(Fences {
                         allow: config.project_network.allow.iter().map(|network| network.0).collect(),
                         deny: config.project_network.deny.iter().map(|network| network.0).collect(),
-                    })
-                    .build()
-                    .await
-                    .map_err(|error| Error::open("podman runner")(error.into()))?;
+                    });
+                if let Some(questions) = config.project_network.questions_per_sec {
+                    runner = runner.questions_per_sec(questions.get());
+                }
+                let runner =
+                    runner.build().await.map_err(|error| Error::open("podman runner")(error.into()))?;
                 let runner = Arc::new(runner);
                 (runner.clone(), runner)
             }

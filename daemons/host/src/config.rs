@@ -1,6 +1,6 @@
 //! A host's configuration.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{net::SocketAddr, num::NonZeroU32, path::PathBuf, time::Duration};
 
 use cocalc_backup::Bounds;
 use cocalc_core::{activity::IdlePolicy, ids::HostName, runner::Network, snapshots::Policy};
@@ -283,6 +283,10 @@ pub struct ProjectNetwork {
     /// What else they may not reach. Default: nothing.
     #[serde(default)]
     pub deny: Vec<Networks>,
+    /// How many names a project may ask for in a second; five times as many at once.
+    /// Default: 100.
+    #[serde(default)]
+    pub questions_per_sec: Option<NonZeroU32>,
 }
 
 /// A network, as text.
@@ -450,17 +454,19 @@ mod tests {
         assert_eq!(config.unenforceable_limits, UnenforceableLimits::Refuse);
         assert_eq!(config.project_network, ProjectNetwork::default());
         let text = format!(
-            "{GOOD}unenforceable_limits = 'accept'\n[project_network]\nallow = ['10.1.0.0/16']\ndeny = ['192.0.2.1']\n"
+            "{GOOD}unenforceable_limits = 'accept'\n[project_network]\nallow = ['10.1.0.0/16']\ndeny = ['192.0.2.1']\nquestions_per_sec = 7\n"
         );
         let config = parse(&text).unwrap();
         assert_eq!(config.unenforceable_limits, UnenforceableLimits::Accept);
         assert_eq!(config.project_network.allow[0].0.to_string(), "10.1.0.0/16");
+        assert_eq!(config.project_network.questions_per_sec.map(NonZeroU32::get), Some(7));
         for (line, key) in [
             ("unenforceable_limits = 'ignore'", "unenforceable_limits"),
             ("[project_network]\nallow = ['10.1.0.1/16']", "10.1.0.1/16"),
             ("[project_network]\nallow = ['fd00::/8']", "fd00::/8"),
             ("[project_network]\nallow = ['10.0.0.0/8 }; flush ruleset']", "allow"),
             ("[project_network]\nopen = true", "open"),
+            ("[project_network]\nquestions_per_sec = 0", "nonzero"),
         ] {
             let error = parse(&format!("{GOOD}{line}\n")).unwrap_err();
             assert!(error.contains(key), "{error}");

@@ -8,6 +8,7 @@
 //! that goes afterwards. No start of a project needs it.
 
 mod dress;
+mod lines;
 mod oci;
 mod recipe;
 

@@ -12,11 +12,14 @@ use std::{
 use cocalc_core::{images::Reference, stream::BoxRead};
 use sha2::{Digest, Sha256};
 use tokio::{
-    io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader},
+    io::{AsyncRead, AsyncReadExt},
     process::{Child, Command},
 };
 
-use super::{ImageError, Step};
+use super::{
+    ImageError, Step,
+    lines::{Last, Lines},
+};
 use crate::podman::find_program;
 
 const TOOL: &str = "podman";
@@ -221,28 +224,25 @@ impl Pull {
         let (Some(stdout), Some(stderr)) = (child.stdout.take(), child.stderr.take()) else {
             return Err(failed("it has no output".to_owned()));
         };
-        let mut ids = BufReader::new(stdout.take(64 << 10)).lines();
-        let mut said = BufReader::new(stderr).lines();
-        let (mut found, mut last, mut phase) = (Vec::new(), Vec::new(), "asking for the image".to_owned());
+        let (mut ids, mut said) = (Lines::new(stdout.take(64 << 10)), Lines::new(stderr));
+        let (mut found, mut last, mut phase) = (Vec::new(), Last::new(8), "asking for the image".to_owned());
         let (mut ids_end, mut said_end) = (false, false);
         let mut look = tokio::time::interval(LOOK_AGAIN);
         while !(ids_end && said_end) {
             tokio::select! {
-                line = ids.next_line(), if !ids_end => match line {
-                    Ok(Some(line)) => found.push(line.trim().to_owned()),
-                    _ => ids_end = true,
+                line = ids.next(), if !ids_end => match line {
+                    Some(line) => found.push(line.trim().to_owned()),
+                    None => ids_end = true,
                 },
-                line = said.next_line(), if !said_end => match line {
-                    Ok(Some(line)) => {
+                line = said.next(), if !said_end => match line {
+                    Some(line) => {
                         if let Some(step) = step_of(&line) {
                             phase = step.to_owned();
                             progress(Step { phase: phase.clone(), bytes: None });
                         }
-                        last.push(line.chars().take(500).collect::<String>());
-                        let surplus = last.len().saturating_sub(8);
-                        last.drain(..surplus);
+                        last.push(line);
                     }
-                    _ => said_end = true,
+                    None => said_end = true,
                 },
                 _ = look.tick() => {
                     let work = self.work.clone();
@@ -256,7 +256,7 @@ impl Pull {
         }
         match child.wait().await {
             Ok(status) if status.success() => Ok(found),
-            Ok(_) => Err(failed(last.join("\n"))),
+            Ok(_) => Err(failed(last.text())),
             Err(error) => Err(failed(error.to_string())),
         }
     }

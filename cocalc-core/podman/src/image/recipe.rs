@@ -9,9 +9,11 @@ use std::{
 
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
-use tokio::io::{AsyncBufReadExt, BufReader};
 
-use super::ImageError;
+use super::{
+    ImageError,
+    lines::{Last, Lines},
+};
 use crate::podman::find_program;
 
 const TOOL: &str = "mmdebstrap";
@@ -45,6 +47,9 @@ const CUSTOMIZE: [&str; 7] = [
 ];
 /// How long a build may take on a slow line.
 const LIMIT: Duration = Duration::from_secs(1800);
+/// How long it is tried to remove what a build leaves that was broken off.
+const REMOVAL_PAUSE: Duration = Duration::from_millis(200);
+const REMOVAL_TRIES: u32 = 50;
 /// How much a recipe may say.
 const ITEMS_MAX: usize = 1000;
 
@@ -150,7 +155,7 @@ impl Recipe {
 
     /// Builds it as a tar in `cache_dir`, or finds it there. `progress` gets a
     /// line for each step. Needs root and a Debian mirror when it builds; takes
-    /// about a minute.
+    /// about a minute, and while it builds, in that directory too, twice the space.
     ///
     /// # Errors
     ///
@@ -159,7 +164,8 @@ impl Recipe {
     ///
     /// # Cancel safety
     ///
-    /// Dropping it ends the build and leaves no tar.
+    /// Dropping it ends the build, and leaves no tar and nothing mounted; what was
+    /// unpacked may be there a few seconds longer.
     pub async fn build(
         &self,
         cache_dir: &Path,
@@ -177,8 +183,15 @@ impl Recipe {
         std::fs::create_dir_all(cache_dir).map_err(cache)?;
         // Two builders at once each make their own, and the later one wins.
         let draft = Draft(cache_dir.join(format!(".{name}.{}.tmp", std::process::id())));
-        let mut command = tokio::process::Command::new(program);
+        std::fs::create_dir_all(draft.tree()).map_err(cache)?;
+        // It mounts things, and starts processes: in namespaces of their own, so that
+        // all of that goes with it, however it ends.
+        let mut command = tokio::process::Command::new("unshare");
         command
+            .args(["--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--mount-proc"])
+            .arg("--")
+            .arg(program)
+            .env("TMPDIR", draft.tree())
             .args(["--variant=minbase", "--format=tar"])
             .arg(format!("--include={}", self.all_packages().join(",")));
         for step in self.hooks() {
@@ -192,17 +205,15 @@ impl Recipe {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
         let mut child = command.spawn().map_err(|error| failed(error.to_string()))?;
         drop(command);
-        let mut last = Vec::new();
+        let mut last = Last::new(20);
         let watch = async {
             if let Some(stderr) = child.stderr.take() {
-                let mut lines = BufReader::new(stderr).lines();
-                while let Ok(Some(line)) = lines.next_line().await {
+                let mut lines = Lines::new(stderr);
+                while let Some(line) = lines.next().await {
                     if line.starts_with("I: ") {
                         progress(line.trim_start_matches("I: "));
                     }
                     last.push(line);
-                    let surplus = last.len().saturating_sub(20);
-                    last.drain(..surplus);
                 }
             }
             child.wait().await
@@ -211,7 +222,7 @@ impl Recipe {
         let status = tokio::time::timeout(LIMIT, watch).await.map_err(timed_out)?;
         match status {
             Ok(status) if status.success() => {}
-            Ok(_) => return Err(failed(last.join("\n"))),
+            Ok(_) => return Err(failed(last.text())),
             Err(error) => return Err(failed(error.to_string())),
         }
         std::fs::File::open(&draft.0).and_then(|file| file.sync_all()).map_err(cache)?;
@@ -238,17 +249,38 @@ pub async fn build_tar(cache_dir: &Path, progress: impl FnMut(&str)) -> Result<P
     Recipe::default().build(cache_dir, progress).await
 }
 
-/// Removes an unfinished tar.
+/// Removes an unfinished tar, and what it is made from.
 struct Draft(PathBuf);
+
+impl Draft {
+    /// Where what goes into the tar is put together.
+    fn tree(&self) -> PathBuf {
+        self.0.with_extension("tree")
+    }
+}
 
 impl Drop for Draft {
     fn drop(&mut self) {
-        match std::fs::remove_file(&self.0) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!(path = %self.0.display(), %error, "an unfinished image is left");
-            }
-            _ => {}
+        let (tar, tree) = (self.0.clone(), self.tree());
+        let gone = |done: io::Result<()>| match done {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        };
+        let remove = move || gone(std::fs::remove_file(&tar)).and(gone(std::fs::remove_dir_all(&tree)));
+        if remove().is_ok() {
+            return;
         }
+        // Who was killed a moment ago may still be making files.
+        let path = self.0.clone();
+        std::thread::spawn(move || {
+            for _ in 0..REMOVAL_TRIES {
+                std::thread::sleep(REMOVAL_PAUSE);
+                if remove().is_ok() {
+                    return;
+                }
+            }
+            tracing::warn!(path = %path.display(), "an unfinished image is left");
+        });
     }
 }
 
@@ -287,5 +319,44 @@ mod tests {
         assert!(with(|r| r.mirror = Some("ftp://x".into())).contains("mirror"));
         assert!(with(|r| r.mirror = Some("http://x y".into())).contains("mirror"));
         assert!(with(|r| r.run.push("a\0".into())).contains("run"));
+    }
+
+    #[tokio::test]
+    async fn a_build_that_is_broken_off_leaves_nothing() {
+        assert!(rustix::process::geteuid().is_root(), "this test needs root");
+        let dir = tempfile::tempdir().unwrap();
+        // A mirror that takes its time.
+        let mirror = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = format!("http://{}/debian", mirror.local_addr().unwrap());
+        let recipe = Recipe { mirror: Some(address), ..Recipe::default() };
+        let in_it = |at: &Path| -> Vec<PathBuf> {
+            std::fs::read_dir(at).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
+        };
+        let deadline = std::time::Instant::now() + Duration::from_secs(120);
+        let begun = async {
+            loop {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                assert!(std::time::Instant::now() < deadline, "mmdebstrap does not begin");
+                let within = in_it(dir.path()).iter().flat_map(|tree| in_it(tree)).collect::<Vec<_>>();
+                if within.iter().any(|root| root.join("etc/apt").exists()) {
+                    break;
+                }
+            }
+        };
+        tokio::select! {
+            built = recipe.build(dir.path(), |_| {}) => panic!("{built:?}"),
+            () = begun => {}
+        }
+        let works = || {
+            let lines = std::fs::read_dir("/proc").unwrap().flatten();
+            let mut lines = lines.filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok());
+            lines.any(|line| String::from_utf8_lossy(&line).contains(&*dir.path().to_string_lossy()))
+        };
+        while !in_it(dir.path()).is_empty() || works() {
+            assert!(std::time::Instant::now() < deadline, "{:?} is left", in_it(dir.path()));
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        assert!(!mounts.contains(&*dir.path().to_string_lossy()));
     }
 }

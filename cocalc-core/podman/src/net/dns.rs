@@ -7,12 +7,14 @@
 //! answers for those only, and what they are answered with is opened in the
 //! firewall before the answer is passed on.
 
+mod rate;
+
 use std::{
     collections::BTreeMap,
     io,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::Path,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicUsize},
     time::{Duration, Instant},
 };
 
@@ -24,10 +26,11 @@ use simple_dns::{Packet, RCODE, rdata::RData};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream, UdpSocket},
-    sync::Semaphore,
     task::{AbortHandle, JoinSet},
 };
 
+pub(crate) use self::rate::QUESTIONS_PER_SEC;
+use self::rate::{QUESTIONS_MAX, Rate, Waiting};
 use super::{Network, Sockets, rules};
 
 /// Where it listens, in each project: an address that programs don't take for
@@ -35,12 +38,6 @@ use super::{Network, Sockets, rules};
 pub(crate) const ADDRESS: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 11);
 const PORT: u16 = 53;
 
-/// How many questions of one project wait for their answers.
-const QUESTIONS_MAX: usize = 64;
-/// How many questions of one project are asked on per second, and how many of
-/// them at once after a pause. A page of a browser asks a few dozen.
-const QUESTIONS_PER_SEC: u32 = 100;
-const QUESTIONS_BURST: u32 = 500;
 /// How many connections of one project are served.
 const CONNECTIONS_MAX: usize = 8;
 /// How long a server may take, and a connection may be idle.
@@ -59,12 +56,17 @@ const SERVERS_FRESH: Duration = Duration::from_secs(5);
 pub(crate) struct Servers {
     fixed: Option<Vec<SocketAddr>>,
     known: Mutex<Option<(Instant, Vec<SocketAddr>)>>,
+    /// How often each project may ask.
+    per_sec: u32,
+    /// How many questions of all projects wait for their answers.
+    waiting: AtomicUsize,
 }
 
 impl Servers {
-    /// These, or those of the host's configuration as it is at each time.
-    pub(crate) fn new(fixed: Option<Vec<SocketAddr>>) -> Self {
-        Self { fixed, known: Mutex::default() }
+    /// These, or those of the host's configuration as it is at each time, for
+    /// projects that ask so often.
+    pub(crate) fn new(fixed: Option<Vec<SocketAddr>>, per_sec: u32) -> Self {
+        Self { fixed, known: Mutex::default(), per_sec, waiting: AtomicUsize::new(0) }
     }
 
     fn list(&self) -> Vec<SocketAddr> {
@@ -115,33 +117,8 @@ struct Served {
     servers: Arc<Servers>,
     /// Until when addresses are open.
     open: Mutex<BTreeMap<Ipv4Addr, Instant>>,
-    questions: Semaphore,
+    waiting: AtomicUsize,
     rate: Mutex<Rate>,
-}
-
-/// How often a project asks: the servers are its neighbours', too. A bucket that
-/// fills by [`QUESTIONS_PER_SEC`].
-#[derive(Debug)]
-struct Rate {
-    left: f64,
-    at: Instant,
-}
-
-impl Rate {
-    fn new(now: Instant) -> Self {
-        Self { left: QUESTIONS_BURST.into(), at: now }
-    }
-
-    fn take(&mut self, now: Instant) -> bool {
-        let passed = now.saturating_duration_since(self.at).as_secs_f64();
-        self.at = now;
-        self.left = (self.left + passed * f64::from(QUESTIONS_PER_SEC)).min(QUESTIONS_BURST.into());
-        let may = self.left >= 1.0;
-        if may {
-            self.left -= 1.0;
-        }
-        may
-    }
 }
 
 impl Resolver {
@@ -170,8 +147,8 @@ impl Resolver {
             network: network.clone(),
             servers: Arc::clone(servers),
             open: Mutex::default(),
-            questions: Semaphore::new(QUESTIONS_MAX),
-            rate: Mutex::new(Rate::new(Instant::now())),
+            waiting: AtomicUsize::new(0),
+            rate: Mutex::new(Rate::new(servers.per_sec, Instant::now())),
         });
         let task = tokio::spawn(async move {
             tokio::join!(datagrams(Arc::clone(&served), Arc::new(udp)), connections(served, tcp));
@@ -209,6 +186,7 @@ async fn datagrams(served: Arc<Served>, socket: Arc<UdpSocket>) {
         while answering.try_join_next().is_some() {}
         // Beyond its number a question is dropped; it will be asked again.
         if answering.len() >= QUESTIONS_MAX {
+            served.dropped();
             continue;
         }
         let (served, socket, question) = (Arc::clone(&served), Arc::clone(&socket), buffer[..count].to_vec());
@@ -267,8 +245,13 @@ impl Served {
     /// The answer to a question; `None` if there is none, it made no sense, or
     /// there were too many.
     async fn answer(&self, question: &[u8], over: Over) -> Option<Vec<u8>> {
-        let _slot = self.questions.try_acquire().ok()?;
-        if !lock(&self.rate).take(Instant::now()) {
+        let Some(_waiting) = Waiting::begin(&self.waiting, &self.servers.waiting) else {
+            self.dropped();
+            return None;
+        };
+        let may = lock(&self.rate).take(Instant::now());
+        if !may {
+            self.dropped();
             return None;
         }
         let name = name_asked(question)?;
@@ -291,6 +274,14 @@ impl Served {
             return Some(answer);
         }
         refusal(question, RCODE::ServerFailure)
+    }
+
+    /// Notes that a question is not answered because there are too many.
+    fn dropped(&self) {
+        let count = lock(&self.rate).dropped(Instant::now());
+        if let Some(count) = count {
+            tracing::info!(project = %self.project, count, "it asks for more names than it may: some are not answered");
+        }
     }
 
     /// Opens the addresses of an answer in the firewall; whether they are open.
@@ -401,15 +392,6 @@ mod tests {
     use simple_dns::{CLASS, Name, Question, ResourceRecord, rdata::A};
 
     use super::*;
-
-    #[test]
-    fn a_project_that_asks_all_the_time_is_slowed_down_and_others_are_not() {
-        let begun = Instant::now();
-        let (mut busy, mut calm) = (Rate::new(begun), Rate::new(begun));
-        let answered = (0..10_000).filter(|n| busy.take(begun + Duration::from_millis(*n))).count();
-        assert!((1_400..=1_510).contains(&answered), "{answered} in ten seconds");
-        assert!((0..50).all(|n| calm.take(begun + Duration::from_millis(n * 20))));
-    }
 
     fn question(name: &str) -> Vec<u8> {
         let mut packet = Packet::new_query(7);

@@ -29,7 +29,7 @@ use super::{
 use crate::{
     agent::HELPER,
     kernel::IDS_PER_PROJECT,
-    net::{Fences, Network, RESOLVER, Servers, Sockets},
+    net::{Fences, Network, QUESTIONS_PER_SEC, RESOLVER, Servers, Sockets},
     probe,
 };
 
@@ -75,6 +75,7 @@ pub struct PodmanBuilder {
     gateway: Ipv4Addr,
     fences: Fences,
     nameservers: Option<Vec<SocketAddr>>,
+    questions_per_sec: u32,
     podman: Option<PathBuf>,
     runtime: Option<String>,
     defaults: Option<Limits>,
@@ -103,6 +104,7 @@ impl PodmanBuilder {
             gateway: Ipv4Addr::new(100, 100, 0, 1),
             fences: Fences::default(),
             nameservers: None,
+            questions_per_sec: QUESTIONS_PER_SEC,
             podman: None,
             runtime: None,
             defaults: None,
@@ -155,6 +157,13 @@ impl PodmanBuilder {
     /// other, and link-local and private networks.
     pub fn fences(mut self, fences: Fences) -> Self {
         self.fences = fences;
+        self
+    }
+
+    /// How many names a project may ask for in a second, at least one; five times as
+    /// many at once, after a pause. What is more gets no answer. Default: 100.
+    pub fn questions_per_sec(mut self, questions: u32) -> Self {
+        self.questions_per_sec = questions.max(1);
         self
     }
 
@@ -271,7 +280,7 @@ impl PodmanBuilder {
                 images: self.images,
                 network,
                 sockets,
-                servers: Arc::new(Servers::new(self.nameservers)),
+                servers: Arc::new(Servers::new(self.nameservers, self.questions_per_sec)),
                 uid_base: self.uid_base,
                 slots: self.slots,
                 defaults: self.defaults.unwrap_or_else(|| machine.defaults()),

@@ -18,14 +18,15 @@ use std::{
     process::{ExitStatus, Stdio},
     sync::atomic::{AtomicU64, Ordering},
     task::{Context, Poll},
+    time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
 use cocalc_core::{
     ids::ProjectId,
-    runner::{Command, Error, ExecRequest, Exit, Process, ProcessHandle, Result, WindowSize},
+    runner::{Command, Error, ExecRequest, Exit, Process, ProcessHandle, Pty, Result, WindowSize},
 };
-use rustix::process::{Pid, Signal};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions};
 use tokio::{io::AsyncWrite, process::ChildStdin};
 
 use self::{inside::Inside, terminal::Terminal};
@@ -41,6 +42,10 @@ const SFTP_SERVERS: [&str; 4] = [
     "/usr/lib/ssh/sftp-server",
     "/usr/libexec/sftp-server",
 ];
+/// How long the runtime may take to say which process it has started, and how often
+/// it is looked.
+const START_LIMIT: Duration = Duration::from_secs(10);
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
 const SEARCH_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 impl Shared {
@@ -100,6 +105,20 @@ impl Shared {
             Command::Tool(tool) => helper(tool.args()),
             _ => return Err(invalid("there is no program to run")),
         };
+        // The terminal inside is the runtime's. Its modes are set where the process
+        // begins: by the time that the host could reach it, the process would run. The
+        // helper's program cannot be changed from within, whatever became of the helper;
+        // but it may be that of an older host, which does not know of this.
+        let sets_modes = request.pty.is_some() && inside.has_file(HELPER_INSIDE, &self.dirs.helper);
+        let args = match &request.pty {
+            Some(pty) if sets_modes => {
+                let some = pty.modes.iter().take(Pty::MODES_MAX);
+                let modes: Vec<String> = some.map(|(code, value)| format!("{code}={value}")).collect();
+                let tool = ["tool".to_owned(), "terminal".to_owned(), modes.join(",")];
+                helper(tool.into_iter().chain(args).collect())
+            }
+            _ => args,
+        };
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let name = format!("exec-{}-{number}.pid", std::process::id());
@@ -140,10 +159,11 @@ impl Shared {
         command.arg(&running.container);
         command.kill_on_drop(true);
         let container = running.container.clone();
+        let started = Started { pid_file, container };
         let entered =
-            |child, terminal| Box::new(Entered { child, pid_file, container, terminal, ended: None });
+            |child, terminal| Box::new(Entered { child: Some(child), started, terminal, ended: None });
         if let Some(pty) = &request.pty {
-            let (terminal, end) = Terminal::open(pty.size).map_err(enter)?;
+            let (terminal, end) = Terminal::open(pty.size, sets_modes).map_err(enter)?;
             let end = || end.try_clone().map(Stdio::from);
             command.stdin(end().map_err(enter)?).stdout(end().map_err(enter)?).stderr(end().map_err(enter)?);
             let child = command.spawn().map_err(enter)?;
@@ -179,30 +199,91 @@ fn in_memory(bytes: &[u8]) -> io::Result<fs::File> {
 /// A process that the runtime has started, and the runtime's own beside it.
 #[derive(Debug)]
 struct Entered {
-    child: tokio::process::Child,
-    pid_file: PathBuf,
-    container: String,
+    /// Gone when this is being dropped, and else there.
+    child: Option<tokio::process::Child>,
+    started: Started,
     terminal: Option<Terminal>,
     ended: Option<Exit>,
 }
 
+/// What the runtime says of what it has started.
+#[derive(Clone, Debug)]
+struct Started {
+    pid_file: PathBuf,
+    container: String,
+}
+
+impl Started {
+    /// Its number. The runtime says it a little later than it starts it.
+    fn pid(&self) -> Option<i32> {
+        fs::read_to_string(&self.pid_file).ok()?.trim().parse().ok()
+    }
+
+    /// The same, when it is said; `None` if that takes too long, or the runtime has
+    /// ended without.
+    async fn told(&self, ended: impl Fn() -> bool) -> Option<i32> {
+        let begun = Instant::now();
+        loop {
+            // Before it is looked: what ended has said all that it says.
+            let last = ended() || begun.elapsed() >= START_LIMIT;
+            match self.pid() {
+                None if !last => tokio::time::sleep(LOOK_AGAIN).await,
+                pid => return pid,
+            }
+        }
+    }
+
+    /// Signals it if it is there: a signal to the runtime's own would not reach it.
+    fn signal(&self, pid: i32, signal: Signal) {
+        if let Ok(Some(process)) = PidFd::open(pid)
+            && Groups::of(pid).is_ok_and(|groups| groups.of_container(&self.container).is_some())
+        {
+            process.signal(signal);
+        }
+    }
+}
+
 impl Entered {
-    /// The process itself, if it is there: killing the runtime's would leave it.
-    fn process(&self) -> Option<PidFd> {
-        let pid = fs::read_to_string(&self.pid_file).ok()?.trim().parse().ok()?;
-        let process = PidFd::open(pid).ok()??;
-        Groups::of(pid).is_ok_and(|groups| groups.of_container(&self.container).is_some()).then_some(process)
+    /// The runtime's number, as long as nobody has waited for its end.
+    fn runtime(&self) -> Option<Pid> {
+        Pid::from_raw(self.child.as_ref()?.id()?.cast_signed())
+    }
+
+    /// Whether the runtime has ended, waited for or not.
+    fn runtime_has_ended(&self) -> bool {
+        let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        let looked = self.runtime().map(|pid| rustix::process::waitid(WaitId::Pid(pid), look));
+        !matches!(looked, Some(Ok(None)))
     }
 }
 
 impl Drop for Entered {
     fn drop(&mut self) {
-        if self.ended.is_none()
-            && let Some(process) = self.process()
-        {
-            process.signal(Signal::KILL);
+        let (started, child) = (self.started.clone(), self.child.take());
+        let end = move |pid: Option<i32>| {
+            if let Some(pid) = pid {
+                started.signal(pid, Signal::KILL);
+            }
+            let _ = fs::remove_file(&started.pid_file);
+        };
+        if self.ended.is_some() {
+            return end(None);
         }
-        let _ = fs::remove_file(&self.pid_file);
+        let pid = self.started.pid();
+        // Without the runtime, which is killed with its handle, nobody would know what
+        // it is just starting.
+        match (pid, child, tokio::runtime::Handle::try_current()) {
+            (None, Some(mut child), Ok(tokio)) => {
+                let started = self.started.clone();
+                tokio.spawn(async move {
+                    tokio::select! {
+                        pid = started.told(|| false) => end(pid),
+                        _ = child.wait() => end(started.pid()),
+                    }
+                });
+            }
+            _ => end(pid),
+        }
     }
 }
 
@@ -216,7 +297,7 @@ impl ProcessHandle for Entered {
         }
         // The runtime passes it on when it hears that there is another. It is not
         // reaped while this has not waited for it, so its number is its own.
-        if let Some(runtime) = self.child.id().and_then(|pid| Pid::from_raw(pid.cast_signed())) {
+        if let Some(runtime) = self.runtime() {
             let _ = rustix::process::kill_process(runtime, Signal::WINCH);
         }
         Ok(())
@@ -224,8 +305,10 @@ impl ProcessHandle for Entered {
 
     async fn signal(&self, signal: &str) -> Result<()> {
         let number = signals::number(signal).and_then(|number| Signal::from_named_raw(number.into()));
-        if let (Some(signal), Some(process)) = (number, self.process()) {
-            process.signal(signal);
+        if let Some(signal) = number
+            && let Some(pid) = self.started.told(|| self.runtime_has_ended()).await
+        {
+            self.started.signal(pid, signal);
         }
         Ok(())
     }
@@ -234,10 +317,11 @@ impl ProcessHandle for Entered {
         if let Some(exit) = &self.ended {
             return Ok(exit.clone());
         }
-        let exit = match self.child.wait().await {
-            Ok(status) => exit_of(status),
-            Err(_) => Exit::Signal("KILL".into()),
+        let status = match &mut self.child {
+            Some(child) => child.wait().await.ok(),
+            None => None,
         };
+        let exit = status.map_or_else(|| Exit::Signal("KILL".into()), exit_of);
         self.ended = Some(exit.clone());
         Ok(exit)
     }

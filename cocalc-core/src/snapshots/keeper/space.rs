@@ -7,7 +7,7 @@ use std::{
 
 use cocalc_ids::{ProjectId, SnapshotName};
 
-use super::{Keeper, names};
+use super::{FETCHED_MAX, Keeper, names};
 use crate::{
     control::ProjectConfig,
     grant::Entry,
@@ -25,6 +25,8 @@ const COUNT: Duration = Duration::from_secs(3_600);
 /// How long counting may take.
 const COUNT_LIMIT: Duration = Duration::from_secs(120);
 
+/// How often a limit is set that changes while it is being set.
+const SET_MAX: usize = 8;
 /// How long a project may keep the room of a restore that is over, if it does
 /// not fit without: the time to delete the state before.
 const OVER_MAX: Duration = Duration::from_secs(24 * 3_600);
@@ -40,7 +42,7 @@ pub(super) struct Space {
     /// What projects may take beside their plan, and for what.
     rooms: BTreeMap<ProjectId, BTreeMap<SnapshotName, Room>>,
     /// Projects whose limit is to be looked at although they don't run: the
-    /// process before may have left it raised.
+    /// process before may have left it raised, or it is to be lowered.
     unsure: BTreeSet<ProjectId>,
 }
 
@@ -48,6 +50,9 @@ pub(super) struct Space {
 #[derive(Clone, Copy, Debug)]
 struct Room {
     bytes: u64,
+    /// Since when, and whether what it was for has come.
+    since: Duration,
+    came: bool,
     /// Since when what it was for is over: it goes as soon as the project fits
     /// without, at the latest after [`OVER_MAX`].
     over: Option<Duration>,
@@ -90,18 +95,40 @@ impl Space {
         rooms.fold(0, |sum, room| sum.saturating_add(room.bytes))
     }
 
-    /// Takes back what is over, if the project fits without it.
-    fn take_back(&mut self, project: ProjectId, plan: Option<u64>, charged_bytes: u64, now: Duration) {
-        let Some(rooms) = self.rooms.get_mut(&project) else { return };
+    /// Takes back what is over, if the project fits without it. Whether there was
+    /// something: then the storage has to hear of it.
+    fn take_back(
+        &mut self,
+        project: ProjectId,
+        plan: Option<u64>,
+        charged_bytes: u64,
+        now: Duration,
+    ) -> bool {
+        let Some(rooms) = self.rooms.get_mut(&project) else { return false };
         // Nine tenths, so that somebody can go on working.
         let fits = plan.is_none_or(|limit| charged_bytes <= limit / 10 * 9);
+        let before = rooms.len();
         rooms.retain(|_, room| room.over.is_none_or(|since| !fits && now < since + OVER_MAX));
+        let taken = rooms.len() < before;
         if rooms.is_empty() {
             self.rooms.remove(&project);
         }
+        if taken {
+            // Until it has: nobody else looks at it if it does not run.
+            self.unsure.insert(project);
+        }
+        taken
     }
 
-    fn end(&mut self, project: ProjectId, name: &SnapshotName, now: Duration) {
+    /// What came, and was neither used nor given up by whoever had asked for it.
+    fn forgotten(&self, project: ProjectId, now: Duration) -> Vec<SnapshotName> {
+        let rooms = self.rooms.get(&project).into_iter().flatten();
+        let old =
+            rooms.filter(|(_, room)| room.came && room.over.is_none() && now >= room.since + FETCHED_MAX);
+        old.map(|(name, _)| name.clone()).collect()
+    }
+
+    pub(super) fn end(&mut self, project: ProjectId, name: &SnapshotName, now: Duration) {
         if let Some(room) = self.rooms.get_mut(&project).and_then(|rooms| rooms.get_mut(name)) {
             room.over.get_or_insert(now);
         }
@@ -120,7 +147,12 @@ pub struct RaisedRoom {
 impl RaisedRoom {
     /// What it is for has come.
     pub fn keep(mut self) {
-        self.name = None;
+        let Some(name) = self.name.take() else { return };
+        let mut state = self.keeper.state();
+        let rooms = state.space.rooms.get_mut(&self.project);
+        if let Some(room) = rooms.and_then(|rooms| rooms.get_mut(&name)) {
+            room.came = true;
+        }
     }
 }
 
@@ -151,10 +183,10 @@ impl Keeper {
             let rooms = state.space.rooms.entry(project).or_default();
             // Room upon room would be a plan of one's own making.
             rooms.clear();
-            rooms.insert(name.clone(), Room { bytes, over: None });
+            rooms.insert(name.clone(), Room { bytes, since: self.0.clock.boot(), came: false, over: None });
         }
         let raised = RaisedRoom { keeper: self.clone(), project, name: Some(name) };
-        self.set_limit(project, self.limit_now(&entry.config, project)).await?;
+        self.set_limit(project).await?;
         Ok(raised)
     }
 
@@ -172,21 +204,37 @@ impl Keeper {
             Err(storage::Error::NotFound { .. }) => return Ok(()),
             usage => usage?.charged_bytes,
         };
-        self.state().space.take_back(project, self.limit_bytes(&entry.config), charged, now);
-        self.set_limit(project, self.limit_now(&entry.config, project)).await
+        let plan = self.limit_bytes(&entry.config);
+        self.state().space.take_back(project, plan, charged, now);
+        self.set_limit(project).await
+    }
+
+    /// Has the storage hold a project to its limit: its plan's, and what it was
+    /// [given room](Self::raise) for. A storage without limits has none. Of what is
+    /// done at the same time the last word counts, whoever says it. Does nothing about
+    /// a project that the ledger does not know.
+    ///
+    /// # Errors
+    ///
+    /// As of the storage.
+    pub async fn set_limit(&self, project: ProjectId) -> storage::Result<()> {
+        let wanted = || Some(self.limit_now(&self.0.ledger.entry(project)?.config, project));
+        let mut set = None;
+        for _ in 0..SET_MAX {
+            let Some(limit) = wanted().filter(|limit| set != Some(*limit)) else { break };
+            match self.0.storage.set_limit(project, limit).await {
+                Err(storage::Error::Unsupported { .. } | storage::Error::NotFound { .. }) => break,
+                done => done?,
+            }
+            set = Some(limit);
+        }
+        Ok(())
     }
 
     /// The limit that a project has now: its plan's, and what it was given room
     /// for.
-    pub fn limit_now(&self, config: &ProjectConfig, project: ProjectId) -> Option<u64> {
+    fn limit_now(&self, config: &ProjectConfig, project: ProjectId) -> Option<u64> {
         Some(self.limit_bytes(config)?.saturating_add(self.state().space.room(project)))
-    }
-
-    async fn set_limit(&self, project: ProjectId, limit: Option<u64>) -> storage::Result<()> {
-        match self.0.storage.set_limit(project, limit).await {
-            Err(storage::Error::Unsupported { .. } | storage::Error::NotFound { .. }) => Ok(()),
-            done => done,
-        }
     }
 
     /// Looks at the usage of some running projects, and of those that were
@@ -237,9 +285,25 @@ impl Keeper {
             usage => usage?,
         };
         let (plan, now) = (self.limit_bytes(&entry.config), self.0.clock.boot());
-        self.state().space.take_back(project, plan, usage.charged_bytes, now);
+        let forgotten = self.state().space.forgotten(project, now);
+        if !forgotten.is_empty() {
+            // Nobody looks at its snapshots if it does not run.
+            let Some(_turn) = self.turn(project).await else { return Ok(()) };
+            if self.0.ledger.entry(project).is_none_or(|now| now.may_run() != entry.may_run()) {
+                return Ok(());
+            }
+            for name in forgotten {
+                match self.delete(project, &name).await {
+                    // Held by somebody who reads it: then it counts all the same.
+                    Ok(_) | Err(storage::Error::NoSnapshot { .. }) => {}
+                    Err(error) => return Err(error),
+                }
+                self.state().space.end(project, &name, now);
+            }
+        }
+        let taken = self.state().space.take_back(project, plan, usage.charged_bytes, now);
         let limit = self.limit_now(&entry.config, project);
-        if usage.limit_bytes == limit {
+        if usage.limit_bytes == limit && !taken {
             self.state().space.unsure.remove(&project);
         } else {
             let Some(_turn) = self.turn(project).await else { return Ok(()) };
@@ -247,11 +311,9 @@ impl Keeper {
             if self.0.ledger.entry(project).is_none_or(|now| now.may_run() != entry.may_run()) {
                 return Ok(());
             }
-            // Asked again in its turn: a restore may have been given room.
-            let limit = self.limit_now(&entry.config, project);
             tracing::info!(%project, was = usage.limit_bytes, now = limit, "its limit is set");
-            self.0.storage.set_limit(project, limit).await?;
-            usage.limit_bytes = limit;
+            self.set_limit(project).await?;
+            usage.limit_bytes = self.limit_now(&entry.config, project);
             self.state().space.unsure.remove(&project);
         }
         let need = {

@@ -9,6 +9,7 @@
 //! Beside `images/<digest>` lies `images/<digest>.json`, the [`ImageRecord`]:
 //! what people call it and when it was used. An image without one counts.
 
+mod floor;
 mod record;
 mod travel;
 mod tree;
@@ -43,7 +44,8 @@ pub struct ImageLimits {
     pub bytes: u64,
     /// Names in it. Default: two million.
     pub names: u64,
-    /// What must stay free on the volume meanwhile, in bytes. Default: 256 MiB.
+    /// What stays free on the volume meanwhile, in bytes: nothing comes that would
+    /// take it. Default: 256 MiB.
     pub free_bytes: u64,
 }
 
@@ -83,8 +85,8 @@ pub enum ImageError {
         /// Its digest.
         digest: ImageDigest,
     },
-    /// The volume has no room for it.
-    #[error("the volume has no room for the image")]
+    /// The volume has no room for it, beside what stays free in any case.
+    #[error("the volume has no room for the image beside what stays free; make room on it, or enlarge it")]
     NoSpace,
     /// The volume failed.
     #[error("the volume could not take or find the image")]
@@ -125,8 +127,11 @@ impl Btrfs {
         if let Some((digest, _)) = known.iter().find(|(_, record)| record.sources.contains(&source)) {
             return Ok(*digest);
         }
-        let archive = Box::pin(tokio::fs::File::open(path).await.map_err(bad)?);
-        self.import_image(archive, limits).await
+        let archive = tokio::fs::File::open(path).await.map_err(bad)?;
+        // It takes about as much as the archive, whatever that has in it.
+        let bytes = archive.metadata().await.map_err(bad)?.len();
+        floor::Floor::new(self, limits).fits(bytes)?;
+        self.import_image(Box::pin(archive), limits).await
     }
 
     /// Imports the root file system in a stream of an uncompressed tar archive.

@@ -1,7 +1,7 @@
 //! Images on their way between hosts: the kernel's stream of the subvolume,
 //! guarded as those of snapshots are, and believed by its digest only.
 
-use std::fmt;
+use std::{fmt, sync::atomic::Ordering};
 
 use cocalc_core::{
     ids::{ImageDigest, SnapshotName, VolumeUuid},
@@ -10,7 +10,11 @@ use cocalc_core::{
 use rustix::fs::{Timespec, Timestamps};
 use serde::{Deserialize, Serialize};
 
-use super::{ImageError, ImageLimits, ImageRecord, StagedImage, bad, tree::Strictness};
+use super::{
+    ImageError, ImageLimits, ImageRecord, StagedImage, bad,
+    floor::{Floor, Watched},
+    tree::Strictness,
+};
 use crate::{
     btrfs::{
         Btrfs, NOBODY,
@@ -112,9 +116,8 @@ impl Btrfs {
                 format!("it has {} bytes, and an image at most {}", header.record.bytes, limits.bytes);
             return Err(bad(reason));
         }
-        if self.free_bytes().map_err(bad)? < header.record.bytes.saturating_add(limits.free_bytes) {
-            return Err(ImageError::NoSpace);
-        }
+        let floor = Floor::new(self, limits);
+        floor.fits(header.record.bytes)?;
         let staged = self.stage_image().await?;
         let (caller, gone) = Caller::new();
         let (applier, staged) = {
@@ -126,18 +129,20 @@ impl Btrfs {
             .await?
         };
         let guard = StreamGuard::new(&name(&header.digest)?, header.origin, None);
-        let stream = bounded(stream, limits);
+        // Whatever the other host says of its size.
+        let (stream, full) = Watched::new(bounded(stream, limits), floor);
         // In a task of its own: what is dropped while it is applied to would be
         // removed under it.
         let stall_limit = self.0.stall_limit;
         let pumped = tokio::spawn(async move {
-            let done = pump(NOBODY, applier, guard, stream, gone.told, stall_limit).await;
+            let done = pump(NOBODY, applier, guard, Box::pin(stream), gone.told, stall_limit).await;
             (done.map(drop), staged)
         });
         let (done, staged): (Result<(), Failure>, StagedImage) =
             pumped.await.map_err(|error| Failure::Wrong(error.to_string()))?;
         drop(caller);
         match done {
+            Err(_) if full.load(Ordering::Relaxed) => return Err(ImageError::NoSpace),
             Err(Failure::Public(error)) => return Err(bad(error)),
             other => other?,
         }

@@ -13,12 +13,10 @@ use tokio::{
     time::timeout,
 };
 
-use super::{ImageError, ImageLimits, bad};
+use super::{ImageError, ImageLimits, bad, floor::Floor};
 use crate::{btrfs::Btrfs, child::Running};
 
 const CHUNK: usize = 128 << 10;
-/// How often the free space is looked at, in bytes of the archive.
-const LOOK_BYTES: u64 = 16 << 20;
 /// An archive ends with two blocks of zeros.
 const END_MARK: usize = 1024;
 /// How long unpacking may take no input or give no end.
@@ -77,7 +75,8 @@ pub(super) async fn unpack(
     let mut running = running.map_err(bad)?;
     let mut stdin = running.child.stdin.take().ok_or_else(|| bad("tar has no input"))?;
     let (mut hash, mut chunk, mut accepts) = (Sha256::new(), vec![0; CHUNK], true);
-    let (mut zeros, mut total, mut looked) = (0, 0_u64, 0);
+    let (mut zeros, mut total, mut floor) = (0, 0_u64, Floor::new(store, limits));
+    floor.fits(0)?;
     // Every name takes a block, and some take a few.
     let total_max = limits.bytes.saturating_add(limits.names.saturating_mul(2048));
     loop {
@@ -94,12 +93,7 @@ pub(super) async fn unpack(
         if total > total_max {
             return Err(bad(format!("it is larger than an image may be, {} bytes", limits.bytes)));
         }
-        if total >= looked {
-            looked = total + LOOK_BYTES;
-            if store.free_bytes().map_err(bad)? < limits.free_bytes {
-                return Err(ImageError::NoSpace);
-            }
-        }
+        floor.came(length)?;
         hash.update(&chunk[..length]);
         zeros = match chunk[..length].iter().rposition(|byte| *byte != 0) {
             Some(last) => length - 1 - last,
@@ -111,11 +105,14 @@ pub(super) async fn unpack(
     }
     drop(stdin);
     let status = timeout(STALL_LIMIT, running.child.wait()).await.map_err(bad)?.map_err(bad)?;
+    floor.fits(0)?;
     if !status.success() {
-        if store.free_bytes().map_err(bad)? < limits.free_bytes {
+        let words = running.words().await;
+        // Others may have filled it, or it has no room for more names.
+        if words.contains("No space left on device") {
             return Err(ImageError::NoSpace);
         }
-        return Err(bad(format!("tar failed, {status}: {}", running.words().await)));
+        return Err(bad(format!("tar failed, {status}: {words}")));
     }
     // tar takes an archive that is cut between two files for a whole one.
     if zeros < END_MARK {

@@ -2,6 +2,7 @@
 
 mod garbage;
 mod peer;
+mod room;
 mod settings;
 mod work;
 

@@ -24,6 +24,9 @@ pub struct ImageSettings {
     /// An image goes when no project of this host has had it for so many days.
     /// Default: 30.
     pub unused_days: u32,
+    /// What stays free on the volume while images come, in bytes: what would take it
+    /// is broken off, and goes. Default: 256 MiB.
+    pub reserve_bytes: u64,
     /// Sooner, but never within a day, while less than this is free. Default: 4
     /// GiB.
     pub free_bytes_min: u64,
@@ -39,6 +42,7 @@ impl Default for ImageSettings {
             bytes_max: limits.bytes,
             names_max: limits.names,
             unused_days: 30,
+            reserve_bytes: limits.free_bytes,
             free_bytes_min: policy.free_bytes_min,
         }
     }
@@ -46,7 +50,7 @@ impl Default for ImageSettings {
 
 impl ImageSettings {
     pub(crate) fn limits(&self) -> ImageLimits {
-        ImageLimits { bytes: self.bytes_max, names: self.names_max, ..ImageLimits::default() }
+        ImageLimits { bytes: self.bytes_max, names: self.names_max, free_bytes: self.reserve_bytes }
     }
 
     pub(crate) fn policy(&self) -> Policy {

@@ -16,7 +16,7 @@ use cocalc_podman::image::{self, Origin, Pull, Recipe, Step};
 use cocalc_storage::{Btrfs, ImageRecord};
 use tokio::sync::{Semaphore, watch};
 
-use super::{Images, World, clean_name, image_error, invalid, missing, uses};
+use super::{Images, World, clean_name, image_error, invalid, missing, room::no_space, uses};
 
 /// How many images come at once.
 const AT_ONCE: usize = 2;
@@ -172,21 +172,25 @@ impl Images {
         let store = self.store()?.clone();
         let mut noted = ImageRecord::default();
         noted.names.extend(name.as_ref().map(ToString::to_string));
-        let digest = match task {
-            ImageTask::Pull { reference, .. } => {
-                let reference: Reference = reference.parse().map_err(|error| invalid(format!("{error}")))?;
-                self.pull(&store, Origin::Reference(reference), noted, progress).await?
-            }
-            ImageTask::Import { file, .. } => self.import(&store, &file, noted, progress).await?,
-            ImageTask::Build { recipe, .. } => self.build(&store, &recipe, noted, progress).await?,
-            ImageTask::Fetch { digest, from } => {
-                let _alone = self.0.work.fetching.lock().await;
-                if self.path(digest).is_none() {
-                    self.fetch(&store, digest, from, progress, world).await?;
+        let comes = async {
+            match task {
+                ImageTask::Pull { reference, .. } => {
+                    let reference: Reference =
+                        reference.parse().map_err(|error| invalid(format!("{error}")))?;
+                    self.pull(&store, Origin::Reference(reference), noted, progress).await
                 }
-                digest
+                ImageTask::Import { file, .. } => self.import(&store, &file, noted, progress).await,
+                ImageTask::Build { recipe, .. } => self.build(&store, &recipe, noted, progress).await,
+                ImageTask::Fetch { digest, from } => {
+                    let _alone = self.0.work.fetching.lock().await;
+                    if self.path(digest).is_none() {
+                        self.fetch(&store, digest, from, progress, world).await?;
+                    }
+                    Ok(digest)
+                }
             }
         };
+        let digest = self.while_there_is_room(&store, comes).await?;
         self.refresh().await.map_err(image_error)?;
         if let Some(name) = &name {
             self.take_name(name, digest).await?;
@@ -231,6 +235,12 @@ impl Images {
     ) -> Result<ImageDigest, CommandError> {
         let path = self.import_path(file)?;
         progress.phase("looking at the archive");
+        // It takes about as much, or more, whatever is in it.
+        let about = std::fs::metadata(&path).map_err(|error| invalid(format!("{file}: {error}")))?;
+        let needs = about.len().saturating_add(self.0.settings.reserve_bytes);
+        if store.free_bytes().is_ok_and(|free| free < needs) {
+            return Err(no_space(self.0.settings.reserve_bytes));
+        }
         let look = path.clone();
         let origin = tokio::task::spawn_blocking(move || Origin::of_archive(&look)).await;
         let origin = origin
@@ -302,8 +312,14 @@ fn parse_recipe(text: &str) -> Result<Recipe, CommandError> {
     Ok(recipe)
 }
 
+/// Whether a program failed because there was no room: each says it in its way.
+fn is_full(complaint: &str) -> bool {
+    complaint.to_ascii_lowercase().contains("no space left on device")
+}
+
 fn source_error(error: image::ImageError) -> CommandError {
     let code = match &error {
+        image::ImageError::Failed { complaint, .. } if is_full(complaint) => ErrorCode::NoSpace,
         image::ImageError::Recipe { .. } | image::ImageError::TooLarge { .. } => ErrorCode::Invalid,
         _ => ErrorCode::Failed,
     };

@@ -100,10 +100,7 @@ impl Lifecycle {
         // Before anything is kept: limits that can't be are no wish of the project.
         let applied = self.limit(project, epoch, &config).await?;
         let entry = self.ledger.configure(project, epoch, config).await?;
-        match self.storage.set_limit(project, self.keeper.limit_now(&entry.config, project)).await {
-            Ok(()) | Err(storage::Error::Unsupported { .. }) => {}
-            Err(error) => return Err(storage_error(error)),
-        }
+        self.keeper.set_limit(project).await.map_err(storage_error)?;
         // Its secrets may be others, too.
         if let Some(secrets) = self.inside.as_ref().and_then(|inside| inside.secrets.as_ref()) {
             secrets.refresh(project);

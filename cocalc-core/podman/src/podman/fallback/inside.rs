@@ -72,6 +72,15 @@ impl Inside {
         self.kind(path).is_some_and(|kind| !kind.is_dir())
     }
 
+    /// Whether this file of the host's is there.
+    pub(super) fn has_file(&self, path: &str, file: &Path) -> bool {
+        let found = self.open(path, OFlags::PATH).and_then(rustix::fs::fstat);
+        let same = |one: rustix::fs::Stat, other: rustix::fs::Stat| {
+            (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
+        };
+        found.is_ok_and(|found| rustix::fs::stat(file).is_ok_and(|file| same(found, file)))
+    }
+
     /// Whether a directory is there.
     pub(super) fn has_directory(&self, path: &str) -> bool {
         self.kind(path).is_some_and(FileType::is_dir)
@@ -125,5 +134,9 @@ mod tests {
         fs::File::create(&passwd).unwrap().set_len(1 << 40).unwrap();
         assert_eq!(inside.read("/etc/passwd").len(), usize::try_from(users::BYTES_MAX).unwrap());
         assert!(inside.has("kept") && !inside.has("home") && inside.has_directory("/home/other"));
+        // One that looks the same is another.
+        fs::copy(root.join("kept"), root.join("copy")).unwrap();
+        assert!(inside.has_file("/kept", &root.join("kept")));
+        assert!(!inside.has_file("/copy", &root.join("kept")) && !inside.has_file("/none", &outside));
     }
 }

@@ -16,7 +16,7 @@ use cocalc_core::runner::WindowSize;
 use rustix::{
     fs::OFlags,
     pty::OpenptFlags,
-    termios::{OptionalActions, Winsize},
+    termios::{OptionalActions, OutputModes, Winsize},
 };
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf, unix::AsyncFd};
 
@@ -27,8 +27,9 @@ const END: u8 = 4;
 pub(super) struct Terminal(Arc<AsyncFd<OwnedFd>>);
 
 impl Terminal {
-    /// One of this size, and the end that is not the host's.
-    pub(super) fn open(size: WindowSize) -> io::Result<(Self, OwnedFd)> {
+    /// One of this size, and the end that is not the host's. What is shown gets no
+    /// returns here if it `has_returns`, and so is as it was shown.
+    pub(super) fn open(size: WindowSize, has_returns: bool) -> io::Result<(Self, OwnedFd)> {
         let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
         let host = rustix::pty::openpt(flags)?;
         rustix::pty::grantpt(&host)?;
@@ -36,6 +37,10 @@ impl Terminal {
         let other = rustix::pty::ioctl_tiocgptpeer(&host, flags)?;
         let mut modes = rustix::termios::tcgetattr(&other)?;
         modes.make_raw();
+        if has_returns {
+            // The runtime turns on again whatever else is to be done to it.
+            modes.output_modes = OutputModes::empty();
+        }
         rustix::termios::tcsetattr(&other, OptionalActions::Now, &modes)?;
         rustix::fs::fcntl_setfl(&host, OFlags::NONBLOCK)?;
         let terminal = Self(Arc::new(crate::kernel::watch(host)?));
