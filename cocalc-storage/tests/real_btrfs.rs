@@ -25,7 +25,10 @@ use cocalc_storage::{
 };
 use cocalc_testkit::storage::{FilesHarness, Host, agrees_with_model, regressions, scripts, storage};
 use proptest::{prelude::*, test_runner::TestRunner};
-use tokio::io::AsyncReadExt as _;
+use tokio::{
+    io::AsyncReadExt as _,
+    signal::unix::{SignalKind, signal},
+};
 
 /// Stores on loopback volumes. Fields are dropped in order: the stores let go
 /// of their volumes, which are unmounted, before the directory is removed.
@@ -806,6 +809,44 @@ async fn a_sender_that_fails_is_heard_and_a_dropped_one_is_ended() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     drop(f.volumes);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_signal_does_not_begin_a_stream_again_within_itself() {
+    // `tgkill` of the C library, to the threads that send.
+    const SIGNALS: &str = "import ctypes, sys, time\n\
+        for _ in range(20):\n    \
+            for thread in sys.argv[2:]: ctypes.CDLL(None).tgkill(int(sys.argv[1]), int(thread), 12)\n    \
+            time.sleep(0.01)\n";
+    let f = fixture().await;
+    let project = ProjectId::random();
+    let live = f.a.create(project, &VolumeOptions::default()).await.unwrap().path.unwrap();
+    for number in 0..8_u8 {
+        fs::write(live.join(format!("home/{number}")), vec![number; 1 << 20]).unwrap();
+    }
+    f.a.snapshot(project, &name("one")).await.unwrap();
+    let (_, expected) = stream_of(&f.a, project, "one").await;
+
+    let mut sent = f.a.send(project, &name("one"), &SendOptions::whole()).await.unwrap();
+    let mut bytes = vec![0; 1 << 20];
+    sent.reader.read_exact(&mut bytes).await.unwrap();
+    let threads = || {
+        let tasks = fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap());
+        // Other threads end meanwhile.
+        let name = |task: &fs::DirEntry| fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+        let senders = tasks.filter(|task| name(task).trim() == "btrfs-send");
+        senders.map(|task| task.file_name()).collect::<Vec<_>>()
+    };
+    let threads = threads();
+    assert!(!threads.is_empty(), "it waits for room in the pipe");
+    // SIGUSR2, which has a handler from now on.
+    let _heard = signal(SignalKind::user_defined2()).unwrap();
+    assert_eq!(SignalKind::user_defined2().as_raw_value(), 12);
+    let mut child = tokio::process::Command::new("python3");
+    let child = child.args(["-c", SIGNALS, &std::process::id().to_string()]).args(threads);
+    assert!(child.status().await.unwrap().success());
+    sent.reader.read_to_end(&mut bytes).await.unwrap();
+    assert!(bytes == expected, "{} bytes, expected {}", bytes.len(), expected.len());
 }
 
 #[test]

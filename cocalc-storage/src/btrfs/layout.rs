@@ -177,17 +177,36 @@ pub(super) fn open_directory(path: &Path) -> io::Result<File> {
     Ok(rustix::fs::open(path, flags, Mode::empty())?.into())
 }
 
-/// Opens the subvolume at `path`; `None` if nothing is there.
+/// Opens the subvolume at `path`; `None` if nothing is there. Works during
+/// changes by others: it may be deleted, or another put in its place, at any
+/// moment.
 pub(super) fn subvolume(path: &Path) -> Result<Option<Subvolume>, Failure> {
-    let fd = match open_directory(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        other => other.doing("open a subvolume")?,
-    };
-    if !sys::is_subvolume(&fd).doing("look at a subvolume")? {
-        return Err(Failure::Wrong(format!("{} is not a subvolume", path.display())));
+    // What is going, kept open so that the number of its device is not given
+    // to another.
+    let mut going: Option<(File, u64)> = None;
+    loop {
+        let fd = match open_directory(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            other => other.doing("open a subvolume")?,
+        };
+        if !sys::is_subvolume(&fd).doing("look at a subvolume")? {
+            return Err(Failure::Wrong(format!("{} is not a subvolume", path.display())));
+        }
+        let info = match sys::subvolume_info(&fd) {
+            // It was deleted after it was opened, or is being deleted: its
+            // name goes last.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let device = rustix::fs::fstat(&fd).doing("look at a subvolume")?.st_dev;
+                if going.replace((fd, device)).is_some_and(|(_, before)| before == device) {
+                    return Ok(None);
+                }
+                // Another may have its place by now.
+                continue;
+            }
+            other => other.doing("look at a subvolume")?,
+        };
+        return Ok(Some(Subvolume { fd, info }));
     }
-    let info = sys::subvolume_info(&fd).doing("look at a subvolume")?;
-    Ok(Some(Subvolume { fd, info }))
 }
 
 /// Opens the subvolume at `path`, which must be there.

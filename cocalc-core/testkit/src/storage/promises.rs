@@ -1,6 +1,9 @@
 //! The promises about one store.
 
-use std::time::Duration;
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
 
 use cocalc_core::{
     ids::{ProjectId, SnapshotName},
@@ -652,7 +655,32 @@ pub(super) async fn listed_meanwhile(h: &dyn Harness) {
             tokio::task::yield_now().await;
         }
     };
-    tokio::join!(changing, listing);
+    // What is deleted, or gets another in its place, at the moment in which it is looked at.
+    let (kept, base) = (stays[0], name("base"));
+    store.snapshot(kept, &base).await.unwrap();
+    let done = AtomicBool::new(false);
+    let replacing = async {
+        for round in 0..24 {
+            let (goes, former) = (name(&format!("goes-{round}")), name(&format!("former-{round}")));
+            store.snapshot(kept, &goes).await.unwrap();
+            store.delete_snapshot(kept, &goes).await.unwrap();
+            store.restore(kept, &base, &former).await.unwrap();
+            store.delete_snapshot(kept, &former).await.unwrap();
+        }
+        done.store(true, Ordering::Relaxed);
+    };
+    let looking = async {
+        while !done.load(Ordering::Relaxed) {
+            let (snapshots, volume, listed) =
+                tokio::join!(store.snapshots(kept), store.volume(kept), store.list());
+            let snapshots = snapshots.expect("a listing of snapshots works while some are deleted");
+            assert!(snapshots.iter().any(|snapshot| snapshot.name == base), "what stays is always listed");
+            volume.expect("a volume is there while it is restored");
+            let listed = listed.expect("a listing works during restores");
+            assert!(stays.iter().all(|stays| listed.iter().any(|volume| volume.project == *stays)));
+        }
+    };
+    tokio::join!(async { tokio::join!(changing, listing) }, async { tokio::join!(replacing, looking) });
     for project in stays {
         store.delete(project).await.unwrap();
     }

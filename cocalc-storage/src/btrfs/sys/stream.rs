@@ -69,9 +69,11 @@ const TREE_SEARCH_V2: Opcode = opcode::read_write::<SearchHead>(MAGIC, 17);
 /// `base` and `sources` are tree ids. From `version` 2 on, what is compressed
 /// on the disk is sent as it is.
 ///
-/// Call it in a thread of its own: it blocks, and leaves the thread with
-/// `SIGPIPE` blocked, because the kernel sends that to whoever writes into a
-/// pipe that nobody reads, and its default ends the process.
+/// Call it in a thread of its own: it blocks, and leaves the thread with all
+/// signals blocked. The kernel sends `SIGPIPE` to whoever writes into a pipe
+/// that nobody reads, and its default ends the process. And a signal with a
+/// handler, while this waits for room in the pipe, makes the kernel begin the
+/// whole call again: the stream would break off and start over within itself.
 pub(in super::super) fn send(
     snapshot: impl AsFd,
     pipe: &OwnedFd,
@@ -79,7 +81,7 @@ pub(in super::super) fn send(
     sources: &[u64],
     version: u32,
 ) -> io::Result<()> {
-    block_broken_pipe()?;
+    block_signals()?;
     // A base is a source of clones too, as the `btrfs` program has it.
     let mut clones: Vec<u64> = base.into_iter().chain(sources.iter().copied()).collect();
     clones.sort_unstable();
@@ -100,13 +102,12 @@ pub(in super::super) fn send(
     Ok(())
 }
 
-fn block_broken_pipe() -> io::Result<()> {
+fn block_signals() -> io::Result<()> {
     // SAFETY: all bits zero are a valid `sigset_t`; the calls get pointers to
     // this one, and change nothing but this thread's own mask.
     let failed = unsafe {
         let mut set: libc::sigset_t = std::mem::zeroed();
-        libc::sigemptyset(&raw mut set);
-        libc::sigaddset(&raw mut set, libc::SIGPIPE);
+        libc::sigfillset(&raw mut set);
         libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut())
     };
     if failed == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(failed)) }
