@@ -26,19 +26,21 @@ for package in json.load(sys.stdin)["packages"]:
 print(*("--test " + name for name in sorted(cli - others if sys.argv[1] == "end-to-end" else others)))
 ' "$1"
 }
+end_to_end_targets=$(targets end-to-end)
+other_targets=$(targets others)
 mkdir -p target/tests
 # With a process group of its own, and no interrupts ignored, which tests of
 # terminals need. What is ignored needs what is installed with COCALC_FULL only.
 set -m
-# shellcheck disable=SC2046
-cargo test --workspace --no-fail-fast $(targets end-to-end) ${COCALC_FULL:+-- --include-ignored} \
+# shellcheck disable=SC2086
+cargo test --workspace --no-fail-fast $end_to_end_targets ${COCALC_FULL:+-- --include-ignored} \
   >target/tests/end-to-end.log 2>&1 </dev/null &
 end_to_end=$!
 set +m
-trap 'kill -- "-$end_to_end" 2>/dev/null || true' EXIT
+trap 'kill -- "-$end_to_end" 2>/dev/null || true; cat target/tests/end-to-end.log' EXIT
 failed=0
-# shellcheck disable=SC2046
-cargo test --workspace --no-fail-fast --lib --bins --examples --benches $(targets others) \
+# shellcheck disable=SC2086
+cargo test --workspace --no-fail-fast --lib --bins --examples --benches $other_targets \
   ${COCALC_FULL:+-- --include-ignored} 2>&1 | tee target/tests/others.log || failed=1
 wait "$end_to_end" || failed=1
 trap - EXIT

@@ -23,8 +23,10 @@
 
 mod entry;
 mod ledger;
+mod orphans;
 mod store;
 
 pub use entry::{Entry, Frozen, MovedTo, Refusal, Reservation};
 pub use ledger::{Ledger, LedgerError};
+pub use orphans::sweep as sweep_orphans;
 pub use store::{LedgerStore, MemoryLedgerStore};

@@ -65,7 +65,8 @@ pub trait Runner: fmt::Debug + Send + Sync + 'static {
     /// says what runs may not answer.
     async fn status(&self, project: ProjectId) -> Result<Status>;
 
-    /// Every project this runner knows, ordered.
+    /// Every project this runner knows, ordered; those of which it cannot be told what
+    /// they do are [`Unknown`](State::Unknown).
     async fn list(&self) -> Result<Vec<Status>>;
 
     /// Starts a process inside the running project.
@@ -162,6 +163,12 @@ pub enum State {
     Running,
     /// On its way down.
     Stopping,
+    /// What it does cannot be told now: the reason says why. It may run, so it is
+    /// neither started nor moved nor deleted. In [`Runner::list`] and in reports of a
+    /// host; [`Runner::status`] says [`Error::Unknown`]. Also what a newer program
+    /// says that this one does not know.
+    #[serde(other)]
+    Unknown,
 }
 
 /// A process to start in a project.

@@ -8,6 +8,8 @@ use std::{
 
 use cocalc_core::runner::{LimitKind, Limits, Stats};
 
+use crate::oom::Notices;
+
 const MOUNT: &str = "/sys/fs/cgroup";
 /// In what time a CPU quota is used, in microseconds.
 const PERIOD_MICROS: u64 = 100_000;
@@ -243,6 +245,16 @@ impl Groups {
             .filter(|(name, _)| wanted.contains(name))
             .filter_map(|(_, bytes)| bytes.parse::<u64>().ok())
             .sum()
+    }
+
+    /// Counts from now on how often their memory is used up, where the counter of
+    /// [`oom_kills`](Self::oom_kills) is all there is otherwise, and goes with them.
+    pub(crate) fn notices(&self) -> Option<Notices> {
+        if kind_at(&self.root) == CgroupKind::Unified {
+            return None;
+        }
+        let notices = Notices::ask(self.legacy("memory")?);
+        notices.inspect_err(|error| tracing::debug!(%error, "no notices of memory that is used up")).ok()
     }
 
     /// How often the kernel has killed a process of these groups because their

@@ -78,6 +78,7 @@ pub mod image;
 mod kernel;
 mod mounts;
 mod net;
+mod oom;
 mod pidfd;
 mod podman;
 mod probe;

@@ -212,13 +212,17 @@ impl Network {
         )
     }
 
-    /// Removes the namespace, the cable and the rules; harmless if they are not
-    /// there. Blocks.
+    /// The number with which a project's network was made; `None` if it has none.
+    pub(crate) fn slot(&self, project: ProjectId) -> Option<u32> {
+        Some(self.kept(&self.path(project))?.slot)
+    }
+
+    /// Removes the namespace, and the cable and the rules of this number, if it has
+    /// one; harmless if they are not there. Blocks.
     pub(crate) fn remove(&self, project: ProjectId, slot: Option<u32>) -> Result<(), NetError> {
         let path = self.path(project);
         let io = |what| move |source| NetError::Io { what, source };
         let kept = self.kept(&path);
-        let slot = slot.or(kept.as_ref().map(|kept| kept.slot));
         if let Some(slot) = slot.filter(|slot| self.cable_exists(*slot)) {
             // At once: a namespace takes its cables along only when the kernel
             // gets to it.
@@ -227,6 +231,7 @@ impl Network {
         mounts::unmount(&path).map_err(io("let go of a network namespace"))?;
         if let Some(kept) = kept
             && matches!(kept.policy, NetworkPolicy::Only { .. })
+            && slot == Some(kept.slot)
         {
             nft(&self.rules().no_policy(kept.slot), "remove a project's firewall")?;
         }

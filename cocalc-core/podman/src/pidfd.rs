@@ -35,9 +35,14 @@ impl PidFd {
         let _ = rustix::process::pidfd_send_signal(&self.0, signal);
     }
 
+    /// Another descriptor of the same, which is readable when it has ended.
+    pub(crate) fn descriptor(&self) -> io::Result<OwnedFd> {
+        Ok(rustix::io::dup(&self.0)?)
+    }
+
     /// Waits for its end; whether it came within `limit`.
     pub(crate) async fn ended(&self, limit: Duration) -> io::Result<bool> {
-        let process = rustix::io::dup(&self.0)?;
+        let process = self.descriptor()?;
         tokio::task::spawn_blocking(move || ended_within(&process, limit)).await.map_err(io::Error::other)
     }
 }

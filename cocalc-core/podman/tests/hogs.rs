@@ -10,7 +10,8 @@ mod world;
 
 use std::{process::Command, time::Duration};
 
-use cocalc_core::runner::{Limits, ProjectSpec, Runner, State};
+use cocalc_core::runner::{Command as Run, ExecRequest, Limits, ProjectSpec, Runner, State};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use world::{World, must};
 
 /// Forks for ever, whatever it is told.
@@ -133,4 +134,100 @@ async fn hogs_are_contained_and_their_neighbours_go_on() {
     assert_eq!(world.run(late.project, "echo started").await, "started\n");
     world.podman.remove(disk.project).await.unwrap();
     must(Command::new("umount").arg(&mount));
+}
+
+/// Takes more memory than there is.
+const HOG: &str = "x = bytearray(400 << 20)";
+/// The same with two processes, neither of which has most of it.
+const HOGS: &str = "import os; x = bytearray(30 << 20); os.fork(); y = bytearray(400 << 20)";
+
+/// Uses up the memory of a project once `before` is done; root inside ends the project
+/// when `then` says so.
+async fn use_up_memory(world: &World, spec: &ProjectSpec, hog: &str, before: impl FnOnce(), then: &str) {
+    let line = format!("echo up; read go; python3 -c '{hog}'; {then}");
+    let request =
+        ExecRequest { command: Run::Line(line), user: Some("root".into()), ..ExecRequest::default() };
+    let mut process = world.podman.exec(spec.project, request).await.unwrap();
+    process.stdout.read_exact(&mut [0; 3]).await.unwrap();
+    before();
+    process.stdin.write_all(b"\n").await.unwrap();
+    // Where it takes its project along, nobody sees its end.
+    let _ = tokio::time::timeout(Duration::from_secs(60), process.handle.wait()).await.expect("it ends");
+}
+
+/// Why a project has ended that was running a moment ago.
+async fn reason(world: &World, spec: &ProjectSpec) -> String {
+    let begun = std::time::Instant::now();
+    loop {
+        let status = world.podman.status(spec.project).await.unwrap();
+        if let (State::Stopped, Some(reason)) = (status.state, status.reason) {
+            return reason;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(60), "its end is not seen: slot {}", spec.slot);
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_end_for_want_of_memory_is_always_told_and_another_never_taken_for_one() {
+    let world = World::new().await;
+    let rounds = if std::env::var_os("COCALC_FULL").is_some() {
+        20
+    } else {
+        eprintln!("5 of 20 rounds: COCALC_FULL=1 runs them all");
+        5
+    };
+    let small = |slot| {
+        let limits = Limits { memory_bytes: Some(96 << 20), ..Limits::default() };
+        ProjectSpec { limits, ..world.project(slot) }
+    };
+    let [first, other, plain, late] = [0, 1, 2, 3].map(small);
+    let kill = |spec: &ProjectSpec| {
+        must(Command::new("kill").args(["-9", &world.first_process(spec.project)]));
+    };
+    for round in 0..rounds {
+        let one = async {
+            // The kernel's choice is the first process, with which all others end at once.
+            world.podman.start(&first).await.unwrap();
+            let adjust = format!("/proc/{}/oom_score_adj", world.first_process(first.project));
+            // What was started before does not inherit it.
+            use_up_memory(&world, &first, HOGS, || std::fs::write(adjust, "1000").unwrap(), "true").await;
+            assert_eq!(reason(&world, &first).await, "killed because its memory was used up", "{round}");
+        };
+        let two = async {
+            // Another is killed, and the project ends in the same moment.
+            world.podman.start(&other).await.unwrap();
+            use_up_memory(&world, &other, HOG, || (), "kill -TERM 1; sleep 60").await;
+            let reason = reason(&world, &other).await;
+            assert!(
+                reason.starts_with("its first process ended")
+                    && reason.contains("; before that its memory was used up, and a"),
+                "{round}: {reason}"
+            );
+        };
+        let three = async {
+            world.podman.start(&plain).await.unwrap();
+            kill(&plain);
+            assert_eq!(reason(&world, &plain).await, "its first process ended with code 137", "{round}");
+        };
+        let four = async {
+            // Killed by somebody, right after another was killed for memory.
+            world.podman.start(&late).await.unwrap();
+            use_up_memory(&world, &late, HOG, || (), "true").await;
+            kill(&late);
+            let reason = reason(&world, &late).await;
+            let told =
+                reason.strip_prefix("its first process ended with code 137; before that its memory was ");
+            assert!(told.is_some_and(|told| told.starts_with("used up, and a")), "{round}: {reason}");
+        };
+        tokio::join!(one, two, three, four);
+    }
+    // A daemon that comes later hears it as well.
+    for (spec, said) in
+        [(&first, "killed because its memory was used up"), (&plain, "its first process ended with code 137")]
+    {
+        let again = world::builder(world.instance, world.state.path(), world.index, &world.volume);
+        let status = again.build().await.unwrap().status(spec.project).await.unwrap();
+        assert_eq!((status.state, status.reason.as_deref()), (State::Stopped, Some(said)));
+    }
 }

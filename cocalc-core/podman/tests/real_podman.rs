@@ -455,7 +455,9 @@ async fn a_removal_that_was_cut_off_is_finished_by_another_process() {
     world::must(std::process::Command::new("podman").args(["rm", "-f", "-t", "0", &container]));
     let again = world::builder(world.instance, world.state.path(), world.index, &world.volume);
     let again = again.build().await.unwrap();
-    assert!(again.list().await.unwrap().is_empty(), "nothing says that it was here");
+    let list = again.list().await.unwrap();
+    let known: Vec<_> = list.iter().map(|one| (one.project, one.state)).collect();
+    assert_eq!(known, [(project, State::Stopped)], "by what is left of it");
     let runtime = std::path::Path::new("/run/cocalc").join(world.instance.to_string());
     let named = || {
         let name = project.to_string();

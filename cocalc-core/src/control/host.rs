@@ -645,6 +645,8 @@ pub enum ErrorCode {
     Invalid,
     /// It may work later.
     Unavailable,
+    /// Whether the project runs cannot be told now, and that has to be known first.
+    StateUnknown,
     /// The repository of backups cannot be reached.
     RepositoryUnavailable,
     /// The repository does not open with the key, or refuses the credentials.

@@ -300,6 +300,30 @@ impl MoveHost {
         }
     }
 
+    /// Ends what runs here without the right to: of a project that is frozen, or that
+    /// another host has, because a stop did not succeed when that began. What cannot
+    /// be ended now is only reported.
+    pub async fn stop_what_may_not_run(&self) {
+        let list = match self.runner.list().await {
+            Ok(list) => list,
+            Err(error) => {
+                tracing::warn!(error = %crate::chain(&error), "cannot look for what may not run");
+                return;
+            }
+        };
+        for status in list.into_iter().filter(|status| status.state == State::Running) {
+            let project = status.project;
+            if self
+                .ledger
+                .entry(project)
+                .is_some_and(|entry| entry.granted.is_some() && entry.may_run().is_none())
+                && let Err(error) = self.settle(project).await
+            {
+                tracing::warn!(%project, error = %error.message, "cannot end what may not run here");
+            }
+        }
+    }
+
     /// Hears from the master who owns a project. If it is another host, under
     /// a higher epoch than the one held here: stops the project, puts its
     /// files aside as `conflict-<epoch>`, and drops a reservation that can no
@@ -606,7 +630,8 @@ pub fn runner_error(error: runner::Error) -> CommandError {
         runner::Error::NoImage { .. } => ErrorCode::NotFound,
         runner::Error::Busy { .. } => ErrorCode::Busy,
         runner::Error::Invalid { .. } => ErrorCode::Invalid,
-        runner::Error::TimedOut { .. } | runner::Error::Unknown { .. } => ErrorCode::Unavailable,
+        runner::Error::TimedOut { .. } => ErrorCode::Unavailable,
+        runner::Error::Unknown { .. } => ErrorCode::StateUnknown,
         _ => ErrorCode::Failed,
     };
     CommandError { code, message: crate::chain(&error) }

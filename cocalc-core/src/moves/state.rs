@@ -462,8 +462,10 @@ impl MoveState {
         let change = match event {
             Event::Receipt(receipt) => next.receive(receipt)?,
             Event::Failed(error) => {
-                let hopeless =
-                    !matches!(error.code, ErrorCode::Unavailable | ErrorCode::Busy | ErrorCode::Failed);
+                let hopeless = !matches!(
+                    error.code,
+                    ErrorCode::Unavailable | ErrorCode::StateUnknown | ErrorCode::Busy | ErrorCode::Failed
+                );
                 let failure = Failure { step: self.step, code: Some(error.code), message: error.message };
                 next.fail(failure, hopeless)?
             }

@@ -36,7 +36,8 @@ use crate::{
     drive::Control,
     environment,
     host_keys::key_text,
-    input::{Budget, CONNECTION_BYTES_MAX, Credit, InputSender, input},
+    ingress::network,
+    input::{Budget, CONNECTION_BYTES_MAX, Credit, Holder, InputSender, input},
     line::Grip,
     project_of_user,
     reverse::{Arrival, Arrivals, Kind, Listener, Reverse},
@@ -311,7 +312,7 @@ impl Connection {
         let id = channel.id();
         let (_, write) = channel.split();
         let ends = Ends::default();
-        let (sender, receiver) = input(&self.budget, project(&login), &ends.overflow, self.grip.wake());
+        let (sender, receiver) = input(&self.budget, self.holder(&login), &ends.overflow, self.grip.wake());
         let (controls, _) = mpsc::channel(1);
         let outward = Outward { write, handle: session.handle(), meter: self.meter.clone() };
         let run = channel::forward(outward, reply, login, target, receiver, ends.clone());
@@ -361,7 +362,7 @@ impl Connection {
         let request = ExecRequest { command, env, pty, user: None };
         let has_pty = request.pty.is_some();
         let ends = Ends::default();
-        let (sender, receiver) = input(&self.budget, project(&login), &ends.overflow, self.grip.wake());
+        let (sender, receiver) = input(&self.budget, self.holder(&login), &ends.overflow, self.grip.wake());
         let (controls, steered) = mpsc::channel(16);
         let outward = Outward { write, handle: session.handle(), meter: self.meter.clone() };
         let agent = agent.then_some(("SSH_AUTH_SOCK", Kind::Agent, "your agent"));
@@ -394,12 +395,22 @@ impl Connection {
         matches!(self.channels.get(&id), Some(State::Running { controls, .. }) if controls.try_send(control).is_ok())
     }
 
+    /// With whose queues those of this connection count.
+    fn holder(&self, login: &Login) -> Holder {
+        match login {
+            Login::Passage(_) => Holder::Passage(self.source.map(network)),
+            Login::Open(access) => Holder::Project(access.project),
+            Login::Moved(moved) => Holder::Project(moved.project),
+        }
+    }
+
     fn queued(&self, id: u32) -> usize {
         self.channels.iter().find(|(key, _)| key.number() == id).map_or(0, |(_, state)| state.queued())
     }
 
     /// Takes what a client sent on a channel.
     fn receive(&mut self, id: ChannelId, data: &[u8], left: u32) {
+        let granted = self.granted.take();
         let Some(State::Running { input: Some(input), .. }) = self.channels.get(&id) else {
             return;
         };
@@ -412,26 +423,24 @@ impl Connection {
         self.credit.came(id.number(), left, Instant::now());
         if !fits {
             self.give_up(id);
-        } else if self.credit.is_stalled(id.number())
-            && self.channels.values().map(State::queued).sum::<usize>() > CONNECTION_BYTES_MAX
-            && let Some(longest) = self.longest_untouched()
+        } else if self.channels.values().map(State::queued).sum::<usize>() > CONNECTION_BYTES_MAX
+            && let Some(least) = self.reads_least()
         {
-            self.give_up(longest);
+            self.give_up(least);
         }
-        if let Some(rest) = self.granted.take().and_then(|granted| self.credit.rest(id.number(), granted)) {
+        if let Some(rest) = granted.and_then(|granted| self.credit.rest(id.number(), granted)) {
             self.grip.rest(rest);
         }
     }
 
-    /// The stalled channel of which nothing has been read for longest.
-    fn longest_untouched(&self) -> Option<ChannelId> {
-        let stalled = self.channels.iter().filter_map(|(id, state)| match state {
-            State::Running { input: Some(input), .. } if self.credit.is_stalled(id.number()) => {
-                Some((input.untouched_since()?, *id))
-            }
+    /// The channel that can be given up before all others.
+    fn reads_least(&self) -> Option<ChannelId> {
+        let now = Instant::now();
+        let channels = self.channels.iter().filter_map(|(id, state)| match state {
+            State::Running { input: Some(input), .. } => Some((input.order(now)?, *id)),
             _ => None,
         });
-        stalled.min_by_key(|(since, _)| *since).map(|(_, id)| id)
+        channels.min_by_key(|(order, _)| *order).map(|(_, id)| id)
     }
 
     /// Closes a channel that does not read its input.
@@ -481,15 +490,6 @@ fn window_size(cols: u32, rows: u32) -> WindowSize {
 fn known(modes: &[(russh::Pty, u32)]) -> Vec<(u8, u32)> {
     let modes = modes.iter().filter(|(code, _)| *code != russh::Pty::TTY_OP_END);
     modes.map(|(code, value)| (*code as u8, *value)).take(Pty::MODES_MAX).collect()
-}
-
-fn project(login: &Login) -> ProjectId {
-    match login {
-        // All that pass count as one.
-        Login::Passage(_) => ProjectId::from_bytes([0; 16]),
-        Login::Open(access) => access.project,
-        Login::Moved(moved) => moved.project,
-    }
 }
 
 /// The longest name of a host.
@@ -697,7 +697,7 @@ impl Handler for Connection {
     ) -> Result<(), Self::Error> {
         let Some(login) = self.login.clone().filter(|_| self.has_room()) else { return session.close(id) };
         let ends = Ends::default();
-        let (sender, input) = input(&self.budget, project(&login), &ends.overflow, self.grip.wake());
+        let (sender, input) = input(&self.budget, self.holder(&login), &ends.overflow, self.grip.wake());
         let (controls, _) = mpsc::channel(1);
         let state =
             State::Running { input: Some(sender), controls, ends: ends.clone(), pty: false, process: false };

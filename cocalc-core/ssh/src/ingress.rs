@@ -280,10 +280,10 @@ impl SshIngressBuilder {
     }
 
     /// What all connections together keep, in bytes, of what their users have
-    /// sent and their processes have not read yet. It is never exceeded: when it
-    /// is used up, the project that keeps most gives up a channel whose process
-    /// has not read for longest, and above three quarters of it one that has not
-    /// read for three seconds. Default: 256 MiB.
+    /// sent and their processes have not read yet. When it is used up, the project
+    /// that keeps most gives up the channel whose process reads least, and above
+    /// three quarters of it one that has not read for three seconds. What is being
+    /// written to channels that are being closed does not count. Default: 256 MiB.
     pub fn input_bytes_max(mut self, limit: usize) -> Self {
         self.limits.input_bytes_max = limit;
         self
@@ -609,7 +609,7 @@ impl Drop for Place {
 }
 
 /// What one party controls: an address, or an IPv6 network of a site.
-fn network(address: IpAddr) -> IpAddr {
+pub(crate) fn network(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(v6) => IpAddr::V6((v6.to_bits() & !u128::from(u64::MAX)).into()),
         v4 => v4,

@@ -46,13 +46,13 @@
 //! every channel has a queue of its own, nothing ever waits in the
 //! connection's loop, and the amount is chosen anew after each grant, so that
 //! the next packet's sender gets what is meant for it. A channel whose process
-//! does not read is stopped at its client, with about 4 MiB waiting here, for
+//! does not read is stopped at its client, with some MiB waiting here, for
 //! as long as it takes; the others go on, each with a window in a round trip
 //! or two. What all queues hold together is bounded
-//! ([`SshIngressBuilder::input_bytes_max`]): there, at 64 MiB of one connection,
-//! and at 32 MiB of one channel, which a client reaches by ignoring its credit,
-//! a channel that does not read is closed, and its user told: of the project that
-//! keeps most, the one that has not read for longest. Between proxy and host every process
+//! ([`SshIngressBuilder::input_bytes_max`]): there, of the project that keeps most,
+//! the channel is closed that reads least, and its user told; so it is at 64 MiB of
+//! one connection, and at 32 MiB of one channel, which a client reaches by ignoring
+//! its credit. Between proxy and host every process
 //! and forwarded port has a stream of its own, with the kernel's flow control.
 //! Output is never read from a process before its client has credit for it.
 //!

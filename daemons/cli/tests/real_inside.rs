@@ -43,17 +43,27 @@ fn said(federation: &Federation, line: &str) -> String {
     String::from_utf8_lossy(&federation.exec(line).stdout).into_owned()
 }
 
-/// The daemon of the only host, by its id.
+/// The daemon of the first host.
 fn kill_host(federation: &mut Federation) {
+    let name = federation.json["hosts"][0]["name"].as_str().unwrap().to_owned();
+    kill_host_named(federation, &name);
+}
+
+/// Kills the daemon of a host, and waits for the next one.
+fn kill_host_named(federation: &mut Federation, name: &str) {
+    let pid_in = |json: &Value| {
+        let host = json["hosts"].as_array()?.iter().find(|host| host["name"] == name)?;
+        host["pid"].as_u64()
+    };
     federation.reload();
-    let pid = federation.json["hosts"][0]["pid"].as_u64().unwrap();
+    let pid = pid_in(&federation.json).unwrap();
     assert!(Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap().success());
     let before = pid;
     let path = federation.data().join("federation.json");
     federation.wait_for("another daemon", LIMIT, || {
         let text = std::fs::read_to_string(&path).unwrap_or_default();
         let json: Value = serde_json::from_str(&text).unwrap_or_default();
-        json["hosts"][0]["pid"].as_u64().is_some_and(|pid| pid != before)
+        pid_in(&json).is_some_and(|pid| pid != before)
     });
     federation.reload();
 }
@@ -242,4 +252,74 @@ fn deaths_again_and_again(federation: &Federation, project: &str) {
         assert!(!said.contains(words), "{said}");
         woken.stdout == b"up\n"
     });
+}
+
+/// A daemon that comes up while podman hangs, and knows of a project only that it may
+/// run: that is what everybody is told, and nothing is done to it until podman answers.
+#[test]
+fn a_project_that_may_run_unseen_is_unknown_until_podman_answers() {
+    let tools = tempfile::tempdir().unwrap();
+    let hangs = tools.path().join("hangs");
+    let path = std::env::var("PATH").unwrap();
+    let script = format!(
+        "#!/bin/sh\nwhile test -e {}; do sleep 0.2; done\nPATH='{path}' exec podman \"$@\"\n",
+        hangs.display()
+    );
+    cocalc_testkit::executable::write(&tools.path().join("podman"), script);
+    let with = format!("{}:{path}", tools.path().display());
+    let arguments = ["--storage", "btrfs", "--runner", "podman", "--hosts", "2"];
+    let mut federation = Federation::up_with(8930, &arguments, &[("PATH", &with)]);
+    let project = federation.project();
+    let before = federation.json(&["project", "show", &project]);
+    let hosts = federation.json["hosts"].as_array().unwrap().clone();
+    let (here, there): (Vec<&Value>, Vec<&Value>) =
+        hosts.iter().partition(|host| host["id"] == before["host_id"]);
+    let [here, there] = [here, there].map(|some| some[0]["name"].as_str().unwrap().to_owned());
+    let id = before["host_id"].as_str().unwrap().to_owned();
+    // In memory that goes when it is stopped.
+    assert_eq!(said(&federation, "echo kept > /dev/shm/kept; cat /dev/shm/kept"), "kept\n");
+
+    std::fs::write(&hangs, "").unwrap();
+    // The note of it does not say of which process.
+    let note = std::path::Path::new("/run/cocalc").join(&id).join(format!("running/{project}.json"));
+    let text = std::fs::read_to_string(&note).unwrap();
+    let mut told: Value = serde_json::from_str(&text).unwrap();
+    told["run"] = Value::Null;
+    std::fs::write(&note, told.to_string()).unwrap();
+    kill_host_named(&mut federation, &here);
+    federation.wait_for("the word that it is unknown", LIMIT, || {
+        federation.json(&["project", "show", &project])["state"] == "unknown"
+    });
+    for verb in ["show", "why"] {
+        let answer = federation.json(&["project", verb, &project]);
+        let reason = answer["reason"].as_str().unwrap_or_default();
+        assert_eq!(answer["state"], "unknown", "{answer}");
+        assert!(
+            reason.contains("podman") && reason.contains("is asked again") && reason.contains("podman ps"),
+            "{reason}"
+        );
+    }
+    for verb in [
+        &["project", "start", &project][..],
+        &["project", "delete", &project],
+        &["project", "move", &project, "--to", &there],
+    ] {
+        let refused = federation.cocalc(&[verb, &["--output", "json"]].concat());
+        let said = String::from_utf8_lossy(&[refused.stdout, refused.stderr].concat()).into_owned();
+        assert_eq!(refused.status.code(), Some(5), "{verb:?}: {said}");
+        assert!(said.contains("state_unknown"), "{verb:?}: {said}");
+    }
+    let after = federation.json(&["project", "show", &project]);
+    assert_eq!((&after["host_id"], &after["epoch"]), (&before["host_id"], &before["epoch"]));
+
+    std::fs::remove_file(&hangs).unwrap();
+    federation.wait_for("the word that it runs", LIMIT * 3, || {
+        federation.json(&["project", "show", &project])["state"] == "running"
+    });
+    // As it ran all the while.
+    assert_eq!(said(&federation, "cat /dev/shm/kept"), "kept\n");
+    let output = federation.cocalc(&["project", "stop", &project]);
+    assert!(output.status.success(), "{output:?}");
+    let output = federation.cocalc(&["project", "delete", &project]);
+    assert!(output.status.success(), "{output:?}");
 }

@@ -376,7 +376,7 @@ impl Host {
         ));
         let again = lifecycle;
         background.spawn(watch::departures(ledger.clone(), knowledge));
-        background.spawn(orphans::keep(ledger.clone(), Arc::clone(&backends.runner)));
+        background.spawn(orphans::keep(ledger.clone(), moves.clone(), Arc::clone(&backends.runner)));
         background.spawn(keeper.run());
         background.spawn(news.tell(id, Arc::clone(&bus)));
         if let Some(backups) = backups {

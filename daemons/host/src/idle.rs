@@ -10,7 +10,7 @@ mod saved;
 mod totals;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -211,16 +211,21 @@ impl Idle {
 
     async fn round(&self, peer: Peer, bus: &Arc<dyn Bus>) {
         let parts = &self.0.parts;
-        let running = match parts.runner.list().await {
-            Ok(all) => all.into_iter().filter(|status| status.state == State::Running),
+        let all = match parts.runner.list().await {
+            Ok(all) => all,
             Err(error) => {
                 tracing::warn!(error = %cocalc_core::chain(&error), "cannot tell what runs");
                 return;
             }
         };
-        let running: BTreeMap<ProjectId, Option<Timestamp>> =
-            running.map(|status| (status.project, status.started)).collect();
-        self.settle(&running).await;
+        let unknown: BTreeSet<ProjectId> =
+            all.iter().filter(|one| one.state == State::Unknown).map(|one| one.project).collect();
+        let running: BTreeMap<ProjectId, Option<Timestamp>> = all
+            .into_iter()
+            .filter(|status| status.state == State::Running)
+            .map(|status| (status.project, status.started))
+            .collect();
+        self.settle(&running, &unknown).await;
         for project in running.into_keys() {
             let Some(entry) = parts.ledger.entry(project) else { continue };
             self.sample(project, &entry).await;
@@ -231,11 +236,11 @@ impl Idle {
         }
     }
 
-    /// Begins to watch what runs, and forgets what does not.
-    async fn settle(&self, running: &BTreeMap<ProjectId, Option<Timestamp>>) {
+    /// Begins to watch what runs, and forgets what does not, as far as that is known.
+    async fn settle(&self, running: &BTreeMap<ProjectId, Option<Timestamp>>, unknown: &BTreeSet<ProjectId>) {
         let parts = &self.0.parts;
-        let gone: Vec<ProjectId> =
-            self.watched().keys().filter(|project| !running.contains_key(project)).copied().collect();
+        let is_gone = |project: &&ProjectId| !running.contains_key(project) && !unknown.contains(project);
+        let gone: Vec<ProjectId> = self.watched().keys().filter(is_gone).copied().collect();
         for project in gone {
             // The reason is taken by whoever stops it, which may be going on.
             if self.watched().get(&project).is_some_and(|one| one.reason.is_none()) {

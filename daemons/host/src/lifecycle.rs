@@ -5,7 +5,7 @@ mod inside;
 mod once;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -50,6 +50,8 @@ pub struct Lifecycle {
     moves: MoveHost,
     keeper: Keeper,
     images: Arc<dyn Fn(ImageDigest) -> Option<PathBuf> + Send + Sync>,
+    /// The projects of which the master was told that it is not known what they do.
+    unknown: Arc<Mutex<BTreeSet<ProjectId>>>,
     /// Why the last start of a project failed, until one succeeds.
     failures: Arc<Mutex<BTreeMap<ProjectId, String>>>,
     once: Once,
@@ -86,6 +88,7 @@ impl Lifecycle {
             moves,
             keeper,
             images,
+            unknown: Arc::default(),
             failures: Arc::default(),
             once: Once::default(),
             gate: Gate::new(QueueLimits::for_cores(cores()), available_bytes),
@@ -187,6 +190,7 @@ impl Lifecycle {
     /// there.
     #[tracing::instrument(name = "command", skip_all, fields(project = %command.project()))]
     pub async fn execute(&self, command: HostCommand) -> HostReply {
+        let project = command.project();
         let done = match command {
             HostCommand::Create { project, epoch, config } => self.create(project, epoch, config).await,
             HostCommand::Start { project, epoch, config } => self.start(project, epoch, config).await,
@@ -223,13 +227,31 @@ impl Lifecycle {
             HostCommand::Inside { project, epoch, what } => self.look_inside(project, epoch, what).await,
             HostCommand::Backups { project, epoch, what } => self.back_up(project, epoch, what).await,
             HostCommand::Move { move_id, project, step } => {
-                return self.moves.execute(move_id, project, step).await;
+                let reply = self.moves.execute(move_id, project, step).await;
+                if let HostReply::Error(error) = &reply {
+                    self.note_unknown(project, error);
+                }
+                return reply;
             }
         };
         done.unwrap_or_else(|error| {
             tracing::info!(code = ?error.code, reason = %error.message, "command not done");
+            self.note_unknown(project, &error);
             HostReply::Error(error)
         })
+    }
+
+    /// The master hears now that it is not known what a project does, and has to hear
+    /// when it is.
+    fn note_unknown(&self, project: ProjectId, error: &CommandError) {
+        if error.code == ErrorCode::StateUnknown {
+            self.unknown().insert(project);
+        }
+    }
+
+    /// The projects of which the master believes that it is not known what they do.
+    pub(crate) fn unknown(&self) -> MutexGuard<'_, BTreeSet<ProjectId>> {
+        self.unknown.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn create(
@@ -397,6 +419,8 @@ impl Lifecycle {
 
     async fn delete(&self, project: ProjectId, epoch: Epoch) -> Result<HostReply, CommandError> {
         let _turn = self.ledger.turn(project).await;
+        // Nothing is begun of what cannot be ended.
+        self.runner.status(project).await.map_err(runner_error)?;
         // The grant goes first: from here on nothing starts it again.
         self.ledger.delete(project, epoch).await?;
         self.leave_backups(project).await;
@@ -537,7 +561,8 @@ impl Lifecycle {
                 Err(error) => {
                     tracing::warn!(project = %entry.project, error = %error.message, "cannot tell its state");
                     let (project, epoch, reason) = (entry.project, entry.granted, Some(error.message));
-                    let state = State::Stopped;
+                    let state = State::Unknown;
+                    self.unknown().insert(project);
                     let status = Status { project, epoch: None, state, started: None, reason };
                     ProjectReport { project, epoch, status, phases: vec![] }
                 }

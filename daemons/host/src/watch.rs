@@ -10,12 +10,12 @@ use cocalc_auth_live::Knowledge;
 use cocalc_core::{
     bus::{Bus, Payload},
     connector::Peer,
-    control::{PeerRequest, api_subject},
+    control::{PeerRequest, ProjectReport, api_subject},
     grant::Ledger,
     ids::{MoveId, ProjectId, Timestamp},
     moves::host::{MoveHost, Sending},
     router::Reach,
-    runner::{Runner, State},
+    runner::{Runner, State, Status},
 };
 use tokio::sync::broadcast::error::RecvError;
 
@@ -53,7 +53,21 @@ pub(crate) async fn states(
         let here: BTreeSet<ProjectId> = running.iter().map(|status| status.project).collect();
         told.retain(|project, _| here.contains(project));
         resting.retain(|project, _| here.contains(project));
+        // What has become known, also of projects that the runner has nothing of.
+        let unknown: Vec<ProjectId> = lifecycle.unknown().iter().copied().collect();
+        for project in unknown {
+            let Ok(report) = lifecycle.report(project, vec![]).await else { continue };
+            let held = ledger.entry(project).is_some_and(|entry| entry.may_run().is_some());
+            if !held || tell(&*bus, peer, PeerRequest::Changed(report)).await {
+                lifecycle.unknown().remove(&project);
+            }
+        }
         for status in running {
+            if status.state == State::Unknown {
+                told.remove(&status.project);
+                tell_unknown(&*bus, peer, &ledger, &lifecycle, status).await;
+                continue;
+            }
             // Passing states are reported by whoever brings them about.
             let settled = matches!(status.state, State::Running | State::Stopped);
             lifecycle.deaths().seen(&status);
@@ -81,6 +95,21 @@ pub(crate) async fn states(
                 told.insert(status.project, now);
             }
         }
+    }
+}
+
+/// Tells the master once that it is not known what a project does.
+async fn tell_unknown(bus: &dyn Bus, peer: Peer, ledger: &Ledger, lifecycle: &Lifecycle, status: Status) {
+    let project = status.project;
+    let Some(epoch) = ledger.entry(project).and_then(|entry| entry.may_run()) else { return };
+    if lifecycle.unknown().contains(&project) {
+        return;
+    }
+    let report = ProjectReport { project, epoch: Some(epoch), status, phases: Vec::new() };
+    // Before: it may be known again by the time the master answers.
+    lifecycle.unknown().insert(project);
+    if !tell(bus, peer, PeerRequest::Changed(report)).await {
+        lifecycle.unknown().remove(&project);
     }
 }
 

@@ -1,21 +1,21 @@
-//! Finding what runs already.
+//! Finding what runs already, and going on to look.
 
 use std::{
-    sync::{Arc, Weak},
-    time::Duration,
+    collections::BTreeSet,
+    path::Path,
+    sync::{Arc, Mutex, PoisonError, Weak},
+    time::{Duration, Instant},
 };
 
 use cocalc_core::{
-    ids::{Epoch, ProjectId},
+    ids::ProjectId,
     runner::{Error, Result},
 };
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use super::{
-    Podman, Shared,
-    cli::{CliError, Container},
-    lifecycle::{LABEL_EPOCH, LABEL_LIMITS, LABEL_PROJECT, LABEL_SLOT, LABEL_SPEC},
-    project::Running,
+    Podman, Shared, keepers,
+    project::{Project, Running},
 };
 
 /// How long a new runner waits for podman to say which containers there are.
@@ -25,28 +25,53 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// After how long podman is asked again at first, and at most.
 const AGAIN: Duration = Duration::from_secs(1);
 const AGAIN_MAX: Duration = Duration::from_secs(60);
+/// How long a change of a project waits for an answer of podman about that one, and
+/// how often it is looked whether a doubt has been settled.
+const DOUBT_PATIENCE: Duration = Duration::from_secs(5);
+const DOUBT_LOOK: Duration = Duration::from_millis(500);
+/// What ends not knowing, for people.
+const ADVICE: &str = "podman is asked again at least once a minute; if this lasts, see what \
+    `podman ps --all` says on its host, and mend podman there";
 
 /// Whether podman has said which containers there are.
 #[derive(Debug)]
-pub(crate) struct Adoption(watch::Sender<Option<String>>);
+pub(crate) struct Adoption {
+    lacks: watch::Sender<Option<String>>,
+    /// Something has become unknown, or somebody waits to know it.
+    doubt: Arc<Notify>,
+    /// Containers with our label that are no project's, which was said.
+    pub(super) strangers: Mutex<BTreeSet<String>>,
+}
 
 impl Default for Adoption {
     fn default() -> Self {
-        Self(watch::Sender::new(Some("podman has not answered yet".into())))
+        Self {
+            lacks: watch::Sender::new(Some("podman has not answered yet".into())),
+            doubt: Arc::default(),
+            strangers: Mutex::default(),
+        }
     }
 }
 
 impl Adoption {
     /// Why what runs is not known yet; `None` once it is.
-    fn lacks(&self) -> Option<String> {
-        self.0.borrow().clone()
+    pub(super) fn lacks(&self) -> Option<String> {
+        self.lacks.borrow().clone()
     }
 
     /// Waits until podman has answered; whether it has within `limit`.
     async fn done(&self, limit: Duration) -> bool {
-        let mut answers = self.0.subscribe();
+        let mut answers = self.lacks.subscribe();
         // The sender lives as long as this.
         tokio::time::timeout(limit, answers.wait_for(Option::is_none)).await.is_ok()
+    }
+
+    /// Says that a container is left alone, once.
+    pub(super) fn stranger(&self, name: &str) {
+        let mut strangers = self.strangers.lock().unwrap_or_else(PoisonError::into_inner);
+        if strangers.insert(name.to_owned()) {
+            tracing::warn!(container = name, "it has this host's label and is no project's; left alone");
+        }
     }
 }
 
@@ -56,10 +81,11 @@ impl Podman {
     /// `answers` is false if podman is known not to.
     pub(super) async fn adopt(&self, answers: bool) {
         let shared = &self.shared;
-        tokio::spawn(ask_on(Arc::downgrade(shared)));
+        // First: what runs does so also if podman has forgotten it.
+        let found = shared.adopt_noted().await;
+        tokio::spawn(look_on(Arc::downgrade(shared)));
         let patience = if answers { FIRST_LIMIT } else { Duration::ZERO };
         if !shared.adoption.done(patience).await {
-            let found = shared.adopt_noted().await;
             tracing::warn!(
                 found,
                 why = shared.adoption.lacks().unwrap_or_default(),
@@ -70,28 +96,47 @@ impl Podman {
     }
 }
 
-/// Asks podman until it has answered once, or the runner is gone.
-async fn ask_on(shared: Weak<Shared>) {
+/// Asks podman which containers there are until it has answered once, and from then
+/// on again and again: soon where something is not known, and else now and then.
+async fn look_on(shared: Weak<Shared>) {
     let (mut pause, mut limit) = (AGAIN, FIRST_LIMIT);
     loop {
         let Some(runner) = shared.upgrade() else { return };
-        match runner.adopt_containers(limit).await {
+        let looked = runner.look(limit).await;
+        let settled = match looked {
             Ok(count) => {
-                if runner.adoption.0.send_replace(None).is_some() {
+                if runner.adoption.lacks.send_replace(None).is_some() {
                     tracing::info!(count, "found the containers that are there");
+                    (pause, limit) = (AGAIN, FIRST_LIMIT);
                 }
-                return;
+                !runner.doubts()
             }
             Err(error) => {
                 let error = cocalc_core::chain(&error);
                 tracing::warn!(error, again_in = ?pause, "cannot list the containers that are there");
-                runner.adoption.0.send_replace(Some(format!("podman does not say what runs: {error}")));
+                if runner.adoption.lacks().is_some() {
+                    let reason = format!("podman does not say what runs: {error}");
+                    runner.adoption.lacks.send_replace(Some(reason));
+                }
+                false
             }
-        }
+        };
+        let wait = if settled { runner.look_again } else { pause };
+        let doubt = Arc::clone(&runner.adoption.doubt);
+        // One that is gone is not held.
         drop(runner);
-        tokio::time::sleep(pause).await;
-        // It may be slow, for all it has to look through.
-        (pause, limit) = ((pause * 2).min(AGAIN_MAX), (limit * 2).min(AGAIN_MAX));
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {
+                // It may be slow, for all it has to look through.
+                (pause, limit) = if settled {
+                    (AGAIN, FIRST_LIMIT)
+                } else {
+                    ((pause * 2).min(AGAIN_MAX), (limit * 2).min(AGAIN_MAX))
+                };
+            }
+            // Somebody wants to know: that makes nothing slower.
+            () = doubt.notified() => {}
+        }
     }
 }
 
@@ -100,73 +145,47 @@ impl Shared {
     /// nothing of a project is changed, for it might run.
     pub(super) async fn adopted(&self, project: ProjectId) -> Result<()> {
         let runs = || self.known(project).is_some_and(|entry| entry.running().is_some());
-        if runs() || self.adoption.done(PATIENCE).await || runs() {
-            return Ok(());
+        if !runs() && !self.adoption.done(PATIENCE).await && !runs() {
+            return self.adoption.lacks().map_or(Ok(()), |reason| Err(doubtful(project, &reason)));
         }
-        self.unknown_because(project)
-    }
-
-    /// Refuses to call a project stopped of which that is not known.
-    pub(super) fn is_known_stopped(&self, project: ProjectId) -> Result<()> {
-        if self.adoption.lacks().is_some() && self.records.may_run(project) {
-            return self.unknown_because(project);
+        // Podman may be mended by now. Whoever goes on sees for themselves.
+        let begun = Instant::now();
+        while self.known(project).is_some_and(|entry| entry.doubt().is_some())
+            && begun.elapsed() < DOUBT_PATIENCE
+        {
+            self.adoption.doubt.notify_one();
+            tokio::time::sleep(DOUBT_LOOK).await;
         }
         Ok(())
     }
 
-    fn unknown_because(&self, project: ProjectId) -> Result<()> {
+    /// Refuses to call a project stopped of which that is not known.
+    pub(super) fn is_known_stopped(&self, project: ProjectId) -> Result<()> {
         match self.adoption.lacks() {
-            Some(reason) => Err(Error::Unknown { project, reason }),
+            Some(reason) if self.records.may_run(project) => Err(doubtful(project, &reason)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses where what this project does is not known, which it is of others. For
+    /// whoever holds its operation.
+    pub(super) fn certain(&self, entry: &Project) -> Result<()> {
+        match entry.doubt() {
+            Some(reason) => Err(doubtful(entry.id, &reason)),
             None => Ok(()),
         }
     }
 
-    /// Adopts what podman knows of; how many.
-    async fn adopt_containers(&self, limit: Duration) -> Result<usize, CliError> {
-        let names = self.cli.labelled(&super::cleanup::label(self.instance), limit).await?;
-        let found = self.cli.inspect_present(&names).await?;
-        for container in &found {
-            self.adopt_container(container).await;
-        }
-        Ok(found.len())
+    /// What a project does is not known from now on; podman is asked soon.
+    pub(super) fn doubt(&self, entry: &Project, reason: String) {
+        tracing::warn!(project = %entry.id, reason, "what it does is not known");
+        entry.view().doubt = Some(reason);
+        self.adoption.doubt.notify_one();
     }
 
-    async fn adopt_container(&self, container: &Container) {
-        let label = |name: &str| container.labels.get(name).map(String::as_str).unwrap_or_default();
-        let (Ok(project), Ok(epoch), Ok(slot)) =
-            (label(LABEL_PROJECT).parse(), label(LABEL_EPOCH).parse::<Epoch>(), label(LABEL_SLOT).parse())
-        else {
-            tracing::warn!(container = container.name, "its labels make no sense, left alone");
-            return;
-        };
-        let entry = self.entry(project);
-        let _operation = entry.operation.lock().await;
-        if entry.running().is_some() {
-            // By its note, while podman did not answer.
-            return;
-        }
-        // The descriptor table is full, or the like: then it is taken for stopped,
-        // and its start finds it.
-        let running = Running::find(container).unwrap_or_else(|error| {
-            tracing::warn!(%project, %error, "cannot find its first process");
-            None
-        });
-        let runs = running.is_some();
-        {
-            let mut view = entry.view();
-            view.env = Arc::new(self.read_env(project));
-            view.epoch = Some(epoch);
-            view.slot = Some(slot);
-            view.limits = serde_json::from_str(label(LABEL_LIMITS)).unwrap_or_default();
-            view.made_from = Some(label(LABEL_SPEC).to_owned());
-            view.container = Some(container.id.clone());
-            view.running = running.map(Arc::new);
-            view.started = self.records.started(project, container).or(container.started);
-            view.reason.clone_from(&container.reason);
-        }
-        if runs {
-            self.resolve_found(project, slot).await;
-        }
+    /// Whether of any project it is not known what it does.
+    fn doubts(&self) -> bool {
+        self.projects().values().any(|entry| entry.doubt().is_some())
     }
 
     /// Adopts what is noted to run and does; how many.
@@ -184,7 +203,7 @@ impl Shared {
                 // Ended: podman will say of what.
                 Ok(None) => continue,
                 Err(error) => {
-                    tracing::warn!(%project, %error, "cannot find its first process");
+                    self.doubt(&entry, format!("cannot look at its first process: {error}"));
                     continue;
                 }
             };
@@ -196,7 +215,7 @@ impl Shared {
                 view.limits = record.limits;
                 view.made_from = record.made_from;
                 view.container = Some(run.container);
-                view.running = Some(Arc::new(running));
+                view.running = Some(running);
                 view.started = run.started;
             }
             found += 1;
@@ -206,7 +225,7 @@ impl Shared {
     }
 
     /// Starts the resolver of a project that was found running.
-    async fn resolve_found(&self, project: ProjectId, slot: u32) {
+    pub(super) async fn resolve_found(&self, project: ProjectId, slot: u32) {
         let entry = self.entry(project);
         let policy = self.network.policy(project);
         if let Err(error) = self.resolve(&entry, slot, &policy).await {
@@ -214,4 +233,55 @@ impl Shared {
             tracing::warn!(%project, error = %cocalc_core::chain(&error), "no names for a project");
         }
     }
+
+    /// Lists what is left of projects whose container is gone, so that it can be
+    /// removed: a removal that was cut off has taken that first. Those of which
+    /// something is kept that runs. Blocks.
+    pub(super) fn adopt_remains(&self) -> BTreeSet<ProjectId> {
+        let dirs = &self.dirs;
+        let places: [&Path; 7] = [
+            &dirs.projects,
+            &dirs.networks,
+            &dirs.sockets,
+            dirs.pids(),
+            &dirs.logs,
+            &dirs.environments,
+            self.records.directory(),
+        ];
+        let mut found = BTreeSet::new();
+        for name in places.into_iter().filter_map(|place| std::fs::read_dir(place).ok()).flatten().flatten() {
+            let name = name.file_name();
+            let id: Option<ProjectId> =
+                name.to_str().and_then(|name| name.split('.').next()).and_then(|id| id.parse().ok());
+            found.extend(id);
+        }
+        let keepers = keepers::find(|name| self.project_of(name).is_some());
+        let kept: BTreeSet<_> = keepers.iter().filter_map(|keeper| self.project_of(&keeper.name)).collect();
+        found.extend(&kept);
+        for project in found {
+            let entry = self.entry(project);
+            if entry.view().slot.is_none() {
+                // Nobody else gets its number while its network is there, unless they
+                // have it already.
+                let slot = self.network.slot(project).filter(|slot| !self.is_taken(&entry, *slot));
+                entry.view().slot = slot;
+            }
+            // What is noted to run, or to be about to, and does not.
+            if entry.running().is_none() && entry.doubt().is_none() {
+                self.records.forget(project);
+            }
+        }
+        kept
+    }
+
+    /// Whether another project has this number.
+    pub(super) fn is_taken(&self, entry: &Project, slot: u32) -> bool {
+        let projects = self.projects();
+        projects.values().any(|other| other.id != entry.id && other.view().slot == Some(slot))
+    }
+}
+
+/// What a project does is not known.
+fn doubtful(project: ProjectId, reason: &str) -> Error {
+    Error::Unknown { project, reason: format!("{reason}; {ADVICE}") }
 }

@@ -8,6 +8,7 @@ use std::{
     os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use cocalc_core::{
@@ -42,6 +43,8 @@ pub const UID_BASE: u32 = 0x1000_0000;
 /// addresses.
 pub const SLOTS: u32 = 1022;
 
+/// How often podman is asked whether all is as it was left.
+const LOOK_AGAIN: Duration = Duration::from_secs(300);
 /// Where instances keep what a reboot may take, unless they are told otherwise.
 const RUNTIME_PARENT: &str = "/run/cocalc";
 
@@ -77,6 +80,7 @@ pub struct PodmanBuilder {
     runtime: Option<String>,
     defaults: Option<Limits>,
     unenforceable: Unenforceable,
+    look_again: Duration,
 }
 
 impl fmt::Debug for PodmanBuilder {
@@ -105,6 +109,7 @@ impl PodmanBuilder {
             runtime: None,
             defaults: None,
             unenforceable: Unenforceable::default(),
+            look_again: LOOK_AGAIN,
         }
     }
 
@@ -197,6 +202,14 @@ impl PodmanBuilder {
         self
     }
 
+    /// How often podman is asked whether all is as it was left: containers that nobody
+    /// here knows, or that somebody else has started. At least a second. Default: five
+    /// minutes.
+    pub fn look_again(mut self, every: Duration) -> Self {
+        self.look_again = every.max(Duration::from_secs(1));
+        self
+    }
+
     /// Checks what is needed, sets up what all projects share, and finds the
     /// containers of this instance that are there already.
     ///
@@ -275,6 +288,7 @@ impl PodmanBuilder {
                 capabilities,
                 records,
                 adoption: Adoption::default(),
+                look_again: self.look_again,
                 projects: Mutex::new(BTreeMap::new()),
             }),
         };
@@ -363,9 +377,19 @@ impl Dirs {
         Ok(dirs)
     }
 
+    /// Where the numbers of first processes are left.
+    pub(crate) fn pids(&self) -> &Path {
+        &self.pids
+    }
+
     /// Where the number of a project's first process is left when it starts.
     pub(crate) fn pid_file(&self, project: ProjectId) -> PathBuf {
         self.pids.join(project.to_string())
+    }
+
+    /// The number of a project's first process, as it was left when it was made.
+    pub(crate) fn pid(&self, project: ProjectId) -> Option<i32> {
+        std::fs::read_to_string(self.pid_file(project)).ok()?.trim().parse().ok()
     }
 
     fn write_shared(&self) -> std::io::Result<()> {

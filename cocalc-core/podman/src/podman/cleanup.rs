@@ -11,6 +11,7 @@ use super::{
     BuildError,
     builder::tag,
     cli::{CONTAINERS_CONF, Cli, LIMIT, find_program},
+    keepers::{self, Keeper},
     lifecycle::{LABEL_INSTANCE, mounts_below, unmount_below},
 };
 use crate::{command::run_blocking, net, probe};
@@ -56,6 +57,9 @@ pub fn leftovers(instance: HostId) -> Vec<String> {
             Err(error) => left.push(format!("perhaps containers: {error}")),
         }
     }
+    left.extend(keepers_of(instance).into_iter().map(|keeper| format!("container {}", keeper.name)));
+    left.sort();
+    left.dedup();
     let runtime_dir = default_runtime_dir(instance);
     // Mount points are listed as the kernel resolved them.
     if let Ok(resolved) = runtime_dir.canonicalize() {
@@ -78,6 +82,12 @@ pub(super) fn label(instance: HostId) -> String {
     format!("{LABEL_INSTANCE}={instance}")
 }
 
+/// What keeps containers of an instance that podman does not know. Blocks.
+fn keepers_of(instance: HostId) -> Vec<Keeper> {
+    let prefix = format!("cocalc-{instance}-");
+    keepers::find(|name| name.starts_with(&prefix))
+}
+
 async fn remove_containers(instance: HostId, runtime_dir: &Path) -> Result<(), BuildError> {
     // Without podman there are no containers.
     let (Some(program), Some(runtime)) = (find_program("podman"), probe::working_runtime()) else {
@@ -91,14 +101,18 @@ async fn remove_containers(instance: HostId, runtime_dir: &Path) -> Result<(), B
             .and_then(|()| std::fs::write(&containers_conf, CONTAINERS_CONF))
             .map_err(|error| BuildError::new("write podman's configuration", error))?;
     }
-    let cli = Cli::new(program, runtime, containers_conf);
-    let names = cli.labelled(&label(instance), LIMIT).await.map_err(failed)?;
+    let cli = Cli::new(program, runtime.clone(), containers_conf);
+    let all = cli.listed(&label(instance), LIMIT).await.map_err(failed)?;
     let mut done = Ok(());
-    for name in names {
+    for (name, _) in all {
         match cli.run(["rm", "--force", "--ignore", "--time", "0", &name]).await {
             Err(error) if !error.is_missing() => done = done.and(Err(failed(error))),
             _ => {}
         }
+    }
+    let left = tokio::task::spawn_blocking(move || keepers_of(instance)).await;
+    for keeper in left.unwrap_or_default() {
+        keeper.end(&runtime).await;
     }
     done
 }

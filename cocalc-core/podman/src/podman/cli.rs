@@ -13,7 +13,7 @@ use cocalc_core::ids::Timestamp;
 use serde::Deserialize;
 use tokio::process::Command;
 
-use super::time::parse_time;
+use super::{end::Exit, time::parse_time};
 use crate::command::{CommandError, run};
 
 /// How long podman may take for one call.
@@ -22,11 +22,12 @@ pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 const QUICK_LIMIT: Duration = Duration::from_secs(10);
 /// For how long one that took too long is not asked for such a word.
 const PAUSE: Duration = Duration::from_secs(60);
-/// The exit code of a first process that was killed.
-const KILLED: i32 = 128 + 9;
 /// How many containers are asked about in one call: each call takes podman a tenth
 /// of a second, and a name in it a thousandth.
 const INSPECT_MAX: usize = 50;
+/// After how many containers in a row of which podman says nothing, and nothing of
+/// others, it is not asked of more.
+const FAILURES_MAX: usize = 5;
 
 /// What podman reads instead of the system's `containers.conf`: the default
 /// sysctls cannot be set in a network namespace that is not the container's
@@ -51,10 +52,12 @@ pub(crate) struct Container {
     pub(crate) id: String,
     pub(crate) name: String,
     pub(crate) labels: BTreeMap<String, String>,
-    pub(crate) running: bool,
+    /// The state as podman calls it.
+    pub(crate) status: String,
     pub(crate) pid: i32,
     pub(crate) started: Option<Timestamp>,
-    pub(crate) reason: Option<String>,
+    /// How its first process ended; `None` if it runs or was never started.
+    pub(crate) exit: Option<Exit>,
 }
 
 #[derive(Deserialize)]
@@ -70,6 +73,8 @@ struct Inspected {
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct InspectedState {
+    #[serde(default)]
+    status: String,
     running: bool,
     #[serde(rename = "OOMKilled")]
     oom_killed: bool,
@@ -86,6 +91,9 @@ struct InspectedConfig {
     #[serde(default)]
     labels: Option<BTreeMap<String, String>>,
 }
+
+/// A container's name, and what podman knows of it.
+pub(crate) type Said = (String, Result<Container, CliError>);
 
 /// Why a call of podman failed.
 #[derive(Debug, thiserror::Error)]
@@ -197,25 +205,37 @@ impl Cli {
         self.inspect_within(QUICK_LIMIT, &[name.to_owned()]).await
     }
 
-    /// What podman knows of those of these containers that are still there.
-    pub(crate) async fn inspect_present(&self, names: &[String]) -> Result<Vec<Container>, CliError> {
-        let mut found = Vec::with_capacity(names.len());
+    /// What podman knows of those of these containers that are still there, or why it
+    /// does not say. A podman that takes too long, or says nothing at all, fails.
+    pub(crate) async fn inspect_each(&self, names: &[String]) -> Result<Vec<Said>, CliError> {
+        let mut all = Vec::with_capacity(names.len());
         for some in names.chunks(INSPECT_MAX) {
             match self.inspect(some).await {
-                Ok(containers) => found.extend(containers),
-                // One that vanished meanwhile is not missed; the others are here.
-                Err(error) if error.is_missing() => {
+                Ok(containers) => all.extend(containers.into_iter().map(|one| (one.name.clone(), Ok(one)))),
+                Err(error) if error.is_late() => return Err(error),
+                // The others are there and in order.
+                Err(_) => {
+                    let before = all.len();
+                    let mut failed = 0;
                     for name in some {
                         match self.inspect(std::slice::from_ref(name)).await {
                             Err(error) if error.is_missing() => {}
-                            one => found.extend(one?),
+                            Err(error) if error.is_late() => return Err(error),
+                            Err(error) => {
+                                failed += 1;
+                                // That is podman's trouble, and not a container's.
+                                if failed >= FAILURES_MAX && failed == all.len() - before + 1 {
+                                    return Err(error);
+                                }
+                                all.push((name.clone(), Err(error)));
+                            }
+                            Ok(one) => all.extend(one.into_iter().map(|one| (name.clone(), Ok(one)))),
                         }
                     }
                 }
-                Err(error) => return Err(error),
             }
         }
-        Ok(found)
+        Ok(all)
     }
 
     async fn inspect_within(&self, limit: Duration, names: &[String]) -> Result<Vec<Container>, CliError> {
@@ -230,12 +250,21 @@ impl Cli {
         inspected.into_iter().map(Container::try_from).collect()
     }
 
-    /// The names of all containers with this label, if podman says them in time.
-    pub(crate) async fn labelled(&self, label: &str, limit: Duration) -> Result<Vec<String>, CliError> {
+    /// The names and states of all containers with this label, if podman says them in
+    /// time.
+    pub(crate) async fn listed(
+        &self,
+        label: &str,
+        limit: Duration,
+    ) -> Result<Vec<(String, String)>, CliError> {
         let filter = format!("label={label}");
-        let args = ["ps", "--all", "--no-trunc", "--filter", &filter, "--format", "{{.Names}}"];
+        let args = ["ps", "--all", "--no-trunc", "--filter", &filter, "--format", "{{.Names}} {{.State}}"];
         let text = self.run_within(limit, args).await?;
-        Ok(text.lines().map(str::to_owned).filter(|line| !line.is_empty()).collect())
+        let of = |line: &str| {
+            let (name, state) = line.split_once(' ').unwrap_or((line, ""));
+            (name.to_owned(), state.trim().to_ascii_lowercase())
+        };
+        Ok(text.lines().filter(|line| !line.is_empty()).map(of).collect())
     }
 }
 
@@ -245,23 +274,19 @@ impl TryFrom<Inspected> for Container {
     fn try_from(inspected: Inspected) -> Result<Self, CliError> {
         let state = inspected.state;
         let started = parse_time(&state.started_at).map_err(|error| CliError::Answer(error.into()))?;
-        let reason = match () {
-            () if state.running || started.is_none() => None,
-            // That is also said of one whose other processes were killed long before.
-            () if state.oom_killed && state.exit_code == KILLED => {
-                Some("killed because its memory was used up".into())
-            }
-            () if !state.error.is_empty() => Some(state.error),
-            () => Some(format!("its first process ended with code {}", state.exit_code)),
-        };
+        let exit = (!state.running && started.is_some()).then_some(Exit {
+            code: state.exit_code,
+            complaint: state.error,
+            memory_used_up: state.oom_killed,
+        });
         Ok(Self {
             id: inspected.id,
             name: inspected.name,
             labels: inspected.config.labels.unwrap_or_default(),
-            running: state.running,
+            status: state.status,
             pid: state.pid,
             started,
-            reason,
+            exit,
         })
     }
 }

@@ -17,6 +17,7 @@ use sha2::{Digest, Sha256};
 
 use super::{
     Shared, backend, blocking,
+    end::{End, Exit},
     project::{InPhase, Project, Running},
     record::{Record, Run},
 };
@@ -34,6 +35,12 @@ const SECRETS_INSIDE: &str = "/run/secrets";
 pub(super) const HELPER_INSIDE: &str = "/dev/cocalc-init";
 /// How long the kernel may take to end processes that were killed.
 const KILL_LIMIT: Duration = Duration::from_secs(30);
+/// How long podman may take to notice the end of a container, and how often it is
+/// asked whether it has.
+const NOTICE_LIMIT: Duration = Duration::from_secs(5);
+const NOTICE_AGAIN: Duration = Duration::from_millis(200);
+/// How long podman waits at most for what it stops, in seconds.
+const GRACE_MAX: u64 = 30;
 /// How much of a log is read for its last lines, in bytes.
 const LOG_BYTES_READ: u64 = super::limits::DEFAULT_LOG;
 
@@ -53,6 +60,7 @@ impl Shared {
         if entry.running().is_some() {
             return Ok(());
         }
+        self.certain(&entry)?;
         let spec = self.with_slot(&entry, spec).await?;
         self.ready(&entry, &spec).await
     }
@@ -102,6 +110,7 @@ impl Shared {
                 _ => Err(Error::Busy { project, reason: "it runs under another epoch".into() }),
             };
         }
+        self.certain(&entry)?;
         let phase = InPhase::new(&entry, State::Starting);
         let mut receipt = Receipt::new();
         let spec = self.with_slot(&entry, spec).await?;
@@ -125,8 +134,17 @@ impl Shared {
         };
         if let Err(error) = started {
             // What was half started must not write to the volume any more.
-            let _ = self.cli.run(["stop", "--ignore", "--time", "0", &self.container(project)]).await;
-            self.unmount(project).await?;
+            let stopped = self.cli.run(["stop", "--ignore", "--time", "0", &self.container(project)]).await;
+            if let Err(error) = stopped {
+                let error = cocalc_core::chain(&error);
+                self.doubt(&entry, format!("its start broke off, and podman does not end it: {error}"));
+                self.look_at(&entry).await;
+            }
+            if entry.doubt().is_none() {
+                self.end_keepers(project).await;
+                self.records.forget(project);
+                self.unmount(project).await?;
+            }
             return Err(error);
         }
         entry.view().phases = receipt.phases;
@@ -170,7 +188,7 @@ impl Shared {
         receipt.done("first process");
         let mut view = entry.view();
         view.epoch = Some(spec.epoch);
-        view.running = Some(Arc::new(running));
+        view.running = Some(running);
         view.started = started;
         view.reason = None;
         Ok(())
@@ -178,23 +196,21 @@ impl Shared {
 
     /// The first process of a container that was started just now: conmon has left
     /// its number in a file. Asking podman for it would take a quarter of a start.
-    async fn first_process(&self, entry: &Project, name: &str) -> Result<Running> {
+    async fn first_process(&self, entry: &Project, name: &str) -> Result<Arc<Running>> {
         let project = entry.id;
         let failed = |error: BoxError| backend("start", project, error);
         let id = entry.view().container.clone();
-        let pid = std::fs::read_to_string(self.dirs.pid_file(project));
-        let pid = pid.ok().and_then(|text| text.trim().parse().ok());
-        if let (Some(pid), Some(id)) = (pid, id)
+        if let (Some(pid), Some(id)) = (self.dirs.pid(project), id)
             && let Some(running) = Running::of(pid, &id).map_err(|error| failed(error.into()))?
         {
             return Ok(running);
         }
         let found = self.cli.inspect(&[name.to_owned()]).await.map_err(|error| failed(error.into()))?;
         let container = found.first().ok_or_else(|| failed("its container is gone".into()))?;
-        let running = Running::find(container).map_err(|error| failed(error.into()))?;
+        let running = Running::find(container, []).map_err(|error| failed(error.into()))?;
         running.ok_or_else(|| {
-            let reason = container.reason.clone();
-            failed(reason.unwrap_or_else(|| "its first process ended at once".into()).into())
+            let end = container.exit.clone().map(|exit| End { exit: Some(exit), ..End::default() });
+            failed(end.map_or_else(|| "its first process ended at once".into(), |end| end.words()).into())
         })
     }
 
@@ -202,11 +218,19 @@ impl Shared {
         self.adopted(project).await?;
         let Some(entry) = self.known(project) else { return Ok(unknown(project)) };
         let _operation = entry.operation.lock().await;
+        if entry.doubt().is_some() {
+            // Nobody minds if it ran.
+            let (name, secs) = (self.container(project), grace.as_secs().min(GRACE_MAX).to_string());
+            if self.cli.run(["stop", "--ignore", "--time", &secs, &name]).await.is_ok() {
+                self.look_at(&entry).await;
+            }
+            self.certain(&entry)?;
+        }
         self.stop_locked(&entry, grace).await?;
         Ok(entry.status())
     }
 
-    async fn stop_locked(&self, entry: &Project, grace: Duration) -> Result<()> {
+    pub(super) async fn stop_locked(&self, entry: &Project, grace: Duration) -> Result<()> {
         let project = entry.id;
         let _phase = InPhase::new(entry, State::Stopping);
         let running = entry.view().running.clone();
@@ -250,6 +274,7 @@ impl Shared {
         self.adopted(project).await?;
         let entry = self.entry(project);
         let _operation = entry.operation.lock().await;
+        self.certain(&entry)?;
         self.stop_locked(&entry, Duration::ZERO).await?;
         self.remove_container(project).await?;
         let slot = entry.view().slot;
@@ -272,6 +297,9 @@ impl Shared {
         let Some(entry) = self.known(project) else {
             return self.is_known_stopped(project).map(|()| unknown(project));
         };
+        if entry.is_at_rest() {
+            self.certain(&entry)?;
+        }
         let died = {
             let view = entry.view();
             view.phase.is_none()
@@ -284,15 +312,31 @@ impl Shared {
         Ok(entry.status())
     }
 
-    /// Asks podman how the first process ended.
+    /// Finds out how the first process ended.
     async fn note_reason(&self, entry: &Project) {
-        let found = self.cli.inspect_quickly(&self.container(entry.id)).await;
-        let reason = found.ok().and_then(|found| found.into_iter().next()?.reason);
+        let Some(running) = entry.view().running.clone().filter(|running| !running.process.is_alive()) else {
+            return;
+        };
+        let exit = self.exit(entry.id).await;
+        let ended = Arc::clone(&running);
+        let end = tokio::task::spawn_blocking(move || ended.end(exit)).await;
         let mut view = entry.view();
         // A start since then has made a new one.
-        if let Some(running) = view.running.clone().filter(|running| !running.process.is_alive()) {
-            let reason = reason.unwrap_or_else(|| "its first process ended".into());
-            view.reason = Some(reason + &running.epilogue());
+        if view.running.as_ref().is_some_and(|now| Arc::ptr_eq(now, &running)) {
+            view.reason = Some(end.unwrap_or_default().words());
+        }
+    }
+
+    /// Asks podman how a first process ended, until it has noticed the end itself.
+    async fn exit(&self, project: ProjectId) -> Option<Exit> {
+        let name = self.container(project);
+        let begun = std::time::Instant::now();
+        loop {
+            let found = self.cli.inspect_quickly(&name).await.ok()?.into_iter().next()?;
+            if found.exit.is_some() || begun.elapsed() >= NOTICE_LIMIT {
+                return found.exit;
+            }
+            tokio::time::sleep(NOTICE_AGAIN).await;
         }
     }
 
@@ -404,9 +448,11 @@ impl Shared {
     pub(super) async fn remove_container(&self, project: ProjectId) -> Result<()> {
         let name = self.container(project);
         match self.cli.run(["rm", "--force", "--ignore", "--time", "0", &name]).await {
-            Err(error) if !error.is_missing() => Err(backend("remove", project, error)),
-            _ => Ok(()),
+            Err(error) if !error.is_missing() => return Err(backend("remove", project, error)),
+            _ => {}
         }
+        self.end_keepers(project).await;
+        Ok(())
     }
 }
 
@@ -446,8 +492,13 @@ impl Shared {
         Ok(())
     }
 
+    /// The number is that which it is known to have, and else the one that its network
+    /// was made with, unless another project has that by now.
     pub(super) async fn remove_network(&self, project: ProjectId, slot: Option<u32>) -> Result<()> {
         let network = self.network.clone();
+        let entry = self.entry(project);
+        let left = || self.network.slot(project).filter(|slot| !self.is_taken(&entry, *slot));
+        let slot = slot.or_else(left);
         blocking("disconnect", project, move || network.remove(project, slot)).await
     }
 }

@@ -5,9 +5,12 @@ mod adopt;
 mod builder;
 mod cleanup;
 mod cli;
+mod end;
 mod fallback;
+mod keepers;
 mod lifecycle;
 mod limits;
+mod look;
 mod project;
 mod record;
 mod seccomp;
@@ -86,6 +89,7 @@ pub(crate) struct Shared {
     capabilities: Capabilities,
     records: Records,
     adoption: Adoption,
+    look_again: Duration,
     projects: Mutex<BTreeMap<ProjectId, Arc<Project>>>,
 }
 
@@ -139,7 +143,10 @@ impl Shared {
             self.is_known_stopped(project)?;
             return Err(Error::NotRunning { project });
         };
-        let running = entry.running().ok_or(Error::NotRunning { project })?;
+        let Some(running) = entry.running() else {
+            self.certain(&entry)?;
+            return Err(Error::NotRunning { project });
+        };
         Ok((entry, running))
     }
 
@@ -228,7 +235,14 @@ impl Runner for Podman {
         let known: Vec<ProjectId> = self.shared.projects().keys().copied().collect();
         let mut list = Vec::with_capacity(known.len());
         for project in known {
-            list.push(self.shared.status(project).await?);
+            match self.shared.status(project).await {
+                Err(Error::Unknown { reason, .. }) => {
+                    let epoch = self.shared.known(project).and_then(|entry| entry.view().epoch);
+                    let (state, reason) = (State::Unknown, Some(reason));
+                    list.push(Status { project, epoch, state, started: None, reason });
+                }
+                status => list.push(status?),
+            }
         }
         Ok(list)
     }

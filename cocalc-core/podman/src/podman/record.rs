@@ -72,10 +72,20 @@ impl Records {
         }
     }
 
-    /// When the process that runs in a container began, as it was said then.
-    pub(super) fn started(&self, project: ProjectId, container: &Container) -> Option<Timestamp> {
+    /// The first process that a container has or had, if it was not stopped.
+    pub(super) fn run_of(&self, project: ProjectId, container: &Container) -> Option<Run> {
         let (_, Record { run, .. }) = read(&self.path(project))?;
-        run.filter(|run| run.container == container.id && run.pid == container.pid)?.started
+        run.filter(|run| run.container == container.id)
+    }
+
+    /// Where they are.
+    pub(super) fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Whether it is noted that a project runs, as this process.
+    pub(super) fn tells(&self, project: ProjectId, pid: i32) -> bool {
+        read(&self.path(project)).and_then(|(_, record)| record.run).is_some_and(|run| run.pid == pid)
     }
 
     /// Whether it may run for all that is noted.

@@ -62,7 +62,7 @@ impl Shared {
         for (_, other) in stopped {
             // Who waits for another's operation, and holds one, could wait for ever.
             let Ok(_operation) = other.operation.try_lock() else { continue };
-            if other.running().is_some() {
+            if other.running().is_some() || other.doubt().is_some() {
                 continue;
             }
             self.remove_container(other.id).await?;

@@ -66,6 +66,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("schema_images.sql"),
     include_str!("schema_aliases.sql"),
     include_str!("schema_logins.sql"),
+    include_str!("schema_unknown.sql"),
 ];
 
 /// The master's database.

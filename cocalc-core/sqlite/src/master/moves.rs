@@ -235,7 +235,9 @@ impl Store {
                     params![project, fence, owner.map(|id| id.to_string()), to.number(), from.number()],
                 )?,
                 MoveChange::Release { state } => db.execute(
-                    "UPDATE projects SET fence = NULL, state = ?3, reason = NULL WHERE id = ?1 AND fence = ?2",
+                    "UPDATE projects SET fence = NULL, reason = NULL, state = iif(?3 = 'unknown', 'failed', ?3),
+                       unknown = iif(?3 = 'unknown', 'its host cannot tell what it does', NULL)
+                     WHERE id = ?1 AND fence = ?2",
                     params![project, fence, state.as_str()],
                 )?,
             };

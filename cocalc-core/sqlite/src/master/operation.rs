@@ -418,7 +418,7 @@ pub(super) fn begin(
         return Err(Fault::Refused(Error::WrongState { state: found.state }));
     }
     insert(db, id, project, account, job, now)?;
-    let state = job.meanwhile().unwrap_or(found.state);
+    let state = job.meanwhile().unwrap_or(found.known);
     db.execute(
         "UPDATE projects SET fence = ?2, state = ?3 WHERE id = ?1 AND fence IS NULL",
         params![project.to_string(), id.to_string(), state.as_str()],
@@ -687,7 +687,12 @@ impl Store {
             add_event(db, id, state.as_str(), &operation.progress.to_string(), now)?;
             let report = ended.report.as_ref();
             db.execute(
-                "UPDATE projects SET state = ?3, reason = ?4, fence = NULL,
+                "UPDATE projects SET fence = NULL, reason = ?4,
+                   unknown = iif(?3 = 'unknown', ifnull(?4, ifnull(unknown, 'its host cannot tell what it does')),
+                                 NULL),
+                   state = CASE WHEN ?3 <> 'unknown' THEN ?3
+                                WHEN state IN ('stopped', 'running', 'failed') THEN state
+                                ELSE 'failed' END,
                    phases = ifnull(?5, phases), started = ifnull(?6, started), made = max(made, ?7)
                  WHERE id = ?1 AND fence = ?2",
                 params![

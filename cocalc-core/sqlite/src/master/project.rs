@@ -34,6 +34,8 @@ pub struct Project {
     pub epoch: Epoch,
     /// Its state, of that epoch.
     pub state: ProjectState,
+    /// The last one that was known: the same, unless that is unknown.
+    pub known: ProjectState,
     /// Why it is in that state, for people.
     pub reason: Option<String>,
     /// Milliseconds of each phase of the last start.
@@ -78,6 +80,9 @@ pub enum ProjectState {
     Moving,
     /// The last operation failed; `reason` says why. It can be tried again.
     Failed,
+    /// Its host cannot tell now whether it runs; `reason` says why, and what to do. It
+    /// is neither started nor moved nor deleted.
+    Unknown,
     /// Gone.
     Deleted,
 }
@@ -93,6 +98,7 @@ impl ProjectState {
             Self::Stopping => "stopping",
             Self::Moving => "moving",
             Self::Failed => "failed",
+            Self::Unknown => "unknown",
             Self::Deleted => "deleted",
         }
     }
@@ -116,6 +122,7 @@ impl FromStr for ProjectState {
             Self::Stopping,
             Self::Moving,
             Self::Failed,
+            Self::Unknown,
             Self::Deleted,
         ]
         .into_iter()
@@ -135,8 +142,9 @@ impl From<State> for ProjectState {
             State::Starting => Self::Starting,
             State::Running => Self::Running,
             State::Stopping => Self::Stopping,
-            // A state that this program doesn't know is at least not running.
-            _ => Self::Stopped,
+            State::Stopped => Self::Stopped,
+            // Also one that this program doesn't know.
+            _ => Self::Unknown,
         }
     }
 }
@@ -160,9 +168,12 @@ pub struct NewProject<'a> {
     pub job: &'a Job,
 }
 
-const COLUMNS: &str = "p.id, p.name, p.owner, p.config, p.host, p.epoch, p.state, p.reason, p.phases,
-    p.started, p.fence, p.acl_version, p.grace_ms, p.proxy_ssh, p.created, p.made, p.viewable_ports,
-    p.authorized_keys, p.backup";
+/// What an operation does to a project is known while it is under way.
+const COLUMNS: &str = "p.id, p.name, p.owner, p.config, p.host, p.epoch,
+    iif(p.unknown IS NULL OR p.fence IS NOT NULL OR p.state IN ('creating', 'deleted'), p.state, 'unknown'),
+    iif(p.unknown IS NULL OR p.fence IS NOT NULL OR p.state IN ('creating', 'deleted'), p.reason, p.unknown),
+    p.phases, p.started, p.fence, p.acl_version, p.grace_ms, p.proxy_ssh, p.created, p.made, p.viewable_ports,
+    p.authorized_keys, p.backup, p.state";
 
 fn read(row: &Row<'_>) -> rusqlite::Result<Project> {
     Ok(Project {
@@ -188,6 +199,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Project> {
             rusqlite::types::ValueRef::Null => None,
             _ => Some(json(row, 18)?),
         },
+        known: parsed(row, 19)?,
     })
 }
 
@@ -410,20 +422,38 @@ impl Store {
     /// The database failed.
     pub fn observe(&self, host: HostId, report: &ProjectReport) -> Result<bool> {
         let Some(epoch) = report.epoch else { return Ok(false) };
+        let state = ProjectState::from(report.status.state);
+        if state == ProjectState::Unknown {
+            return self.doubt(host, epoch, report);
+        }
         self.database.write("record a project's state", |db| {
             let changed = db.execute(
-                "UPDATE projects SET state = ?4, reason = ?5, phases = ?6, started = ?7
+                "UPDATE projects SET state = ?4, reason = ?5, phases = ?6, started = ?7, unknown = NULL
                  WHERE id = ?1 AND host = ?2 AND epoch = ?3 AND fence IS NULL
-                   AND state NOT IN ('creating', 'deleted', ?4)",
+                   AND state NOT IN ('creating', 'deleted') AND (state <> ?4 OR unknown IS NOT NULL)",
                 params![
                     report.project.to_string(),
                     host.to_string(),
                     epoch.number(),
-                    ProjectState::from(report.status.state).as_str(),
+                    state.as_str(),
                     report.status.reason,
                     serde_json::to_string(&report.phases)?,
                     report.status.started.map(Timestamp::millis)
                 ],
+            )?;
+            Ok(changed == 1)
+        })
+    }
+
+    /// The same of one of which its host cannot tell the state.
+    fn doubt(&self, host: HostId, epoch: Epoch, report: &ProjectReport) -> Result<bool> {
+        let reason = report.status.reason.as_deref().unwrap_or("its host cannot tell what it does");
+        self.database.write("record a project's state", |db| {
+            let changed = db.execute(
+                "UPDATE projects SET unknown = ?4
+                 WHERE id = ?1 AND host = ?2 AND epoch = ?3 AND fence IS NULL
+                   AND state NOT IN ('creating', 'deleted') AND unknown IS NOT ?4",
+                params![report.project.to_string(), host.to_string(), epoch.number(), reason],
             )?;
             Ok(changed == 1)
         })

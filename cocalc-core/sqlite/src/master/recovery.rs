@@ -286,7 +286,7 @@ impl Store {
                 return Err(Fault::Refused(Error::NotFenced));
             }
             let job =
-                Job::Recover { from, epoch: found.epoch, to, backup: backup.to_owned(), was: found.state };
+                Job::Recover { from, epoch: found.epoch, to, backup: backup.to_owned(), was: found.known };
             operation::begin(db, id, project, account, &job, allowed, now)
         })
     }
@@ -308,7 +308,7 @@ impl Store {
         let next = epoch.next();
         self.database.write("give a project to another host", |db| {
             let changed = db.execute(
-                "UPDATE projects SET host = ?5, epoch = ?6, backup = NULL
+                "UPDATE projects SET host = ?5, epoch = ?6, backup = NULL, unknown = NULL
                  WHERE id = ?1 AND fence = ?2 AND host = ?3 AND epoch = ?4
                    AND EXISTS (SELECT 1 FROM peers WHERE peers.id = ?3 AND fenced IS NOT NULL)",
                 params![

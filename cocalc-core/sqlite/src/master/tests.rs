@@ -195,6 +195,53 @@ fn a_host_is_believed_only_of_its_own_epoch_and_never_over_a_fence() {
 }
 
 #[test]
+fn a_state_that_is_unknown_lies_over_the_last_that_was_known() {
+    let world = World::new(2);
+    let project = world.stopped(1);
+    let host = world.hosts[0];
+    let found = || world.store.project(project.id).unwrap();
+    let mut doubt = report(project.id, project.epoch, State::Unknown);
+    doubt.status.reason = Some("podman hangs".to_owned());
+    assert!(!world.store.observe(world.hosts[1], &doubt).unwrap(), "another host");
+    assert!(world.store.observe(host, &doubt).unwrap() && !world.store.observe(host, &doubt).unwrap());
+    let now = found();
+    assert_eq!((now.state, now.known), (ProjectState::Unknown, ProjectState::Stopped));
+    assert_eq!(now.reason.as_deref(), Some("podman hangs"));
+    let listed = world.store.projects(None, None, 10).unwrap();
+    assert_eq!(listed.iter().map(|one| one.state).collect::<Vec<_>>(), [ProjectState::Unknown]);
+    // What needs to know it is refused; what does not, leaves it as it is.
+    let begin = |n: u8, job: &Job, allowed: &[ProjectState]| {
+        world.store.begin(OperationId::from_bytes([n; 16]), project.id, world.owner, job, allowed, NOW)
+    };
+    let refused = begin(9, &Job::Start, &ANY).unwrap_err();
+    assert!(matches!(refused, Error::WrongState { state: ProjectState::Unknown }), "{refused}");
+    let job = Job::Snapshot { name: "s".parse().unwrap() };
+    begin(10, &job, &[ProjectState::Unknown]).unwrap();
+    assert_eq!(found().state, ProjectState::Stopped, "while the operation is under way");
+    let ended = Ended {
+        outcome: Outcome::Done,
+        project: ProjectState::Unknown,
+        reason: Some("podman hangs".to_owned()),
+        report: None,
+    };
+    world.store.end(OperationId::from_bytes([10; 16]), &ended, NOW).unwrap();
+    assert_eq!((found().state, found().known), (ProjectState::Unknown, ProjectState::Stopped));
+    // An operation that ends in not knowing.
+    assert!(world.store.observe(host, &report(project.id, project.epoch, State::Stopped)).unwrap());
+    assert_eq!((found().state, found().reason), (ProjectState::Stopped, None));
+    begin(11, &Job::Start, &ANY).unwrap();
+    world.store.end(OperationId::from_bytes([11; 16]), &ended, NOW).unwrap();
+    assert_eq!((found().state, found().known), (ProjectState::Unknown, ProjectState::Failed));
+    assert!(world.store.observe(host, &report(project.id, project.epoch, State::Running)).unwrap());
+    assert_eq!((found().state, found().known), (ProjectState::Running, ProjectState::Running));
+    // And one that found out ends it.
+    assert!(world.store.observe(host, &doubt).unwrap());
+    begin(12, &Job::Stop { grace_ms: 0 }, &[ProjectState::Unknown]).unwrap();
+    world.end(OperationId::from_bytes([12; 16]), ProjectState::Stopped);
+    assert_eq!((found().state, found().reason), (ProjectState::Stopped, None));
+}
+
+#[test]
 fn commit_and_abort_exclude_each_other() {
     let world = World::new(2);
     let project = world.stopped(1);

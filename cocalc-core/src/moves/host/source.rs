@@ -39,6 +39,8 @@ impl MoveHost {
         epoch: Epoch,
     ) -> Result<MoveReply, CommandError> {
         self.ledger.known(project)?.source(move_id, epoch)?;
+        // What may run unseen cannot be frozen, and nothing is carried in vain.
+        self.runner.status(project).await.map_err(runner_error)?;
         let snapshots = self.list_carried(project).await?;
         // A backend without quotas walks the files, which may take long.
         let usage = tokio::time::timeout(MEASURE_LIMIT, self.storage.usage(project)).await;

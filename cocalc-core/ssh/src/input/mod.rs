@@ -19,24 +19,27 @@
 //!   a round trip. If another, which reads, has come to the end of its credit
 //!   in the meantime, two bytes of it are under way already: the next grant is
 //!   a turn, and it is the other that takes it. So it goes on beside
-//!   the stalled one, by a window in a round trip or two.
-//! - Should the stalled one be the next nevertheless, because the other had
+//!   the stalled one, by a window in a round trip or two. Clients serve their
+//!   channels in an order that stays: with several that stalled, a turn comes after
+//!   the one after which the other was seen last.
+//! - Should a stalled one be the next nevertheless, because the other had
 //!   nothing more to send just then, or because a busy client answered both
 //!   grants in one go, its queue grows by that grant. So from then on the client
 //!   has longer to answer the one before the other is granted anything; and a turn
-//!   is never more than an eighth of what the queue may still take.
+//!   is never more than a sixteenth of what the queue may still take.
 //! - When a queue is over [`CHANNEL_BYTES_MAX`], the channel is closed, and its user
 //!   told why.
 //!
 //! Memory is bounded by [`CHANNEL_BYTES_MAX`], [`CONNECTION_BYTES_MAX`] and a
 //! [`Budget`] of the whole server, also against clients that ignore their
 //! credit. Whoever has to give up is never a channel that reads while there is,
-//! in its connection or its project, one that does not.
+//! in its connection or its project, one that does not, and of which more than
+//! some kilobytes wait.
 
 mod budget;
 mod credit;
 
-pub(crate) use budget::{Budget, InputReceiver, InputSender, input};
+pub(crate) use budget::{Budget, Holder, InputReceiver, InputSender, input};
 pub(crate) use credit::Credit;
 
 /// The credit of a channel that reads.

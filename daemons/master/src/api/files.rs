@@ -59,7 +59,9 @@ fn refused(error: CommandError) -> Problem {
     match error.code {
         ErrorCode::NotFound => Problem::new(StatusCode::NOT_FOUND, code, error.message),
         ErrorCode::Invalid => Problem::invalid(error.message),
-        ErrorCode::Unavailable | ErrorCode::Failed => Problem::unavailable(code, error.message),
+        ErrorCode::Unavailable | ErrorCode::StateUnknown | ErrorCode::Failed => {
+            Problem::unavailable(code, error.message)
+        }
         _ => Problem::conflict(code, error.message),
     }
 }

@@ -7,12 +7,16 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use cocalc_ids::OperationId;
-use cocalc_sqlite::master as store;
+use cocalc_sqlite::master::{self as store, ProjectState};
 use http::{HeaderValue, StatusCode, header};
 use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::{operations::NewMoveError, signing::ChangeError};
+
+/// What is said of a project that nothing is done to because it may run.
+const UNKNOWN: &str = "its host cannot tell now whether the project runs, so it is neither started nor moved nor \
+    deleted; `cocalc project why` says why, and what to do";
 
 /// A problem document.
 #[derive(Clone, Debug, Serialize, ToSchema)]
@@ -116,6 +120,9 @@ impl From<store::Error> for Problem {
             }
             store::Error::NotFenced => {
                 Self::conflict("host_not_fenced", format!("{detail}: cocalc host fence"))
+            }
+            store::Error::WrongState { state: ProjectState::Unknown } => {
+                Self::conflict("state_unknown", UNKNOWN)
             }
             store::Error::WrongState { .. } => Self::conflict("wrong_state", detail),
             store::Error::Stale { .. } => Self::conflict("conflict", detail),

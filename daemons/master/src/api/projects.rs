@@ -27,8 +27,18 @@ use crate::{
 /// How long a project's processes may take to end, if nobody says otherwise.
 const GRACE_MS: u64 = 10_000;
 
+/// The states in which a project without a fence can be, of which it is known.
+pub(super) const KNOWN: [ProjectState; 5] = [
+    ProjectState::Stopped,
+    ProjectState::Starting,
+    ProjectState::Running,
+    ProjectState::Stopping,
+    ProjectState::Failed,
+];
+
 /// The states in which a project without a fence can be.
-pub(super) const SETTLED: [ProjectState; 5] = [
+pub(super) const SETTLED: [ProjectState; 6] = [
+    ProjectState::Unknown,
     ProjectState::Stopped,
     ProjectState::Starting,
     ProjectState::Running,
@@ -196,7 +206,7 @@ async fn start(
     Body(Nothing {}): Body<Nothing>,
 ) -> Answer<(StatusCode, Json<Begun>)> {
     caller.project(&shared, id, Some(Action::Operate)).await?;
-    begin(&shared, &caller, id, Job::Start, &SETTLED).await
+    begin(&shared, &caller, id, Job::Start, &KNOWN).await
 }
 
 /// A call without arguments.
@@ -239,7 +249,7 @@ async fn delete(
 ) -> Answer<(StatusCode, Json<Begun>)> {
     let before = caller.project(&shared, id, Some(Action::Administer)).await?;
     let operation = OperationId::from_random_bytes(caller.new_id("delete"));
-    shared.begin(operation, id, caller.id, Job::Delete, &SETTLED).await?;
+    shared.begin(operation, id, caller.id, Job::Delete, &KNOWN).await?;
     // It may be gone by now.
     let project = shared.db(move |store| store.project(id)).await.unwrap_or(Project {
         state: ProjectState::Deleted,

@@ -46,7 +46,7 @@ impl From<Account> for AccountView {
 pub(crate) struct ProjectView {
     id: String,
     name: String,
-    /// `creating stopped starting running stopping moving failed deleted`
+    /// `creating stopped starting running stopping moving failed unknown deleted`
     state: String,
     /// Why it is in that state.
     reason: Option<String>,

@@ -407,6 +407,9 @@ async fn wake(
     let allowed = [ProjectState::Stopped, ProjectState::Failed];
     match shared.begin(OperationId::random(), project, owner, Job::Start, &allowed).await {
         // Joined: it is on its way, or up.
+        Err(store::Error::WrongState { state: ProjectState::Unknown }) => {
+            refused("it is not known whether the project runs")
+        }
         Ok(_) | Err(store::Error::WrongState { .. }) => Ok(PeerReply::Done),
         Err(store::Error::Busy { operation }) => {
             match shared.db(move |store| store.operation(operation)).await?.job {

@@ -95,6 +95,7 @@ impl From<store::Error> for Failure {
 
 impl Failure {
     pub(super) fn ended(self, job: &Job, project: &Project) -> Ended {
+        let unknown = matches!(&self, Self::Refused(error) if error.code == ErrorCode::StateUnknown);
         let (code, detail) = match self {
             Self::Refused(error) => (code(error.code), error.message),
             Self::OtherHost => ("other_host", OTHER_HOST.to_owned()),
@@ -113,6 +114,7 @@ impl Failure {
         // A failed snapshot leaves the project as it was.
         let state = match job {
             job if job.keeps_state() => project.state,
+            _ if unknown => ProjectState::Unknown,
             _ => ProjectState::Failed,
         };
         failed(code, detail, state)
@@ -120,7 +122,8 @@ impl Failure {
 }
 
 fn failed(code: &str, detail: String, project: ProjectState) -> Ended {
-    let reason = (project == ProjectState::Failed).then(|| detail.clone());
+    let tells = matches!(project, ProjectState::Failed | ProjectState::Unknown);
+    let reason = tells.then(|| detail.clone());
     Ended { outcome: restoring::outcome(code, detail), project, reason, report: None }
 }
 
@@ -135,6 +138,7 @@ pub(crate) fn code(code: ErrorCode) -> &'static str {
         ErrorCode::NoSpace => "no_space",
         ErrorCode::Invalid => "invalid_request",
         ErrorCode::Unavailable => "host_unavailable",
+        ErrorCode::StateUnknown => "state_unknown",
         ErrorCode::RepositoryUnavailable => "repository_unavailable",
         ErrorCode::RepositoryDenied => "repository_denied",
         ErrorCode::RepositoryDamaged => "repository_damaged",
@@ -479,8 +483,10 @@ impl Call<'_> {
             };
             match answer {
                 Ok(HostReply::Error(error))
-                    if matches!(error.code, ErrorCode::Unavailable | ErrorCode::Busy)
-                        && retries < BUSY_RETRIES =>
+                    if matches!(
+                        error.code,
+                        ErrorCode::Unavailable | ErrorCode::StateUnknown | ErrorCode::Busy
+                    ) && retries < BUSY_RETRIES =>
                 {
                     away_since = None;
                     retries += 1;

@@ -333,6 +333,10 @@ async fn refuse(shared: &Shared, operation: &Operation, state: &MoveState, outco
     let report = HostCommand::Report { project: operation.project };
     let report = match shared.command(state.spec.source, &report, Duration::from_secs(5)).await {
         Ok(HostReply::Project(report)) => Some(report),
+        Ok(HostReply::Error(error)) if error.code == ErrorCode::StateUnknown => {
+            let (project, reason) = (ProjectState::Unknown, Some(error.message));
+            return shared.finish(operation.id, Ended { outcome, project, reason, report: None }).await;
+        }
         _ => None,
     };
     // If the host is not there now, it says so when it is.

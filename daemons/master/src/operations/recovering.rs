@@ -251,7 +251,10 @@ impl Recover<'_> {
                     _ => return Err(Failure::Nonsense),
                 },
                 Ok(HostReply::Error(error))
-                    if !matches!(error.code, ErrorCode::Unavailable | ErrorCode::Busy) =>
+                    if !matches!(
+                        error.code,
+                        ErrorCode::Unavailable | ErrorCode::StateUnknown | ErrorCode::Busy
+                    ) =>
                 {
                     return Err(Failure::Refused(error));
                 }
@@ -294,7 +297,10 @@ impl Recover<'_> {
             let failure = match self.shared.command(self.to, &command, limit).await {
                 Ok(HostReply::Move { move_id: id, receipt }) if id == move_id => return Ok(receipt),
                 Ok(HostReply::Error(error))
-                    if matches!(error.code, ErrorCode::Unavailable | ErrorCode::Busy) =>
+                    if matches!(
+                        error.code,
+                        ErrorCode::Unavailable | ErrorCode::StateUnknown | ErrorCode::Busy
+                    ) =>
                 {
                     Failure::Refused(error)
                 }

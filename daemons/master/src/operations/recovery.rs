@@ -272,7 +272,8 @@ async fn bring_up(
 }
 
 /// In which states a project of a dead host can be that nobody is busy with.
-const ALLOWED: [ProjectState; 5] = [
+const ALLOWED: [ProjectState; 6] = [
+    ProjectState::Unknown,
     ProjectState::Stopped,
     ProjectState::Starting,
     ProjectState::Running,
