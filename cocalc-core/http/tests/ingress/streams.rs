@@ -1,6 +1,6 @@
 //! WebSockets, long responses, uploads, and what ends them.
 
-use std::{net::SocketAddr, time::Duration};
+use std::net::SocketAddr;
 
 use futures_util::{SinkExt, StreamExt};
 use tokio::{
