@@ -31,7 +31,7 @@ use rig::{Master, Rig, account, acl, host, project, relaxed, state};
 const HTTP: Action = Action::Use(Scope::Http);
 
 async fn ends(admission: &Admission) -> Denial {
-    tokio::time::timeout(Duration::from_secs(20), admission.revoked()).await.expect("it was not ended")
+    tokio::time::timeout(Duration::from_secs(60), admission.revoked()).await.expect("it was not ended")
 }
 
 fn is_open(admission: &Admission) -> bool {

@@ -48,7 +48,7 @@ fn from(address: &str) -> Option<IpAddr> {
 }
 
 async fn ends(admission: &Admission) -> Denial {
-    tokio::time::timeout(Duration::from_secs(20), admission.revoked()).await.expect("it was not ended")
+    tokio::time::timeout(Duration::from_secs(60), admission.revoked()).await.expect("it was not ended")
 }
 
 /// A rig that knows the keys of an authority.

@@ -6,7 +6,11 @@
 
 mod common;
 
-use std::{process::Stdio, time::Duration};
+use std::{
+    process::Stdio,
+    sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
+};
 
 use cocalc_core::ids::{Ports, Restrictions};
 use common::{World, finish, text, until, within};
@@ -34,8 +38,19 @@ async fn echo() -> u16 {
     port
 }
 
-async fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port()
+/// A port for a program that takes its number: below those that the kernel gives out
+/// (32768 and up), so that no other listener or connection gets it meanwhile, and apart
+/// from those of test processes beside this one.
+fn free_port() -> u16 {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    loop {
+        let next = NEXT.fetch_add(1, Ordering::Relaxed);
+        let place = std::process::id().wrapping_mul(64).wrapping_add(next) % 12_000;
+        let port = 20_000 + u16::try_from(place).unwrap();
+        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 /// Connects, sends a megabyte and the end of it, and says what came back.
@@ -54,7 +69,7 @@ async fn ports_of_the_project_lead_to_the_user() {
     let world = World::new().await;
     let outside = echo().await;
     for port in [world.direct, world.proxied] {
-        let inside = free_port().await;
+        let inside = free_port();
         let script = format!(
             "{EXCHANGE}\nfor n in range(20): exchange(socket.create_connection((sys.argv[1], {inside})))"
         );
@@ -85,7 +100,7 @@ async fn ports_of_the_project_lead_to_the_user() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_forward_is_cancelled_and_another_takes_its_place() {
     let world = World::new().await;
-    let (outside, inside) = (echo().await, free_port().await);
+    let (outside, inside) = (echo().await, free_port());
     let path = world.path("control");
     let control = format!("ControlPath={}", path.display());
     let mut master = world
@@ -137,7 +152,7 @@ async fn sockets_are_forwarded_both_ways() {
             let (mut stream, _) = listener.accept().await.unwrap();
             stream.write_all(b"inside").await.unwrap();
         });
-        let here = free_port().await;
+        let here = free_port();
         let local = format!("{here}:{}", there.display());
         let mut ssh =
             world.ssh(port, &["-N", "-L", &local, "127.0.0.1"]).stdin(Stdio::null()).spawn().unwrap();
@@ -161,7 +176,7 @@ async fn sockets_are_forwarded_both_ways() {
 async fn a_dynamic_forward_and_a_single_connection_work() {
     let world = World::new().await;
     std::fs::write(world.path("page"), "from inside\n").unwrap();
-    let web = free_port().await;
+    let web = free_port();
     let _server = tokio::process::Command::new("python3")
         .args(["-m", "http.server", "--bind", "127.0.0.1", &web.to_string()])
         .current_dir(world.directory.path())
@@ -171,7 +186,7 @@ async fn a_dynamic_forward_and_a_single_connection_work() {
         .spawn()
         .unwrap();
     for port in [world.direct, world.proxied] {
-        let socks = free_port().await;
+        let socks = free_port();
         let dynamic = format!("127.0.0.1:{socks}");
         let mut ssh =
             world.ssh(port, &["-N", "-D", &dynamic, "127.0.0.1"]).stdin(Stdio::null()).spawn().unwrap();
@@ -323,7 +338,7 @@ async fn what_a_key_does_not_permit_is_refused_with_a_reason() {
     assert!(signed.success());
     let line = std::fs::read_to_string(world.path("fresh-cert.pub")).unwrap();
     let certificate = line.split_whitespace().take(2).collect::<Vec<_>>().join(" ");
-    let (outside, inside) = (echo().await, free_port().await);
+    let (outside, inside) = (echo().await, free_port());
     for port in [world.direct, world.proxied] {
         let ssh = |arguments: &[&str]| {
             let mut command = tokio::process::Command::new("ssh");
@@ -366,7 +381,7 @@ async fn what_a_key_does_not_permit_is_refused_with_a_reason() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn revocation_closes_what_listens() {
     let world = World::new().await;
-    let (outside, inside) = (echo().await, free_port().await);
+    let (outside, inside) = (echo().await, free_port());
     let remote = format!("{inside}:127.0.0.1:{outside}");
     let mut ssh =
         world.ssh(world.proxied, &["-N", "-R", &remote, "127.0.0.1"]).stdin(Stdio::null()).spawn().unwrap();

@@ -288,7 +288,7 @@ impl World {
 
     /// Waits until so many backups go on.
     async fn running(&self, count: usize) {
-        for _ in 0..2_000 {
+        for _ in 0..12_000 {
             if self.vault.running.load(Ordering::SeqCst) == count {
                 return;
             }
@@ -367,7 +367,7 @@ async fn a_stop_is_backed_up_at_once_and_is_pending_until_then_also_for_the_next
     let mut world = World::new().await;
     let config = ProjectConfig { backups: Some(Policy::default()), ..ProjectConfig::default() };
     let project = world.project_with(config).await;
-    world.pass(Duration::from_secs(86_400)).await;
+    world.pass(Duration::from_secs(86_400) + STEP).await;
     assert_eq!(world.vault.made(project).len(), 1);
     let entry = world.ledger.entry(project).unwrap();
     world.keeper.stopped(&entry).await;
@@ -409,7 +409,7 @@ async fn a_project_that_leaves_takes_its_backup_off_and_goes_on_elsewhere_from_t
     world.running(0).await;
     rounds.abort();
     assert_eq!(world.vault.made(project).len(), 1);
-    for _ in 0..1_000 {
+    for _ in 0..12_000 {
         if world.storage.delete_snapshot(project, &held).await.is_ok() {
             break;
         }
@@ -464,7 +464,7 @@ async fn who_asks_gets_one_backup_for_one_operation_sees_it_go_on_and_can_end_it
     world.vault.slow.store(true, Ordering::SeqCst);
     let operation = OperationId::random();
     let mut reply = world.ask(operation, project).await.unwrap();
-    for _ in 0..100 {
+    for _ in 0..1_000 {
         if matches!(reply, BackupsReply::Working { progress: Some(_), .. }) {
             break;
         }
@@ -476,7 +476,7 @@ async fn who_asks_gets_one_backup_for_one_operation_sees_it_go_on_and_can_end_it
     );
     world.running(1).await;
     // Nothing of the project waits for it.
-    let turn = tokio::time::timeout(Duration::from_secs(10), world.ledger.turn(project)).await.unwrap();
+    let turn = tokio::time::timeout(Duration::from_secs(60), world.ledger.turn(project)).await.unwrap();
     drop(turn);
     world.vault.go_on.notify_one();
     let done = loop {
@@ -513,7 +513,7 @@ async fn who_asks_gets_one_backup_for_one_operation_sees_it_go_on_and_can_end_it
     world.ask(OperationId::random(), project).await.unwrap();
     world.running(1).await;
     world.ledger.delete(project, Epoch::FIRST).await.unwrap();
-    tokio::time::timeout(Duration::from_secs(10), world.keeper.leave(project)).await.unwrap();
+    tokio::time::timeout(Duration::from_secs(60), world.keeper.leave(project)).await.unwrap();
     world.storage.delete(project).await.unwrap();
     world.keeper.forget(project).await;
     assert!(world.kept.0.lock().unwrap().is_empty());

@@ -305,7 +305,7 @@ impl Rig {
     pub async fn wait_for(&self, tier: Tier) {
         let mut seen = self.knowledge.tier();
         let wait = seen.wait_for(|now| *now == tier);
-        tokio::time::timeout(Duration::from_secs(20), wait).await.expect("the tier is not reached").unwrap();
+        tokio::time::timeout(Duration::from_secs(60), wait).await.expect("the tier is not reached").unwrap();
     }
 
     pub async fn verify(&self, credential: &Credential) -> Result<Principal, Denial> {
@@ -314,7 +314,7 @@ impl Rig {
 
     /// Until `done` holds, within a deadline.
     pub async fn until(&self, what: &str, done: impl Fn() -> bool) {
-        for _ in 0..2000 {
+        for _ in 0..6000 {
             if done() {
                 return;
             }

@@ -1,6 +1,6 @@
 //! WebSockets, long responses, uploads, and what ends them.
 
-use std::{net::SocketAddr, time::Duration};
+use std::net::SocketAddr;
 
 use futures_util::{SinkExt, StreamExt};
 use tokio::{
@@ -143,14 +143,14 @@ async fn revocation_ends_what_is_open_at_once() {
     eventually("all six connections are registered", || world.auth.admitted() >= 6).await;
     world.auth.revoke();
     for mut socket in sockets {
-        match timeout(Duration::from_secs(5), socket.next()).await.unwrap() {
+        match timeout(DEADLINE, socket.next()).await.unwrap() {
             Some(Ok(Message::Close(Some(close)))) => assert_eq!(close.code, CloseCode::Policy),
             other => panic!("{other:?}"),
         }
     }
     for (path, mut stream) in streams {
         let mut rest = Vec::new();
-        let read = timeout(Duration::from_secs(5), async {
+        let read = timeout(DEADLINE, async {
             let mut buffer = [0; 4096];
             loop {
                 match stream.read(&mut buffer).await {
