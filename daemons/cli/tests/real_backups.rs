@@ -29,7 +29,7 @@ use cocalc_core::{
 use cocalc_daemon::join;
 use federation::Federation;
 use serde_json::{Value, json};
-use world::{LIMIT, World, run_line, until, way};
+use world::{LIMIT, World, run_line, until, way_in};
 
 /// A federation of plain directories and processes, with backups below its own
 /// directory; `settings` are more lines of the table.
@@ -52,11 +52,7 @@ impl World {
 
     fn write(&self, project: &str, line: &str) {
         let runtime = tokio::runtime::Runtime::new().unwrap();
-        // Its host may just have come back.
-        let way = until("a way in", || {
-            let ready = self.ok("GET", &format!("/projects/{project}"), Value::Null)["state"] == "running";
-            ready.then(|| way(&self.api(), project, 1))
-        });
+        let way = way_in(&self.api(), project);
         runtime.block_on(run_line(&way, line.to_owned()));
     }
 

@@ -13,7 +13,7 @@ use std::{
 use cocalc_core::auth::Secret;
 use cocalc_ssh::client::{Client, HostKeyCheck, Identity};
 use serde_json::{Value, json};
-use world::{World, program, run_line, until, way};
+use world::{World, program, run_line, until, way, way_in};
 
 /// A federation of plain directories and processes, with backups in a directory
 /// beside it, and leases that run out soon.
@@ -43,10 +43,7 @@ impl World {
     /// Runs a line in a project, which may just have come up.
     fn line(&self, project: &str, line: &str) {
         let runtime = tokio::runtime::Runtime::new().unwrap();
-        let way = until("a way in", || {
-            let ready = self.state(project)["state"] == "running";
-            ready.then(|| way(&self.api(), project, 1))
-        });
+        let way = way_in(&self.api(), project);
         runtime.block_on(run_line(&way, line.to_owned()));
     }
 

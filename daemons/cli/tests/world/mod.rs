@@ -465,6 +465,17 @@ pub(crate) fn way(own: &Api, project: &str, port: u16) -> Way {
     Way { project: project.to_owned(), http, ssh: ssh.to_owned(), token, port }
 }
 
+/// The same once the project runs, and its host listens there: the master may not have
+/// heard yet that it died, and has other ports now.
+pub(crate) fn way_in(own: &Api, project: &str) -> Way {
+    until("a way in", || {
+        let state = own.call("GET", &format!("/projects/{project}"), Value::Null).ok()?;
+        let way = (state["state"] == "running").then(|| way(own, project, 1))?;
+        std::net::TcpStream::connect(&way.ssh).ok()?;
+        Some(way)
+    })
+}
+
 /// Runs a command line to its end, which must be a good one.
 pub(crate) async fn run_line(way: &Way, line: String) {
     let identity = Identity::Token(Secret::new(way.token.clone()));
