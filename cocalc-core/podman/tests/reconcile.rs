@@ -205,7 +205,7 @@ async fn what_is_left_over_goes_from_any_state_and_what_is_others_stays() {
     let builder = world::builder(world.instance, world.state.path(), world.index, &world.volume);
     let killed = builder.podman(&wrapper).build().await.unwrap();
     let mut halves = Vec::new();
-    for (slot, after) in (10..).zip(["0.02", "0.04", "0.06", "0.08", "0.1", "0.13", "0.16", "0.2"]) {
+    for (slot, after) in (10..).zip(["0.02", "0.04", "0.06", "0.08", "0.09", "0.1", "0.13", "0.2"]) {
         let spec = world.project(slot);
         std::fs::write(&secs, after).unwrap();
         let started = killed.start(&spec).await;
@@ -243,17 +243,20 @@ async fn what_is_left_over_goes_from_any_state_and_what_is_others_stays() {
         assert!(left.remove(&spec.project), "{} stays", spec.project);
     }
     assert!(left.iter().all(|project| halves.contains(project)), "{left:?}");
-    assert!(sweep_orphans(&ledger, &podman).await.is_empty(), "once is enough");
-    // Their keepers need a moment to end.
+    // Their keepers need a moment to end, and of what podman is busy with it is not known
+    // what it does: that goes with a later sweep.
     let begun = std::time::Instant::now();
     loop {
         let there = traces(&world, &words);
         if there.is_empty() {
             break;
         }
-        assert!(begun.elapsed() < Duration::from_secs(30), "left over: {there:#?}");
-        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert!(begun.elapsed() < Duration::from_secs(60), "left over: {there:#?}");
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let late = sweep_orphans(&ledger, &podman).await;
+        assert!(late.iter().all(|project| halves.contains(project)), "{late:?}");
     }
+    assert!(sweep_orphans(&ledger, &podman).await.is_empty(), "all are gone");
     let interfaces = cocalc_podman::leftovers(world.instance);
     let interfaces = interfaces.iter().filter(|left| left.starts_with("network interface")).count();
     assert_eq!(interfaces, 2, "those of the two that are known");

@@ -16,6 +16,8 @@ use crate::oom;
 
 /// How long the processes of a project have to end that somebody else has started.
 const GRACE: Duration = Duration::from_secs(10);
+/// How long podman may take to say which containers are being removed.
+const REMOVING_LIMIT: Duration = Duration::from_secs(10);
 
 /// What a container is.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -172,6 +174,7 @@ impl Shared {
         }
         let container = match container {
             Ok(container) => container,
+            Err(_) if self.is_being_removed(entry.id).await => return self.remove_half(entry).await,
             Err(error) => {
                 let reason =
                     format!("podman does not say what its container does: {}", cocalc_core::chain(&error));
@@ -233,18 +236,7 @@ impl Shared {
                 self.resolve_found(entry.id, slot).await;
                 self.note_found(entry, &running);
             }
-            (Condition::HalfMade, _) => match self.remove_container(entry.id).await {
-                Ok(()) => {
-                    tracing::info!(project = %entry.id, "removed a container that was half started or removed");
-                    let mut view = entry.view();
-                    (view.made_from, view.container) = (None, None);
-                    drop(view);
-                    self.records.forget(entry.id);
-                }
-                Err(error) => {
-                    self.doubt_again(entry, format!("cannot remove what was half made: {error}"));
-                }
-            },
+            (Condition::HalfMade, _) => self.remove_half(entry).await,
             (Condition::Unknown, _) | (Condition::Runs, None) => {
                 let status = &container.status;
                 self.doubt_again(entry, format!("podman says that its container is {status:?}"));
@@ -252,6 +244,31 @@ impl Shared {
             (Condition::Rests, _) => {
                 let mut view = entry.view();
                 view.started = view.started.or(noted.and_then(|run| run.started)).or(container.started);
+            }
+        }
+    }
+
+    /// Whether podman has begun to remove the container of a project. It has nothing
+    /// else to say of one whose files it has removed already, when it was killed.
+    async fn is_being_removed(&self, project: ProjectId) -> bool {
+        let name = self.container(project);
+        let label = super::cleanup::label(self.instance);
+        let listed = self.cli.listed(&label, REMOVING_LIMIT).await.unwrap_or_default();
+        listed.iter().any(|(other, state)| *other == name && state == "removing")
+    }
+
+    /// Removes a container that is half started or half removed.
+    async fn remove_half(&self, entry: &Arc<Project>) {
+        match self.remove_container(entry.id).await {
+            Ok(()) => {
+                tracing::info!(project = %entry.id, "removed a container that was half started or removed");
+                let mut view = entry.view();
+                (view.doubt, view.made_from, view.container) = (None, None, None);
+                drop(view);
+                self.records.forget(entry.id);
+            }
+            Err(error) => {
+                self.doubt_again(entry, format!("cannot remove what was half made: {error}"));
             }
         }
     }
