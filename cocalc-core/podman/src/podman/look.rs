@@ -93,17 +93,17 @@ impl Shared {
                 }
             }
         }
-        let noted: Vec<Arc<Project>> = self
-            .projects()
-            .values()
-            .filter(|entry| entry.doubt().is_some() && !there.contains(&entry.id))
-            .cloned()
-            .collect();
-        for entry in noted.into_iter().filter(|_| first) {
-            let _operation = entry.operation.lock().await;
-            self.look_at(&entry).await;
-        }
         if first {
+            let noted: Vec<Arc<Project>> = self
+                .projects()
+                .values()
+                .filter(|entry| entry.doubt().is_some() && !there.contains(&entry.id))
+                .cloned()
+                .collect();
+            for entry in noted {
+                let _operation = entry.operation.lock().await;
+                self.look_at(&entry).await;
+            }
             let shared = Arc::clone(self);
             let kept = tokio::task::spawn_blocking(move || shared.adopt_remains()).await;
             match kept {
